@@ -1,0 +1,1133 @@
+"""Llama and Llama-3.2-Vision ("mllama") from scratch: layers, KV cache, generation, Hugging Face folders, chat and image processing.
+
+    python -c "import model; m = model.Llama.from_pretrained('FOLDER'); p = model.Processor.from_pretrained('FOLDER'); \
+        ids = p.render([{'role': 'user', 'content': 'Hello'}]).ids; \
+        print(p.decode(model.generate(m, [ids], max_new_tokens=50, stop_ids=p.stop_ids)[0][0].ids))"
+
+A text-only Llama is the same model without cross-attention layers and vision encoder. The architecture: Llama 3 (arXiv 2407.21783,
+sections 3.2 and 7); in doubt, what Hugging Face transformers 5 computes, to which the tests hold this file. No distributed code here.
+In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V vocabulary, N images, S vision tokens of an image.
+"""
+import contextlib
+import json
+import math
+import os
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class VisionConfig:
+    """Sizes of the image encoder; names and defaults are those of `vision_config` in config.json."""
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32             # local layers
+    num_global_layers: int = 8              # gated layers after them
+    attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 448                   # pixels, one square tile
+    patch_size: int = 14
+    norm_eps: float = 1e-5
+    max_num_tiles: int = 4
+    intermediate_layers_indices: list = field(default_factory=lambda: [3, 7, 15, 23, 30])
+    supported_aspect_ratios: list = field(default_factory=lambda: tile_layouts(4))
+
+    @property
+    def num_patches(self):                  # of one tile, with its class token
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def output_size(self):                  # final layer and intermediate ones, concatenated
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+
+@dataclass
+class Config:
+    """Sizes of the text model (names as in config.json) and, for mllama, of the vision encoder."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: dict | None = None        # None, or the four numbers of the llama3 rule
+    max_position_embeddings: int = 131072
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+    cross_attention_layers: list = field(default_factory=list)
+    image_token_id: int | None = None
+    vision: VisionConfig | None = None
+
+    @classmethod
+    def from_dict(cls, hf):
+        """A parsed config.json of model_type llama or mllama -> Config. ValueError for anything this file does not compute."""
+        kind = hf.get("model_type")
+        if kind not in ("llama", "mllama"):
+            raise ValueError(f"config.json: expected model_type 'llama' or 'mllama', found {kind!r}")
+        mllama = kind == "mllama"
+        text = dict(hf["text_config"] if mllama else hf)
+        require(text, hidden_act="silu", attention_bias=False, mlp_bias=False)
+        rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
+        heads = text["num_attention_heads"]
+        text |= {"rope_theta": rope.get("rope_theta") or (500000.0 if mllama else 10000.0),
+                 "rope_scaling": read_rope_scaling(rope),
+                 "num_key_value_heads": text.get("num_key_value_heads") or heads,
+                 "head_dim": (not mllama and text.get("head_dim")) or text["hidden_size"] // heads,
+                 "cross_attention_layers": []}
+        if mllama:
+            require(hf["vision_config"], hidden_act="gelu")
+            text |= {"tie_word_embeddings": False,     # impossible: the head has 8 rows fewer than the embedding table
+                     "image_token_id": hf.get("image_token_index", 128256),
+                     "cross_attention_layers": hf["text_config"].get("cross_attention_layers") or [3, 8, 13, 18, 23, 28, 33, 38],
+                     "vision": VisionConfig(**known_fields(VisionConfig, hf["vision_config"]))}
+        return cls(**known_fields(cls, text))
+
+    def to_dict(self):
+        """The config.json that `from_dict` and transformers read, laid out as in the released checkpoints."""
+        text = {k: v for k, v in vars(self).items() if k not in ("vision", "image_token_id", "cross_attention_layers")}
+        text |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        if self.vision is None:
+            return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text}
+        text |= {"model_type": "mllama_text_model", "cross_attention_layers": self.cross_attention_layers}
+        vision = {"model_type": "mllama_vision_model", "hidden_act": "gelu", "vision_output_dim": self.vision.output_size}
+        return {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "image_token_index": self.image_token_id,
+                "text_config": text, "vision_config": vision | vars(self.vision)}
+
+
+def known_fields(cls, values):
+    return {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
+
+
+def require(values, **only):
+    for name, value in only.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"config.json: {name} = {values[name]!r} is not supported, only {value!r}")
+
+
+def read_rope_scaling(rope):
+    """`rope_parameters` (transformers 5) or `rope_scaling` (before it) -> None or the llama3 rule."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"config.json: rope type {kind!r} is not supported, only 'default' and 'llama3'")
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {"rope_type": "llama3", **{k: rope[k] for k in numbers}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes in, what comes out, what is remembered
+
+
+@dataclass
+class Images:
+    """The images of a batch, at most one a row."""
+    pixel_values: torch.Tensor              # (N, tiles, 3, size, size), normalised
+    aspect_ratio_ids: torch.Tensor          # (N,) 1-based place in supported_aspect_ratios
+    aspect_ratio_mask: torch.Tensor         # (N, tiles) 1 for real tiles, which come first, 0 for padding
+    rows: torch.Tensor                      # (N,) the batch row of each, ascending
+
+    def to(self, device=None, dtype=None):
+        return Images(self.pixel_values.to(device, dtype), self.aspect_ratio_ids.to(device), self.aspect_ratio_mask.to(device),
+                      self.rows.to(device))
+
+
+@dataclass
+class Output:
+    """What `Llama.forward` was asked for; None for the rest."""
+    hidden: torch.Tensor                    # (B, T, D) after the final norm
+    logits: torch.Tensor | None = None      # (B, T, V) for "all", (B, V) for "last"
+    logprobs: torch.Tensor | None = None    # (B, T) float32, 0 where no target was asked
+    entropy: torch.Tensor | None = None     # (B, T) float32, nats
+
+
+class KVCache:
+    """Keys and values of B conversations. One tensor holds all layers, so growing, compacting and reordering are a line each.
+
+    `lengths` (B,) lives on the host: nothing waits for the device to know how far a row has come.
+    """
+
+    def __init__(self, config, rows, device="cpu", dtype=torch.float32):
+        self_layers = config.num_hidden_layers - len(config.cross_attention_layers)
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.has_image = torch.zeros(rows, dtype=torch.bool)
+        self.kv = torch.zeros(self_layers, 2, rows, config.num_key_value_heads, 0, config.head_dim, device=device, dtype=dtype)
+        self.cross = None                   # (cross layers, 2, B, K, S, D) once an image came
+        self.cross_mask = None              # (B, S) bool: vision tokens of real tiles; None when all are
+
+    def reserve(self, capacity):
+        """Make room for `capacity` tokens a row."""
+        short = capacity - self.kv.shape[4]
+        if short > 0:
+            self.kv = F.pad(self.kv, (0, 0, 0, -(-short // 64) * 64))
+
+    def move(self, to, source):
+        """Row to[i] becomes what row source[i] was (lists). In place and layer by layer, so that little extra memory is needed."""
+        layers = [t for big in (self.kv, self.cross) if big is not None for t in big.flatten(0, 1)]
+        for tensor in [self.lengths, self.has_image, self.cross_mask, *layers]:
+            if tensor is not None:
+                tensor[to] = tensor[source]
+
+    def keep(self, rows):
+        """Forget all conversations but `rows`, which become rows 0, 1, ... in that order."""
+        self.move(list(range(len(rows))), list(rows))
+        self.__dict__.update(self.first(len(rows)).__dict__)
+
+    def first(self, n):
+        """A cache of the first n rows that shares this one's memory."""
+        view = KVCache.__new__(KVCache)
+        view.lengths, view.has_image, view.kv = self.lengths[:n], self.has_image[:n], self.kv[:, :, :n]
+        view.cross = None if self.cross is None else self.cross[:, :, :n]
+        view.cross_mask = None if self.cross_mask is None else self.cross_mask[:n]
+        return view
+
+
+@dataclass
+class Step:
+    """What all layers of one forward share."""
+    cos: torch.Tensor                       # (B or 1, T, 1, D)
+    sin: torch.Tensor
+    cache: KVCache | None = None
+    write: torch.Tensor | None = None       # (B * K * T,) rows of a layer's flattened cache that the new keys fill
+    length: int = 0                         # cached positions to attend to
+    mask: torch.Tensor | None = None        # (B, 1, G * T, length) added to scores
+    causal: bool = True                     # no cached positions: plain causal attention among the new tokens
+    vision: torch.Tensor | None = None      # (N, S, D) projected image features, only when images are given
+    looks: bool = False                     # does any row have an image?
+    rows: torch.Tensor | None = None        # (N,) the rows that have, when not all do
+    cross_mask: torch.Tensor | None = None  # (N, 1, G * T or 1, S) added to scores
+    sees: torch.Tensor | None = None        # (N, T, 1) 0 for tokens before their image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text layers
+
+
+def rope_frequencies(config):
+    """Radians per position of each channel pair, (D / 2,) float32. llama3 slows the slow ones (transformers, modeling_rope_utils.py)."""
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    if config.rope_scaling is None:
+        return frequencies
+    scaling = config.rope_scaling
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)         # within the original context
+    keep = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
+    keep = keep.clamp(0, 1)                                    # 1: fast, kept; 0: slow, divided by factor
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+def rotate(x, cos, sin):
+    """RoPE of x (B, T, H, D). The first half of `sin` is negated (see Llama.rope), so that a roll does for "rotate half"."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """q (B, T, H, D), k and v (B, K, S, D) -> (B, T, H * D). mask (B, 1, G * T or 1, S).
+
+    The G query heads that share a key head are folded into the query length, so that keys are never repeated; `causal` needs the
+    true query length and goes its own way.
+    """
+    B, T, H, D = q.shape
+    K = k.shape[1]
+    if causal:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=T > 1, enable_gqa=H != K).transpose(1, 2).flatten(2)
+    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+
+class Attention(nn.Module):
+    """Of the text to itself, with RoPE; or (`cross`) to an image, with normed queries and keys."""
+
+    def __init__(self, config, index, cross):
+        super().__init__()
+        self.index, self.cross, self.head_dim = index, cross, config.head_dim        # index: place in the cache
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if cross:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def heads(self, x):
+        return x.view(*x.shape[:2], -1, self.head_dim)
+
+    def forward(self, x, step):
+        q = self.heads(self.q_proj(x))                         # (B, T, H, D)
+        if self.cross:
+            k, v = step.cache.cross[self.index] if step.vision is None else self.image_keys(step)
+            if step.vision is None and step.rows is not None:
+                k, v = k[step.rows], v[step.rows]
+            return self.o_proj(attend(self.q_norm(q), k, v, step.cross_mask))
+        k, v = self.text_keys(x, step)
+        return self.o_proj(attend(rotate(q, step.cos, step.sin), k, v, step.mask, step.causal))
+
+    def text_keys(self, x, step):
+        """Keys and values to attend to, (B, K, length, D): the new ones, or with a cache (which remembers them) all."""
+        k = rotate(self.heads(self.k_proj(x)), step.cos, step.sin).transpose(1, 2)
+        v = self.heads(self.v_proj(x)).transpose(1, 2)
+        if step.cache is None:
+            return k, v
+        all_k, all_v = step.cache.kv[self.index]               # (B, K, capacity, D)
+        all_k.view(-1, self.head_dim).index_copy_(0, step.write, k.detach().reshape(-1, self.head_dim))
+        all_v.view(-1, self.head_dim).index_copy_(0, step.write, v.detach().reshape(-1, self.head_dim))
+        return (k, v) if step.causal else (all_k[:, :, :step.length], all_v[:, :, :step.length])
+
+    def image_keys(self, step):
+        """Keys and values of new images, (N, K, S, D). The cache remembers those of tiles that are real in some row."""
+        k = self.k_norm(self.heads(self.k_proj(step.vision))).transpose(1, 2)
+        v = self.heads(self.v_proj(step.vision)).transpose(1, 2)
+        if step.cache is not None:
+            kept = step.cache.cross[self.index]                # (2, B, K, S of real tiles, D)
+            rows = slice(None) if step.rows is None else step.rows
+            kept[:, rows] = torch.stack([k, v])[:, :, :, :kept.shape[3]].detach()
+        return k, v
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SelfLayer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.self_attn = Attention(config, index, cross=False)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, step):
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class CrossLayer(nn.Module):
+    """Gated. Rows without an image pass unchanged; tokens before their image attend to all of it but skip the MLP (as transformers does)."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.cross_attn = Attention(config, index, cross=True)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, step):
+        if not step.looks:
+            return x
+        if step.rows is None:
+            return self.look(x, step)
+        return x.index_copy(0, step.rows, self.look(x[step.rows], step))
+
+    def look(self, x, step):
+        x = x + self.cross_attn_attn_gate.tanh() * self.cross_attn(self.input_layernorm(x), step)
+        gate = self.cross_attn_mlp_gate.tanh()
+        if step.sees is not None:
+            gate = gate * step.sees
+        return x + gate * self.mlp(self.post_attention_layernorm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision encoder
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4))
+
+    def forward(self, x, mask):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config, gated):
+        super().__init__()
+        size = config.hidden_size
+        self.self_attn = VisionAttention(config)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(size, config.intermediate_size), "fc2": nn.Linear(config.intermediate_size, size)})
+        self.input_layernorm = nn.LayerNorm(size, config.norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(size, config.norm_eps)
+        self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
+        self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
+
+    def forward(self, x, mask):
+        attended = self.self_attn(self.input_layernorm(x), mask)
+        x = x + (attended if self.gate_attn is None else self.gate_attn.tanh() * attended)
+        fed = self.mlp.fc2(F.gelu(self.mlp.fc1(self.post_attention_layernorm(x))))
+        return x + (fed if self.gate_ffn is None else self.gate_ffn.tanh() * fed)
+
+
+class TileEmbedding(nn.Module):
+    """A gated vector per (aspect ratio, tile)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(len(config.supported_aspect_ratios) + 1, config.max_num_tiles * config.hidden_size)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, aspect_ratio_ids):                    # x (N, tiles, P, D)
+        return x + self.gate.tanh() * self.embedding(aspect_ratio_ids).view(*x.shape[:2], 1, -1)
+
+
+class PositionEmbedding(nn.Module):
+    """A vector per patch of a tile and, gated against it, one per (aspect ratio, tile, patch)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(config.num_patches, config.hidden_size))
+        self.tile_embedding = nn.Embedding(len(config.supported_aspect_ratios) + 1, config.max_num_tiles * self.embedding.numel())
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, aspect_ratio_ids):                    # x (N, tiles, P, D)
+        gate = self.gate.tanh()
+        return x + (1 - gate) * self.embedding + gate * self.tile_embedding(aspect_ratio_ids).view(x.shape)
+
+
+class VisionModel(nn.Module):
+    """Image tiles -> features of every patch: local layers, then gated global ones; some local layers' outputs are kept beside the last."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, size, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(size))
+        self.gated_positional_embedding = PositionEmbedding(config)
+        self.pre_tile_positional_embedding = TileEmbedding(config)
+        self.post_tile_positional_embedding = TileEmbedding(config)
+        self.layernorm_pre, self.layernorm_post = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(config, False) for _ in range(config.num_hidden_layers))})
+        self.global_transformer = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(config, True) for _ in range(config.num_global_layers))})
+
+    def forward(self, images):
+        """Images -> (N, tiles * P, output_size): P patches a tile, the class token first."""
+        N, tiles = images.aspect_ratio_mask.shape
+        ids, P = images.aspect_ratio_ids, self.config.num_patches
+        x = self.patch_embedding(images.pixel_values.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)
+        x = self.pre_tile_positional_embedding(x.unflatten(0, (N, tiles)), ids)
+        x = torch.cat([self.class_embedding.expand(N, tiles, 1, -1), x], 2)                   # (N, tiles, P, D)
+        x = F.pad(self.layernorm_pre(self.gated_positional_embedding(x, ids)), (0, 0, 0, -P % 8))
+        mask = padding_mask(images.aspect_ratio_mask, P, x.shape[2])
+        x, kept = x.flatten(1, 2), []                                                         # (N, S, D)
+        for index, layer in enumerate(self.transformer.layers):
+            x = layer(x, mask)
+            if index in self.config.intermediate_layers_indices:
+                kept.append(x)
+        x = self.layernorm_post(x).unflatten(1, (tiles, -1))
+        x = self.post_tile_positional_embedding(x, ids).flatten(1, 2)
+        for layer in self.global_transformer.layers:
+            x = layer(x, mask)
+        features = torch.cat([x, torch.stack(kept, -1).flatten(-2)], -1)                      # kept layers' channels interleave
+        return features.unflatten(1, (tiles, -1))[:, :, :P].flatten(1, 2)
+
+
+def padding_mask(tile_mask, patches, padded):
+    """(N, tiles) -> (N, 1, S, S) bool, True: attend. Only padding to padding is closed; so the released weights were trained."""
+    real = tile_mask.bool()[:, :, None] & (torch.arange(padded, device=tile_mask.device) < patches)
+    real = real.flatten(1)                                                                    # (N, S)
+    return (real[:, :, None] | real[:, None, :])[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Llama(nn.Module):
+    """Llama-3.2-Vision, or a text-only Llama where `config.vision` is None."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        spare = 8 if config.vision else 0                      # embedding rows for <|image|> and the like, which the head lacks
+        self.embed_tokens = nn.Embedding(config.vocab_size + spare, config.hidden_size)
+        self.layers = nn.ModuleList()
+        counts = {SelfLayer: 0, CrossLayer: 0}                 # a layer's index within its part of the cache
+        for index in range(config.num_hidden_layers):
+            kind = CrossLayer if index in config.cross_attention_layers else SelfLayer
+            self.layers.append(kind(config, counts[kind]))
+            counts[kind] += 1
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        if config.vision:
+            self.vision_model = VisionModel(config.vision)
+            self.multi_modal_projector = nn.Linear(config.vision.output_size, config.hidden_size)
+        self.rope_table = None                                 # (2, positions, 1, D), grown on demand
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed=0, std=0.02):
+        """From-scratch weights as transformers draws them: normal(0, std), norms 1, biases and gates 0 (but global vision layers' gates normal)."""
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                weight.fill_(1.0)
+            elif name.endswith(("bias", "_gate", "embedding.gate")):
+                weight.zero_()
+            else:
+                weight.normal_(0, std, generator=generator)
+
+    def forward(self, input_ids, *, lengths=None, images=None, cache=None, targets=None, temperature=1.0, logits=None):
+        """One pass over right-padded tokens -> Output. All of it happens in here, so that FSDP's hooks see it.
+
+        input_ids (B, T) int64; lengths (B,) real tokens a row, default T. images: rows with one <|image|> token each; the others
+        have none (else ValueError). cache: row b's tokens follow the cache.lengths[b] it holds, and are added; an image is given
+        with the first ones and remembered. targets (B, T): the token after each input, -100 where not asked -> logprobs and
+        entropy of softmax(logits / temperature). logits: "all", "last" (of each row's last real token) or None.
+        """
+        x = self.embed_tokens(input_ids)
+        step = self.place(x, cache, lengths)
+        if images is not None:
+            self.show(step, input_ids, images.to(x.device), x.dtype)
+        elif cache is not None and cache.has_image.any():
+            self.remind(step, cache, x.dtype)
+        for layer in self.layers:
+            x = layer(x, step)
+        output = Output(self.norm(x))
+        if logits == "all":
+            output.logits = self.lm_head(output.hidden)
+        elif logits == "last":
+            last = -1 if lengths is None else lengths.to(x.device) - 1
+            output.logits = self.lm_head(output.hidden[torch.arange(len(x), device=x.device), last])
+        if targets is not None:
+            asked = targets >= 0
+            scores = token_logprobs(output.hidden[asked], self.lm_head.weight, targets[asked], temperature)
+            output.logprobs, output.entropy = (torch.zeros_like(targets, dtype=torch.float32).masked_scatter(asked, s) for s in scores)
+        return output
+
+    def place(self, x, cache, lengths):
+        """Positions of the new tokens, where they go in the cache (which is then longer) and what they attend to there."""
+        B, T, _ = x.shape
+        if cache is None:
+            return Step(*self.rope(T, x)[:, None, :T])
+        ends = cache.lengths.tolist()
+        fresh, longest = max(ends) == 0, max(ends) + T
+        cache.reserve(longest)
+        K, capacity = cache.kv.shape[3:5]
+        positions = cache.lengths.to(x.device)[:, None] + torch.arange(T, device=x.device)    # (B, T)
+        write = (torch.arange(B * K, device=x.device).view(B, K, 1) * capacity + positions[:, None]).flatten()
+        cache.lengths += T if lengths is None else lengths.cpu()
+        step = Step(*self.rope(longest, x)[:, positions], cache, write, longest, causal=fresh)
+        if not fresh and (T > 1 or min(ends) < max(ends)):
+            G = self.config.num_attention_heads // K
+            visible = torch.arange(longest, device=x.device) <= positions[:, :, None]         # (B, T, length)
+            step.mask = fold_mask(visible, G if T > 1 else 1, x.dtype)
+        return step
+
+    def rope(self, length, x):
+        """cos and sin tables (2, at least `length` positions, 1, D) of x's kind; see `rotate`."""
+        table = self.rope_table
+        if table is None or table.shape[1] < length or table.device != x.device or table.dtype != x.dtype:
+            with torch.inference_mode(False):                  # made in a rollout perhaps, used in training too
+                positions = torch.arange(max(256, 2 ** (length - 1).bit_length()), dtype=torch.float32)
+                angles = positions[:, None, None] * rope_frequencies(self.config)
+                cos, sin = angles.cos(), angles.sin()
+                table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+                self.rope_table = table = table.to(x.device, x.dtype)
+        return table
+
+    def show(self, step, input_ids, images, dtype):
+        """Encode images. Tokens from <|image|> on see its real tiles; those before it all tiles, but get no cross-attention MLP."""
+        if self.config.vision is None:
+            raise ValueError("this model has no vision encoder, so it takes no images")
+        if step.cache is not None and not step.causal:
+            raise ValueError("images must come with the first tokens of a conversation")
+        here = input_ids == self.config.image_token_id                                        # (B, T)
+        count = torch.bincount(images.rows, minlength=len(here))
+        if not torch.equal(here.sum(1), count) or int(count.max()) > 1:
+            raise ValueError(f"a conversation has one image and one <|image|> token, or none: found images {count.tolist()}, "
+                             f"tokens {here.sum(1).tolist()}")
+        step.looks, step.rows = True, None if len(images.rows) == len(here) else images.rows
+        step.vision = self.multi_modal_projector(self.vision_model(images))                   # (N, S, D)
+        sees = here[images.rows].cumsum(1) > 0                                                # (N, T)
+        step.sees = sees[:, :, None].to(dtype)
+        real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)      # (N, S)
+        if not real.all():
+            G = self.config.num_attention_heads // self.config.num_key_value_heads
+            step.cross_mask = fold_mask(real[:, None] | ~sees[:, :, None], G, dtype)
+        if step.cache is not None:
+            self.keep_images(step.cache, images.rows, real)
+
+    def keep_images(self, cache, rows, real):
+        """Room in the cache for the keys of the tiles that are real in some row, real (N, S)."""
+        B, K, _, D = cache.kv.shape[2:]
+        S = int(real.sum(1).max())
+        cache.cross = cache.kv.new_zeros(len(self.config.cross_attention_layers), 2, B, K, S, D)
+        cache.has_image[rows.cpu()] = True
+        if not real[:, :S].all():
+            cache.cross_mask = torch.zeros(B, S, dtype=torch.bool, device=real.device).index_copy_(0, rows, real[:, :S])
+
+    def remind(self, step, cache, dtype):
+        """New tokens see the images that the cache remembers."""
+        step.looks, mask = True, cache.cross_mask
+        if not cache.has_image.all():
+            step.rows = cache.has_image.nonzero()[:, 0].to(step.cos.device)
+            mask = None if mask is None else mask[step.rows]
+        step.cross_mask = None if mask is None else fold_mask(mask[:, None], 1, dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=None):
+        """Read config.json and model.safetensors (or its shards); dtype None keeps the file's.
+
+        FileNotFoundError for what is absent; ValueError for another architecture, broken files, and tensors that are missing,
+        unexpected or misshaped.
+        """
+        config = Config.from_dict(read_json(folder, "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        state = read_weights(folder, {k: v.shape for k, v in model.state_dict().items()}, config, str(device), dtype)
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model
+
+    def save_pretrained(self, folder, *, state=None, max_shard_size=5 * 10**9):
+        """Write config.json and safetensors in the released layout, all or nothing. state: a full state dict to write instead of
+        this module's own (which may be sharded over processes)."""
+        tensors = {to_released(k, self.config): v for k, v in (state or self.state_dict()).items()
+                   if not (k == "lm_head.weight" and self.config.tie_word_embeddings)}
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        files = {"config.json": json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2)}
+        shards = split_shards(tensors, max_shard_size)
+        for i, names in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            files[file] = {k: tensors[k] for k in names}
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                     "weight_map": {k: file for file, part in files.items() if isinstance(part, dict) for k in part}}
+            files["model.safetensors.index.json"] = json.dumps(index, indent=2)
+        write_files(folder, files, replaces="model*.safetensors*")
+
+
+def fold_mask(visible, groups, dtype):
+    """(B, T, S) bool -> (B, 1, groups * T, S): 0 where visible, else -inf, repeated for the query heads folded into the length."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+    return mask[:, None] if groups == 1 else mask[:, None].expand(-1, groups, -1, -1).flatten(1, 2)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders
+
+# (prefix in a file, prefix here), the first match counts: the released mllama layout, the newer one, and llama's
+KEY_MAP = [("language_model.model.", ""), ("language_model.lm_head.", "lm_head."),
+           ("model.language_model.", ""), ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."),
+           ("model.", "")]
+
+
+def from_any_layout(name):
+    """A tensor's name in a file -> its name in `Llama`."""
+    return next((ours + name[len(theirs):] for theirs, ours in KEY_MAP if name.startswith(theirs)), name)
+
+
+def to_released(name, config):
+    """A tensor's name in `Llama` -> its name in the released checkpoints."""
+    if name.startswith(("vision_model.", "multi_modal_projector.")):
+        return name
+    return ("language_model." if config.vision else "") + ("" if name.startswith("lm_head.") else "model.") + name
+
+
+def read_json(folder, name, optional=False):
+    path = Path(folder) / name
+    if not path.is_file():
+        if optional:
+            return {}
+        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with {name}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def weight_files(folder):
+    """The safetensors files of a folder."""
+    folder, index = Path(folder), "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not (folder / index).is_file():
+        raise FileNotFoundError(f"{folder}: expected model.safetensors, or {index} and its shards")
+    files = [folder / file for file in sorted(set(read_json(folder, index)["weight_map"].values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found, but {index} names it")
+    return files
+
+
+def read_weights(folder, shapes, config, device, dtype):
+    """{our name: tensor}, exactly those in `shapes`."""
+    state = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt", device=device) as tensors:
+                for theirs in tensors.keys():
+                    name = from_any_layout(theirs)
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue                               # in old checkpoints; follows from the config
+                    found = tuple(tensors.get_slice(theirs).get_shape())
+                    if name not in shapes:
+                        raise ValueError(f"{file}: unexpected tensor {theirs}")
+                    if found != shapes[name]:
+                        raise ValueError(f"{file}: tensor {theirs} has shape {found}, expected {tuple(shapes[name])}")
+                    state[name] = tensors.get_tensor(theirs).to(dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    if config.tie_word_embeddings and "embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    missing = [to_released(name, config) for name in shapes if name not in state]
+    if missing:
+        raise ValueError(f"{file}: tensor {missing[0]} is missing" + (f" ({len(missing)} in all)" if len(missing) > 1 else ""))
+    return state
+
+
+def split_shards(tensors, limit):
+    """Names in order, cut so that a shard has at most `limit` bytes (or a single tensor)."""
+    shards, size = [], math.inf
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if size > limit:
+            shards.append([])
+            size = tensor.nbytes
+        shards[-1].append(name)
+    return shards
+
+
+def write_files(folder, files, replaces=None):
+    """Write {name: text or tensors}. All are written aside first, so that a failure leaves the folder as it was. Then drop older files
+    that match `replaces`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, content in files.items():
+            if isinstance(content, str):
+                aside[name].write_text(content, encoding="utf-8")
+            else:
+                save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, aside[name], {"format": "pt"})
+        for name, path in aside.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()                                     # only succeeds where nothing could be written
+    for old in folder.glob(replaces) if replaces else ():
+        if old.name not in files:
+            old.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+CHUNK = 2**20   # logits that token_logprobs holds at once: 4 MB of float32, which stay in a CPU's cache
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`. Backward computes the logits of each chunk again rather than keep them.
+
+    With z = logits / temperature, p = softmax(z), H = -sum p log p:    d log p[y] / dz = onehot(y) - p,    dH / dz = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        chosen, entropy = [], []
+        for h, y in chunks(weight, hidden, targets):
+            logp = log_softmax(h, weight, temperature)                                        # (chunk, V)
+            chosen.append(logp.gather(1, y[:, None])[:, 0])
+            entropy.append(-(logp.exp() * logp).sum(-1))
+        entropy = torch.cat(entropy)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return torch.cat(chosen), entropy
+
+    @staticmethod
+    def backward(ctx, grad_chosen, grad_entropy):
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        grad_chosen = torch.zeros_like(entropy) if grad_chosen is None else grad_chosen
+        weighted = grad_entropy is not None
+        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for h, y, gc, ge, H in chunks(weight, hidden, targets, grad_chosen, grad_entropy if weighted else entropy, entropy):
+            logp = log_softmax(h, weight, ctx.temperature)
+            scale = -gc[:, None] - ge[:, None] * (logp + H[:, None]) if weighted else -gc[:, None]
+            grad = logp.exp_().mul_(scale).scatter_add_(1, y[:, None], gc[:, None]).div_(ctx.temperature).to(weight.dtype)
+            grad_hidden.append(grad @ weight)
+            grad_weight += grad.T @ h
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
+
+
+def log_softmax(hidden, weight, temperature):
+    return (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
+
+
+def chunks(weight, *tensors):
+    """Tuples of slices along the first dimension, for at most CHUNK logits (or 256 rows)."""
+    return zip(*(t.split(max(256, CHUNK // weight.shape[0])) for t in tensors))
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0):
+    """hidden (N, D), weight (V, D), targets (N,) -> log softmax(hidden weight^T / temperature)[target] and entropy, (N,) float32 each.
+
+    Both differentiable in hidden and weight. Never holds more than CHUNK logits (or those of 256 rows).
+    """
+    return TokenLogprobs.apply(hidden, weight, targets, float(temperature))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@dataclass
+class Sample:
+    """One answer."""
+    ids: list                               # drawn ids, with the end token if it was drawn
+    logprobs: list                          # of each, when it was drawn
+    ended: bool = False                     # by a stop id, not by max_new_tokens
+
+
+@torch.no_grad()
+def generate(model, conversations, *, cache=None, images=None, max_new_tokens, temperature=1.0, stop_ids, seeds=None):
+    """Continue each conversation until a stop id or max_new_tokens (>= 1). -> (list of Sample, KVCache)
+
+    conversations: the full token ids so far; row i of `cache` already holds the first cache.lengths[i] of them, only the rest is
+    fed. images: with the first call only. temperature 0 is greedy (its log-probs are those of temperature 1). seeds: one a row;
+    a row's draws depend on its own seed and not on the rows around it (default: torch's global generator).
+    To go on: append sample.ids and the next forced tokens to each list, cache.keep(rows that go on), call again.
+    """
+    weight, B, stop_ids = model.embed_tokens.weight, len(conversations), set(stop_ids)
+    cache = KVCache(model.config, B, weight.device, weight.dtype) if cache is None else cache
+    ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
+    cache.reserve(int((cache.lengths + lengths).max()) + max(max_new_tokens, ids.shape[1]))
+    uniform = draw_uniform(seeds, B, max_new_tokens).to(weight.device)
+    samples, rows, drawn = [Sample([], []) for _ in conversations], list(range(B)), []        # rows[slot]: whose it is
+    view = cache
+    logits = model(ids.to(weight.device), lengths=lengths, images=images, cache=view, logits="last").logits
+    for t in range(max_new_tokens):
+        tokens, logprobs = draw(logits, uniform[:, t], temperature)
+        drawn.append((rows[:len(tokens)], logprobs))
+        done = []
+        for slot, token in enumerate(tokens.tolist()):         # the one wait for the device in a step
+            samples[rows[slot]].ids.append(token)
+            if token in stop_ids:
+                samples[rows[slot]].ended = True
+                done.append(slot)
+        if len(done) == len(tokens) or t == max_new_tokens - 1:
+            break
+        if done:                                               # finished rows go to the end and cost nothing from here on
+            n = len(tokens) - len(done)
+            to, source = swaps(done, n)
+            cache.move(to, source)
+            tokens[to], uniform[to] = tokens[source], uniform[source]
+            for slot, row in zip(to, [rows[s] for s in source]):
+                rows[slot] = row
+            tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
+        logits = model(tokens[:, None], cache=view, logits="last").logits
+    values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())
+    for slots, _ in drawn:
+        for row in slots:
+            samples[row].logprobs.append(next(values))
+    moved = [slot for slot, row in enumerate(rows) if slot != row]
+    cache.move([rows[slot] for slot in moved], moved)
+    return samples, cache
+
+
+def pad(rows):
+    """Lists of ids -> (B, T) int64, padded on the right with 0, and lengths (B,)."""
+    if not all(rows):
+        raise ValueError("every conversation needs at least one token that the cache does not hold yet")
+    width = max(map(len, rows))
+    return torch.tensor([[*r, *[0] * (width - len(r))] for r in rows]), torch.tensor([len(r) for r in rows])
+
+
+def draw_uniform(seeds, rows, steps):
+    """(rows, steps) numbers in [0, 1), row i from seeds[i]."""
+    if seeds is None:
+        uniform = torch.rand(rows, steps)
+    else:
+        uniform = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return uniform.clamp_(max=1 - 2**-22)                      # so that u * total < total after rounding
+
+
+def draw(logits, uniform, temperature):
+    """logits (n, V), uniform (n,) -> tokens (n,) by inverse CDF, and their log-probs (n,) float32."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        cdf = logprobs.exp().cumsum(-1)
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def swaps(done, n):
+    """Slots to exchange so that the n unfinished rows come first -> (to, source)."""
+    finished = set(done)
+    front = [slot for slot in done if slot < n]
+    back = [slot for slot in range(n, n + len(done)) if slot not in finished]
+    return front + back, back + front
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processor
+
+
+@dataclass
+class Rendered:
+    """A rendered conversation."""
+    ids: list
+    sampled: list                           # per id: must the model produce it?
+    images: list                            # PIL images, in order
+
+
+IMAGE_DEFAULTS = {"image_processor_type": "MllamaImageProcessor", "do_convert_rgb": True, "do_resize": True, "do_pad": True,
+                  "size": {"height": 224, "width": 224}, "max_image_tiles": 4, "resample": 2, "do_rescale": True,
+                  "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+class Processor:
+    """Messages -> token ids and image tensors; ids -> text.
+
+    Llama 3: <|begin_of_text|>, then per message <|start_header_id|>role<|end_header_id|>, two newlines, content, <|eot_id|>.
+    ChatML (tokenizers with <|im_start|>): <|im_start|>role, newline, content, <|im_end|>, newline.
+    No system text is added. Content is encoded as plain text: nobody makes a special token by spelling it.
+    """
+
+    def __init__(self, tokenizer, image_config=None, generation_config=None, tokenizer_config=None):
+        """A `tokenizers.Tokenizer` and the dicts of preprocessor_config.json (None: takes no images), generation_config.json and
+        tokenizer_config.json."""
+        self.tokenizer = tokenizer
+        self.tokenizer.encode_special_tokens = True            # "encode them" as the text that they are spelled with
+        self.special_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.image_config = None if image_config is None else IMAGE_DEFAULTS | image_config
+        self.generation_config, self.tokenizer_config = generation_config or {}, tokenizer_config or {}
+        self.chatml = tokenizer.token_to_id("<|im_start|>") is not None
+        for token in CHATML if self.chatml else LLAMA3:
+            if tokenizer.token_to_id(token) is None:
+                raise ValueError(f"tokenizer.json: expected the special tokens of Llama 3 or ChatML, but {token} is absent")
+        self.end_id = tokenizer.token_to_id("<|im_end|>" if self.chatml else "<|eot_id|>")
+        self.image_token_id = tokenizer.token_to_id("<|image|>")
+        eos = self.generation_config.get("eos_token_id") or []
+        self.stop_ids = sorted({self.end_id, *(eos if isinstance(eos, list) else [eos])})
+        self.pad_id = self.generation_config.get("pad_token_id") or self.end_id
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read tokenizer.json and, where present, the three other files. FileNotFoundError, ValueError."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:                             # tokenizers raises nothing narrower
+            raise ValueError(f"{path}: not a tokenizer ({error})") from None
+        files = ("preprocessor_config.json", "generation_config.json", "tokenizer_config.json")
+        image_config, *others = (read_json(folder, file, optional=True) for file in files)
+        return cls(tokenizer, image_config or None, *others)
+
+    def save_pretrained(self, folder):
+        """Write the files that from_pretrained reads, all or nothing."""
+        files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"} | self.tokenizer_config,
+                 "generation_config.json": {"eos_token_id": self.stop_ids, "pad_token_id": self.pad_id} | self.generation_config}
+        if self.image_config is not None:
+            files["preprocessor_config.json"] = self.image_config
+        write_files(folder, {"tokenizer.json": self.tokenizer.to_str(pretty=True)} | {k: json.dumps(v, indent=2) for k, v in files.items()})
+
+    def encode(self, text):
+        """Plain text -> ids, none of them special."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self.special_ids.isdisjoint(ids):
+            raise ValueError("this tokenizer makes special tokens out of plain text")
+        return ids
+
+    def render(self, messages, *, first=True, reply=True, ended=True):
+        """Messages ({"role", "content", optional "train"}) -> Rendered.
+
+        content: text, or a list of {"type": "text", "text"} and {"type": "image", "image"}. `sampled` marks what the model must
+        produce: an assistant's content and its end token, unless the message has "train": False. reply: end with the header
+        after which the model answers. first=False: go on after the model's own answer; ended=False: which was cut off, so that its
+        end token is added, as a forced one. ValueError for more than one image or an unknown part.
+        """
+        out = Rendered([], [], [])
+        newline = self.encode("\n") if self.chatml else []     # after <|im_end|>, never sampled
+
+        def add(ids, sampled=False):
+            out.ids += ids
+            out.sampled += [sampled] * len(ids)
+
+        if not first:
+            add(([] if ended else [self.end_id]) + newline)
+        elif not self.chatml:
+            add([self.tokenizer.token_to_id("<|begin_of_text|>")])
+        for message in messages:
+            add(self.header(message["role"]))
+            ids = self.content(message["content"], out.images) + [self.end_id]
+            add(ids, sampled=message["role"] == "assistant" and message.get("train", True))
+            add(newline)
+        if reply:
+            add(self.header("assistant"))
+        if len(out.images) > 1:
+            raise ValueError(f"a conversation can have at most one image, this one has {len(out.images)}")
+        return out
+
+    def header(self, role):
+        """Encoded apart from the content, so that a header before a drawn answer and before a given one are the same."""
+        if self.chatml:
+            return [self.tokenizer.token_to_id("<|im_start|>"), *self.encode(role + "\n")]
+        start, end = (self.tokenizer.token_to_id(token) for token in LLAMA3[1:3])
+        return [start, *self.encode(role), end, *self.encode("\n\n")]
+
+    def content(self, content, images):
+        """A message's ids; its images are appended to `images`."""
+        ids = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                ids += self.encode(part["text"])
+            elif part["type"] != "image":
+                raise ValueError(f"message part of type {part['type']!r}: expected 'text' or 'image'")
+            elif self.image_config is None or self.image_token_id is None:
+                raise ValueError("this checkpoint takes no images: it lacks preprocessor_config.json or the <|image|> token")
+            else:
+                ids.append(self.image_token_id)
+                images.append(part["image"])
+        return ids
+
+    def decode(self, ids):
+        """Text of the ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def position_of(self, ids, text):
+        """Index of the id that holds the first character of `text` in the decoded ids; -1 if it is absent."""
+        start = self.decode(ids).find(text)
+        return -1 if start < 0 else bisect_left(range(len(ids)), True, key=lambda i: len(self.decode(ids[:i + 1])) > start)
+
+    def images(self, images):
+        """One PIL image or None per batch row -> Images, or None if there is none."""
+        rows = [i for i, image in enumerate(images) if image is not None]
+        if not rows:
+            return None
+        if self.image_config is None:
+            raise ValueError("this checkpoint takes no images: it lacks preprocessor_config.json")
+        tiles, ids, mask = zip(*(tile_image(images[i], self.image_config) for i in rows))
+        return Images(torch.from_numpy(np.stack(tiles)), torch.tensor(ids), torch.from_numpy(np.stack(mask)), torch.tensor(rows))
+
+
+def tile_image(image, config):
+    """PIL image -> tiles (max_tiles, 3, size, size) float32, aspect ratio id, tile mask (max_tiles,); as transformers' mllama processor."""
+    size, max_tiles = config["size"]["height"], config["max_image_tiles"]
+    image = to_rgb(image)
+    id_, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
+    image = image.resize(fit(image.width, image.height, columns * size, rows * size, size), config["resample"])
+    canvas = np.zeros((rows * size, columns * size, 3), np.float32)
+    canvas[:image.height, :image.width] = np.asarray(image)
+    if config["do_rescale"]:
+        canvas *= np.float32(config["rescale_factor"])
+    if config["do_normalize"]:
+        canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
+    tiles = np.zeros((max_tiles, 3, size, size), np.float32)
+    tiles[:rows * columns] = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
+    return tiles, id_, (np.arange(max_tiles) < rows * columns).astype(np.int64)
+
+
+def to_rgb(image):
+    """Any mode -> RGB. Transparency turns white; 16-bit grey is scaled, where Pillow would clip it."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def tile_layouts(max_tiles):
+    """All (rows, columns) of at most max_tiles tiles; a layout's place in this list is its aspect ratio id, less 1."""
+    return [[a, b] for a in range(1, max_tiles + 1) for b in range(1, max_tiles + 1) if a * b <= max_tiles]
+
+
+def best_canvas(width, height, size, max_tiles):
+    """Aspect ratio id and (rows, columns) of the canvas that enlarges the image least; if none does, that shrinks it least; of equals
+    the smallest, then the first."""
+    layouts = tile_layouts(max_tiles)
+    scales = [min(a * size / height, b * size / width) for a, b in layouts]
+    scale = min((s for s in scales if s >= 1), default=max(scales))
+    best = min((i for i, s in enumerate(scales) if s == scale), key=lambda i: layouts[i][0] * layouts[i][1])
+    return best + 1, layouts[best]
+
+
+def fit(width, height, canvas_width, canvas_height, size):
+    """(width, height) in pixels of the resized image: its aspect kept, within the canvas, enlarged at most to one tile."""
+    target_width, target_height = min(max(width, size), canvas_width), min(max(height, size), canvas_height)
+    scale_w, scale_h = target_width / width, target_height / height
+    if scale_w < scale_h:
+        return target_width, min(math.floor(height * scale_w) or 1, target_height)
+    return min(math.floor(width * scale_h) or 1, target_width), target_height
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches for training and scoring
+
+@dataclass
+class Batch:
+    input_ids: torch.Tensor          # (B, T)
+    lengths: torch.Tensor            # (B,)
+    targets: torch.Tensor            # (B, T) the token after each position where it is asked for, else -100
+    images: Images | None
+
+    def to(self, device):
+        return Batch(self.input_ids.to(device), self.lengths.to(device), self.targets.to(device),
+                     self.images and self.images.to(device))
+
+
+def collate(processor, ids, asked, images):
+    """Conversations -> Batch. `asked[b][t]`: is the log-prob of token t wanted? The last token is a target only."""
+    width = max(len(row) for row in ids) - 1
+    input_ids = torch.full((len(ids), width), processor.pad_id)
+    targets = torch.full((len(ids), width), -100)
+    for b, (row, wanted) in enumerate(zip(ids, asked)):
+        input_ids[b, :len(row) - 1] = torch.tensor(row[:-1])
+        following = torch.tensor(row[1:])
+        targets[b, :len(row) - 1] = torch.where(torch.tensor(wanted[1:]), following, -100)
+    lengths = torch.tensor([len(row) - 1 for row in ids])
+    return Batch(input_ids, lengths, targets, processor.images(images))
+
+
+def bucket(lengths, token_budget):
+    """Group rows alike in length so that rows x longest <= token_budget (a row beyond it alone). Returns lists of indices."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= token_budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

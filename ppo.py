@@ -1,0 +1,415 @@
+"""Multi-turn PPO against a verifier: rollout, generalized advantage estimation over turns, clipped losses.
+
+    torchrun train.py --task gp-l --algo ppo
+
+One episode is a dialogue. The model answers, the verifier replies, the model revises, until the answer is right or the
+attempts are used up. An *action* is one whole turn (the paper's choice; `--unit token` makes it one token), and the
+advantage flows from turn to turn: a verifier message is something the model was told, not something it did, so it takes
+no part in ratios, entropies, normalisation or the decay of an advantage.
+
+The file reads downwards: the record of an episode, the rollout that fills it, the advantages, the losses, the update.
+"""
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from model import bucket, collate, generate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record of an episode
+
+@dataclass
+class Turn:
+    """One answer of the model and what became of it. Its tokens are `ids[start:end]` of its conversation."""
+    conversation: int
+    start: int
+    end: int
+    reward: float
+    info: dict                 # what the environment said of this answer: verdict, recognized, ...
+    value: float = 0.0         # V(prompt of this turn), filled in by `score_values`
+    advantage: float = 0.0     # filled in by an estimator
+    target: float = 0.0        # what the value head is regressed on
+
+
+@dataclass
+class Conversation:
+    """One packed token sequence; several turns may lie in it. All lists have one entry a token."""
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)      # True: drawn by the model. False: forced (prompt, verifier)
+    logprobs: list[float] = field(default_factory=list)    # as drawn; 0 where forced
+    weights: list[float] = field(default_factory=list)     # weight in the turn's log-prob; 0 where forced
+    image: object = None                                   # PIL image or None
+
+    def tell(self, rendered):
+        """Append forced tokens: a prompt or a verifier message."""
+        n = len(rendered.ids)
+        self.ids += rendered.ids
+        self.sampled += [False] * n
+        self.logprobs += [0.0] * n
+        self.weights += [0.0] * n
+        if rendered.images:
+            self.image = rendered.images[0]
+
+    def add(self, sample, weights):
+        """Append the tokens of one answer."""
+        self.ids += sample.ids
+        self.sampled += [True] * len(sample.ids)
+        self.logprobs += sample.logprobs
+        self.weights += weights
+
+
+@dataclass
+class Episode:
+    """What flows from the rollout to the advantages to the loss: conversations and, in order, the turns in them."""
+    seed: int
+    conversations: list[Conversation] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    success: bool = False
+    transcript: list[tuple[str, str]] = field(default_factory=list)   # (who, text), for people to read
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+def token_weights(processor, ids, answer_key, before=0.5):
+    """Weight of each token in the log-prob of its turn: `before` ahead of the answer key, 1 from there on.
+
+    The released code (after RL4VLM, arXiv 2405.10292) halves what the model says before its final answer. The key is
+    found in the decoded text by character offset. An answer without the key is weighted 1 throughout.
+    """
+    key = processor.position_of(ids, f'"{answer_key}"')
+    return [before if i < key else 1.0 for i in range(len(ids))]
+
+
+class Player:
+    """One episode in progress: an environment, the record, and the conversation that is open."""
+
+    def __init__(self, env, seed, processor):
+        self.env, self.processor, self.episode = env, processor, Episode(seed)
+        observation, _ = env.reset(seed)
+        self.listen(observation, ended=True)
+
+    def listen(self, observation, ended):
+        """Append the observation's messages to the open conversation, or open a new one with them."""
+        self.fresh = observation.fresh
+        if self.fresh:
+            self.episode.conversations.append(Conversation())
+        rendered = self.processor.render(observation.messages, first=self.fresh, ended=ended)
+        self.episode.conversations[-1].tell(rendered)
+        for message in observation.messages:
+            self.episode.transcript.append((message["role"], readable(message["content"])))
+
+    def answer(self, sample):
+        """Record one answer and show it to the verifier. Returns True while the episode goes on."""
+        text, episode = self.processor.decode(sample.ids), self.episode
+        start = len(episode.conversations[-1].ids)
+        episode.conversations[-1].add(sample, token_weights(self.processor, sample.ids, self.env.answer_key))
+        observation, reward, terminated, truncated, info = self.env.step(text)
+        episode.turns.append(Turn(len(episode.conversations) - 1, start, start + len(sample.ids), reward, info))
+        episode.transcript.append(("assistant", text))
+        episode.transcript.append(("reward", f"{reward:+g} ({info['verdict']})"))
+        if terminated or truncated:
+            episode.success = terminated
+            return False
+        self.listen(observation, ended=sample.ended)
+        return True
+
+
+def readable(content):
+    """The text of a chat message; an image shows as <image>."""
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", "<image>") for part in content)
+
+
+@torch.inference_mode()
+def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, sample_seed=0, batch=256, device="cpu"):
+    """Play one episode per seed with the current policy, `batch` at a time.
+
+    The conversations that continue keep their KV cache from turn to turn, so that every prefix is prefilled once.
+    Draws depend on (sample_seed, index of the episode, turn) alone, never on who shares the batch.
+    Returns a list of Episodes in the order of `seeds`.
+    """
+    episodes = []
+    for first in range(0, len(seeds), batch):
+        players = [Player(make_env(), seed, processor) for seed in seeds[first:first + batch]]
+        for index, player in enumerate(players, first):
+            player.draws = (sample_seed * 1_000_003 + index) * 1_009
+        groups = [(None, players)]                       # players whose conversations share one cache
+        while groups:
+            fresh, continuing = [], []
+            for cache, group in groups:
+                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens, device)
+                fresh += [group[i] for i in stay if group[i].fresh]
+                stay = [i for i in stay if not group[i].fresh]
+                if stay:
+                    cache.keep(stay)
+                    continuing.append((cache, [group[i] for i in stay]))
+            groups = continuing + ([(None, fresh)] if fresh else [])
+        episodes += [player.episode for player in players]
+    return episodes
+
+
+def play_turn(model, processor, cache, players, temperature, max_new_tokens, device):
+    """Every player answers once. Returns the cache and the indices of the players whose episodes go on."""
+    open_conversations = [player.episode.conversations[-1] for player in players]
+    images = None
+    if cache is None:
+        images = processor.images([c.image for c in open_conversations])
+        images = images and images.to(device)
+    samples, cache = generate(
+        model, [c.ids for c in open_conversations], cache=cache, images=images, max_new_tokens=max_new_tokens,
+        temperature=temperature, stop_ids=processor.stop_ids,
+        seeds=[player.draws + len(player.episode.turns) for player in players])
+    return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages: episodes with values in, advantages and value targets out. A variant is a function and a table entry.
+
+def gae(episodes, args):
+    """Generalized advantage estimation over turns (Schulman et al. 2016; gamma 0.9, lambda 0.95 in the paper).
+
+        delta_k = r_k + gamma V_{k+1} - V_k,   A_k = delta_k + gamma lambda A_{k+1},   V = A = 0 after the last turn.
+
+    An episode that ran out of attempts is as terminal as a solved one: nothing leaks in from the next hand.
+    """
+    for episode in episodes:
+        next_value = next_advantage = 0.0
+        for turn in reversed(episode.turns):
+            delta = args.reward_scale * turn.reward + args.gamma * next_value - turn.value
+            turn.advantage = delta + args.gamma * args.lam * next_advantage
+            turn.target = turn.advantage + turn.value
+            next_value, next_advantage = turn.value, turn.advantage
+
+
+ESTIMATORS = {"gae": gae}
+
+
+def normalize_advantages(turns, all_reduce=lambda x: x):
+    """Shift and scale the advantages of all turns of the rollout, over all ranks, to mean 0 and deviation 1, in place."""
+    a = torch.tensor([turn.advantage for turn in turns], dtype=torch.float64)
+    n, total = all_reduce(torch.stack([torch.tensor(float(len(a)), dtype=torch.float64), a.sum()]))
+    mean = total / n
+    std = (all_reduce(((a - mean) ** 2).sum()) / n).sqrt()
+    for turn, value in zip(turns, ((a - mean) / (std + 1e-8)).tolist()):
+        turn.advantage = value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: numbers in, one loss a unit out. A unit is a turn or a token; a variant is a function and a table entry.
+
+def ppo_clip(logprobs, old_logprobs, advantages, clip):
+    """The clipped surrogate (Schulman et al. 2017, eq. 7). All arguments and the returned loss have shape (units,)."""
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    metrics = {
+        "approx_kl": (ratio - 1 - log_ratio).detach(),                # the k3 estimate of KL(old || new)
+        "clipfrac": ((ratio - 1).abs() > clip).float(),
+    }
+    return loss, metrics
+
+
+LOSSES = {"ppo": ppo_clip}
+
+
+def value_loss(values, old_values, targets, clip):
+    """Half the squared error; with `clip` > 0 the worse of it and of the error of a value kept within `clip` of the old."""
+    loss = (values - targets) ** 2
+    if clip > 0:
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        loss = torch.maximum(loss, (clipped - targets) ** 2)
+    return 0.5 * loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+class ActorCritic(nn.Module):
+    """The policy and its critic: an MLP hidden-1024-512-1 on the hidden state at the last prompt token of a turn.
+
+    critic = "shared":   the head reads the policy's hidden state and its gradient flows into the policy (the paper)
+             "detached": it reads the same state, but its gradient stops there
+             "separate": it reads the hidden state of a second network that starts as a copy of the policy; a random
+                         head then cannot disturb the policy. Costs a second model; the tiny preset uses it.
+    """
+
+    def __init__(self, policy, critic="shared"):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        width = policy.config.hidden_size
+        self.value_head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
+        nn.init.zeros_(self.value_head[-1].weight)                     # values start at 0, not at noise
+        nn.init.zeros_(self.value_head[-1].bias)
+        self.trunk = copy.deepcopy(policy) if critic == "separate" else None
+
+    def values(self, batch, turns):
+        """Values of the turns, (turns,). `turns` holds the row and the position of each turn's last prompt token."""
+        trunk = self.policy if self.trunk is None else self.trunk
+        hidden = trunk(batch.input_ids, lengths=batch.lengths, images=batch.images).hidden
+        return self.head(hidden, turns)
+
+    def head(self, hidden, turns):
+        return self.value_head(hidden[turns.rows, turns.positions].float()).squeeze(-1)
+
+    def forward(self, batch, turns, temperature):
+        """One forward pass for all turns of all conversations: log-probs (B, T), entropies (B, T), values (turns,)."""
+        out = self.policy(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets,
+                          temperature=temperature)
+        if self.trunk is not None:
+            return out.logprobs, out.entropy, self.values(batch, turns)
+        hidden = out.hidden.detach() if self.critic == "detached" else out.hidden
+        return out.logprobs, out.entropy, self.head(hidden, turns)
+
+
+@dataclass
+class TurnTensors:
+    """The turns of one batch of conversations as tensors; (B, T) entries speak of the token *after* position t."""
+    rows: torch.Tensor             # (turns,) batch row
+    positions: torch.Tensor        # (turns,) last prompt token, where the value is read
+    turn_of: torch.Tensor          # (B, T) index into `turns` of the sampled token that follows, -1 where it is forced
+    weights: torch.Tensor          # (B, T)
+    old_logprobs: torch.Tensor     # (B, T)
+    advantages: torch.Tensor       # (turns,)
+    old_values: torch.Tensor       # (turns,)
+    targets: torch.Tensor          # (turns,)
+
+
+def make_batch(processor, items, device):
+    """items: list of (Conversation, [its Turns]). Returns (Batch for the model, TurnTensors, the turns in order)."""
+    conversations = [conversation for conversation, _ in items]
+    batch = collate(processor, [c.ids for c in conversations], [c.sampled for c in conversations],
+                    [c.image for c in conversations]).to(device)
+    shape = batch.input_ids.shape
+    turn_of, weights = torch.full(shape, -1), torch.zeros(shape)
+    old_logprobs, rows, turns = torch.zeros(shape), [], []
+    for row, (conversation, own) in enumerate(items):
+        n = len(conversation.ids) - 1
+        weights[row, :n] = torch.tensor(conversation.weights[1:])
+        old_logprobs[row, :n] = torch.tensor(conversation.logprobs[1:])
+        for turn in own:
+            turn_of[row, turn.start - 1:turn.end - 1] = len(turns)
+            rows.append(row)
+            turns.append(turn)
+    column = lambda name: torch.tensor([getattr(turn, name) for turn in turns], dtype=torch.float32, device=device)
+    tensors = TurnTensors(
+        torch.tensor(rows, device=device), torch.tensor([turn.start - 1 for turn in turns], device=device),
+        turn_of.to(device), weights.to(device), old_logprobs.to(device),
+        column("advantage"), column("value"), column("target"))
+    return batch, tensors, turns
+
+
+def conversations_of(episodes):
+    """All conversations with the turns in them: list of (Conversation, [Turn])."""
+    items = []
+    for episode in episodes:
+        turns = defaultdict(list)
+        for turn in episode.turns:
+            turns[turn.conversation].append(turn)
+        items += [(episode.conversations[k], turns[k]) for k in sorted(turns)]
+    return items
+
+
+def buckets_of(items, token_budget):
+    """Split items into batches of conversations alike in length, each of at most `token_budget` padded tokens."""
+    return [[items[i] for i in indices]
+            for indices in bucket([len(conversation.ids) for conversation, _ in items], token_budget)]
+
+
+@torch.no_grad()
+def score_values(actor_critic, processor, episodes, token_budget, device):
+    """Fill in `turn.value` for all turns with the critic as it is before the update."""
+    for items in buckets_of(conversations_of(episodes), token_budget):
+        batch, tensors, turns = make_batch(processor, items, device)
+        for turn, value in zip(turns, actor_critic.values(batch, tensors).tolist()):
+            turn.value = value
+
+
+def units(logprobs, tensors, unit):
+    """What a ratio is taken of: (new log-probs, old log-probs, advantages), each (units,).
+
+    turn:  the weighted sum over the tokens of a turn        token: each sampled token on its own
+    """
+    drawn = tensors.turn_of >= 0
+    turn_of = tensors.turn_of[drawn]
+    if unit == "token":
+        return logprobs[drawn], tensors.old_logprobs[drawn], tensors.advantages[turn_of]
+    weights = tensors.weights[drawn]
+    total = lambda x: torch.zeros_like(tensors.advantages).index_add(0, turn_of, weights * x[drawn])
+    return total(logprobs), total(tensors.old_logprobs), tensors.advantages
+
+
+def count_units(items, unit):
+    """Number of turns or of sampled tokens in a list of items."""
+    return sum(turn.end - turn.start if unit == "token" else 1 for _, turns in items for turn in turns)
+
+
+def minibatch_loss(actor_critic, processor, items, args, n_units, n_turns, device, train_policy=True):
+    """The loss of one micro-batch, scaled so that the micro-batches of a minibatch, over all ranks, add up to the mean.
+
+    Returns (loss, metrics), the metrics as sums over this micro-batch's units divided by the minibatch's count.
+    """
+    batch, tensors, _ = make_batch(processor, items, device)
+    logprobs, entropy, values = actor_critic(batch, tensors, args.temperature)
+    new, old, advantages = units(logprobs, tensors, args.unit)
+    policy, metrics = LOSSES[args.loss](new, old, advantages, args.clip)
+    value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip).sum() / n_turns
+    drawn = tensors.turn_of >= 0
+    share = new.numel() / n_units                       # of the minibatch's units that lie in this micro-batch
+    policy, entropy = policy.sum() / n_units, entropy[drawn].mean() * share
+    loss = args.value_coef * value
+    if train_policy:
+        loss = loss + policy - args.entropy_coef * entropy
+    metrics = {name: x.sum() / n_units for name, x in metrics.items()}
+    metrics |= {"policy_loss": policy, "value_loss": value, "entropy": entropy,
+                "drawn_vs_scored": (logprobs - tensors.old_logprobs)[drawn].abs().mean() * share}
+    return loss, {name: x.detach() for name, x in metrics.items()}
+
+
+def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, all_reduce=lambda x: x, device="cpu"):
+    """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
+
+    `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
+    With `train_policy` False only the critic learns (warm-up). Returns the metrics of the update as a dict of floats.
+    """
+    turns = [turn for episode in episodes for turn in episode.turns]
+    score_values(actor_critic, processor, episodes, args.token_budget, device)
+    ESTIMATORS[args.advantage](episodes, args)
+    explained = explained_variance(turns, all_reduce)
+    normalize_advantages(turns, all_reduce)
+    items, metrics = conversations_of(episodes), defaultdict(list)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(args.epochs):
+        order = torch.randperm(len(items), generator=generator).tolist()
+        for k in range(args.minibatches):
+            chunk = [items[i] for i in order[k::args.minibatches]]
+            counts = torch.tensor([count_units(chunk, args.unit), count_units(chunk, "turn")], dtype=torch.float64)
+            n_units, n_turns = all_reduce(counts).tolist()
+            sums = defaultdict(float)
+            for micro in buckets_of(chunk, args.token_budget):
+                loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n_units, n_turns, device, train_policy)
+                loss.backward()
+                for name, value in numbers.items():
+                    sums[name] += value.double().cpu()
+            for name, value in zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()):
+                metrics[name].append(value)
+            metrics["grad_norm"].append(step())
+    first = metrics.pop("drawn_vs_scored")[0]          # later minibatches differ because the policy has moved
+    return {name: sum(x) / len(x) for name, x in metrics.items()} | {
+        "drawn_vs_scored": first, "explained_variance": explained,
+        "trained_tokens": args.epochs * sum(len(conversation.ids) for conversation, _ in items)}
+
+
+def explained_variance(turns, all_reduce=lambda x: x):
+    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a perfect one."""
+    target = torch.tensor([turn.target for turn in turns], dtype=torch.float64)
+    error = target - torch.tensor([turn.value for turn in turns], dtype=torch.float64)
+    n, t, t2, e, e2 = all_reduce(torch.stack([torch.ones_like(target).sum(), target.sum(), (target**2).sum(), error.sum(), (error**2).sum()]))
+    variance = t2 / n - (t / n) ** 2
+    return (1 - (e2 / n - (e / n) ** 2) / variance).item() if variance > 1e-12 else float("nan")

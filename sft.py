@@ -1,0 +1,75 @@
+"""Supervised fine-tuning on expert dialogues, with loss on the expert's own tokens only.
+
+    torchrun train.py --task gp-l --algo sft
+
+The data comes from the environments' oracles and is made as it is needed: one dialogue a seed, rendered by the very
+Processor that renders RL prompts. With `--mistakes` some dialogues hold wrong answers and the verifier's replies before
+the right one (the paper's sub-optimal trajectories, its figure 15); the wrong answers are context, never targets.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from model import bucket, collate
+
+
+@dataclass
+class Example:
+    ids: list[int]
+    sampled: list[bool]        # True: a token the model must produce, so a token with a loss
+    image: object              # PIL image or None
+
+
+def make_example(processor, env, seed, mistakes=0):
+    """One expert dialogue as token ids with the mask of what is learnt."""
+    rendered = processor.render(env.demonstrate(seed, mistakes=mistakes), reply=False)
+    return Example(rendered.ids, rendered.sampled, rendered.images[0] if rendered.images else None)
+
+
+def make_batch(processor, mixture, seeds, mistakes):
+    """One example per seed. `mixture`: list of (environment, weight); `mistakes`: share of dialogues with wrong turns."""
+    examples = []
+    for seed in seeds:
+        rng = random.Random(seed)
+        env = rng.choices([env for env, _ in mixture], [weight for _, weight in mixture])[0]
+        wrong = rng.randint(1, env.attempts - 1) if env.attempts > 1 and rng.random() < mistakes else 0
+        examples.append(make_example(processor, env, seed, wrong))
+    return examples
+
+
+def nll(logprobs):
+    """Negative log-likelihood of each target token, (tokens,) -> (tokens,)."""
+    return -logprobs
+
+
+LOSSES = {"nll": nll}
+
+
+def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, device="cpu"):
+    """One optimizer step on a batch of examples: the mean loss a target token, over all ranks.
+
+    `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
+    """
+    n_tokens = all_reduce(torch.tensor(float(sum(sum(e.sampled) for e in examples)), dtype=torch.float64)).item()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for indices in bucket([len(e.ids) for e in examples], args.token_budget):
+        micro = [examples[i] for i in indices]
+        batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
+        out = model(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets)
+        asked = batch.targets >= 0
+        logprobs = out.logprobs[asked]
+        loss = LOSSES[args.sft_loss](logprobs).sum() / n_tokens
+        loss.backward()
+        sums += torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
+    nll_mean, loss, entropy = (all_reduce(sums) / n_tokens).tolist()
+    return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(),
+            "trained_tokens": sum(len(e.ids) for e in examples)}
+
+
+def freeze(model, tune):
+    """Stop the gradients of what is not tuned. The paper's figure 16: all, vision frozen, vision and adapter frozen."""
+    frozen = {"all": (), "no-vision": ("vision_model.",), "no-vision-no-adapter": ("vision_model.", "multi_modal_projector.")}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen[tune]))

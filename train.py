@@ -1,0 +1,681 @@
+"""Post-train a (vision-)language model on one rule of a game by SFT or by multi-turn PPO, and test it on another.
+
+    torchrun train.py --task gp-vl --algo ppo                          # the built-in tiny model, two CPU cores, minutes
+    torchrun train.py --task gp-l --algo sft --steps 200               # the other way to learn
+    torchrun train.py --task gp-l --algo eval --model runs/gp-l-ppo/final
+    torchrun train.py --plot runs/gp-l-sft runs/gp-l-ppo               # ID and OOD success against training compute
+
+This file holds what is around the learning: arguments and presets, processes and devices, the tiny model, evaluation,
+logs, checkpoints and the loop. What is learnt from is in envs.py, what learns in model.py, how in sft.py and ppo.py.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import ppo
+import sft
+from envs import GeneralPoints, load_prompts
+from model import Config, Llama, Processor
+
+HERE = Path(__file__).resolve().parent
+FOUNDATION = HERE / "docs" / "tiny"            # the tiny model's pre-trained weights; remade by --algo pretrain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments and presets
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line."""
+
+
+def arg(default, help, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Args:
+    """Every setting of a run. None means: from the preset."""
+    task: str = arg("gp-l", "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image", ("gp-l", "gp-vl"))
+    algo: str = arg("ppo", "ppo, sft, eval, or pretrain (makes the tiny model's foundation anew)", ("ppo", "sft", "eval", "pretrain"))
+    model: str = arg("tiny", "'tiny' (built in) or a Hugging Face folder of a Llama or Llama-3.2-Vision checkpoint")
+    out: str = arg(None, "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
+    seed: int = arg(0, "seed of training hands, draws and shuffles; evaluation hands are the same for every seed")
+    preset: str = arg("auto", "tiny: settings for the built-in model; paper: the paper's settings; auto: by the model's size", ("auto", "tiny", "paper"))
+    device: str = arg("auto", "cuda, mps, cpu, or auto", ("auto", "cuda", "mps", "cpu"))
+    resume: bool = arg(False, "continue the run in --out from its newest checkpoint")
+    prompts: str = arg(None, "JSON file of templates that replace the built-in prompts and verifier messages")
+    # the game
+    rule: str = arg("10", "what J, Q, K count in training: 10, 11-12-13, or any number or three joined by '-'")
+    look: str = arg(None, "suits dealt in training: black, red or all (default: all for gp-l, black for gp-vl)")
+    target: int = arg(24, "the number to make")
+    attempts: int = arg(5, "judged attempts an episode")
+    # learning
+    steps: int = arg(None, "PPO updates or SFT optimizer steps")
+    lr: float = arg(None, "learning rate")
+    lr_schedule: str = arg(None, "constant or cosine (to 0), after the warm-up", ("constant", "cosine"))
+    warmup: float = arg(None, "share of the steps over which the learning rate rises from 0")
+    weight_decay: float = arg(None, "AdamW weight decay")
+    betas: tuple = arg(None, "Adam betas, as two numbers joined by a comma")
+    adam_eps: float = arg(None, "Adam epsilon")
+    max_grad_norm: float = arg(None, "gradient norm to clip to")
+    token_budget: int = arg(None, "padded tokens of one forward and backward pass; gradients are accumulated over several")
+    tune: str = arg("all", "what SFT and PPO train", ("all", "no-vision", "no-vision-no-adapter"))
+    # SFT
+    batch_size: int = arg(None, "SFT dialogues a step, over all ranks")
+    mistakes: float = arg(0.0, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
+    sft_loss: str = arg("nll", "SFT loss", tuple(sft.LOSSES))
+    # PPO
+    hands: int = arg(None, "hands dealt an update, over all ranks")
+    samples: int = arg(None, "episodes played of each hand")
+    temperature: float = arg(None, "sampling temperature of the rollout")
+    max_new_tokens: int = arg(None, "longest answer, in tokens")
+    advantage: str = arg("gae", "advantage estimator", tuple(ppo.ESTIMATORS))
+    loss: str = arg("ppo", "policy loss", tuple(ppo.LOSSES))
+    unit: str = arg(None, "what a ratio is taken of: a whole turn (the paper) or a token", ("turn", "token"))
+    clip: float = arg(None, "clip range of the ratio")
+    value_clip: float = arg(None, "clip range of the value's change, 0 for none")
+    value_coef: float = arg(None, "weight of the value loss")
+    entropy_coef: float = arg(None, "weight of an entropy bonus")
+    gamma: float = arg(0.9, "discount from turn to turn")
+    lam: float = arg(0.95, "lambda of GAE, from turn to turn")
+    epochs: int = arg(None, "passes over each rollout")
+    minibatches: int = arg(None, "optimizer steps a pass")
+    critic: str = arg(None, "what the value head reads: shared, detached or separate (see ppo.ActorCritic)", ("shared", "detached", "separate"))
+    critic_lr: float = arg(None, "learning rate of the value head (and of its own trunk)")
+    critic_warmup: int = arg(None, "first updates that train the critic alone")
+    reward_scale: float = arg(None, "factor on rewards before advantages and value targets")
+    # evaluation and logs
+    eval_every: int = arg(None, "steps between evaluations (also before and after training); 0: only before and after")
+    eval_hands: int = arg(None, "hands an evaluation set")
+    eval_sets: str = arg(None, "comma-separated: id, id-face, rule-ood, visual-ood (default: those of the task)")
+    eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
+    save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
+    transcript_every: int = arg(10, "steps between sample transcripts (PPO)")
+    rollout_batch: int = arg(256, "episodes played at once, a rank")
+
+
+# Presets are data: algorithm-independent first, then what the algorithm adds. The paper's numbers are PAPER: section 4.
+PRESETS = {
+    "tiny": dict(
+        all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=8192, max_new_tokens=48,
+                 lr_schedule="constant", warmup=0.0, eval_hands=500),
+        sft=dict(steps=400, lr=3e-4, batch_size=64, eval_every=100, save_every=100, warmup=0.03),
+        ppo=dict(steps=60, lr=1e-4, hands=64, samples=4, temperature=1.0, unit="turn", clip=0.1, value_clip=0.0, value_coef=1.0,
+                 entropy_coef=0.0, epochs=1, minibatches=4, critic="separate", critic_lr=3e-4, critic_warmup=3, reward_scale=0.2,
+                 eval_every=20, save_every=20),
+        pretrain=dict(steps=2400, lr=1e-3, batch_size=128, mistakes=0.25, warmup=0.05, lr_schedule="cosine", eval_every=400,
+                      save_every=400, weight_decay=0.01, betas=(0.9, 0.98)),
+        eval={}),
+    "paper": dict(
+        all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine", eval_hands=234),
+        sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7}, batch_size=128, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
+                 eval_every=50, save_every=100),
+        ppo=dict(steps=20, lr=1e-6, betas=(0.9, 0.999), warmup=0.0, hands=512, samples=1, temperature=0.2, unit="turn", clip=0.1,
+                 value_clip=0.1, value_coef=0.5, entropy_coef=0.0, epochs=4, minibatches=2, critic="shared", critic_lr=1e-6,
+                 critic_warmup=0, reward_scale=1.0, max_grad_norm=0.01, eval_every=5, save_every=5),
+        eval={}),
+}
+
+
+def parse(argv=None):
+    """Command line -> Args. Options come from the dataclass, so `--help` cannot drift from what is used."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw success against compute for these run folders, then stop")
+    for f in dataclasses.fields(Args):
+        flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.default not in (None, False):
+            help += f" (default: {f.default})"
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=help)
+        elif f.type is tuple:
+            parser.add_argument(flag, type=lambda text: tuple(float(x) for x in text.split(",")), metavar="A,B", help=help)
+        else:
+            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=help)
+    namespace = vars(parser.parse_args(argv))
+    plot = namespace.pop("plot")
+    return Args(**namespace), plot
+
+
+def apply_preset(args, hidden_size):
+    """Fill what the user left open from the preset."""
+    if args.preset == "auto":
+        args.preset = "tiny" if hidden_size <= 512 else "paper"
+    preset = PRESETS[args.preset]
+    if args.algo not in preset:
+        raise UserError(f"--algo {args.algo} has no preset '{args.preset}': it is for the tiny model only")
+    for name, value in (preset["all"] | preset[args.algo]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value[args.task] if isinstance(value, dict) else value)
+    args.look = args.look or ("black" if args.task.endswith("vl") else "all")
+    args.eval_sets = args.eval_sets or ("id,rule-ood,visual-ood" if args.task.endswith("vl") else "id,rule-ood")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+class Processes:
+    """This process among all: rank, world size, device, and sums over ranks. One process needs no torchrun."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        self.device = torch.device(device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    def all_reduce(self, tensor):
+        """Sum over ranks, in place; returns the tensor."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, items):
+        """This rank's share of a list that all ranks hold."""
+        return items[self.rank::self.world]
+
+    def print(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    @property
+    def hardware(self):
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
+        return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def autocast(device):
+    """bfloat16 compute over float32 weights on CUDA; nothing elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+def git_commit():
+    """The commit this run's code comes from, with a + where files differ from it; None outside a git checkout."""
+    run = lambda *command: subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit = shutil.which("git") and run("rev-parse", "--short", "HEAD")
+    return commit + ("+" if run("status", "--porcelain", "--untracked-files=no") else "") if commit else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The game: training and evaluation sets are instances of one class
+
+def make_env(args, **changes):
+    """A factory of environments with the run's settings and `changes` to them."""
+    settings = dict(image=args.task.endswith("vl"), rule=args.rule, look=args.look, target=args.target, attempts=args.attempts,
+                    size=(224, 56) if args.preset == "tiny" else (1200, 1200),
+                    prompts=load_prompts(args.prompts) if args.prompts else None) | changes
+    return lambda: GeneralPoints(**settings)
+
+
+def evaluation_sets(args):
+    """Name -> factory. Rule-OOD hands hold a face card, so the rule matters in each (the paper); id-face is the same
+    deal under the training rule, to tell a harder deal from a new rule."""
+    other = {"rule": "10" if args.rule == "11-12-13" else "11-12-13", "deal": "face"}
+    known = {"id": {}, "id-face": {"deal": "face"}, "rule-ood": other, "visual-ood": {"look": "black" if args.look == "red" else "red"}}
+    names = args.eval_sets.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--eval-sets: unknown set '{name}'; known are {', '.join(known)}")
+    return {name: make_env(args, **known[name]) for name in names}
+
+
+def evaluate(model, processor, args, processes, progress=""):
+    """Play the fixed hands of every evaluation set. Returns {set: {success, first, recognized, reward, n, ...}}.
+
+    success: solved within the attempts; first: at the first one; both with the binomial standard error sqrt(P(1-P)/N).
+    recognized: share of answers whose cards are right; reward: mean sum of rewards of an episode.
+    """
+    results = {}
+    for name, factory in evaluation_sets(args).items():
+        seeds = processes.share(list(range(args.eval_hands)))
+        with autocast(processes.device):
+            episodes = ppo.rollout(model, processor, factory, seeds, temperature=args.eval_temperature, batch=args.rollout_batch,
+                                   max_new_tokens=args.max_new_tokens, sample_seed=processes.rank, device=processes.device)
+        results[name] = summarize(episodes, processes)
+        r = results[name]
+        processes.print(f"{progress}  {name:<11} success {100 * r['success']:5.1f} ± {100 * r['success_se']:.1f} %   first attempt "
+                        f"{100 * r['first']:5.1f} %   cards read {100 * r['recognized']:5.1f} %   reward {r['reward']:+6.2f}   N {r['n']}")
+    return results
+
+
+def summarize(episodes, processes):
+    """Rates over all episodes of all ranks."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    counts = [len(episodes), len(turns), sum(e.success for e in episodes), sum(e.turns[0].info["correct"] for e in episodes),
+              sum(bool(turn.info["recognized"]) for turn in turns), sum(turn.reward for turn in turns)]
+    n, n_turns, success, first, recognized, reward = processes.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    rate = lambda name, p: {name: p, f"{name}_se": math.sqrt(p * (1 - p) / n)}
+    return rate("success", success / n) | rate("first", first / n) | {
+        "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny model: a from-scratch Llama-Vision in an ordinary Hugging Face folder
+
+TINY = {
+    "model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], "torch_dtype": "float32",
+    "image_token_index": 1024,
+    "text_config": {
+        "model_type": "mllama_text_model", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 6, "cross_attention_layers": [2], "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 2048,
+        "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 5},
+    "vision_config": {
+        "model_type": "mllama_vision_model", "image_size": 56, "patch_size": 14, "num_channels": 3, "hidden_size": 96,
+        "attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 2, "num_global_layers": 1,
+        "intermediate_layers_indices": [0, 1], "max_num_tiles": 4, "vision_output_dim": 288, "norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
+}
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
+INIT_STEPS = {"gp-l": 60, "gp-vl": 60}         # SFT steps from the foundation to the paper's init
+
+
+def foundation_mixture(args):
+    """What the tiny model is 'pre-trained' on: both rules and others, all suits, many targets, half in text, half in images.
+
+    The paper's Llama comes to the game with arithmetic and with eyes; this mixture stands for that. Returns the
+    mixture of sft.make_batch: (environment, weight) pairs.
+    """
+    games = [(0.4, dict(rule="10")), (0.4, dict(rule="11-12-13", deal="face"))]
+    games += [(0.02, dict(rule=rule, target=target)) for target in (12, 20, 30) for rule in ("10", "11-12-13")]
+    games += [(0.04, dict(rule=rule, deal="face")) for rule in ("5", "7")]
+    return [(make_env(args, image=image, look="all", **game)(), weight) for weight, game in games for image in (False, True)]
+
+
+def train_tokenizer(mixture, vocab_size):
+    """Byte-level BPE on the environments' own text. Numbers, operators and card letters stay tokens of their own; all else,
+    spaces included, may merge, so that a prompt costs the tiny model some dozen tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    apart = Regex(r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(apart, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [ppo.readable(message["content"]).replace("<image>", "") for seed in range(40) for env, _ in mixture
+             for message in env.demonstrate(seed, mistakes=seed % 4)] + ["user", "assistant", "\n\n"] * 500
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    fillers = [f"<|reserved_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())]
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in fillers + ["<|image|>"]])   # its id: vocab_size
+    return tokenizer
+
+
+def prepare_tiny(args, processes):
+    """Folder of the tiny model for this run: the foundation for pre-training, the task's init for all else.
+
+    The init checkpoint is the foundation after the paper's brief SFT on the task; it is made on first use and kept.
+    """
+    if not (FOUNDATION / "model.safetensors").exists():
+        raise UserError(f"{FOUNDATION}: no tiny model there; make it with: torchrun train.py --algo pretrain --out {FOUNDATION}")
+    digest = hashlib.sha256((FOUNDATION / "model.safetensors").read_bytes()).hexdigest()[:8]
+    run_folder = Path("runs") / f"init-{args.task}-{digest}"
+    if not (run_folder / "final").exists():
+        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS[args.task]} SFT steps, in {run_folder}")
+        shutil.rmtree(run_folder, ignore_errors=True)
+        train(Args(task=args.task, algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS[args.task],
+                   eval_every=0, eval_hands=0, device=args.device), processes)
+    return run_folder / "final"
+
+
+def load(args, processes):
+    """Model, processor and complete settings of a run."""
+    if args.algo == "pretrain":
+        apply_preset(args, 0)
+        config = Config.from_dict(TINY)
+        processor = Processor(train_tokenizer(foundation_mixture(args), config.vocab_size), image_config=dict(
+            size={"height": 56, "width": 56}, max_image_tiles=4, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2))
+        model = Llama(config)
+        model.init_weights(seed=args.seed)
+        for name, parameter in model.named_parameters():
+            if "gate" in name.split(".")[-1] and parameter.numel() == 1:
+                torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
+        return model.to(processes.device), processor
+    folder = prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model)
+    model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
+    if args.task.endswith("vl") and model.config.vision is None:
+        raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task gp-l")
+    apply_preset(args, model.config.hidden_size)
+    return model, Processor.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and logs
+
+class RunFolder:
+    """runs/NAME: config.json, log.jsonl, transcripts/, checkpoints/step_N/ (a Hugging Face folder + training.pt), final/."""
+
+    def __init__(self, args, processes):
+        self.path, self.processes = Path(args.out), processes
+        self.checkpoints, self.log_file = self.path / "checkpoints", self.path / "log.jsonl"
+        if self.log_file.exists() and not args.resume:
+            raise UserError(f"{self.path} holds a run already; continue it with --resume or choose another --out")
+        if args.resume and not self.newest():
+            raise UserError(f"--resume: no checkpoint in {self.checkpoints}")
+
+    def newest(self):
+        """The newest complete checkpoint, or None."""
+        return max(self.checkpoints.glob("step_*"), default=None)
+
+    def start(self, args, step):
+        """Open the log; on resuming, drop what was logged after the checkpoint."""
+        if self.processes.rank == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self.log_file.read_text().splitlines()
+                    if json.loads(line).get("step", 0) <= step] if self.log_file.exists() else []
+            write_atomically(self.log_file, "".join(line + "\n" for line in kept))
+            write_atomically(self.path / "config.json", json.dumps(dataclasses.asdict(args), indent=2))
+        self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(),
+                 hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def log(self, **record):
+        """Append one JSON line."""
+        if self.processes.rank == 0:
+            with open(self.log_file, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+    def save(self, name, model, processor, state=None):
+        """Write one Hugging Face folder, with training state if given, under a temporary name, then rename it."""
+        if self.processes.rank:
+            return
+        temporary, final = self.path / ".saving", self.path / name
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
+            if state is not None:
+                torch.save(state, temporary / "training.pt")
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in sorted(self.checkpoints.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+
+    def transcript(self, step, episode):
+        """Write one episode as a person would like to read it, and the picture it was about."""
+        if self.processes.rank:
+            return
+        folder = self.path / "transcripts"
+        folder.mkdir(exist_ok=True)
+        text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
+        (folder / f"step_{step:06d}.txt").write_text(text + "\n")
+        if episode.conversations[0].image is not None:
+            episode.conversations[0].image.save(folder / f"step_{step:06d}.png")
+
+
+def write_atomically(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+class Trainer:
+    """The model with its optimizer and the state that a checkpoint holds. `update(i)` makes the i-th step.
+
+    All randomness of step i derives from (seed, i), so there is no generator state to save.
+    """
+
+    def __init__(self, args, model, processor, processes):
+        self.args, self.model, self.processor, self.processes = args, model, processor, processes
+        sft.freeze(model, args.tune)
+        self.module = ppo.ActorCritic(model, args.critic).to(processes.device) if args.algo == "ppo" else model
+        policy = [p for p in model.parameters() if p.requires_grad]
+        known = {id(p) for p in model.parameters()}
+        critic = [p for p in self.module.parameters() if id(p) not in known and p.requires_grad]
+        groups = [dict(params=policy, peak=args.lr)] + ([dict(params=critic, peak=args.critic_lr)] if critic else [])
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, weight_decay=args.weight_decay)
+        self.env = make_env(args)
+        self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
+        self.flops_a_token = count_parameters(model, args.task)
+        self.critic_flops_a_token = self.flops_a_token if args.algo == "ppo" and args.critic == "separate" else 0
+        self.compute = 0.0                     # training compute so far in FLOPs, by the paper's formula
+
+    def update(self, i):
+        """Learn once. Returns the metrics."""
+        progress = i / self.args.steps
+        scale = min(1.0, (i + 1) / max(1.0, self.args.warmup * self.args.steps))
+        if self.args.lr_schedule == "cosine":
+            scale *= 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
+
+    def seeds(self, i, n):
+        """Seeds of the n hands of step i: this run's own, disjoint from the evaluation's (which start at 0)."""
+        first = (self.args.seed + 1) * 10**9 + i * n
+        return self.processes.share(list(range(first, first + n)))
+
+    def sft_update(self, i):
+        args = self.args
+        examples = sft.make_batch(self.processor, self.mixture, self.seeds(i, args.batch_size), args.mistakes)
+        with autocast(self.processes.device):
+            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
+                                 device=self.processes.device)
+        self.compute += 6 * self.flops_a_token * metrics["trained_tokens"]
+        return metrics
+
+    def ppo_update(self, i):
+        args, start = self.args, time.time()
+        seeds = [seed for seed in self.seeds(i, args.hands) for _ in range(args.samples)]
+        with autocast(self.processes.device):
+            episodes = ppo.rollout(self.model, self.processor, self.env, seeds, temperature=args.temperature, batch=args.rollout_batch,
+                                   max_new_tokens=args.max_new_tokens, device=self.processes.device,
+                                   sample_seed=(args.seed * 1_000_003 + i) * 1_009 + self.processes.rank)
+            rolled = time.time()
+            metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
+                                 train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, device=self.processes.device)
+        self.sample = episodes[0]
+        tokens = sum(len(c.ids) for e in episodes for c in e.conversations)
+        drawn = sum(turn.end - turn.start for e in episodes for turn in e.turns)
+        self.compute += (2 * self.flops_a_token + 2 * self.critic_flops_a_token) * tokens
+        self.compute += 6 * (self.flops_a_token + self.critic_flops_a_token) * metrics["trained_tokens"]
+        summary = summarize(episodes, self.processes)
+        return metrics | {name: summary[name] for name in ("success", "first", "recognized", "reward", "turns")} | {
+            "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
+            "rollout_tokens_per_second": drawn / (rolled - start)}
+
+    def step(self):
+        """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
+        norms = []
+        for group in self.optimizer.param_groups:
+            grads = [p for p in group["params"] if p.grad is not None]
+            for p in grads:
+                self.processes.all_reduce(p.grad)
+            norms.append(torch.nn.utils.clip_grad_norm_(grads, self.args.max_grad_norm))
+        if all(math.isfinite(norm) for norm in norms):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norms[0])
+
+    def state(self, i):
+        """What a checkpoint holds beside the model's weights. i: steps done."""
+        own = {name for name, _ in self.model.named_parameters(prefix="policy")}
+        critic = {name: tensor for name, tensor in self.module.state_dict().items() if name not in own} if self.args.algo == "ppo" else {}
+        return {"step": i, "compute": self.compute, "critic": critic, "optimizer": self.optimizer.state_dict(),
+                "config": dataclasses.asdict(self.args)}
+
+    def load_state(self, state):
+        self.compute = state["compute"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.module.load_state_dict(state["critic"], strict=False)
+        return state["step"]
+
+
+def count_parameters(model, task):
+    """Parameters that work on a token: N of the paper's 6ND. Text tasks use neither the vision tower nor cross-attention."""
+    unused = () if task.endswith("vl") else ("vision_model.", "multi_modal_projector.", "cross_attn")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in unused))
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C quits at once."""
+
+    def __init__(self, processes):
+        self.raised, self.processes = False, processes
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+        self.processes.print("\nstopping after this step, then saving (Ctrl-C again quits at once)")
+
+    def agreed(self):
+        """True on all ranks if it was raised on any."""
+        return bool(self.processes.all_reduce(torch.tensor(float(self.raised))).item())
+
+
+def describe(i, args, metrics, seconds_left):
+    """The line a person reads."""
+    if args.algo == "ppo":
+        m = metrics
+        body = (f"reward {m['reward']:+6.2f}  success {100 * m['success']:5.1f} %  first {100 * m['first']:5.1f} %  kl {m['approx_kl']:.1e}  "
+                f"clip {100 * m['clipfrac']:4.1f} %  ev {m['explained_variance']:+.2f}  entropy {m['entropy']:.2f}  "
+                f"grad {m['grad_norm']:.2f}  {m['rollout_tokens_per_second']:,.0f} tok/s")
+    else:
+        body = f"nll {metrics['nll']:.4f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+    return f"step {i:>4}/{args.steps}  {body}  left {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+
+
+def train(args, processes):
+    """One run, from loading to the final folder. Returns the last evaluation."""
+    folder = RunFolder(args, processes)
+    if args.resume:
+        args.model = str(folder.newest())
+    model, processor = load(args, processes)
+    trainer, start = Trainer(args, model, processor, processes), 0
+    if args.resume:
+        start = trainer.load_state(torch.load(folder.newest() / "training.pt", map_location=processes.device, weights_only=True))
+    folder.start(args, start)
+    processes.print(f"{args.task} {args.algo}: {sum(p.numel() for p in model.parameters()):,} parameters on {processes.hardware}; "
+                    f"steps {start} to {args.steps}; log in {folder.path}")
+
+    def checked(step):
+        """Evaluate, print and log."""
+        results = evaluate(model, processor, args, processes, f"step {step:>4}") if args.eval_hands else {}
+        folder.log(event="eval", step=step, tflops=trainer.compute / 1e12, eval=results)
+        return results
+
+    results = checked(start) if not args.resume else {}
+    interrupt, begun = Interrupt(processes), time.time()
+    for i in range(start, args.steps):
+        before = time.time()
+        metrics = trainer.update(i)
+        metrics["seconds"] = time.time() - before
+        metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
+        left = (time.time() - begun) / (i + 1 - start) * (args.steps - i - 1)
+        processes.print(describe(i + 1, args, metrics, left))
+        folder.log(event="step", step=i + 1, tflops=trainer.compute / 1e12, lr=trainer.optimizer.param_groups[0]["lr"], **metrics)
+        if args.algo == "ppo" and (i + 1) % args.transcript_every == 0:
+            folder.transcript(i + 1, trainer.sample)
+        done, stop = i + 1 == args.steps, interrupt.agreed()
+        if done or (args.eval_every and (i + 1) % args.eval_every == 0 and not stop):
+            results = checked(i + 1)
+        if done or stop or (i + 1) % args.save_every == 0:
+            folder.save(f"checkpoints/step_{i + 1:06d}", model, processor, trainer.state(i + 1))
+        if stop and not done:
+            processes.print(f"stopped after step {i + 1}; continue with --resume --out {folder.path}")
+            return results
+    folder.save("final", model, processor)
+    processes.print(f"done in {time.time() - begun:.0f} s; weights in {folder.path / 'final'}")
+    return results
+
+
+def evaluate_only(args, processes):
+    """--algo eval: print and save the evaluation of a checkpoint."""
+    model, processor = load(args, processes)
+    results = evaluate(model, processor, args, processes)
+    if processes.rank == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        record = {"config": dataclasses.asdict(args), "commit": git_commit(), "hardware": processes.hardware, "eval": results}
+        write_atomically(Path(args.out) / "eval.json", json.dumps(record, indent=2))
+
+
+def plot(runs, file="success.png"):
+    """Success against training compute, a panel an evaluation set, a line a run, with binomial standard errors."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    curves = {}
+    for run in runs:
+        if not (Path(run) / "log.jsonl").exists():
+            raise UserError(f"--plot: {run} holds no log.jsonl; give folders that train.py wrote")
+        records = [json.loads(line) for line in open(Path(run) / "log.jsonl")]
+        curves[run] = [(r["tflops"], r["eval"]) for r in records if r["event"] == "eval" and r["eval"]]
+    names = list(dict.fromkeys(name for points in curves.values() for _, results in points for name in results))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False, sharey=True)
+    for axis, name in zip(axes[0], names):
+        for run, points in curves.items():
+            points = [(x, 100 * r[name]["success"], 100 * r[name]["success_se"]) for x, r in points if name in r]
+            axis.errorbar(*zip(*[(x, y) for x, y, _ in points]), yerr=[e for _, _, e in points], marker="o", ms=3, capsize=2, label=run)
+        axis.set(title=name, xlabel="training compute (TFLOPs)")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("success within the attempts (%)")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    print(f"wrote {file}")
+
+
+def main(argv=None):
+    args, runs = parse(argv)
+    try:
+        if runs:
+            return plot(runs)
+        processes = Processes(args.device)
+        args.out = args.out or default_out(args)
+        (evaluate_only if args.algo == "eval" else train)(args, processes)
+    except (UserError, OSError, ValueError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        sys.exit(f"train.py: error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def default_out(args):
+    """runs/TASK-ALGO, with a number behind it when a run is there already."""
+    base = Path(f"runs/{args.task}-{args.algo}")
+    names = [base] + [base.with_name(f"{base.name}-{k}") for k in range(2, 1000)]
+    taken = [name for name in names if (name / "log.jsonl").exists()]
+    if args.resume:
+        return str(taken[-1] if taken else base)
+    return str(next(name for name in names if name not in taken))
+
+
+if __name__ == "__main__":
+    main()
