@@ -83,7 +83,12 @@ class Config:
         if kind not in ("llama", "mllama"):
             raise ValueError(f"config.json: expected model_type 'llama' or 'mllama', found {kind!r}")
         mllama = kind == "mllama"
-        text = dict(hf["text_config"] if mllama else hf)
+        absent = [name for name in ("text_config", "vision_config") if mllama and name not in hf]
+        text = {} if absent else dict(hf["text_config"] if mllama else hf)
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        absent += [name for name in needed if name not in text]
+        if absent:
+            raise ValueError(f"config.json: {absent[0]} is missing")
         require(text, hidden_act="silu", attention_bias=False, mlp_bias=False)
         rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
         heads = text["num_attention_heads"]
@@ -665,9 +670,12 @@ def read_json(folder, name, optional=False):
             return {}
         raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with {name}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return values
 
 
 def weight_files(folder):

@@ -89,8 +89,8 @@ def token_weights(processor, ids, answer_key, before=0.5):
 class Player:
     """One episode in progress: an environment, the record, and the conversation that is open."""
 
-    def __init__(self, env, seed, processor):
-        self.env, self.processor, self.episode = env, processor, Episode(seed)
+    def __init__(self, env, seed, draw, processor):
+        self.env, self.draw, self.processor, self.episode = env, draw, processor, Episode(seed)
         observation, _ = env.reset(seed)
         self.listen(observation, ended=True)
 
@@ -128,18 +128,18 @@ def readable(content):
 
 
 @torch.inference_mode()
-def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, sample_seed=0, batch=256, device="cpu"):
+def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, draws=None, batch=256, device="cpu"):
     """Play one episode per seed with the current policy, `batch` at a time.
 
-    The conversations that continue keep their KV cache from turn to turn, so that every prefix is prefilled once.
-    Draws depend on (sample_seed, index of the episode, turn) alone, never on who shares the batch.
-    Returns a list of Episodes in the order of `seeds`.
+    seeds: what the environments deal; draws: seeds of the sampling, one an episode (default: 0, 1, 2, ...). An episode
+    depends on its own two seeds alone, never on who shares its batch or its rank. The conversations that continue keep
+    their KV cache from turn to turn, so that every prefix is prefilled once. Returns Episodes in the order of `seeds`.
     """
     episodes = []
+    draws = range(len(seeds)) if draws is None else draws
     for first in range(0, len(seeds), batch):
-        players = [Player(make_env(), seed, processor) for seed in seeds[first:first + batch]]
-        for index, player in enumerate(players, first):
-            player.draws = (sample_seed * 1_000_003 + index) * 1_009
+        some = slice(first, first + batch)
+        players = [Player(make_env(), seed, draw, processor) for seed, draw in zip(seeds[some], draws[some])]
         groups = [(None, players)]                       # players whose conversations share one cache
         while groups:
             fresh, continuing = [], []
@@ -165,7 +165,7 @@ def play_turn(model, processor, cache, players, temperature, max_new_tokens, dev
     samples, cache = generate(
         model, [c.ids for c in open_conversations], cache=cache, images=images, max_new_tokens=max_new_tokens,
         temperature=temperature, stop_ids=processor.stop_ids,
-        seeds=[player.draws + len(player.episode.turns) for player in players])
+        seeds=[player.draw * 1_009 + len(player.episode.turns) for player in players])
     return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]
 
 

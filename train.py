@@ -112,14 +112,14 @@ class Args:
 # Presets are data: algorithm-independent first, then what the algorithm adds. The paper's numbers are PAPER: section 4.
 PRESETS = {
     "tiny": dict(
-        all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=8192, max_new_tokens=48,
+        all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens=48,
                  lr_schedule="constant", warmup=0.0, eval_hands=500),
         sft=dict(steps=400, lr=3e-4, batch_size=64, eval_every=100, save_every=100, warmup=0.03),
         ppo=dict(steps=60, lr=1e-4, hands=64, samples=4, temperature=1.0, unit="turn", clip=0.1, value_clip=0.0, value_coef=1.0,
                  entropy_coef=0.0, epochs=1, minibatches=4, critic="separate", critic_lr=3e-4, critic_warmup=3, reward_scale=0.2,
                  eval_every=20, save_every=20),
-        pretrain=dict(steps=2400, lr=1e-3, batch_size=128, mistakes=0.25, warmup=0.05, lr_schedule="cosine", eval_every=400,
-                      save_every=400, weight_decay=0.01, betas=(0.9, 0.98)),
+        pretrain=dict(steps=900, lr=4e-3, batch_size=128, mistakes=0.15, warmup=0.05, lr_schedule="cosine", eval_every=150,
+                      save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
     "paper": dict(
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine", eval_hands=234),
@@ -192,7 +192,7 @@ class Processes:
         return tensor
 
     def share(self, items):
-        """This rank's share of a list that all ranks hold."""
+        """This rank's share of a sequence that all ranks hold."""
         return items[self.rank::self.world]
 
     def print(self, *text):
@@ -248,10 +248,10 @@ def evaluate(model, processor, args, processes, progress=""):
     """
     results = {}
     for name, factory in evaluation_sets(args).items():
-        seeds = processes.share(list(range(args.eval_hands)))
+        seeds = processes.share(range(args.eval_hands))
         with autocast(processes.device):
-            episodes = ppo.rollout(model, processor, factory, seeds, temperature=args.eval_temperature, batch=args.rollout_batch,
-                                   max_new_tokens=args.max_new_tokens, sample_seed=processes.rank, device=processes.device)
+            episodes = ppo.rollout(model, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
+                                   batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
         results[name] = summarize(episodes, processes)
         r = results[name]
         processes.print(f"{progress}  {name:<11} success {100 * r['success']:5.1f} ± {100 * r['success_se']:.1f} %   first attempt "
@@ -288,6 +288,7 @@ TINY = {
         "hidden_act": "gelu",
         "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
 }
+TINY_IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
 INIT_STEPS = {"gp-l": 60, "gp-vl": 60}         # SFT steps from the foundation to the paper's init
 
@@ -345,8 +346,7 @@ def load(args, processes):
     if args.algo == "pretrain":
         apply_preset(args, 0)
         config = Config.from_dict(TINY)
-        processor = Processor(train_tokenizer(foundation_mixture(args), config.vocab_size), image_config=dict(
-            size={"height": 56, "width": 56}, max_image_tiles=4, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2))
+        processor = Processor(train_tokenizer(foundation_mixture(args), config.vocab_size), image_config=TINY_IMAGES)
         model = Llama(config)
         model.init_weights(seed=args.seed)
         for name, parameter in model.named_parameters():
@@ -452,12 +452,21 @@ class Trainer:
         known = {id(p) for p in model.parameters()}
         critic = [p for p in self.module.parameters() if id(p) not in known and p.requires_grad]
         groups = [dict(params=policy, peak=args.lr)] + ([dict(params=critic, peak=args.critic_lr)] if critic else [])
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, weight_decay=args.weight_decay)
+        muon = matrices(model) if args.algo == "pretrain" else []
+        groups[0]["params"] = [p for p in policy if all(p is not matrix for matrix in muon)]
+        self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, weight_decay=args.weight_decay)]
+        if muon:
+            group = dict(params=muon, peak=args.lr)
+            self.optimizers.append(torch.optim.Muon([group], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.env = make_env(args)
         self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
         self.flops_a_token = count_parameters(model, args.task)
         self.critic_flops_a_token = self.flops_a_token if args.algo == "ppo" and args.critic == "separate" else 0
         self.compute = 0.0                     # training compute so far in FLOPs, by the paper's formula
+
+    @property
+    def groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def update(self, i):
         """Learn once. Returns the metrics."""
@@ -465,18 +474,19 @@ class Trainer:
         scale = min(1.0, (i + 1) / max(1.0, self.args.warmup * self.args.steps))
         if self.args.lr_schedule == "cosine":
             scale *= 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
+        for group in self.groups:
             group["lr"] = group["peak"] * scale
         return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
 
     def seeds(self, i, n):
-        """Seeds of the n hands of step i: this run's own, disjoint from the evaluation's (which start at 0)."""
+        """n seeds of step i: this run's own, disjoint from the evaluation's (which start at 0)."""
         first = (self.args.seed + 1) * 10**9 + i * n
-        return self.processes.share(list(range(first, first + n)))
+        return range(first, first + n)
 
     def sft_update(self, i):
         args = self.args
-        examples = sft.make_batch(self.processor, self.mixture, self.seeds(i, args.batch_size), args.mistakes)
+        seeds = self.processes.share(self.seeds(i, args.batch_size))
+        examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes)
         with autocast(self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  device=self.processes.device)
@@ -485,11 +495,11 @@ class Trainer:
 
     def ppo_update(self, i):
         args, start = self.args, time.time()
-        seeds = [seed for seed in self.seeds(i, args.hands) for _ in range(args.samples)]
+        seeds = self.processes.share([seed for seed in self.seeds(i, args.hands) for _ in range(args.samples)])
+        draws = self.processes.share(self.seeds(i, args.hands * args.samples))
         with autocast(self.processes.device):
-            episodes = ppo.rollout(self.model, self.processor, self.env, seeds, temperature=args.temperature, batch=args.rollout_batch,
-                                   max_new_tokens=args.max_new_tokens, device=self.processes.device,
-                                   sample_seed=(args.seed * 1_000_003 + i) * 1_009 + self.processes.rank)
+            episodes = ppo.rollout(self.model, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
+                                   batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=self.processes.device)
             rolled = time.time()
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, device=self.processes.device)
@@ -506,28 +516,35 @@ class Trainer:
     def step(self):
         """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
         norms = []
-        for group in self.optimizer.param_groups:
+        for group in self.groups:
             grads = [p for p in group["params"] if p.grad is not None]
             for p in grads:
                 self.processes.all_reduce(p.grad)
             norms.append(torch.nn.utils.clip_grad_norm_(grads, self.args.max_grad_norm))
-        if all(math.isfinite(norm) for norm in norms):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            if all(math.isfinite(norm) for norm in norms):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return float(norms[0])
 
     def state(self, i):
         """What a checkpoint holds beside the model's weights. i: steps done."""
         own = {name for name, _ in self.model.named_parameters(prefix="policy")}
         critic = {name: tensor for name, tensor in self.module.state_dict().items() if name not in own} if self.args.algo == "ppo" else {}
-        return {"step": i, "compute": self.compute, "critic": critic, "optimizer": self.optimizer.state_dict(),
+        return {"step": i, "compute": self.compute, "critic": critic, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "config": dataclasses.asdict(self.args)}
 
     def load_state(self, state):
         self.compute = state["compute"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         self.module.load_state_dict(state["critic"], strict=False)
         return state["step"]
+
+
+def matrices(model):
+    """The weight matrices of the layers. Muon (Jordan et al. 2024) pre-trains them in half the steps that AdamW needs."""
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
 
 
 def count_parameters(model, task):
@@ -595,7 +612,7 @@ def train(args, processes):
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
         left = (time.time() - begun) / (i + 1 - start) * (args.steps - i - 1)
         processes.print(describe(i + 1, args, metrics, left))
-        folder.log(event="step", step=i + 1, tflops=trainer.compute / 1e12, lr=trainer.optimizer.param_groups[0]["lr"], **metrics)
+        folder.log(event="step", step=i + 1, tflops=trainer.compute / 1e12, lr=trainer.groups[0]["lr"], **metrics)
         if args.algo == "ppo" and (i + 1) % args.transcript_every == 0:
             folder.transcript(i + 1, trainer.sample)
         done, stop = i + 1 == args.steps, interrupt.agreed()

@@ -1,7 +1,6 @@
 """GeneralPoints: the solver against brute force, the verifier against Python's own parser and against nonsense, deals,
 dialogues, templates and cards. Every reward is worked by hand from the paper's appendix A."""
 import ast
-import hashlib
 import itertools
 import json
 import os
@@ -89,7 +88,8 @@ def random_hands(count, distinct):
 
 
 @pytest.mark.parametrize("target, hands", [
-    (24, random_hands(14, True)), (24, random_hands(13, False)), (24, [(3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1)]),
+    (24, random_hands(14, True)), (24, random_hands(13, False)),
+    (24, [(3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1), (5, 5, 7, 24)]),
     (10, random_hands(5, True)), (37, random_hands(6, True)), (1, random_hands(4, True))])
 def test_solver_finds_what_brute_force_finds(target, hands):
     for hand in hands:
@@ -401,7 +401,8 @@ def test_random_formulas_are_judged_as_python_judges_them():
         expected = ("foreign_number" if set(used) - set(dealt) else "used_twice" if used - dealt
                     else "left_out" if dealt - used else "division_by_zero" if value is None
                     else "correct" if value == 24 else "wrong_value")
-        assert verdict(answer(left + "=24")).code == expected, left
+        result = verdict(answer(left + "=24"))
+        assert result.code == expected and (expected != "wrong_value" or f" {value}," in result.message), left
         codes[expected] += 1
     assert set(codes) == {"unparsable", "foreign_number", "used_twice", "left_out", "division_by_zero", "correct",
                           "wrong_value"}, codes
@@ -601,8 +602,8 @@ def test_pips_count_the_rank():
         assert blobs == pips + 2 + 2 * len(rank), rank
 
 
-def test_court_cards_and_indices_look_the_same_upside_down():
-    for rank in ("J", "Q", "K"):
+def test_cards_look_the_same_upside_down():
+    for rank in ("2", "4", "10", "J", "Q", "K"):     # the others have a pip in the middle or one too many above it
         face = face_of(rank, "clubs", 700)
         assert (np.abs(face - face[::-1, ::-1]).max(axis=2) > 60).mean() < 0.004, rank
 

@@ -1,0 +1,47 @@
+"""Shared by the tests of what learns: a random model of a few thousand weights in an ordinary folder."""
+
+import copy
+
+import pytest
+import torch
+
+import train
+from model import Config, Llama, Processor
+
+torch.set_num_threads(2)
+
+
+def small_config():
+    config = copy.deepcopy(train.TINY)
+    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    config["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "attention_heads": 2, "num_hidden_layers": 1,
+                                "intermediate_layers_indices": [0], "vision_output_dim": 32}
+    return config
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
+    args = train.apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
+    config = Config.from_dict(small_config())
+    processor = Processor(train.train_tokenizer(train.foundation_mixture(args), config.vocab_size), image_config=train.TINY_IMAGES)
+    model = Llama(config)
+    model.init_weights(seed=1, std=0.1)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 1:
+            torch.nn.init.constant_(parameter, 0.7)
+    folder = tmp_path_factory.mktemp("small")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model, processor
+
+
+@pytest.fixture
+def model(small):
+    """A fresh copy of the small model: tests may train it."""
+    return copy.deepcopy(small[1])
+
+
+@pytest.fixture
+def processor(small):
+    return small[2]

@@ -1,0 +1,109 @@
+"""SFT: loss on the expert's own tokens only, and what is frozen stays."""
+
+import copy
+
+import pytest
+import torch
+
+import sft
+import train
+from envs import GeneralPoints
+from model import bucket, collate
+
+GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56))}
+
+
+def settings(**changes):
+    args = train.apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny"), 32)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+@pytest.mark.parametrize("task", GP)
+def test_only_right_answers_are_learnt(processor, task):
+    env = GP[task]()
+    for mistakes in (0, 1, 4):
+        example = sft.make_example(processor, env, seed=3, mistakes=mistakes)
+        learnt = [i for i, wanted in zip(example.ids, example.sampled) if wanted]
+        assert processor.decode(learnt) == env.oracle() and learnt[-1] == processor.end_id
+        assert example.sampled == sorted(example.sampled)               # one stretch, at the end
+        assert (example.image is not None) == (task == "gp-vl")
+        text = processor.decode([i for i, wanted in zip(example.ids, example.sampled) if not wanted])
+        assert text.count('"formula"') == mistakes + 1                  # the wrong answers and the prompt's own example
+
+
+def test_prompts_of_sft_and_rl_are_the_same_tokens(processor):
+    env = GeneralPoints()
+    prompt = processor.render(env.reset(5)[0].messages).ids
+    assert sft.make_example(processor, env, seed=5).ids[:len(prompt)] == prompt
+
+
+def test_mixture_and_mistakes_follow_the_seed(processor):
+    mixture = [(GeneralPoints(), 0.5), (GeneralPoints(rule="11-12-13"), 0.5)]
+    a, b = (sft.make_batch(processor, mixture, range(40), mistakes=0.5) for _ in range(2))
+    assert [e.ids for e in a] == [e.ids for e in b]
+    eleven = processor.encode("J counts as ")[-1]
+    share = sum(eleven in e.ids[:60] for e in a) / 40
+    assert 0.2 < share < 0.8
+    multi = sum(e.ids.count(processor.end_id) > 2 for e in a) / 40
+    assert 0.25 < multi < 0.75
+    assert not any(e.ids.count(processor.end_id) > 2 for e in sft.make_batch(processor, mixture, range(40), mistakes=0.0))
+
+
+def test_collate_aligns_targets(processor):
+    batch = collate(processor, [[5, 6, 7, 8], [5, 9]], [[False, False, True, True], [False, True]], [None, None])
+    assert batch.input_ids.tolist()[0] == [5, 6, 7] and batch.input_ids[1, 0] == 5
+    assert batch.targets.tolist() == [[-100, 7, 8], [9, -100, -100]] and batch.lengths.tolist() == [3, 1]
+
+
+def test_bucket_covers_all_within_the_budget():
+    lengths = [7, 300, 12, 90, 90, 15, 1, 44]
+    groups = bucket(lengths, 100)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 100 for group in groups)
+    assert len(groups) < len(lengths)
+
+
+@pytest.mark.parametrize("task", GP)
+def test_loss_is_the_mean_over_target_tokens(model, processor, task):
+    """Against torch's cross_entropy on full logits; and micro-batches add up to the batch's gradient."""
+    examples = sft.make_batch(processor, [(GP[task](), 1.0)], range(6), mistakes=0.5)
+    results = []
+    for budget in (1, 10**6):
+        copied = copy.deepcopy(model)
+        metrics = sft.update(copied, processor, examples, settings(token_budget=budget), step=lambda: 0.0)
+        results.append((metrics["nll"], torch.cat([p.grad.flatten() for p in copied.parameters() if p.grad is not None])))
+    batch = collate(processor, [e.ids for e in examples], [e.sampled for e in examples], [e.image for e in examples])
+    logits = model(batch.input_ids, lengths=batch.lengths, images=batch.images, logits="all").logits
+    reference = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=-100)
+    for nll, gradient in results:
+        assert nll == pytest.approx(reference.item(), abs=1e-5)
+        assert torch.allclose(gradient, results[0][1], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tune, frozen", [("all", []), ("no-vision", ["vision_model"]),
+                                          ("no-vision-no-adapter", ["vision_model", "multi_modal_projector"])])
+def test_frozen_parts_stay(model, processor, tune, frozen):
+    before = copy.deepcopy(model.state_dict())
+    args = train.apply_preset(train.Args(task="gp-vl", algo="sft", preset="tiny", tune=tune, batch_size=4), 32)
+    trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
+    trainer.update(0)
+    moved = {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved.isdisjoint(frozen)
+    assert {"layers", "lm_head"} | ({"vision_model", "multi_modal_projector"} - set(frozen)) <= moved
+
+
+def test_sft_learns(model, processor):
+    """Thirty steps on four dialogues cut the loss to a third."""
+    args = settings()
+    examples = sft.make_batch(processor, [(GeneralPoints(), 1.0)], range(4), mistakes=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+        return 0.0
+
+    losses = [sft.update(model, processor, examples, args, step=step)["nll"] for _ in range(30)]
+    assert losses[-1] < losses[0] / 3
