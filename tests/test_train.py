@@ -1,0 +1,219 @@
+"""The command line and the run around the learning: resuming, stopping, errors, ranks, and the shape of the code."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import Llama
+
+HERE = Path(train.__file__).parent
+QUICK = ["--eval-hands", "4", "--max-new-tokens", "8", "--hands", "4", "--samples", "1", "--batch-size", "4", "--device", "cpu",
+         "--eval-every", "0"]
+
+
+def run(*argv):
+    train.main([str(word) for word in argv] + QUICK)
+
+
+def command(*argv, launcher=(sys.executable,), **kwargs):
+    return subprocess.Popen([*launcher, str(HERE / "train.py"), *map(str, argv), *QUICK], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def records(folder, event):
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def weights(folder):
+    return Llama.from_pretrained(folder).state_dict()
+
+
+CASES = [("gp-l", "sft"), ("gp-vl", "sft"), ("gp-l", "ppo"), ("gp-vl", "ppo")]
+
+
+@pytest.mark.parametrize("task, algo", CASES)
+def test_a_run_leaves_what_it_promises(small, tmp_path, capsys, task, algo):
+    out = tmp_path / "run"
+    run("--task", task, "--algo", algo, "--model", small[0], "--steps", 2, "--out", out, "--transcript-every", 1)
+    start, steps, evals = records(out, "start")[0], records(out, "step"), records(out, "eval")
+    assert start["config"]["task"] == task and start["hardware"] and [r["step"] for r in steps] == [1, 2]
+    sets = {"id", "rule-ood"} | ({"visual-ood"} if task == "gp-vl" else set())
+    assert [set(r["eval"]) for r in evals] == [sets, sets] and evals[0]["eval"]["id"]["n"] == 4
+    assert 0 == evals[0]["tflops"] < steps[0]["tflops"] < steps[1]["tflops"]
+    assert (out / "checkpoints/step_000002/training.pt").exists() and weights(out / "final")
+    assert "left" in capsys.readouterr().out
+    if algo == "ppo":
+        said = (out / "transcripts/step_000001.txt").read_text()
+        assert "[user]" in said and "[assistant]" in said and "[reward]" in said
+        assert (out / "transcripts/step_000001.png").exists() == (task == "gp-vl")
+        assert steps[0]["drawn_vs_scored"] < 1e-4
+
+
+@pytest.mark.parametrize("task, algo", CASES)
+def test_resumed_equals_uninterrupted(small, tmp_path, task, algo):
+    """Bit for bit on CPU: the weights and what was logged."""
+    common = ["--task", task, "--algo", algo, "--model", small[0], "--lr-schedule", "constant", "--lr", "1e-3"]
+    run(*common, "--steps", 4, "--out", tmp_path / "whole")
+    run(*common, "--steps", 2, "--out", tmp_path / "parts")
+    run(*common, "--steps", 4, "--out", tmp_path / "parts", "--resume")
+    a, b = weights(tmp_path / "whole/final"), weights(tmp_path / "parts/final")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    timing = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds", "rollout_tokens_per_second"}
+    logged = [[{k: v for k, v in r.items() if k not in timing} for r in records(tmp_path / name, "step")] for name in ("whole", "parts")]
+    assert json.dumps(logged[0]) == json.dumps(logged[1])               # as text, so that NaN equals NaN
+
+
+@pytest.mark.parametrize("task, algo", [("gp-vl", "sft"), ("gp-vl", "ppo")])
+def test_two_ranks_equal_one(small, tmp_path, task, algo):
+    """Same hands, same draws, same weights after three updates, whether one process learns or two."""
+    common = ["--task", task, "--algo", algo, "--model", small[0], "--steps", 3, "--lr", "1e-3", "--minibatches", 1]
+    run(*common, "--out", tmp_path / "one")
+    two = command(*common, "--out", tmp_path / "two", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                                                               "--master-port", "29631"))
+    assert two.wait(120) == 0, two.stdout.read()
+    a, b = weights(tmp_path / "one/final"), weights(tmp_path / "two/final")
+    start = weights(small[0])
+    assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4         # it did learn
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+    names = ["nll"] if algo == "sft" else ["reward", "policy_loss", "value_loss", "entropy"]
+    for x, y in zip(records(tmp_path / "one", "step"), records(tmp_path / "two", "step"), strict=True):
+        assert [x[n] for n in names] == pytest.approx([y[n] for n in names], abs=1e-4)
+        assert x["tflops"] == pytest.approx(y["tflops"])
+
+
+def test_sigterm_saves_and_ends_cleanly(small, tmp_path):
+    process = command("--task", "gp-l", "--algo", "sft", "--model", small[0], "--steps", 100000, "--out", tmp_path / "run", "--eval-hands", 0)
+    log = tmp_path / "run/log.jsonl"
+    while not (log.exists() and '"step": 3' in log.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in output
+    checkpoint = train.RunFolder(train.Args(out=str(tmp_path / "run"), resume=True), train.Processes("cpu")).newest()
+    assert checkpoint.name == f"step_{records(tmp_path / 'run', 'step')[-1]['step']:06d}"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--model", "/nowhere"], ["/nowhere"]),
+    (["--model", HERE / "tests"], ["config.json"]),
+    (["--rule", "eleven"], ["rule", "eleven"]),
+    (["--look", "green"], ["look", "green"]),
+    (["--eval-sets", "id,ood"], ["--eval-sets", "ood", "rule-ood"]),
+    (["--resume"], ["--resume", "checkpoint"]),
+    (["--prompts", "/nowhere.json"], ["/nowhere.json"]),
+    (["--algo", "pretrain", "--preset", "paper"], ["pretrain", "tiny"]),
+    (["--plot", "/nowhere"], ["/nowhere"]),
+])
+def test_user_errors_are_one_line(small, tmp_path, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        run(*(["--model", small[0]] if "--model" not in argv else []), "--out", tmp_path / "run", *argv)
+    assert stop.value.code not in (0, None)
+    message = str(stop.value.code)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_unknown_flags_and_tasks(capsys):
+    for argv in (["--task", "chess"], ["--algo", "dpo"], ["--nonsense"], ["--lr", "fast"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(argv)
+        assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_help_explains_every_argument(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, field in train.Args.__dataclass_fields__.items():
+        assert "--" + name.replace("_", "-") in shown and field.metadata["help"]
+
+
+def test_every_argument_is_used():
+    """A key that nothing reads does not exist."""
+    text = "".join((HERE / f"{name}.py").read_text() for name in ("train", "ppo", "sft"))
+    for name in train.Args.__dataclass_fields__:
+        assert f"args.{name}" in text or f"self.args.{name}" in text, name
+
+
+def test_presets_fill_everything():
+    for preset, algos in train.PRESETS.items():
+        for algo in set(algos) - {"all"}:
+            args = train.apply_preset(train.Args(task="gp-vl", algo=algo, preset=preset), 128)
+            needed = {"ppo": ["hands", "clip", "critic"], "sft": ["batch_size"], "pretrain": ["batch_size"], "eval": []}[algo]
+            needed += ["steps", "lr", "betas"] if algo != "eval" else ["eval_hands", "max_new_tokens"]
+            assert all(getattr(args, name) is not None for name in needed)
+
+
+def test_an_existing_run_is_not_overwritten(small, tmp_path):
+    run("--algo", "sft", "--model", small[0], "--steps", 1, "--out", tmp_path / "run")
+    with pytest.raises(SystemExit, match="--resume"):
+        run("--algo", "sft", "--model", small[0], "--steps", 1, "--out", tmp_path / "run")
+
+
+def test_a_full_disk_leaves_nothing_half_written(small, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        run("--algo", "sft", "--model", small[0], "--steps", 1, "--out", out)
+    assert not list(out.glob("checkpoints/*")) and not (out / ".saving").exists() and not (out / "final").exists()
+
+
+def test_old_checkpoints_go(small, tmp_path):
+    run("--algo", "sft", "--model", small[0], "--steps", 4, "--save-every", 1, "--out", tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_eval_of_a_checkpoint(small, tmp_path):
+    run("--algo", "eval", "--task", "gp-vl", "--model", small[0], "--out", tmp_path, "--eval-sets", "id,id-face,rule-ood,visual-ood")
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    assert set(saved["eval"]) == {"id", "id-face", "rule-ood", "visual-ood"} and saved["hardware"]
+
+
+def test_a_text_model_cannot_see(small, tmp_path):
+    from model import Config
+    config = Config.from_dict({"model_type": "llama", **{k: v for k, v in train.TINY["text_config"].items()
+                                                         if k not in ("model_type", "cross_attention_layers")}})
+    Llama(config).save_pretrained(tmp_path / "text")
+    small[2].save_pretrained(tmp_path / "text")
+    with pytest.raises(SystemExit, match="text-only"):
+        run("--task", "gp-vl", "--model", tmp_path / "text", "--out", tmp_path / "run")
+
+
+def test_plot(small, tmp_path, monkeypatch):
+    run("--algo", "sft", "--model", small[0], "--steps", 1, "--out", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)               # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install"):
+        train.main(["--plot", "run"])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("matplotlib")
+    train.main(["--plot", "run"])
+    assert (tmp_path / "success.png").stat().st_size > 5000
+
+
+def test_imports_follow_the_map():
+    """envs knows no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
+    allowed = {"envs": {"numpy", "PIL"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers"},
+               "sft": {"torch", "model"}, "ppo": {"torch", "model"},
+               "train": {"torch", "envs", "model", "sft", "ppo", "tokenizers", "matplotlib"}}
+    for name, may in allowed.items():
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert found - set(sys.stdlib_module_names) <= may, name
