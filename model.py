@@ -174,8 +174,8 @@ class KVCache:
         self_layers = config.num_hidden_layers - len(config.cross_attention_layers)
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.has_image = torch.zeros(rows, dtype=torch.bool)
-        self.kv = torch.zeros(self_layers, 2, rows, config.num_key_value_heads, 0, config.head_dim, device=device, dtype=dtype)
-        self.cross = None                   # (cross layers, 2, B, K, S, D) once an image came
+        self.kv = torch.zeros(self_layers, rows, 2, config.num_key_value_heads, 0, config.head_dim, device=device, dtype=dtype)
+        self.cross = None                   # (cross layers, B, 2, K, S, D) once an image came
         self.cross_mask = None              # (B, S) bool: vision tokens of real tiles; None when all are
 
     def reserve(self, capacity):
@@ -186,8 +186,8 @@ class KVCache:
 
     def move(self, to, source):
         """Row to[i] becomes what row source[i] was (lists). In place and layer by layer, so that little extra memory is needed."""
-        layers = [t for big in (self.kv, self.cross) if big is not None for t in big.flatten(0, 1)]
-        for tensor in [self.lengths, self.has_image, self.cross_mask, *layers]:
+        cross = [] if self.cross is None else self.cross
+        for tensor in (self.lengths, self.has_image, self.cross_mask, *self.kv, *cross):
             if tensor is not None:
                 tensor[to] = tensor[source]
 
@@ -199,8 +199,8 @@ class KVCache:
     def first(self, n):
         """A cache of the first n rows that shares this one's memory."""
         view = KVCache.__new__(KVCache)
-        view.lengths, view.has_image, view.kv = self.lengths[:n], self.has_image[:n], self.kv[:, :, :n]
-        view.cross = None if self.cross is None else self.cross[:, :, :n]
+        view.lengths, view.has_image, view.kv = self.lengths[:n], self.has_image[:n], self.kv[:, :n]
+        view.cross = None if self.cross is None else self.cross[:, :n]
         view.cross_mask = None if self.cross_mask is None else self.cross_mask[:n]
         return view
 
@@ -211,7 +211,7 @@ class Step:
     cos: torch.Tensor                       # (B or 1, T, 1, D)
     sin: torch.Tensor
     cache: KVCache | None = None
-    write: torch.Tensor | None = None       # (B * K * T,) rows of a layer's flattened cache that the new keys fill
+    write: torch.Tensor | None = None       # (B * T * 2 * K,) where the new keys and values go in a layer's flattened cache
     length: int = 0                         # cached positions to attend to
     mask: torch.Tensor | None = None        # (B, 1, G * T, length) added to scores
     causal: bool = True                     # no cached positions: plain causal attention among the new tokens
@@ -258,6 +258,28 @@ def attend(q, k, v, mask=None, causal=False):
     return out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
+class Linear(nn.Module):
+    """No bias, and called directly: nn.Module's machinery for hooks takes longer than a small matrix product."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def __call__(self, x):
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Called directly, as `Linear`."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.shape, self.eps = nn.Parameter(torch.ones(size)), (size,), eps
+
+    def __call__(self, x):
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
 class Attention(nn.Module):
     """Of the text to itself, with RoPE; or (`cross`) to an image, with normed queries and keys."""
 
@@ -265,13 +287,13 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.cross, self.head_dim = index, cross, config.head_dim        # index: place in the cache
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
         if cross:
-            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def heads(self, x):
         return x.view(*x.shape[:2], -1, self.head_dim)
@@ -279,41 +301,41 @@ class Attention(nn.Module):
     def forward(self, x, step):
         q = self.heads(self.q_proj(x))                         # (B, T, H, D)
         if self.cross:
-            k, v = step.cache.cross[self.index] if step.vision is None else self.image_keys(step)
-            if step.vision is None and step.rows is not None:
-                k, v = k[step.rows], v[step.rows]
+            k, v = self.image_keys(step)
             return self.o_proj(attend(self.q_norm(q), k, v, step.cross_mask))
         k, v = self.text_keys(x, step)
         return self.o_proj(attend(rotate(q, step.cos, step.sin), k, v, step.mask, step.causal))
 
     def text_keys(self, x, step):
-        """Keys and values to attend to, (B, K, length, D): the new ones, or with a cache (which remembers them) all."""
-        k = rotate(self.heads(self.k_proj(x)), step.cos, step.sin).transpose(1, 2)
-        v = self.heads(self.v_proj(x)).transpose(1, 2)
-        if step.cache is None:
-            return k, v
-        all_k, all_v = step.cache.kv[self.index]               # (B, K, capacity, D)
-        all_k.view(-1, self.head_dim).index_copy_(0, step.write, k.detach().reshape(-1, self.head_dim))
-        all_v.view(-1, self.head_dim).index_copy_(0, step.write, v.detach().reshape(-1, self.head_dim))
-        return (k, v) if step.causal else (all_k[:, :, :step.length], all_v[:, :, :step.length])
+        """Keys and values to attend to, (B, K, length, D): the new ones; or, with a cache, which remembers them, all."""
+        k = rotate(self.heads(self.k_proj(x)), step.cos, step.sin)                            # (B, T, K, D)
+        v = self.heads(self.v_proj(x))
+        if step.cache is not None:
+            cached = step.cache.kv[self.index]                                                # (B, 2, K, capacity, D)
+            cached.view(-1, self.head_dim).index_copy_(0, step.write, torch.stack([k, v], 2).detach().view(-1, self.head_dim))
+            if not step.causal:
+                return cached[:, :, :, :step.length].unbind(1)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def image_keys(self, step):
-        """Keys and values of new images, (N, K, S, D). The cache remembers those of tiles that are real in some row."""
+        """Keys and values of images, (N, K, S, D). The cache remembers those of the tiles that are real in some row."""
+        rows = slice(None) if step.rows is None else step.rows
+        if step.vision is None:
+            return step.cache.cross[self.index][rows].unbind(1)
         k = self.k_norm(self.heads(self.k_proj(step.vision))).transpose(1, 2)
         v = self.heads(self.v_proj(step.vision)).transpose(1, 2)
         if step.cache is not None:
-            kept = step.cache.cross[self.index]                # (2, B, K, S of real tiles, D)
-            rows = slice(None) if step.rows is None else step.rows
-            kept[:, rows] = torch.stack([k, v])[:, :, :, :kept.shape[3]].detach()
+            kept = step.cache.cross[self.index]                                               # (B, 2, K, S of real tiles, D)
+            kept[rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach()
         return k, v
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -324,8 +346,8 @@ class SelfLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, index, cross=False)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, step):
         x = x + self.self_attn(self.input_layernorm(x), step)
@@ -339,8 +361,8 @@ class CrossLayer(nn.Module):
         super().__init__()
         self.cross_attn = Attention(config, index, cross=True)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
@@ -367,7 +389,7 @@ class VisionAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(config.hidden_size, config.hidden_size) for _ in range(4))
 
     def forward(self, x, mask):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -481,8 +503,8 @@ class Llama(nn.Module):
             kind = CrossLayer if index in config.cross_attention_layers else SelfLayer
             self.layers.append(kind(config, counts[kind]))
             counts[kind] += 1
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         if config.vision:
@@ -524,8 +546,8 @@ class Llama(nn.Module):
         if logits == "all":
             output.logits = self.lm_head(output.hidden)
         elif logits == "last":
-            last = -1 if lengths is None else lengths.to(x.device) - 1
-            output.logits = self.lm_head(output.hidden[torch.arange(len(x), device=x.device), last])
+            rows, last = torch.arange(len(x), device=x.device), None if lengths is None else lengths.to(x.device) - 1
+            output.logits = self.lm_head(output.hidden[:, -1] if lengths is None else output.hidden[rows, last])
         if targets is not None:
             asked = targets >= 0
             scores = token_logprobs(output.hidden[asked], self.lm_head.weight, targets[asked], temperature)
@@ -540,11 +562,11 @@ class Llama(nn.Module):
         ends = cache.lengths.tolist()
         fresh, longest = max(ends) == 0, max(ends) + T
         cache.reserve(longest)
-        K, capacity = cache.kv.shape[3:5]
+        K, capacity = cache.kv.shape[3:5]                      # kv (layers, B, 2, K, capacity, D)
         positions = cache.lengths.to(x.device)[:, None] + torch.arange(T, device=x.device)    # (B, T)
-        write = (torch.arange(B * K, device=x.device).view(B, K, 1) * capacity + positions[:, None]).flatten()
+        write = torch.arange(0, B * 2 * K * capacity, capacity, device=x.device).view(B, 1, 2, K) + positions[:, :, None, None]
         cache.lengths += T if lengths is None else lengths.cpu()
-        step = Step(*self.rope(longest, x)[:, positions], cache, write, longest, causal=fresh)
+        step = Step(*self.rope(longest, x)[:, positions], cache, write.flatten(), longest, causal=fresh)
         if not fresh and (T > 1 or min(ends) < max(ends)):
             G = self.config.num_attention_heads // K
             visible = torch.arange(longest, device=x.device) <= positions[:, :, None]         # (B, T, length)
@@ -587,9 +609,9 @@ class Llama(nn.Module):
 
     def keep_images(self, cache, rows, real):
         """Room in the cache for the keys of the tiles that are real in some row, real (N, S)."""
-        B, K, _, D = cache.kv.shape[2:]
+        B, _, K, _, D = cache.kv.shape[1:]
         S = int(real.sum(1).max())
-        cache.cross = cache.kv.new_zeros(len(self.config.cross_attention_layers), 2, B, K, S, D)
+        cache.cross = cache.kv.new_zeros(len(self.config.cross_attention_layers), B, 2, K, S, D)
         cache.has_image[rows.cpu()] = True
         if not real[:, :S].all():
             cache.cross_mask = torch.zeros(B, S, dtype=torch.bool, device=real.device).index_copy_(0, rows, real[:, :S])

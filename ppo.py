@@ -401,9 +401,11 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
                 metrics[name].append(value)
             metrics["grad_norm"].append(step())
     first = metrics.pop("drawn_vs_scored")[0]          # later minibatches differ because the policy has moved
+    tokens = all_reduce(torch.tensor([sum(len(conversation.ids) for conversation, _ in items),
+                                      sum(turn.end - turn.start for turn in turns)], dtype=torch.float64)).tolist()
     return {name: sum(x) / len(x) for name, x in metrics.items()} | {
-        "drawn_vs_scored": first, "explained_variance": explained,
-        "trained_tokens": args.epochs * sum(len(conversation.ids) for conversation, _ in items)}
+        "drawn_vs_scored": first, "explained_variance": explained, "rollout_tokens": tokens[0], "drawn_tokens": tokens[1],
+        "trained_tokens": args.epochs * tokens[0]}
 
 
 def explained_variance(turns, all_reduce=lambda x: x):

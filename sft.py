@@ -52,7 +52,8 @@ def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, de
 
     `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
     """
-    n_tokens = all_reduce(torch.tensor(float(sum(sum(e.sampled) for e in examples)), dtype=torch.float64)).item()
+    counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
+    n_tokens, trained_tokens = all_reduce(counts).tolist()
     sums = torch.zeros(3, dtype=torch.float64)
     for indices in bucket([len(e.ids) for e in examples], args.token_budget):
         micro = [examples[i] for i in indices]
@@ -64,8 +65,7 @@ def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, de
         loss.backward()
         sums += torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
     nll_mean, loss, entropy = (all_reduce(sums) / n_tokens).tolist()
-    return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(),
-            "trained_tokens": sum(len(e.ids) for e in examples)}
+    return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(), "trained_tokens": trained_tokens}
 
 
 def freeze(model, tune):

@@ -77,7 +77,7 @@ class Args:
     tune: str = arg("all", "what SFT and PPO train", ("all", "no-vision", "no-vision-no-adapter"))
     # SFT
     batch_size: int = arg(None, "SFT dialogues a step, over all ranks")
-    mistakes: float = arg(0.0, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
+    mistakes: float = arg(None, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
     sft_loss: str = arg("nll", "SFT loss", tuple(sft.LOSSES))
     # PPO
     hands: int = arg(None, "hands dealt an update, over all ranks")
@@ -114,16 +114,16 @@ PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens=48,
                  lr_schedule="constant", warmup=0.0, eval_hands=500),
-        sft=dict(steps=400, lr=3e-4, batch_size=64, eval_every=100, save_every=100, warmup=0.03),
+        sft=dict(steps=400, lr=3e-4, batch_size=64, mistakes=0.0, eval_every=100, save_every=100, warmup=0.03),
         ppo=dict(steps=60, lr=1e-4, hands=64, samples=4, temperature=1.0, unit="turn", clip=0.1, value_clip=0.0, value_coef=1.0,
                  entropy_coef=0.0, epochs=1, minibatches=4, critic="separate", critic_lr=3e-4, critic_warmup=3, reward_scale=0.2,
                  eval_every=20, save_every=20),
-        pretrain=dict(steps=900, lr=4e-3, batch_size=128, mistakes=0.15, warmup=0.05, lr_schedule="cosine", eval_every=150,
+        pretrain=dict(steps=450, lr=4e-3, batch_size=64, mistakes=0.3, warmup=0.05, lr_schedule="cosine", eval_every=150,
                       save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
     "paper": dict(
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine", eval_hands=234),
-        sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7}, batch_size=128, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
+        sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7}, batch_size=128, mistakes=0.0, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
                  eval_every=50, save_every=100),
         ppo=dict(steps=20, lr=1e-6, betas=(0.9, 0.999), warmup=0.0, hands=512, samples=1, temperature=0.2, unit="turn", clip=0.1,
                  value_clip=0.1, value_coef=0.5, entropy_coef=0.0, epochs=4, minibatches=2, critic="shared", critic_lr=1e-6,
@@ -190,6 +190,14 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_gradients(self, parameters):
+        """Sum gradients over ranks, in one message."""
+        if self.world > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters])
+            dist.all_reduce(flat)
+            for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad.copy_(total.view_as(p))
 
     def share(self, items):
         """This rank's share of a sequence that all ranks hold."""
@@ -460,9 +468,9 @@ class Trainer:
             self.optimizers.append(torch.optim.Muon([group], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.env = make_env(args)
         self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
-        self.flops_a_token = count_parameters(model, args.task)
-        self.critic_flops_a_token = self.flops_a_token if args.algo == "ppo" and args.critic == "separate" else 0
-        self.compute = 0.0                     # training compute so far in FLOPs, by the paper's formula
+        self.policy_size = count_parameters(model, args.task)
+        self.critic_size = self.policy_size if args.algo == "ppo" and args.critic == "separate" else 0
+        self.compute = 0.0                     # training compute in FLOPs: 6 N D_trained + 2 N D_rollout (paper, section 5)
 
     @property
     def groups(self):
@@ -490,7 +498,7 @@ class Trainer:
         with autocast(self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  device=self.processes.device)
-        self.compute += 6 * self.flops_a_token * metrics["trained_tokens"]
+        self.compute += 6 * self.policy_size * metrics["trained_tokens"]
         return metrics
 
     def ppo_update(self, i):
@@ -504,23 +512,19 @@ class Trainer:
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, device=self.processes.device)
         self.sample = episodes[0]
-        tokens = sum(len(c.ids) for e in episodes for c in e.conversations)
-        drawn = sum(turn.end - turn.start for e in episodes for turn in e.turns)
-        self.compute += (2 * self.flops_a_token + 2 * self.critic_flops_a_token) * tokens
-        self.compute += 6 * (self.flops_a_token + self.critic_flops_a_token) * metrics["trained_tokens"]
+        self.compute += (self.policy_size + self.critic_size) * (2 * metrics["rollout_tokens"] + 6 * metrics["trained_tokens"])
         summary = summarize(episodes, self.processes)
         return metrics | {name: summary[name] for name in ("success", "first", "recognized", "reward", "turns")} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
-            "rollout_tokens_per_second": drawn / (rolled - start)}
+            "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 
     def step(self):
         """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
         norms = []
         for group in self.groups:
-            grads = [p for p in group["params"] if p.grad is not None]
-            for p in grads:
-                self.processes.all_reduce(p.grad)
-            norms.append(torch.nn.utils.clip_grad_norm_(grads, self.args.max_grad_norm))
+            learning = [p for p in group["params"] if p.grad is not None]
+            self.processes.sum_gradients(learning)
+            norms.append(torch.nn.utils.clip_grad_norm_(learning, self.args.max_grad_norm))
         for optimizer in self.optimizers:
             if all(math.isfinite(norm) for norm in norms):
                 optimizer.step()
@@ -623,7 +627,7 @@ def train(args, processes):
         if stop and not done:
             processes.print(f"stopped after step {i + 1}; continue with --resume --out {folder.path}")
             return results
-    folder.save("final", model, processor)
+    folder.save("final", model.to(torch.bfloat16) if args.algo == "pretrain" else model, processor)   # half the size in git
     processes.print(f"done in {time.time() - begun:.0f} s; weights in {folder.path / 'final'}")
     return results
 

@@ -69,7 +69,8 @@ def test_gae_scales_rewards():
 
 
 def test_normalized_advantages_over_ranks():
-    values = [random.Random(0).gauss(3, 2) for _ in range(11)]
+    rng = random.Random(0)
+    values = [rng.gauss(3, 2) for _ in range(11)]
     everything = episode([0] * 11, [0] * 11).turns
     for turn, value in zip(everything, values):
         turn.advantage = value
@@ -122,10 +123,9 @@ def test_value_loss_by_hand():
 def test_wrong_then_right(monkeypatch, processor):
     """The rewards of the paper for a wrong value, a foreign number, and the right answer; the dialogue as it was."""
     env = GeneralPoints()
-    env.reset(0)
+    a, b, c, d = env.reset(0)[1]["numbers"]
     right = env.oracle()
-    a, b, c, d = env.hand_numbers if hasattr(env, "hand_numbers") else env.reset(0)[1]["number"]
-    wrong = f'{{"cards": [], "number": [], "formula": "{a}+{b}+{c}+{d}={24}"}}'
+    wrong = f'{{"cards": [], "number": [], "formula": "{a}+{b}+{c}+{d}=24"}}'
     foreign = f'{{"cards": [], "number": [], "formula": "{a}+{b}+{c}+99=24"}}'
     assert a + b + c + d != 24
     scripted(monkeypatch, processor, [wrong, foreign, right])
