@@ -186,8 +186,12 @@ class KVCache:
 
     def move(self, to, source):
         """Row to[i] becomes what row source[i] was (lists). In place and layer by layer, so that little extra memory is needed."""
+        to, source = torch.tensor(to, dtype=torch.int64), torch.tensor(source, dtype=torch.int64)
+        used = int(self.lengths.max())
+        for layer in self.kv:
+            layer[to, :, :, :used] = layer[source, :, :, :used]
         cross = [] if self.cross is None else self.cross
-        for tensor in (self.lengths, self.has_image, self.cross_mask, *self.kv, *cross):
+        for tensor in (self.lengths, self.has_image, self.cross_mask, *cross):
             if tensor is not None:
                 tensor[to] = tensor[source]
 
@@ -468,7 +472,7 @@ class VisionModel(nn.Module):
         x, kept = x.flatten(1, 2), []                                                         # (N, S, D)
         for index, layer in enumerate(self.transformer.layers):
             x = layer(x, mask)
-            if index in self.config.intermediate_layers_indices:
+            if index in self.config.intermediate_layers_indices:     # after the layer, as transformers 5 has it (before it: Meta's code)
                 kept.append(x)
         x = self.layernorm_post(x).unflatten(1, (tiles, -1))
         x = self.post_tile_positional_embedding(x, ids).flatten(1, 2)
@@ -854,6 +858,8 @@ def generate(model, conversations, *, cache=None, images=None, max_new_tokens, t
     a row's draws depend on its own seed and not on the rows around it (default: torch's global generator).
     To go on: append sample.ids and the next forced tokens to each list, cache.keep(rows that go on), call again.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     weight, B, stop_ids = model.embed_tokens.weight, len(conversations), set(stop_ids)
     cache = KVCache(model.config, B, weight.device, weight.dtype) if cache is None else cache
     ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
@@ -968,9 +974,10 @@ class Processor:
                 raise ValueError(f"tokenizer.json: expected the special tokens of Llama 3 or ChatML, but {token} is absent")
         self.end_id = tokenizer.token_to_id("<|im_end|>" if self.chatml else "<|eot_id|>")
         self.image_token_id = tokenizer.token_to_id("<|image|>")
-        eos = self.generation_config.get("eos_token_id") or []
-        self.stop_ids = sorted({self.end_id, *(eos if isinstance(eos, list) else [eos])})
-        self.pad_id = self.generation_config.get("pad_token_id") or self.end_id
+        eos = self.generation_config.get("eos_token_id")       # an id, a list of them, or absent
+        self.stop_ids = sorted({self.end_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])})
+        pad_id = self.generation_config.get("pad_token_id")
+        self.pad_id = self.end_id if pad_id is None else pad_id
 
     @classmethod
     def from_pretrained(cls, folder):

@@ -192,12 +192,17 @@ class Processes:
         return tensor
 
     def sum_gradients(self, parameters):
-        """Sum gradients over ranks, in one message."""
-        if self.world > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
+        """Sum gradients over ranks, in one message. Returns the parameters that have a gradient on any rank."""
+        if self.world == 1:
+            return [p for p in parameters if p.grad is not None]
+        present = self.all_reduce(torch.tensor([float(p.grad is not None) for p in parameters])).tolist()
+        parameters = [p for p, ranks in zip(parameters, present) if ranks]
+        if parameters:
+            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
             dist.all_reduce(flat)
             for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.grad.copy_(total.view_as(p))
+                p.grad = total.view_as(p).clone()
+        return parameters
 
     def share(self, items):
         """This rank's share of a sequence that all ranks hold."""
@@ -522,8 +527,7 @@ class Trainer:
         """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
         norms = []
         for group in self.groups:
-            learning = [p for p in group["params"] if p.grad is not None]
-            self.processes.sum_gradients(learning)
+            learning = self.processes.sum_gradients(group["params"])
             norms.append(torch.nn.utils.clip_grad_norm_(learning, self.args.max_grad_norm))
         for optimizer in self.optimizers:
             if all(math.isfinite(norm) for norm in norms):
@@ -553,8 +557,8 @@ def matrices(model):
 
 def count_parameters(model, task):
     """Parameters that work on a token: N of the paper's 6ND. Text tasks use neither the vision tower nor cross-attention."""
-    unused = () if task.endswith("vl") else ("vision_model.", "multi_modal_projector.", "cross_attn")
-    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in unused))
+    blind = ("vision_model.", "multi_modal_projector.", *(f"layers.{i}." for i in model.config.cross_attention_layers))
+    return sum(p.numel() for name, p in model.named_parameters() if task.endswith("vl") or not name.startswith(blind))
 
 
 class Interrupt:

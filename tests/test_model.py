@@ -297,8 +297,16 @@ def test_sampling_follows_the_distribution():
     frequency = torch.bincount(tokens, minlength=6) / 20000
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()
     assert_close(logprobs, p.log()[tokens], 1e-6)
-    edge = torch.tensor([0.0, 1 - 2**-22])
-    assert M.draw(logits[:2], edge, 1.0)[0].tolist() == [0, 4]
+
+
+def test_the_largest_random_number_draws_a_possible_token(monkeypatch):
+    """u * total must not round to total: that would draw past the end, a token of probability 0."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 1.0))
+    logits = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    logits[:, 50:] = -math.inf
+    tokens, logprobs = M.draw(logits, M.draw_uniform(list(range(500)), 500, 1)[:, 0], 1.0)
+    assert (tokens < 50).all() and logprobs.isfinite().all()
+    assert M.draw(logits, torch.zeros(500), 1.0)[0].tolist() == [0] * 500
 
 
 def test_turns_continue_and_prefix_is_fed_once(tiny):
@@ -627,6 +635,8 @@ def test_position_of(llama3):
 
 
 def test_processor_round_trip(llama3, chatml, tmp_path):
+    assert make_processor(M.CHATML, generation_config={"eos_token_id": 0, "pad_token_id": 0}).stop_ids[0] == 0
+    assert make_processor(M.CHATML, generation_config={"pad_token_id": 0}).pad_id == 0
     llama3.save_pretrained(tmp_path / "a")
     again = M.Processor.from_pretrained(tmp_path / "a")
     assert again.render(DIALOGUE) == llama3.render(DIALOGUE) and again.image_config == llama3.image_config
@@ -649,8 +659,8 @@ def noise(width, height, seed, mode="RGB"):
 
 def sizes():
     rng = np.random.default_rng(0)
-    return [(1, 1), (1, 400), (900, 2), (TILE, TILE), (TILE * 2, TILE), (TILE * 4, TILE), (500, 500), (3, 200)] + \
-        [tuple(int(v) for v in np.exp(rng.uniform(0, 6, 2)).astype(int) + 1) for _ in range(22)]
+    return [(1, 1), (1, 400), (900, 2), (TILE, TILE), (TILE * 2, TILE), (TILE, TILE * 2), (TILE * 4, TILE), (500, 500), (3, 200)] + \
+        [tuple(int(v) for v in np.exp(rng.uniform(0, 6, 2)).astype(int) + 1) for _ in range(21)]
 
 
 @pytest.fixture(scope="module")
@@ -665,7 +675,7 @@ def test_image_tensors(llama3, their_images):
     ours = llama3.images([None, *pictures, None])
     theirs = their_images([[p] for p in pictures], return_tensors="pt")
     assert len(pictures) == 30 and ours.rows.tolist() == list(range(1, 31)) and ours.pixel_values.dtype == torch.float32
-    assert torch.equal(ours.aspect_ratio_ids, theirs["aspect_ratio_ids"][:, 0]) and len(ours.aspect_ratio_ids.unique()) >= 6
+    assert torch.equal(ours.aspect_ratio_ids, theirs["aspect_ratio_ids"][:, 0]) and ours.aspect_ratio_ids.unique().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert torch.equal(ours.aspect_ratio_mask, theirs["aspect_ratio_mask"][:, 0])
     scale = torch.tensor(PREPROCESSOR["image_std"])[:, None, None]
     assert_close(ours.pixel_values * scale, theirs["pixel_values"][:, 0] * scale, 1 / 255)
@@ -703,7 +713,8 @@ def test_smollm2_greedy_text(transformers):
         ids = torch.tensor([prompt])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48, eos_token_id=processor.stop_ids)
         assert sample.ids == expected[0, len(prompt):].tolist()
-        assert_close(our_logits(ours, ids), their_logits(theirs, ids), 1e-3)           # logits reach 30 here
+        expected = their_logits(theirs, ids)
+        assert_close(our_logits(ours, ids), expected, 1e-5 * expected.abs().max())         # logits reach 38 here, so 4e-4
     assert "Paris" in processor.decode(samples[0].ids)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": questions[0]}]
