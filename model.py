@@ -470,10 +470,10 @@ class VisionModel(nn.Module):
         x = F.pad(self.layernorm_pre(self.gated_positional_embedding(x, ids)), (0, 0, 0, -P % 8))
         mask = padding_mask(images.aspect_ratio_mask, P, x.shape[2])
         x, kept = x.flatten(1, 2), []                                                         # (N, S, D)
-        for index, layer in enumerate(self.transformer.layers):
-            x = layer(x, mask)
-            if index in self.config.intermediate_layers_indices:     # after the layer, as transformers 5 has it (before it: Meta's code)
-                kept.append(x)
+        for index, layer in enumerate([*self.transformer.layers, None]):
+            if index in self.config.intermediate_layers_indices:       # the input of layer i, as Meta trained the weights
+                kept.append(x)                                         # (transformers 5 takes the output, one layer late)
+            x = x if layer is None else layer(x, mask)
         x = self.layernorm_post(x).unflatten(1, (tiles, -1))
         x = self.post_tile_positional_embedding(x, ids).flatten(1, 2)
         for layer in self.global_transformer.layers:

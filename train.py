@@ -297,7 +297,7 @@ TINY = {
     "vision_config": {
         "model_type": "mllama_vision_model", "image_size": 56, "patch_size": 14, "num_channels": 3, "hidden_size": 96,
         "attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 2, "num_global_layers": 1,
-        "intermediate_layers_indices": [0, 1], "max_num_tiles": 4, "vision_output_dim": 288, "norm_eps": 1e-5,
+        "intermediate_layers_indices": [1, 2], "max_num_tiles": 4, "vision_output_dim": 288, "norm_eps": 1e-5,
         "hidden_act": "gelu",
         "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
 }

@@ -15,7 +15,7 @@ def small_config():
     config = copy.deepcopy(train.TINY)
     config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "cross_attention_layers": [1]}
     config["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "attention_heads": 2, "num_hidden_layers": 1,
-                                "intermediate_layers_indices": [0], "vision_output_dim": 32}
+                                "intermediate_layers_indices": [1], "vision_output_dim": 32}
     return config
 
 

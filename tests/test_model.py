@@ -24,7 +24,7 @@ TEXT = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, num_attention
 MLLAMA = dict(model_type="mllama", image_token_index=IMAGE,
               text_config=TEXT | dict(cross_attention_layers=[1, 3], rope_theta=10000.0, rope_scaling=LLAMA3_ROPE),
               vision_config=dict(hidden_size=24, num_hidden_layers=3, num_global_layers=2, attention_heads=2, intermediate_size=40,
-                                 vision_output_dim=72, image_size=TILE, patch_size=14, intermediate_layers_indices=[0, 2]))
+                                 vision_output_dim=72, image_size=TILE, patch_size=14, intermediate_layers_indices=[1, 2]))
 
 
 def randomise(module, seed=0):
@@ -59,7 +59,17 @@ def mllama(transformers, tmp_path_factory):
 
 def reference(theirs, folder):
     randomise(theirs).save_pretrained(folder)
-    return folder, theirs, M.Llama.from_pretrained(folder)
+    return folder, as_trained(theirs), M.Llama.from_pretrained(folder)
+
+
+def as_trained(theirs):
+    """Undo an off-by-one of transformers 5: it concatenates the *output* of vision layer i for each i of
+    intermediate_layers_indices. Meta's code, with which the weights were trained, and the first transformers versions
+    with mllama take its *input*, which is the output of layer i - 1."""
+    vision = getattr(theirs.model, "vision_model", None)
+    if vision is not None:
+        vision.intermediate_layers_indices = [i - 1 for i in vision.intermediate_layers_indices]
+    return theirs
 
 
 def random_ids(rows, length, seed=0, image_at=()):
@@ -176,6 +186,7 @@ def test_transformers_reads_what_we_save(transformers, mllama, tmp_path, shard):
     assert len(shards) == 1 if shard > 10**9 else (len(shards) > 3 and max(s.stat().st_size for s in shards) < 80_000)
     again, report = transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
+    as_trained(again)
     ids, images = random_ids(2, 10, image_at=[(0, 1), (1, 2)]), random_images([6, 2])
     assert_close(their_logits(again.eval(), ids, images), their_logits(theirs, ids, images))
     assert_close(our_logits(M.Llama.from_pretrained(tmp_path), ids, images=images), their_logits(theirs, ids, images))
