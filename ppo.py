@@ -188,7 +188,24 @@ def gae(episodes, args):
             next_value, next_advantage = turn.value, turn.advantage
 
 
-ESTIMATORS = {"gae": gae}
+def gae_loo(episodes, args):
+    """GAE less what the other samples of the same hand got on average at the same turn (leave one out, as in RLOO).
+
+    How hard a hand is explains most of the variance of the returns, and a small critic cannot see it. The other samples can;
+    they know nothing of this sample's action, so subtracting their mean adds no bias. Needs --samples of at least 2.
+    """
+    gae(episodes, args)
+    groups = defaultdict(list)
+    for episode in episodes:
+        for k, turn in enumerate(episode.turns):
+            groups[episode.seed, k].append(turn)
+    for group in groups.values():
+        total, others = sum(turn.advantage for turn in group), len(group) - 1
+        for turn in group:
+            turn.advantage -= (total - turn.advantage) / max(others, 1)      # a lone sample keeps its advantage
+
+
+ESTIMATORS = {"gae": gae, "gae-loo": gae_loo}
 
 
 def normalize_advantages(turns, all_reduce=lambda x: x):

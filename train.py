@@ -84,7 +84,7 @@ class Args:
     samples: int = arg(None, "episodes played of each hand")
     temperature: float = arg(None, "sampling temperature of the rollout")
     max_new_tokens: int = arg(None, "longest answer, in tokens")
-    advantage: str = arg("gae", "advantage estimator", tuple(ppo.ESTIMATORS))
+    advantage: str = arg(None, "advantage estimator", tuple(ppo.ESTIMATORS))
     loss: str = arg("ppo", "policy loss", tuple(ppo.LOSSES))
     unit: str = arg(None, "what a ratio is taken of: a whole turn (the paper) or a token", ("turn", "token"))
     clip: float = arg(None, "clip range of the ratio")
@@ -113,11 +113,11 @@ class Args:
 PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens=48,
-                 lr_schedule="constant", warmup=0.0, eval_hands=500),
-        sft=dict(steps=400, lr=3e-4, batch_size=64, mistakes=0.0, eval_every=100, save_every=100, warmup=0.03),
-        ppo=dict(steps=60, lr=1e-4, hands=64, samples=4, temperature=1.0, unit="turn", clip=0.1, value_clip=0.0, value_coef=1.0,
-                 entropy_coef=0.0, epochs=1, minibatches=4, critic="separate", critic_lr=3e-4, critic_warmup=3, reward_scale=0.2,
-                 eval_every=20, save_every=20),
+                 lr_schedule="constant", eval_hands=500),
+        sft=dict(steps=450, lr=3e-4, batch_size=64, mistakes=0.0, eval_every=150, save_every=150, warmup=0.03),
+        ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands=32, samples=8, temperature=1.0, advantage="gae-loo",
+                 unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
+                 critic_lr=3e-4, critic_warmup=0, reward_scale=0.2, eval_every=20, save_every=20),
         pretrain=dict(steps=450, lr=4e-3, batch_size=64, mistakes=0.3, warmup=0.05, lr_schedule="cosine", eval_every=150,
                       save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
@@ -125,7 +125,7 @@ PRESETS = {
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine", eval_hands=234),
         sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7}, batch_size=128, mistakes=0.0, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
                  eval_every=50, save_every=100),
-        ppo=dict(steps=20, lr=1e-6, betas=(0.9, 0.999), warmup=0.0, hands=512, samples=1, temperature=0.2, unit="turn", clip=0.1,
+        ppo=dict(steps=20, lr=1e-6, betas=(0.9, 0.999), warmup=0.0, hands=512, samples=1, temperature=0.2, advantage="gae", unit="turn", clip=0.1,
                  value_clip=0.1, value_coef=0.5, entropy_coef=0.0, epochs=4, minibatches=2, critic="shared", critic_lr=1e-6,
                  critic_warmup=0, reward_scale=1.0, max_grad_norm=0.01, eval_every=5, save_every=5),
         eval={}),
@@ -135,7 +135,7 @@ PRESETS = {
 def parse(argv=None):
     """Command line -> Args. Options come from the dataclass, so `--help` cannot drift from what is used."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw success against compute for these run folders, then stop")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="print the table and draw success against compute (success.png) of these run folders")
     for f in dataclasses.fields(Args):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.default not in (None, False):
@@ -158,7 +158,7 @@ def apply_preset(args, hidden_size):
     preset = PRESETS[args.preset]
     if args.algo not in preset:
         raise UserError(f"--algo {args.algo} has no preset '{args.preset}': it is for the tiny model only")
-    for name, value in (preset["all"] | preset[args.algo]).items():
+    for name, value in (preset["all"] | preset[args.algo]).items():      # the algorithm's own come last and win
         if getattr(args, name) is None:
             setattr(args, name, value[args.task] if isinstance(value, dict) else value)
     args.look = args.look or ("black" if args.task.endswith("vl") else "all")
@@ -508,8 +508,8 @@ class Trainer:
 
     def ppo_update(self, i):
         args, start = self.args, time.time()
-        seeds = self.processes.share([seed for seed in self.seeds(i, args.hands) for _ in range(args.samples)])
-        draws = self.processes.share(self.seeds(i, args.hands * args.samples))
+        hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
+        seeds, draws = zip(*[(hand, hand * args.samples + k) for hand in hands for k in range(args.samples)])
         with autocast(self.processes.device):
             episodes = ppo.rollout(self.model, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
                                    batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=self.processes.device)
@@ -646,30 +646,74 @@ def evaluate_only(args, processes):
         write_atomically(Path(args.out) / "eval.json", json.dumps(record, indent=2))
 
 
+def read_runs(runs):
+    """Run folders -> {(task, algo): [curve of each seed]}; a curve is a list of (TFLOPs, {set: results})."""
+    curves = {}
+    for run in map(Path, runs):
+        if not (run / "log.jsonl").exists():
+            raise UserError(f"--plot: {run} holds no log.jsonl; give folders that train.py wrote")
+        records = [json.loads(line) for line in open(run / "log.jsonl")]
+        config = next(r["config"] for r in records if r["event"] == "start")
+        curve = [(r["tflops"], r["eval"]) for r in records if r["event"] == "eval" and r["eval"]]
+        curves.setdefault((config["task"], config["algo"]), []).append(curve)
+    return curves
+
+
+def pooled(curves, k, name, metric="success"):
+    """Over the seeds of one algorithm, at their k-th evaluation: (mean TFLOPs, rate in %, standard error in %, N).
+
+    The error is the larger of the binomial one of all episodes together and the one of the mean of the seeds.
+    """
+    points = [curve[k] for curve in curves if k < len(curve)]
+    rates = [results[name][metric] for _, results in points]
+    n, mean = sum(results[name]["n"] for _, results in points), sum(rates) / len(rates)
+    error = math.sqrt(mean * (1 - mean) / n)
+    if len(rates) > 1:
+        error = max(error, math.sqrt(sum((r - mean) ** 2 for r in rates) / (len(rates) - 1) / len(rates)))
+    return sum(x for x, _ in points) / len(points), 100 * mean, 100 * error, n
+
+
+def table(curves):
+    """Markdown: init and the end of each algorithm, success within the attempts and at the first."""
+    lines = ["| task | tested on | " + " | ".join(f"{what} (first attempt)" for what in ("init", "after SFT", "after PPO")) + " |", "|---|---|---|---|---|"]
+    for task in sorted({task for task, _ in curves}):
+        known = {algo: curves[task, algo] for algo in ("sft", "ppo") if (task, algo) in curves}
+        cell = lambda c, k, name: "{:.1f} ± {:.1f} ({:.1f})".format(*pooled(c, k, name)[1:3], pooled(c, k, name, "first")[1])
+        for name in next(iter(known.values()))[0][0][1]:
+            cells = [cell(next(iter(known.values())), 0, name)]
+            cells += [cell(known[algo], min(map(len, known[algo])) - 1, name) if algo in known else "-" for algo in ("sft", "ppo")]
+            lines.append(f"| {task} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(runs, file="success.png"):
-    """Success against training compute, a panel an evaluation set, a line a run, with binomial standard errors."""
+    """Success against training compute: a row a task, a column an evaluation set. Seeds thin, their mean thick. Prints the table, too."""
+    curves = read_runs(runs)
+    print(table(curves))
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    curves = {}
-    for run in runs:
-        if not (Path(run) / "log.jsonl").exists():
-            raise UserError(f"--plot: {run} holds no log.jsonl; give folders that train.py wrote")
-        records = [json.loads(line) for line in open(Path(run) / "log.jsonl")]
-        curves[run] = [(r["tflops"], r["eval"]) for r in records if r["event"] == "eval" and r["eval"]]
-    names = list(dict.fromkeys(name for points in curves.values() for _, results in points for name in results))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False, sharey=True)
-    for axis, name in zip(axes[0], names):
-        for run, points in curves.items():
-            points = [(x, 100 * r[name]["success"], 100 * r[name]["success_se"]) for x, r in points if name in r]
-            axis.errorbar(*zip(*[(x, y) for x, y, _ in points]), yerr=[e for _, _, e in points], marker="o", ms=3, capsize=2, label=run)
-        axis.set(title=name, xlabel="training compute (TFLOPs)")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("success within the attempts (%)")
-    axes[0][0].legend(fontsize=7)
+        raise UserError("--plot needs matplotlib for the figure: pip install -e '.[plot]'") from None
+    tasks = sorted({task for task, _ in curves})
+    columns = list(dict.fromkeys(name for group in curves.values() for name in group[0][0][1]))
+    figure, axes = plt.subplots(len(tasks), len(columns), figsize=(3.6 * len(columns), 2.8 * len(tasks)), squeeze=False, sharey=True)
+    for (task, algo), group in sorted(curves.items()):
+        color = {"ppo": "#0072B2", "sft": "#D55E00"}.get(algo, "#666666")           # told apart by the colour-blind, too
+        for axis, name in zip(axes[tasks.index(task)], columns):
+            if name not in group[0][0][1]:
+                axis.set_visible(False)
+                continue
+            for curve in group:
+                axis.plot([x for x, _ in curve], [100 * r[name]["success"] for _, r in curve], color=color, lw=0.7, alpha=0.45)
+            x, y, error, n = zip(*[pooled(group, k, name) for k in range(min(map(len, group)))])
+            axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=f"{algo.upper()}, {len(group)} seeds x N {n[0] // len(group)}")
+            axis.set(title=f"{task}: {name}", xlabel="training compute (TFLOPs)")
+            axis.grid(alpha=0.3)
+    for row in axes:
+        row[0].set_ylabel("success (%)")
+        row[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     print(f"wrote {file}")

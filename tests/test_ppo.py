@@ -68,6 +68,18 @@ def test_gae_scales_rewards():
     assert [t.advantage for t in scaled.turns] == pytest.approx([-0.2 + 0.855, 1.0])
 
 
+def test_gae_loo_by_hand():
+    """Three samples of one hand and one of another; gamma 0, so that a GAE advantage is reward - value."""
+    same = [episode([-1, 5], [0, 0]), episode([5], [0]), episode([-2, -1], [0, 0])]
+    other = episode([-3], [1])
+    other.seed = 1
+    ppo.gae_loo([*same, other], settings(reward_scale=1.0, gamma=0.0))
+    #   turn 1: -1 against (5 - 2) / 2,  5 against (-1 - 2) / 2,  -2 against (-1 + 5) / 2;   turn 2: 5 and -1 against each other
+    assert [[t.advantage for t in e.turns] for e in same] == [[-2.5, 6.0], [6.5], [-4.0, -6.0]]
+    assert [[t.target for t in e.turns] for e in same] == [[-1, 5], [5], [-2, -1]]       # values still learn the returns
+    assert other.turns[0].advantage == -4.0                                             # alone: plain GAE
+
+
 def test_normalized_advantages_over_ranks():
     rng = random.Random(0)
     values = [rng.gauss(3, 2) for _ in range(11)]
