@@ -460,6 +460,7 @@ class Trainer:
     def __init__(self, args, model, processor, processes):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
         sft.freeze(model, args.tune)
+        torch.manual_seed(args.seed)           # of the value head's first weights
         self.module = ppo.ActorCritic(model, args.critic).to(processes.device) if args.algo == "ppo" else model
         policy = [p for p in model.parameters() if p.requires_grad]
         known = {id(p) for p in model.parameters()}
