@@ -768,6 +768,7 @@ def write_files(folder, files, replaces=None):
                 aside[name].write_text(content, encoding="utf-8")
             else:
                 save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, aside[name], {"format": "pt"})
+                aside[name].chmod(0o644)                       # safetensors makes it readable by its owner only
         for name, path in aside.items():
             os.replace(path, folder / name)
     finally:

@@ -351,6 +351,8 @@ def prepare_tiny(args, processes):
         shutil.rmtree(run_folder, ignore_errors=True)
         train(Args(task=args.task, algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS[args.task],
                    eval_every=0, eval_hands=0, device=args.device), processes)
+        if not (run_folder / "final").exists():
+            raise UserError("interrupted before the init checkpoint was ready; the next run makes it anew")
     return run_folder / "final"
 
 
@@ -524,6 +526,12 @@ class Trainer:
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 
+    def evaluate(self, folder, i):
+        """Evaluate after i steps, print and log."""
+        if self.args.eval_hands:
+            results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
+            folder.log(event="eval", step=i, tflops=self.compute / 1e12, eval=results)
+
     def step(self):
         """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
         norms = []
@@ -563,12 +571,18 @@ def count_parameters(model, task):
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C quits at once."""
+    """While open, turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C quits at once."""
 
     def __init__(self, processes):
         self.raised, self.processes = False, processes
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
         if self.raised and number == signal.SIGINT:
@@ -594,7 +608,7 @@ def describe(i, args, metrics, seconds_left):
 
 
 def train(args, processes):
-    """One run, from loading to the final folder. Returns the last evaluation."""
+    """One run, from loading to the final folder."""
     folder = RunFolder(args, processes)
     if args.resume:
         args.model = str(folder.newest())
@@ -605,36 +619,37 @@ def train(args, processes):
     folder.start(args, start)
     processes.print(f"{args.task} {args.algo}: {sum(p.numel() for p in model.parameters()):,} parameters on {processes.hardware}; "
                     f"steps {start} to {args.steps}; log in {folder.path}")
+    if start == 0:
+        trainer.evaluate(folder, 0)
+    with Interrupt(processes) as interrupt:
+        done = loop(trainer, folder, start, interrupt)
+    if done < args.steps:
+        processes.print(f"stopped after step {done}; continue with --resume --out {folder.path}")
+    else:
+        folder.save("final", model.to(torch.bfloat16) if args.algo == "pretrain" else model, processor)   # half the size in git
+        processes.print(f"weights in {folder.path / 'final'}")
 
-    def checked(step):
-        """Evaluate, print and log."""
-        results = evaluate(model, processor, args, processes, f"step {step:>4}") if args.eval_hands else {}
-        folder.log(event="eval", step=step, tflops=trainer.compute / 1e12, eval=results)
-        return results
 
-    results = checked(start) if not args.resume else {}
-    interrupt, begun = Interrupt(processes), time.time()
-    for i in range(start, args.steps):
+def loop(trainer, folder, start, interrupt):
+    """Steps `start` to the last, with what is printed, logged and saved on the way. Returns the number of steps done."""
+    args, processes, begun = trainer.args, trainer.processes, time.time()
+    for i in range(start + 1, args.steps + 1):
         before = time.time()
-        metrics = trainer.update(i)
+        metrics = trainer.update(i - 1)
         metrics["seconds"] = time.time() - before
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
-        left = (time.time() - begun) / (i + 1 - start) * (args.steps - i - 1)
-        processes.print(describe(i + 1, args, metrics, left))
-        folder.log(event="step", step=i + 1, tflops=trainer.compute / 1e12, lr=trainer.groups[0]["lr"], **metrics)
-        if args.algo == "ppo" and (i + 1) % args.transcript_every == 0:
-            folder.transcript(i + 1, trainer.sample)
-        done, stop = i + 1 == args.steps, interrupt.agreed()
-        if done or (args.eval_every and (i + 1) % args.eval_every == 0 and not stop):
-            results = checked(i + 1)
-        if done or stop or (i + 1) % args.save_every == 0:
-            folder.save(f"checkpoints/step_{i + 1:06d}", model, processor, trainer.state(i + 1))
-        if stop and not done:
-            processes.print(f"stopped after step {i + 1}; continue with --resume --out {folder.path}")
-            return results
-    folder.save("final", model.to(torch.bfloat16) if args.algo == "pretrain" else model, processor)   # half the size in git
-    processes.print(f"done in {time.time() - begun:.0f} s; weights in {folder.path / 'final'}")
-    return results
+        processes.print(describe(i, args, metrics, (time.time() - begun) / (i - start) * (args.steps - i)))
+        folder.log(event="step", step=i, tflops=trainer.compute / 1e12, lr=trainer.groups[0]["lr"], **metrics)
+        if args.algo == "ppo" and i % args.transcript_every == 0:
+            folder.transcript(i, trainer.sample)
+        last, stop = i == args.steps, interrupt.agreed()
+        if last or (args.eval_every and i % args.eval_every == 0 and not stop):
+            trainer.evaluate(folder, i)
+        if last or stop or i % args.save_every == 0:
+            folder.save(f"checkpoints/step_{i:06d}", trainer.model, trainer.processor, trainer.state(i))
+        if stop:
+            return i
+    return args.steps
 
 
 def evaluate_only(args, processes):
@@ -732,6 +747,8 @@ def main(argv=None):
         if os.environ.get("DEBUG"):
             raise
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

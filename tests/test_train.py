@@ -79,9 +79,10 @@ def test_two_ranks_equal_one(small, tmp_path, task, algo):
     common = ["--task", task, "--algo", algo, "--model", small[0], "--steps", 3, "--lr", "1e-3", "--adam-eps", "1e-3",
               "--minibatches", 1]               # a large eps: no step out of rounding noise
     run(*common, "--out", tmp_path / "one")
-    two = command(*common, "--out", tmp_path / "two", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                                                               "--master-port", "29631"))
-    assert two.wait(120) == 0, two.stdout.read()
+    two = command(*common, "--out", tmp_path / "two",
+                  launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    output, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, output
     a, b = weights(tmp_path / "one/final"), weights(tmp_path / "two/final")
     start = weights(small[0])
     assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4         # it did learn
