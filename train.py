@@ -519,7 +519,7 @@ class Trainer:
             rolled = time.time()
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, device=self.processes.device)
-        self.sample = episodes[0]
+        self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
         self.compute += (self.policy_size + self.critic_size) * (2 * metrics["rollout_tokens"] + 6 * metrics["trained_tokens"])
         summary = summarize(episodes, self.processes)
         return metrics | {name: summary[name] for name in ("success", "first", "recognized", "reward", "turns")} | {
