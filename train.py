@@ -191,6 +191,10 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def barrier(self):
+        """Wait for all ranks."""
+        self.all_reduce(torch.zeros(1))
+
     def sum_gradients(self, parameters):
         """Sum gradients over ranks, in one message. Returns the parameters that have a gradient on any rank."""
         if self.world == 1:
@@ -303,7 +307,7 @@ TINY = {
 }
 TINY_IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
-INIT_STEPS = {"gp-l": 60, "gp-vl": 60}         # SFT steps from the foundation to the paper's init
+INIT_STEPS = 60                                # SFT steps from the foundation to the paper's init
 
 
 def foundation_mixture(args):
@@ -344,13 +348,18 @@ def prepare_tiny(args, processes):
     """
     if not (FOUNDATION / "model.safetensors").exists():
         raise UserError(f"{FOUNDATION}: no tiny model there; make it with: torchrun train.py --algo pretrain --out {FOUNDATION}")
-    digest = hashlib.sha256((FOUNDATION / "model.safetensors").read_bytes()).hexdigest()[:8]
+    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "device")}
+    digest = hashlib.sha256((FOUNDATION / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
-    if not (run_folder / "final").exists():
-        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS[args.task]} SFT steps, in {run_folder}")
-        shutil.rmtree(run_folder, ignore_errors=True)
-        train(Args(task=args.task, algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS[args.task],
-                   eval_every=0, eval_hands=0, device=args.device), processes)
+    ready = (run_folder / "final").exists()
+    processes.barrier()
+    if not ready:
+        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in {run_folder}")
+        if processes.rank == 0:
+            shutil.rmtree(run_folder, ignore_errors=True)
+        processes.barrier()
+        train(Args(algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS, eval_every=0, eval_hands=0, **game), processes)
+        processes.barrier()
         if not (run_folder / "final").exists():
             raise UserError("interrupted before the init checkpoint was ready; the next run makes it anew")
     return run_folder / "final"
@@ -610,6 +619,7 @@ def describe(i, args, metrics, seconds_left):
 def train(args, processes):
     """One run, from loading to the final folder."""
     folder = RunFolder(args, processes)
+    processes.barrier()                        # nobody writes before all have looked
     if args.resume:
         args.model = str(folder.newest())
     model, processor = load(args, processes)

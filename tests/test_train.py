@@ -188,6 +188,16 @@ def test_eval_of_a_checkpoint(small, tmp_path):
     assert set(saved["eval"]) == {"id", "id-face", "rule-ood", "visual-ood"} and saved["hardware"]
 
 
+def test_tiny_makes_its_init_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "INIT_STEPS", 1)
+    for repeat, rule in enumerate(["10", "10", "11-12-13"]):                # a rule of its own has an init of its own
+        run("--task", "gp-vl", "--algo", "sft", "--steps", 1, "--rule", rule)
+        assert ("making its init checkpoint" in capsys.readouterr().out) == (repeat != 1)
+    assert len(list(Path("runs").glob("init-gp-vl-*/final/model.safetensors"))) == 2
+    assert sorted(p.name for p in Path("runs").glob("gp-*")) == ["gp-vl-sft", "gp-vl-sft-2", "gp-vl-sft-3"]
+
+
 def test_a_text_model_cannot_see(small, tmp_path):
     from model import Config
     config = Config.from_dict({"model_type": "llama", **{k: v for k, v in train.TINY["text_config"].items()
