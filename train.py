@@ -348,7 +348,7 @@ def prepare_tiny(args, processes):
     """
     if not (FOUNDATION / "model.safetensors").exists():
         raise UserError(f"{FOUNDATION}: no tiny model there; make it with: torchrun train.py --algo pretrain --out {FOUNDATION}")
-    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "device")}
+    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target")}
     digest = hashlib.sha256((FOUNDATION / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
     ready = (run_folder / "final").exists()
@@ -358,7 +358,8 @@ def prepare_tiny(args, processes):
         if processes.rank == 0:
             shutil.rmtree(run_folder, ignore_errors=True)
         processes.barrier()
-        train(Args(algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS, eval_every=0, eval_hands=0, **game), processes)
+        train(Args(algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS, eval_every=0, eval_hands=0,
+                   device=args.device, **game), processes)
         processes.barrier()
         if not (run_folder / "final").exists():
             raise UserError("interrupted before the init checkpoint was ready; the next run makes it anew")
