@@ -687,17 +687,18 @@ def read_runs(runs):
 
 
 def pooled(curves, k, name, metric="success"):
-    """Over the seeds of one algorithm, at their k-th evaluation: (mean TFLOPs, rate in %, standard error in %, N).
+    """Over the seeds of one algorithm, at their k-th evaluation: (mean TFLOPs, rate in %, standard error in %).
 
-    The error is the larger of the binomial one of all episodes together and the one of the mean of the seeds.
+    All seeds play the same hands, so more seeds do not make more hands: the error is the binomial one of a single seed's
+    hands, or that of the mean of the seeds if it is larger.
     """
     points = [curve[k] for curve in curves if k < len(curve)]
     rates = [results[name][metric] for _, results in points]
-    n, mean = sum(results[name]["n"] for _, results in points), sum(rates) / len(rates)
+    n, mean = points[0][1][name]["n"], sum(rates) / len(rates)
     error = math.sqrt(mean * (1 - mean) / n)
     if len(rates) > 1:
         error = max(error, math.sqrt(sum((r - mean) ** 2 for r in rates) / (len(rates) - 1) / len(rates)))
-    return sum(x for x, _ in points) / len(points), 100 * mean, 100 * error, n
+    return sum(x for x, _ in points) / len(points), 100 * mean, 100 * error
 
 
 def table(curves):
@@ -734,8 +735,8 @@ def plot(runs, file="success.png"):
                 continue
             for curve in group:
                 axis.plot([x for x, _ in curve], [100 * r[name]["success"] for _, r in curve], color=color, lw=0.7, alpha=0.45)
-            x, y, error, n = zip(*[pooled(group, k, name) for k in range(min(map(len, group)))])
-            axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=f"{algo.upper()}, {len(group)} seeds x N {n[0] // len(group)}")
+            x, y, error = zip(*[pooled(group, k, name) for k in range(min(map(len, group)))])
+            axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=f"{algo.upper()} ({len(group)} seeds)")
             axis.set(title=f"{task}: {name}", xlabel="training compute (TFLOPs)")
             axis.grid(alpha=0.3)
     for row in axes:
