@@ -252,9 +252,9 @@ class ActorCritic(nn.Module):
     """The policy and its critic: an MLP hidden-1024-512-1 on the hidden state at the last prompt token of a turn.
 
     critic = "shared":   the head reads the policy's hidden state and its gradient flows into the policy (the paper)
-             "detached": it reads the same state, but its gradient stops there
+             "detached": it reads the same state, but its gradient stops there (the tiny preset)
              "separate": it reads the hidden state of a second network that starts as a copy of the policy; a random
-                         head then cannot disturb the policy. Costs a second model; the tiny preset uses it.
+                         head then cannot disturb the policy, and the critic can learn features of its own. Costs a second model.
     """
 
     def __init__(self, policy, critic="shared"):

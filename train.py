@@ -342,12 +342,13 @@ def train_tokenizer(mixture, vocab_size):
 
 
 def prepare_tiny(args, processes):
-    """Folder of the tiny model for this run: the foundation for pre-training, the task's init for all else.
+    """Folder of the tiny model's init checkpoint for this game: the foundation after the paper's brief SFT on it.
 
-    The init checkpoint is the foundation after the paper's brief SFT on the task; it is made on first use and kept.
+    Made on first use and kept in runs/, by a name that follows from the foundation's weights and the game.
     """
     if not (FOUNDATION / "model.safetensors").exists():
-        raise UserError(f"{FOUNDATION}: no tiny model there; make it with: torchrun train.py --algo pretrain --out {FOUNDATION}")
+        raise UserError(f"{FOUNDATION}: no tiny model there; make it with: torchrun train.py --task gp-vl --algo pretrain --out runs/tiny, "
+                        "and copy runs/tiny/final there")
     game = {name: getattr(args, name) for name in ("task", "rule", "look", "target")}
     digest = hashlib.sha256((FOUNDATION / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
@@ -570,7 +571,7 @@ class Trainer:
 
 
 def matrices(model):
-    """The weight matrices of the layers. Muon (Jordan et al. 2024) pre-trains them in half the steps that AdamW needs."""
+    """The weight matrices of the layers: what Muon (Jordan et al. 2024) steps in pre-training; AdamW steps the rest."""
     return [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
 
 

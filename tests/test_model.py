@@ -1,6 +1,6 @@
 """model.py against Hugging Face transformers (float32, random weights, every gate open) and against itself.
 
-    python -m pytest tests/test_model.py -q          SMOLLM2=FOLDER adds a test on real weights (shared/tools/smollm2.sh)
+    python -m pytest tests/test_model.py -q          SMOLLM2=FOLDER adds a test on real weights (SmolLM2-135M-Instruct)
 """
 import json
 import math
