@@ -1,11 +1,14 @@
 """The games: deal, show, judge, and an expert to learn from. No torch and no model in here.
 
 GeneralPoints (paper, section 4.1 and appendix A): four playing cards, in words or as an image; use each exactly once
-with + - * / ( ) to make 24. A game has gymnasium's shape: `reset(seed)` deals, `step(text)` judges an answer; what
-the model must be told next comes back as chat messages. Try it:
+with + - * / ( ) to make 24. Navigation (section 4.2 and appendix B): walk a route through a city by instructions, with
+what is seen on the way told in words or shown as street views. A game has gymnasium's shape: `reset(seed)` deals,
+`step(text)` judges an answer; what the model must be told next comes back as chat messages. Try it:
 
     python -c "import envs; g = envs.GeneralPoints(); print(g.reset(0)[0].messages[0]['content']); print(g.oracle())"
+    python -c "import envs; g = envs.Navigation(); print(g.reset(0)[0].messages[0]['content']); print(g.oracle())"
 """
+import itertools
 import json
 import math
 import random
@@ -14,14 +17,12 @@ import string
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
-SUITS = ("spades", "clubs", "hearts", "diamonds")
-FACES = ("J", "Q", "K")
-LOOKS = {"black": SUITS[:2], "red": SUITS[2:], "all": SUITS}
+from scenes import cities, routes, views
+from scenes.cards import FACES, LOOKS, RANKS, draw_hand
 
 # The verdicts, in the order in which they are tried: the first that applies is the only one (paper, appendix A).
 REWARDS = {
@@ -35,13 +36,18 @@ REWARDS = {
     "wrong_value": -1.0,        # a legal formula, whatever it claims to equal, that misses the target
     "correct": 5.0,
 }
+STEP_REWARDS = {"no_action": -1.0, "unknown_action": -1.0, "wrong_action": -1.0, "right_action": 1.0}    # appendix B
 MISREAD = -1.5      # on top, image tasks only: the answer's "cards" are not the dealt ones, in any order
 EXHAUSTED = -1.0    # on top, when the last attempt fails
 
+TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
 # str.format templates; load_prompts() replaces any of them. A literal brace is doubled.
 _ANSWER = ('Answer with one JSON object: {{"cards": [the four ranks, as in "A", "10", "Q"], "number": [their values], '
            '"formula": "an equation that ends in ={target}"}}')
 _RULE = " with + - * / and parentheses, to make {target}. A counts as 1. {rule} Other cards count as printed.\n"
+_ACTIONS = "Actions: forward(), stop() and {actions}.\nObservations (O) and actions (A) so far:\n{history}\n"
+_STEP = ('Answer with one JSON object: {{"current observation": what is seen here, "current instruction": the sentence to '
+         'follow now, "action": the action to take}}')
 PROMPTS = {
     "gp-l": "Use the values of the four cards, each exactly once," + _RULE + "Cards: {cards}\n" + _ANSWER,
     "gp-vl": "The image shows four playing cards. Use their values, each exactly once," + _RULE + _ANSWER,
@@ -57,6 +63,20 @@ PROMPTS = {
     "wrong_value": "The formula gives {number}, not {target}.",
     "misread": "The cards are misread.",
     "correct": "Correct.",
+    "virl-l": "Find the way by these instructions:\n{instructions}\n" + _ACTIONS + _STEP,
+    "virl-vl": "Find the way by these instructions:\n{instructions}\nThe image shows four street views: front, right / "
+               "back, left.\n" + _ACTIONS + _STEP,
+    "absolute": "turn_direction(x), where x is north, northeast, east, southeast, south, southwest, west or northwest",
+    "relative": "turn_direction(x), where x is left, right, slightly left or slightly right",
+    "no_action": "There is no JSON with an action.",
+    "unknown_action": "There is no such action.",
+    "wrong_action": "The action is wrong.",
+    "right_action": "Correct.",
+    "no_observation": "There is no current observation.",
+    "missed_landmark": "A landmark here is not in the observation.",
+    "false_landmark": "There is no such landmark here.",
+    "missed_intersection": "This is an intersection.",
+    "false_intersection": "This is no intersection.",
 }
 
 
@@ -72,9 +92,9 @@ class Verdict:
     """What the verifier thinks of one answer."""
     reward: float
     message: str        # one or two short sentences for the model
-    recognized: bool    # the answer's "cards" are the dealt ranks, in any order
-    translated: bool    # the answer's "number" are the dealt values, in any order (reported, never rewarded)
-    code: str           # a key of REWARDS
+    recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
+    translated: bool    # "number" are the dealt values; "current instruction" is the one to follow (never rewarded)
+    code: str           # a key of REWARDS or STEP_REWARDS
 
 
 # ---------------------------------------------------------------------------------------------------- prompts, rules
@@ -85,13 +105,13 @@ def _fields(template):
 
 def check_prompts(prompts, source="prompts"):
     """PROMPTS with some templates replaced. ValueError that names `source` and the key: an unknown key, not a
-    template, a field that its default has not, or a task prompt ("gp-...") that lacks a field of its default."""
+    template, a field that its default has not, or a task prompt ("gp-l", ...) that lacks a field of its default."""
     for key, template in prompts.items():
         if key not in PROMPTS:
             raise ValueError(f"{source}: unknown key {key!r}, expected one of {', '.join(PROMPTS)}")
         fields = _fields(PROMPTS[key])
         try:
-            missing = fields - _fields(template) if key.startswith("gp-") else None
+            missing = fields - _fields(template) if key in TASKS else None
             template.format(**dict.fromkeys(fields | {"target"}, ""))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: {key!r} is not a template with fields {sorted(fields | {'target'})} "
@@ -233,7 +253,8 @@ def solve(numbers, target=24):
 _SIGNS = str.maketrans({**dict.fromkeys("xX×·•∙⋅∗✕✖", "*"), **dict.fromkeys("÷∕⁄", "/"),
                         **dict.fromkeys("−–—‐‑－", "-"), "＋": "+", "（": "(", "）": ")", "＝": "="})
 _NAMES = {"ACE": "A", "T": "10", "TEN": "10", "JACK": "J", "QUEEN": "Q", "KING": "K"}
-_QUOTE = r"""[\\"'`“”‘’]{0,2}"""
+_QUOTES = r"""[\\"'`“”‘’]"""
+_QUOTE = _QUOTES + "{0,2}"
 _LIST = r"[\[(]([^\])}]{0,400})"
 _FORMULA = _QUOTE + r"""([^"'`“”‘’}\n,\\]*)"""
 _LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
@@ -361,6 +382,25 @@ class GeneralPoints:
     hand or those with a "face" card (the paper's rule-OOD); target: a positive integer; attempts: answers judged an
     episode; size: (width, height) of the image in pixels; prompts: see load_prompts. Bad values are ValueErrors."""
     answer_key = "formula"      # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
+    headline, recognition = "success", "cards read"             # what is plotted; what `recognized` means
+    sizes = {"tiny": (224, 56), "paper": (1200, 1200)}
+    looks = {False: "all", True: "black"}                       # trained on by default, without and with images
+
+    @staticmethod
+    def shifts(rule, look):
+        """Evaluation sets: name -> what differs from training. Rule-OOD hands hold a face card, so the rule matters in
+        each (the paper); id-face is the same deal under the training rule, to tell a harder deal from a new rule."""
+        other = {"rule": "10" if rule == "11-12-13" else "11-12-13", "deal": "face"}
+        return {"id": {}, "id-face": {"deal": "face"}, "rule-ood": other,
+                "visual-ood": {"look": "black" if look == "red" else "red"}}
+
+    @staticmethod
+    def broad():
+        """What a foundation model brings along, as (weight, settings): both rules and others, many targets, all suits."""
+        games = [(0.4, dict(rule="10")), (0.4, dict(rule="11-12-13", deal="face"))]
+        games += [(0.02, dict(rule=rule, target=target)) for target in (12, 20, 30) for rule in ("10", "11-12-13")]
+        games += [(0.04, dict(rule=rule, deal="face")) for rule in ("5", "7")]
+        return [(weight, dict(game, image=image, look="all")) for weight, game in games for image in (False, True)]
 
     def __init__(self, *, image=False, rule="10", look="black", target=24, deal="any", attempts=5, size=(1200, 1200),
                  prompts=None):
@@ -414,6 +454,7 @@ class GeneralPoints:
         truncated = not correct and self.attempt == self.attempts
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "attempt": self.attempt,
                 "recognized": verdict.recognized, "translated": verdict.translated}
+        info["success"] = correct
         messages = [{"role": "user", "content": verdict.message}]
         if correct or truncated:
             messages, self.attempt = [], None
@@ -452,127 +493,254 @@ class GeneralPoints:
         return answer[:rng.randrange(1, len(answer))] if kind > 0.98 else answer
 
 
-# ------------------------------------------------------------------------------------------------------------- cards
-# Every card is drawn once, 1000 x 1400 pixels, and scaled down. Shapes are polygons (N, 2), y downwards.
+# ------------------------------------------------------------------------------------------ routes, rails, instructions
 
-def _oval(x, y, rx, ry=None):
-    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    return np.stack([x + rx * np.cos(t), y + (ry or rx) * np.sin(t)], 1)
-
-
-def _bar(x, y, width, height):
-    return [(x + i * width / 2, y + j * height / 2) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+TURNS = ("left", "right", "slightly left", "slightly right")
+SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words))
+          for rule, words in (("absolute", COMPASS), ("relative", TURNS))}
+BUILT_IN = Path("runs/cities")      # where the built-in cities are kept once they are made
 
 
-COLORS = {"table": (0x35, 0x65, 0x4D), "paper": (253, 253, 250), "line": (40, 40, 60), "edge": (150, 150, 150),
-          "gold": (244, 196, 72), "skin": (248, 218, 188), "steel": (196, 206, 216), "wood": (150, 100, 60),
-          "leaf": (70, 130, 80), "lip": (190, 60, 60), "J": (206, 150, 66), "Q": (124, 70, 34), "K": (110, 100, 94)}
-BLACK, RED = {"ink": (16, 16, 20), "robe": (48, 76, 150)}, {"ink": (206, 18, 32), "robe": (178, 38, 46)}
-# rank: (rows of the two side columns, rows of the middle column), from -1, the highest, to 1, the lowest
-PIPS = {"A": ((), (0,)), "2": ((), (-1, 1)), "3": ((), (-1, 0, 1)), "4": ((-1, 1), ()), "5": ((-1, 1), (0,)),
-        "6": ((-1, 0, 1), ()), "7": ((-1, 0, 1), (-1 / 2,)), "8": ((-1, 0, 1), (-1 / 2, 1 / 2)),
-        "9": ((-1, -1 / 3, 1 / 3, 1), (0,)), "10": ((-1, -1 / 3, 1 / 3, 1), (-2 / 3, 2 / 3))}
-# The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand carries.
-LOCKS = {"J": [_oval(500, 370, 132, 120), _oval(395, 440, 45), _oval(605, 440, 45)],
-         "Q": [_oval(500, 430, 150, 195)], "K": [_oval(500, 375, 128, 140)]}
-BUST = [("robe", [(372, 500), (628, 500), (760, 560), (806, 705), (194, 705), (240, 560)]),
-        ("gold", [(290, 540), (330, 524), (340, 705), (270, 705)]),
-        ("gold", [(710, 540), (670, 524), (660, 705), (730, 705)]),
-        ("gold", [(420, 500), (580, 500), (610, 705), (390, 705)]),
-        ("paper", [(366, 505), (420, 462), (500, 545), (580, 462), (634, 505), (500, 625)]),
-        ("skin", _oval(500, 372, 90, 116))]
-REGALIA = {
-    "J": [("gold", _oval(610, 195, 80, 26)), ("robe", _oval(500, 250, 142, 72)), ("gold", _bar(500, 290, 256, 36)),
-          ("wood", _bar(738, 480, 18, 440)), ("steel", [(738, 140), (778, 250), (738, 300), (698, 250)])],
-    "Q": [("gold", [(402, 290), (370, 205), (436, 240), (500, 180), (564, 240), (630, 205), (598, 290)]),
-          ("paper", _bar(500, 284, 208, 26)), ("paper", _oval(370, 205, 17)), ("paper", _oval(500, 180, 17)),
-          ("paper", _oval(630, 205, 17)), ("leaf", _bar(738, 480, 12, 440)), ("ink", _oval(738, 247, 32)),
-          ("ink", _oval(776, 285, 32)), ("ink", _oval(738, 323, 32)), ("ink", _oval(700, 285, 32)),
-          ("gold", _oval(738, 285, 22))],
-    "K": [("K", _oval(500, 440, 96, 120)), ("skin", _oval(500, 352, 84, 94)),
-          ("gold", [(392, 292), (352, 160), (432, 222), (500, 130), (568, 222), (648, 160), (608, 292)]),
-          ("robe", _bar(500, 284, 232, 36)), ("ink", _oval(352, 160, 15)), ("ink", _oval(500, 130, 15)),
-          ("ink", _oval(648, 160, 15)), ("steel", [(722, 690), (722, 250), (737, 200), (752, 250), (752, 690)]),
-          ("gold", _bar(737, 520, 120, 28))]}
-FEATURES = [_oval(464, 358, 10), _oval(536, 358, 10), _bar(464, 332, 40, 6), _bar(536, 332, 40, 6),
-            [(500, 360), (488, 402), (506, 402)]]
-INDEX_ONLY = 120    # pixels: a card less high than this shows its rank and suit large, and nothing else
+@dataclass
+class Point:
+    """One decision on a route."""
+    panorama: str           # file of the street view
+    heading: float          # degrees; which way one faces
+    landmark: str | None    # its name, and on which side it is
+    side: str | None
+    intersection: bool      # is one told to be at an intersection?
+    instruction: int        # index of the sentence to follow
+    action: str             # the expert's
+
+    @property
+    def observation(self):
+        """The truth in words."""
+        remark = f"{self.landmark} is on your {self.side}" if self.landmark else "No landmarks nearby"
+        return remark + "; You observe an intersection" * self.intersection
 
 
-def _suit_shapes(suit):
-    """The polygons that make up a suit mark, in the box -0.5..0.5."""
-    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    y = 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)
-    heart = np.stack([16 * np.sin(t) ** 3, y - 2.5], 1) / 30
-    stem = [(-0.03, 0), (0.03, 0), (0.06, 0.3), (0.18, 0.5), (-0.18, 0.5), (-0.06, 0.3)]
-    return {"spades": [heart * (0.9, -0.88) + (0, -0.06), stem],
-            "clubs": [_oval(0, -0.26, 0.23), _oval(-0.25, 0.1, 0.23), _oval(0.25, 0.1, 0.23), _oval(0, 0, 0.1), stem],
-            "hearts": [heart],
-            "diamonds": [[(0, -0.52), (0.2, -0.23), (0.39, 0), (0.2, 0.23), (0, 0.52), (-0.2, 0.23), (-0.39, 0),
-                          (-0.2, -0.23)]]}[suit]
+def relative_turn(old, new):
+    """Word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to (-180, 180], which the
+    released code forgets; its limits are kept: beyond 45 degrees is left or right, 0 is slightly left."""
+    turn = 180 - (180 - (new - old)) % 360
+    return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
 
 
-def _fill(draw, shapes, color, x=0, y=0, scale=1, outline=None):
-    """Fill polygons scaled by `scale` (a number or (x, y) factors) and moved to (x, y)."""
-    for shape in shapes:
-        draw.polygon([tuple(point) for point in (np.array(shape) * scale + (x, y)).tolist()], color, outline, 5)
+def instructions(legs, heading):
+    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move."""
+    sentences = []
+    for i, leg in enumerate(legs):
+        turn, goal = relative_turn(heading, leg.heading), "destination" if leg is legs[-1] else "next intersection"
+        where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark else ""
+        sentences += [f"{'Turn' if i else 'First, turn'} {turn} to face {leg.direction}.",
+                      f"Move forward until you reach {goal}{where}."]
+        heading = leg.heading
+    return sentences
 
 
-def _glyph(card, rank, color, x, y, width, height):
-    """Write a rank `height` high and at most `width` wide, its top centre at (x, y)."""
-    font = ImageFont.load_default(500)
-    left, top, right, bottom = font.getbbox(rank, stroke_width=12)
-    mask = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(mask).text((-left, -top), rank, 255, font, stroke_width=12)
-    mask = mask.resize((min(width, round(mask.width * height / mask.height)), height), Image.Resampling.LANCZOS)
-    card.paste(color, (x - mask.width // 2, y), mask)
+def rail(route, heading, rule, rng, drop_rate):
+    """The Points of a route: its start, each candidate between two turning points with probability 1 - drop_rate,
+    the turning points, the destination. A turn moves one on to the next point (released code)."""
+    points, place, landmark, side = [], route.start, None, None
+    for i, leg in enumerate(route.legs):
+        turn = leg.direction if rule == "absolute" else relative_turn(heading, leg.heading)
+        points.append(Point(place.panorama, heading, landmark, side, i > 0, 2 * i, f"turn_direction({turn})"))
+        heading, place, landmark, side = leg.heading, leg.end, leg.landmark, leg.side
+        points += [Point(between.panorama, heading, None, None, False, 2 * i + 1, "forward()")
+                   for between in leg.between if rng.random() >= drop_rate]
+    return points + [Point(place.panorama, heading, landmark, side, False, 2 * i + 1, "stop()")]
 
 
-def _draw_face(card, rank, mark, colors):
-    """Indices in two corners; pips, the lower ones upside down, or a framed bust and its half turn."""
-    draw = ImageDraw.Draw(card)
-    _glyph(card, rank, colors["ink"], 98, 55, 150, 150)
-    _fill(draw, mark, colors["ink"], 98, 285, 120)
-    if rank in FACES:
-        _fill(draw, mark, colors["ink"], 268, 182, 124)
-        for name, shape in [*((rank, lock) for lock in LOCKS[rank]), *BUST, *REGALIA[rank]]:
-            _fill(draw, [shape], colors[name], outline=colors["line"])
-        _fill(draw, FEATURES, colors["line"])
-        _fill(draw, [_oval(500, 432, 26, 8)], colors["lip"])
-        _fill(draw, mark, colors["ink"], 500, 655, 72)
-    card.paste(card.crop((0, 0, 1000, 700)).rotate(180), (0, 700))
-    if rank in FACES:
-        draw.rectangle((190, 690, 809, 709), colors["gold"], colors["line"], 5)
-        draw.rectangle((190, 100, 809, 1299), None, colors["line"], 8)
-        return
-    sides, middle = PIPS[rank]
-    size = 480 if rank == "A" else 200
-    for x, row in [(x, row) for x in (315, 685) for row in sides] + [(500, row) for row in middle]:
-        _fill(draw, mark, colors["ink"], x, 700 + 470 * row, (size, size if row <= 0 else -size))
+@lru_cache(maxsize=64)
+def known_routes(look, held_out, image, size, skip_bad):
+    """All routes of a look: a folder in the released format, a built-in city, "others" (the nine of visual-OOD) or
+    "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones were skipped."""
+    names = {"others": cities.OTHERS, "broad": cities.BROAD}.get(look, (look,))
+    for name in names:
+        if name not in cities.CITIES and not Path(name).is_dir():
+            raise ValueError(f"{name}: neither a folder of routes nor a built-in city: {', '.join(cities.CITIES)}, others, broad")
+    width = max(256, 4 * size) if image else 256        # of the panoramas that are drawn for a built-in city
+    folders = [cities.build(name, BUILT_IN, width=width) if name in cities.CITIES else name for name in names]
+    worlds = [routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad) for folder in folders]
+    for folder, world in zip(folders, worlds):
+        if world.skipped:
+            print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}", flush=True)
+    return [route for group in itertools.zip_longest(*(world.routes for world in worlds)) for route in group if route]
 
 
-@lru_cache(maxsize=256)
-def draw_card(rank, suit, height):
-    """One card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round corners."""
-    colors, mark = {**COLORS, **(RED if suit in LOOKS["red"] else BLACK)}, _suit_shapes(suit)
-    card, corners = Image.new("RGB", (1000, 1400), colors["paper"]), Image.new("L", (1000, 1400))
-    if height < INDEX_ONLY:
-        _glyph(card, rank, colors["ink"], 500, 90, 860, 660)
-        _fill(ImageDraw.Draw(card), mark, colors["ink"], 500, 1070, 520)
-    else:
-        _draw_face(card, rank, mark, colors)
-        ImageDraw.Draw(card).rounded_rectangle((0, 0, 999, 1399), 70, None, colors["edge"], 6)
-    ImageDraw.Draw(corners).rounded_rectangle((0, 0, 999, 1399), 70, 255)
-    card.putalpha(corners)
-    return card.resize((round(height / 1.4), height), Image.Resampling.BOX)
+# ------------------------------------------------------------------------------------------------ navigation's verifier
+
+_STRING = _QUOTE + r"""([^\n]{0,400}?)""" + _QUOTE + r"""[ \t]*(?=,[ \t]*["'“‘\\\n}]|[}\n]|$)"""
 
 
-def draw_hand(hand, size):
-    """A hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width, height) pixels."""
-    width, height = size
-    card_height = max(7, int(min(0.96 * height, 1.4 * 0.9 * width / len(hand))))
-    canvas = Image.new("RGB", (width, height), COLORS["table"])
-    for i, (rank, suit) in enumerate(hand):
-        card = draw_card(rank, suit, card_height)
-        canvas.paste(card, (round((i + 0.5) * width / len(hand) - card.width / 2), (height - card.height) // 2), card)
-    return canvas
+def read_step(text):
+    """(current observation, current instruction, action) of an answer in any quotes, fences or surroundings; None for
+    a field that is not there. The action is lower-case without quotes and needless spaces."""
+    fields = [_field(text, key, _STRING) if "{" in text else None
+              for key in ("current observation", "current instruction", "action")]
+    action = fields[2] and re.sub(r"\s*([()])\s*", r"\1", " ".join(re.sub(_QUOTES, " ", fields[2].lower()).split()))
+    return fields[0], fields[1], action
+
+
+def _wrong_observation(observation, point, landmarks):
+    """What is wrong with an answer's current observation, as keys of PROMPTS: nothing, or one of the landmark and one of
+    the intersection. Compared are the landmark's name and the intersection, not the wording and not the side."""
+    if observation is None:
+        return ["no_observation"]
+    rest, named = " ".join(observation.lower().split()), set()
+    for name in sorted(landmarks, key=len, reverse=True):       # longest first: one name may hold another
+        if name.lower() in rest:
+            named.add(name)
+            rest = rest.replace(name.lower(), "")
+    wrong = []
+    if point.landmark and point.landmark not in named:
+        wrong.append("missed_landmark")
+    elif named - {point.landmark} or (not point.landmark and "on your" in rest):
+        wrong.append("false_landmark")
+    claimed = re.sub(r"\b(no|not)\b[^.;,]*intersection", "", rest)
+    if ("intersection" in claimed) != point.intersection:
+        wrong.append("missed_intersection" if point.intersection else "false_intersection")
+    return wrong
+
+
+def judge_step(text, point, sentence, landmarks, rule, prompts=PROMPTS):
+    """The verdict on any text whatever, never an exception. point: the truth; sentence: the instruction to follow there;
+    landmarks: all names of the route. Rewards (appendix B): +1 or -1 for the action and, on top, -1.5 for an
+    observation that misses the landmark or the intersection or claims a wrong one."""
+    observation, instruction, action = read_step(text)
+    wrong = _wrong_observation(observation, point, landmarks)
+    code = ("no_action" if action is None else "right_action" if action == point.action else
+            "wrong_action" if action in SPACES[rule] else "unknown_action")
+    message = " ".join(prompts[key].format(target="") for key in [*wrong, code])
+    translated = instruction is not None and instruction.strip().lower() == sentence.lower()
+    return Verdict(STEP_REWARDS[code] + MISREAD * bool(wrong), message, not wrong, translated, code)
+
+
+# ----------------------------------------------------------------------------------------------------------- Navigation
+
+class Navigation:
+    """The navigation of the paper's section 4.2, on rails: virl-l, or virl-vl with `image=True`.
+
+    rule: what turn_direction takes, "absolute" (compass) or "relative" (left, right, slightly ...); look: a folder of
+    routes in the released format or a built-in city (see known_routes); held_out: routes that training never walks, where
+    the city has them; attempts: answers judged a point; after_failure: when a point stays wrong, "end" the episode (the
+    paper) or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
+    intersections; size: pixels of one of the four views; prompts: see load_prompts. Bad values are ValueErrors."""
+    answer_key = "action"
+    headline, recognition = "per_step", "observed right"
+    sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
+    looks = {False: "new-york", True: "new-york"}
+
+    @staticmethod
+    def shifts(rule, look):
+        """Evaluation sets: name -> what differs from training."""
+        return {"id": {"held_out": True}, "id-train": {},
+                "rule-ood": {"rule": "absolute" if rule == "relative" else "relative", "held_out": True},
+                "visual-ood": {"look": "others"}}
+
+    @staticmethod
+    def broad():
+        """What a foundation model brings along, as (weight, settings): both action spaces, several cities."""
+        return [(1.0, dict(image=image, rule=rule, look=look)) for image in (False, True) for rule in SPACES
+                for look in ("new-york", "broad")]
+
+    def __init__(self, *, image=False, rule="absolute", look="new-york", held_out=False, attempts=2, after_failure="end",
+                 drop_rate=0.5, size=53, prompts=None, skip_bad_routes=False):
+        _one_of("rule", rule, tuple(SPACES))
+        _one_of("after_failure", after_failure, ("end", "walk-on"))
+        _positive("attempts", attempts)
+        _positive("size", size)
+        self.image, self.rule, self.attempts, self.after_failure = image, rule, attempts, after_failure
+        self.drop_rate, self.size, self.prompts = drop_rate, size, check_prompts(prompts or {})
+        self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
+        self.index = None       # of the point where one stands; None: no episode is running
+
+    def _start(self, seed):
+        if seed < 0:
+            raise ValueError(f"seed {seed!r}: expected an integer >= 0")
+        self.rng = random.Random(int(seed))
+        route = self.routes[seed % len(self.routes)]
+        heading = route.init_heading or self.rng.randrange(360)
+        self.sentences = instructions(route.legs, heading)
+        self.points = rail(route, heading, self.rule, self.rng, self.drop_rate)
+        self.landmarks = {leg.landmark for leg in route.legs if leg.landmark}
+        self.index, self.attempt, self.failed = 0, 0, False
+        return {"route": route.name, "points": len(self.points), "instructions": self.sentences}
+
+    def reset(self, seed):
+        """Start route number `seed` (an int >= 0, modulo their number), so that consecutive seeds walk every route
+        equally often; rail and start heading are drawn from it: (observation, info about the route)."""
+        info = self._start(seed)
+        return self._look(), info
+
+    def _look(self):
+        """The prompt of a point, which starts a conversation of its own: instructions, actions, history and what is
+        seen. With pictures, what is seen now is in the picture, but for the intersection (released code)."""
+        history = [f"O_{i + 1}: {p.observation}\nA_{i + 1}: {p.action}" for i, p in enumerate(self.points[:self.index])]
+        point = self.points[self.index]
+        now = point.observation
+        if self.image:
+            now = "You observe an image of 4 views" + "; You observe an intersection" * point.intersection
+        text = self.prompts["virl-vl" if self.image else "virl-l"].format(
+            instructions="\n".join(f"{i + 1}. {sentence}" for i, sentence in enumerate(self.sentences)),
+            actions=self.prompts[self.rule], history="\n".join([*history, f"O_{self.index + 1}: {now}"]), target="")
+        content = text if not self.image else [
+            {"type": "image", "image": views.grid(point.panorama, point.heading, self.size)}, {"type": "text", "text": text}]
+        return Observation([{"role": "user", "content": content}], fresh=True)
+
+    def step(self, text):
+        """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The right action
+        leads to the next point, a wrong one leaves one where one is, with the verifier's message. The destination
+        terminates the episode, a point that stays wrong truncates it (see after_failure); after that RuntimeError."""
+        if self.index is None:
+            raise RuntimeError("no episode is running: call reset(seed) first")
+        point, self.attempt = self.points[self.index], self.attempt + 1
+        verdict = judge_step(text, point, self.sentences[point.instruction], self.landmarks, self.rule, self.prompts)
+        correct, last = verdict.code == "right_action", self.index == len(self.points) - 1
+        exhausted = not correct and self.attempt == self.attempts
+        self.failed |= exhausted
+        terminated, truncated = correct and last, exhausted and (last or self.after_failure == "end")
+        info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "attempt": self.attempt,
+                "point": self.index, "recognized": verdict.recognized, "translated": verdict.translated,
+                "success": terminated and not self.failed}
+        if terminated or truncated:
+            self.index, observation = None, Observation([], fresh=False)
+        elif correct or exhausted:
+            self.index, self.attempt = self.index + 1, 0
+            observation = self._look()
+        else:
+            observation = Observation([{"role": "user", "content": verdict.message}], fresh=False)
+        return observation, verdict.reward + EXHAUSTED * exhausted, terminated, truncated, info
+
+    def oracle(self):
+        """The expert's answer at the current point."""
+        point = self.points[self.index]
+        return _step_answer(point.observation, self.sentences[point.instruction], point.action)
+
+    def demonstrate(self, seed, mistakes=0):
+        """An expert's dialogue at one point of a route, both the seed's choice, as chat messages: the prompt, `mistakes`
+        wrong answers ("train": False) each with the verifier's message, and the right one ("train": True)."""
+        if not 0 <= mistakes < self.attempts:
+            raise ValueError(f"mistakes {mistakes!r}: expected 0 to {self.attempts - 1}, one less than attempts")
+        self._start(seed)
+        self.index = self.rng.randrange(len(self.points))
+        dialogue = self._look().messages
+        for _ in range(mistakes):
+            wrong = self._mistake()
+            dialogue += [{"role": "assistant", "content": wrong, "train": False}, *self.step(wrong)[0].messages]
+        return dialogue + [{"role": "assistant", "content": self.oracle(), "train": True}]
+
+    def _mistake(self):
+        """A plausible wrong answer: another action, mostly with the observation and the instruction of another point."""
+        point, other = self.points[self.index], self.rng.choice(self.points)
+        seen = self.rng.choice([point, other])
+        action = self.rng.choice([action for action in SPACES[self.rule] if action != point.action])
+        return _step_answer(seen.observation, self.sentences[other.instruction], action)
+
+
+def _step_answer(observation, instruction, action):
+    return json.dumps({"current observation": observation, "current instruction": instruction, "action": action})
+
+
+GAMES = {"gp": GeneralPoints, "virl": Navigation}       # a task is a game and "-l" (in words) or "-vl" (with pictures)

@@ -1013,7 +1013,7 @@ class Processor:
         """Messages ({"role", "content", optional "train"}) -> Rendered.
 
         content: text, or a list of {"type": "text", "text"} and {"type": "image", "image"}. `sampled` marks what the model must
-        produce: an assistant's content and its end token, unless the message has "train": False. reply: end with the header
+        produce: an assistant's content and its end token, or what a message's "train" (a bool) says. reply: end with the header
         after which the model answers. first=False: go on after the model's own answer; ended=False: which was cut off, so that its
         end token is added, as a forced one. ValueError for more than one image or an unknown part.
         """
@@ -1022,7 +1022,7 @@ class Processor:
 
         def add(ids, sampled=False):
             out.ids += ids
-            out.sampled += [sampled] * len(ids)
+            out.sampled += [sampled and i != self.image_token_id for i in ids]      # the head has no row for the image token
 
         if not first:
             add(([] if ended else [self.end_id]) + newline)
@@ -1031,7 +1031,7 @@ class Processor:
         for message in messages:
             add(self.header(message["role"]))
             ids = self.content(message["content"], out.images) + [self.end_id]
-            add(ids, sampled=message["role"] == "assistant" and message.get("train", True))
+            add(ids, sampled=message.get("train", message["role"] == "assistant"))
             add(newline)
         if reply:
             add(self.header("assistant"))

@@ -114,7 +114,7 @@ class Player:
         episode.transcript.append(("assistant", text))
         episode.transcript.append(("reward", f"{reward:+g} ({info['verdict']})"))
         if terminated or truncated:
-            episode.success = terminated
+            episode.success = info["success"]
             return False
         self.listen(observation, ended=sample.ended)
         return True
@@ -189,7 +189,8 @@ def gae(episodes, args):
 
 
 def gae_loo(episodes, args):
-    """GAE less what the other samples of the same hand got on average at the same turn (leave one out, as in RLOO).
+    """GAE less what the other samples of the same hand got on average at the same turn (leave one out, as in RLOO): the same
+    attempt and, on a route, the same point.
 
     How hard a hand is explains most of the variance of the returns, and a small critic cannot see it. The other samples can;
     they know nothing of this sample's action, so subtracting their mean adds no bias. Needs --samples of at least 2.
@@ -197,8 +198,8 @@ def gae_loo(episodes, args):
     gae(episodes, args)
     groups = defaultdict(list)
     for episode in episodes:
-        for k, turn in enumerate(episode.turns):
-            groups[episode.seed, k].append(turn)
+        for turn in episode.turns:
+            groups[episode.seed, turn.info.get("point"), turn.info["attempt"]].append(turn)
     for group in groups.values():
         total, others = sum(turn.advantage for turn in group), len(group) - 1
         for turn in group:

@@ -22,20 +22,24 @@ class Example:
     image: object              # PIL image or None
 
 
-def make_example(processor, env, seed, mistakes=0):
-    """One expert dialogue as token ids with the mask of what is learnt."""
-    rendered = processor.render(env.demonstrate(seed, mistakes=mistakes), reply=False)
+def make_example(processor, env, seed, mistakes=0, prompts=False):
+    """One expert dialogue as token ids with the mask of what is learnt: right answers and, with `prompts`, what is not an answer."""
+    messages = env.demonstrate(seed, mistakes=mistakes)
+    if prompts:
+        messages = [{"train": True} | message for message in messages]         # wrong answers say "train": False themselves
+    rendered = processor.render(messages, reply=False)
     return Example(rendered.ids, rendered.sampled, rendered.images[0] if rendered.images else None)
 
 
-def make_batch(processor, mixture, seeds, mistakes):
-    """One example per seed. `mixture`: list of (environment, weight); `mistakes`: share of dialogues with wrong turns."""
+def make_batch(processor, mixture, seeds, mistakes, prompts=False):
+    """One example per seed. `mixture`: list of (environment, weight); `mistakes`: share of dialogues with wrong turns; `prompts`: as
+    in make_example."""
     examples = []
     for seed in seeds:
         rng = random.Random(seed)
         env = rng.choices([env for env, _ in mixture], [weight for _, weight in mixture])[0]
         wrong = rng.randint(1, env.attempts - 1) if env.attempts > 1 and rng.random() < mistakes else 0
-        examples.append(make_example(processor, env, seed, wrong))
+        examples.append(make_example(processor, env, seed, wrong, prompts))
     return examples
 
 

@@ -2,6 +2,7 @@
 
     torchrun train.py --task gp-vl --algo ppo                          # the built-in tiny model, two CPU cores, minutes
     torchrun train.py --task gp-l --algo sft --steps 200               # the other way to learn
+    torchrun train.py --task virl-vl --algo ppo                        # the other game: find the way through a city
     torchrun train.py --task gp-l --algo eval --model runs/gp-l-ppo/final
     torchrun train.py --plot runs/gp-l-sft runs/gp-l-ppo               # ID and OOD success against training compute
 
@@ -12,6 +13,7 @@ logs, checkpoints and the loop. What is learnt from is in envs.py, what learns i
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -29,11 +31,11 @@ import torch.distributed as dist
 
 import ppo
 import sft
-from envs import GeneralPoints, load_prompts
+from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor
 
 HERE = Path(__file__).resolve().parent
-FOUNDATION = HERE / "docs" / "tiny"            # the tiny model's pre-trained weights; remade by --algo pretrain
+FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained weights, a folder a game; remade by --algo pretrain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +52,8 @@ def arg(default, help, choices=None):
 @dataclass
 class Args:
     """Every setting of a run. None means: from the preset."""
-    task: str = arg("gp-l", "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image", ("gp-l", "gp-vl"))
+    task: str = arg("gp-l", "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image; "
+                            "virl-l: navigation with what is seen in text; virl-vl: with street views", TASKS)
     algo: str = arg("ppo", "ppo, sft, eval, or pretrain (makes the tiny model's foundation anew)", ("ppo", "sft", "eval", "pretrain"))
     model: str = arg("tiny", "'tiny' (built in) or a Hugging Face folder of a Llama or Llama-3.2-Vision checkpoint")
     out: str = arg(None, "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
@@ -59,11 +62,18 @@ class Args:
     device: str = arg("auto", "cuda, mps, cpu, or auto", ("auto", "cuda", "mps", "cpu"))
     resume: bool = arg(False, "continue the run in --out from its newest checkpoint")
     prompts: str = arg(None, "JSON file of templates that replace the built-in prompts and verifier messages")
-    # the game
-    rule: str = arg("10", "what J, Q, K count in training: 10, 11-12-13, or any number or three joined by '-'")
-    look: str = arg(None, "suits dealt in training: black, red or all (default: all for gp-l, black for gp-vl)")
-    target: int = arg(24, "the number to make")
-    attempts: int = arg(5, "judged attempts an episode")
+    # the game; None means the game's own default
+    rule: str = arg(None, "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number or three joined by '-'; "
+                          "virl: what turn_direction takes, absolute (default) or relative")
+    look: str = arg(None, "look in training. gp: suits dealt, black (default for gp-vl), red or all (default for gp-l); "
+                          "virl: a built-in city (default new-york), 'others' (nine cities) or 'broad' (those of pre-training)")
+    attempts: int = arg(None, "judged attempts (default: 5 a hand, 2 a point of a route)")
+    target: int = arg(None, "gp: the number to make (default 24)")
+    routes: str = arg(None, "virl: train on this folder of routes in the released format (route_infos.json, ...) instead of a built-in city")
+    ood_routes: str = arg(None, "virl: folder of the visual-ood set, in the same format, instead of the nine built-in cities")
+    skip_bad_routes: bool = arg(None, "virl: leave out routes that cannot be read, and say how many")
+    after_failure: str = arg(None, "virl: what follows a point that stays wrong, 'end' of the episode (default, the paper) or "
+                                   "'walk-on' (the released code)", ("end", "walk-on"))
     # learning
     steps: int = arg(None, "PPO updates or SFT optimizer steps")
     lr: float = arg(None, "learning rate")
@@ -78,10 +88,11 @@ class Args:
     # SFT
     batch_size: int = arg(None, "SFT dialogues a step, over all ranks")
     mistakes: float = arg(None, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
+    learn_prompts: bool = arg(None, "also learn to predict the prompts, as pre-training does")
     sft_loss: str = arg("nll", "SFT loss", tuple(sft.LOSSES))
     # PPO
-    hands: int = arg(None, "hands dealt an update, over all ranks")
-    samples: int = arg(None, "episodes played of each hand")
+    hands: int = arg(None, "hands dealt (or routes begun) an update, over all ranks")
+    samples: int = arg(None, "episodes played of each of them")
     temperature: float = arg(None, "sampling temperature of the rollout")
     max_new_tokens: int = arg(None, "longest answer, in tokens")
     advantage: str = arg(None, "advantage estimator", tuple(ppo.ESTIMATORS))
@@ -101,31 +112,47 @@ class Args:
     reward_scale: float = arg(None, "factor on rewards before advantages and value targets")
     # evaluation and logs
     eval_every: int = arg(None, "steps between evaluations (also before and after training); 0: only before and after")
-    eval_hands: int = arg(None, "hands an evaluation set")
-    eval_sets: str = arg(None, "comma-separated: id, id-face, rule-ood, visual-ood (default: those of the task)")
+    eval_hands: int = arg(None, "hands (or routes) an evaluation set")
+    eval_sets: str = arg(None, "comma-separated: id, rule-ood, visual-ood, also gp: id-face, virl: id-train (default: those of the task)")
     eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
     save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
     transcript_every: int = arg(10, "steps between sample transcripts (PPO)")
     rollout_batch: int = arg(256, "episodes played at once, a rank")
 
+    @property
+    def game(self):
+        """'gp' or 'virl', a key of GAMES."""
+        return self.task.split("-")[0]
+
+    @property
+    def image(self):
+        return self.task.endswith("vl")
+
+
+GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "after_failure")     # handed to the game if it knows them
+
 
 # Presets are data: algorithm-independent first, then what the algorithm adds. The paper's numbers are PAPER: section 4.
 PRESETS = {
     "tiny": dict(
-        all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens=48,
-                 lr_schedule="constant", eval_hands=500),
-        sft=dict(steps=450, lr=3e-4, batch_size=64, mistakes=0.0, eval_every=150, save_every=150, warmup=0.03),
+        all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
+                 lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
+        sft=dict(steps=450, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False, eval_every=150, save_every=150, warmup=0.03),
         ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands=32, samples=8, temperature=1.0, advantage="gae-loo",
                  unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
                  critic_lr=3e-4, critic_warmup=0, reward_scale=0.2, eval_every=20, save_every=20),
-        pretrain=dict(steps=450, lr=4e-3, batch_size=64, mistakes=0.3, warmup=0.05, lr_schedule="cosine", eval_every=150,
-                      save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
+        pretrain=dict(steps=450, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
+                      mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
+                      eval_every=150, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
     "paper": dict(
-        all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine", eval_hands=234),
-        sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7}, batch_size=128, mistakes=0.0, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
+        all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine",
+                 eval_hands={"gp": 234, "virl": 48}),
+        sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7, "virl-l": 1e-6, "virl-vl": 5e-7}, batch_size=128, mistakes=0.0,
+                 learn_prompts=False, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
                  eval_every=50, save_every=100),
-        ppo=dict(steps=20, lr=1e-6, betas=(0.9, 0.999), warmup=0.0, hands=512, samples=1, temperature=0.2, advantage="gae", unit="turn", clip=0.1,
+        ppo=dict(steps={"gp": 20, "virl": 15}, lr={"gp": 1e-6, "virl-l": 1e-6, "virl-vl": 1e-7}, betas=(0.9, 0.999), warmup=0.0,
+                 hands={"gp": 512, "virl": 320}, samples=1, temperature=0.2, advantage="gae", unit="turn", clip=0.1,
                  value_clip=0.1, value_coef=0.5, entropy_coef=0.0, epochs=4, minibatches=2, critic="shared", critic_lr=1e-6,
                  critic_warmup=0, reward_scale=1.0, max_grad_norm=0.01, eval_every=5, save_every=5),
         eval={}),
@@ -141,7 +168,7 @@ def parse(argv=None):
         if f.default not in (None, False):
             help += f" (default: {f.default})"
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
+            parser.add_argument(flag, action="store_true", default=f.default, help=help)
         elif f.type is tuple:
             parser.add_argument(flag, type=lambda text: tuple(float(x) for x in text.split(",")), metavar="A,B", help=help)
         else:
@@ -156,13 +183,21 @@ def apply_preset(args, hidden_size):
     if args.preset == "auto":
         args.preset = "tiny" if hidden_size <= 512 else "paper"
     preset = PRESETS[args.preset]
+    given_look = args.look
     if args.algo not in preset:
         raise UserError(f"--algo {args.algo} has no preset '{args.preset}': it is for the tiny model only")
     for name, value in (preset["all"] | preset[args.algo]).items():      # the algorithm's own come last and win
         if getattr(args, name) is None:
-            setattr(args, name, value[args.task] if isinstance(value, dict) else value)
-    args.look = args.look or ("black" if args.task.endswith("vl") else "all")
-    args.eval_sets = args.eval_sets or ("id,rule-ood,visual-ood" if args.task.endswith("vl") else "id,rule-ood")
+            setattr(args, name, value.get(args.task, value.get(args.game)) if isinstance(value, dict) else value)
+    settings = {name: parameter.default for name, parameter in inspect.signature(GAMES[args.game]).parameters.items()}
+    for name in ("routes", "ood_routes", *GAME_SETTINGS):
+        if getattr(args, name) is None:
+            setattr(args, name, settings.get(name))
+        elif name not in settings and not (args.game == "virl" and name.endswith("routes")):
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --task {args.task}")
+    args.look = args.routes or given_look or GAMES[args.game].looks[args.image]
+    seen = args.image and (args.ood_routes or not args.routes)     # one's own routes are tested on one's own other look, or none
+    args.eval_sets = args.eval_sets or ("id,rule-ood,visual-ood" if seen else "id,rule-ood")
     return args
 
 
@@ -239,17 +274,17 @@ def git_commit():
 
 def make_env(args, **changes):
     """A factory of environments with the run's settings and `changes` to them."""
-    settings = dict(image=args.task.endswith("vl"), rule=args.rule, look=args.look, target=args.target, attempts=args.attempts,
-                    size=(224, 56) if args.preset == "tiny" else (1200, 1200),
-                    prompts=load_prompts(args.prompts) if args.prompts else None) | changes
-    return lambda: GeneralPoints(**settings)
+    game = GAMES[args.game]
+    settings = {name: getattr(args, name) for name in GAME_SETTINGS if getattr(args, name) is not None}
+    settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None) | changes
+    return lambda: game(**settings)
 
 
 def evaluation_sets(args):
-    """Name -> factory. Rule-OOD hands hold a face card, so the rule matters in each (the paper); id-face is the same
-    deal under the training rule, to tell a harder deal from a new rule."""
-    other = {"rule": "10" if args.rule == "11-12-13" else "11-12-13", "deal": "face"}
-    known = {"id": {}, "id-face": {"deal": "face"}, "rule-ood": other, "visual-ood": {"look": "black" if args.look == "red" else "red"}}
+    """Name -> factory of the sets in --eval-sets; they are the game's own `shifts` of the training environment."""
+    known = GAMES[args.game].shifts(args.rule, args.look)
+    if args.ood_routes:
+        known["visual-ood"] = {"look": args.ood_routes}
     names = args.eval_sets.split(",")
     for name in names:
         if name not in known:
@@ -258,10 +293,11 @@ def evaluation_sets(args):
 
 
 def evaluate(model, processor, args, processes, progress=""):
-    """Play the fixed hands of every evaluation set. Returns {set: {success, first, recognized, reward, n, ...}}.
+    """Play the fixed hands (or routes) of every evaluation set. Returns {set: {success, first, per_step, recognized, reward, n, ...}}.
 
-    success: solved within the attempts; first: at the first one; both with the binomial standard error sqrt(P(1-P)/N).
-    recognized: share of answers whose cards are right; reward: mean sum of rewards of an episode.
+    success: solved, a route with every point right, within the attempts; first: without one wrong answer; both with the binomial
+    standard error sqrt(P(1-P)/N). per_step: share of all answers that are right; its error counts episodes, not answers, as
+    independent. recognized: share of answers whose cards or observation are right; reward: mean sum of rewards of an episode.
     """
     results = {}
     for name, factory in evaluation_sets(args).items():
@@ -269,21 +305,26 @@ def evaluate(model, processor, args, processes, progress=""):
         with autocast(processes.device):
             episodes = ppo.rollout(model, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
                                    batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
-        results[name] = summarize(episodes, processes)
-        r = results[name]
-        processes.print(f"{progress}  {name:<11} success {100 * r['success']:5.1f} ± {100 * r['success_se']:.1f} %   first attempt "
-                        f"{100 * r['first']:5.1f} %   cards read {100 * r['recognized']:5.1f} %   reward {r['reward']:+6.2f}   N {r['n']}")
+        results[name] = r = summarize(episodes, processes)
+        rates = "   ".join(f"{what} {100 * r[key]:5.1f} ± {100 * r[key + '_se']:.1f} %" for what, key in (
+            ("success", "success"), ("first try", "first"), ("per step", "per_step")))
+        processes.print(f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} {100 * r['recognized']:5.1f} %   "
+                        f"reward {r['reward']:+6.2f}   N {r['n']}")
     return results
 
 
 def summarize(episodes, processes):
     """Rates over all episodes of all ranks."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    counts = [len(episodes), len(turns), sum(e.success for e in episodes), sum(e.turns[0].info["correct"] for e in episodes),
-              sum(bool(turn.info["recognized"]) for turn in turns), sum(turn.reward for turn in turns)]
-    n, n_turns, success, first, recognized, reward = processes.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    right = [(sum(turn.info["correct"] for turn in episode.turns), len(episode.turns)) for episode in episodes]
+    counts = [len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and k == m for e, (k, m) in zip(episodes, right)),
+              sum(bool(turn.info["recognized"]) for turn in turns), sum(turn.reward for turn in turns),
+              *(sum(x) for x in zip(*[(k, k * k, k * m, m * m) for k, m in right]))]
+    n, n_turns, success, first, recognized, reward, k, kk, km, mm = processes.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
     rate = lambda name, p: {name: p, f"{name}_se": math.sqrt(p * (1 - p) / n)}
+    p = k / n_turns                                                        # a ratio of two sums over episodes: its error by linearisation
     return rate("success", success / n) | rate("first", first / n) | {
+        "per_step": p, "per_step_se": math.sqrt(max(0.0, kk - 2 * p * km + p * p * mm)) / n_turns,
         "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)}
 
 
@@ -311,28 +352,30 @@ INIT_STEPS = 60                                # SFT steps from the foundation t
 
 
 def foundation_mixture(args):
-    """What the tiny model is 'pre-trained' on: both rules and others, all suits, many targets, half in text, half in images.
+    """What the tiny model is 'pre-trained' on, half in text, half in images: the game under all rules and many looks (its `broad`).
 
-    The paper's Llama comes to the game with arithmetic and with eyes; this mixture stands for that. Returns the
+    The paper's Llama comes to the game with arithmetic, with words and with eyes; this stands for that. Returns the
     mixture of sft.make_batch: (environment, weight) pairs.
     """
-    games = [(0.4, dict(rule="10")), (0.4, dict(rule="11-12-13", deal="face"))]
-    games += [(0.02, dict(rule=rule, target=target)) for target in (12, 20, 30) for rule in ("10", "11-12-13")]
-    games += [(0.04, dict(rule=rule, deal="face")) for rule in ("5", "7")]
-    return [(make_env(args, image=image, look="all", **game)(), weight) for weight, game in games for image in (False, True)]
+    return [(make_env(args, **settings)(), weight) for weight, settings in GAMES[args.game].broad()]
 
 
-def train_tokenizer(mixture, vocab_size):
-    """Byte-level BPE on the environments' own text. Numbers, operators and card letters stay tokens of their own; all else,
-    spaces included, may merge, so that a prompt costs the tiny model some dozen tokens."""
+# What the tiny tokenizer keeps apart: numbers, operators and card letters; words that differ from route to route.
+APART = {"gp": r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])",
+         "virl": r"\d+| [A-Z][a-z]+(?= is on)| [A-Z][a-z]+(?= [A-Z][a-z]+ is on)|[A-Z][a-z]+(?= [A-Z])"      # the words of a name
+                 r"|\b(?:north|south)?(?:east|west|north|south)\b|\b(?:slightly|left|right|front|behind)\b"}
+
+
+def train_tokenizer(mixture, vocab_size, apart):
+    """Byte-level BPE on the environments' own text. What matches `apart` stays in tokens of its own; all else, spaces
+    included, may merge, so that a prompt costs the tiny model some dozen tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
-    apart = Regex(r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(apart, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(apart), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     texts = [ppo.readable(message["content"]).replace("<image>", "") for seed in range(40) for env, _ in mixture
-             for message in env.demonstrate(seed, mistakes=seed % 4)] + ["user", "assistant", "\n\n"] * 500
+             for message in env.demonstrate(seed, mistakes=seed % env.attempts)] + ["user", "assistant", "\n\n"] * 500
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
@@ -346,11 +389,12 @@ def prepare_tiny(args, processes):
 
     Made on first use and kept in runs/, by a name that follows from the foundation's weights and the game.
     """
-    if not (FOUNDATION / "model.safetensors").exists():
-        raise UserError(f"{FOUNDATION}: no tiny model there; make it with: torchrun train.py --task gp-vl --algo pretrain --out runs/tiny, "
-                        "and copy runs/tiny/final there")
-    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target")}
-    digest = hashlib.sha256((FOUNDATION / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
+    foundation = FOUNDATIONS / args.game
+    if not (foundation / "model.safetensors").exists():
+        raise UserError(f"{foundation}: no tiny model there; make it with: torchrun train.py --task {args.game}-vl --algo pretrain "
+                        f"--out runs/tiny, and copy runs/tiny/final there")
+    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes")}
+    digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
     ready = (run_folder / "final").exists()
     processes.barrier()
@@ -359,7 +403,7 @@ def prepare_tiny(args, processes):
         if processes.rank == 0:
             shutil.rmtree(run_folder, ignore_errors=True)
         processes.barrier()
-        train(Args(algo="sft", model=str(FOUNDATION), out=str(run_folder), steps=INIT_STEPS, eval_every=0, eval_hands=0,
+        train(Args(algo="sft", model=str(foundation), out=str(run_folder), steps=INIT_STEPS, eval_every=0, eval_hands=0,
                    device=args.device, **game), processes)
         processes.barrier()
         if not (run_folder / "final").exists():
@@ -372,7 +416,7 @@ def load(args, processes):
     if args.algo == "pretrain":
         apply_preset(args, 0)
         config = Config.from_dict(TINY)
-        processor = Processor(train_tokenizer(foundation_mixture(args), config.vocab_size), image_config=TINY_IMAGES)
+        processor = Processor(train_tokenizer(foundation_mixture(args), config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
         model = Llama(config)
         model.init_weights(seed=args.seed)
         for name, parameter in model.named_parameters():
@@ -381,8 +425,8 @@ def load(args, processes):
         return model.to(processes.device), processor
     folder = prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model)
     model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
-    if args.task.endswith("vl") and model.config.vision is None:
-        raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task gp-l")
+    if args.image and model.config.vision is None:
+        raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task {args.game}-l")
     apply_preset(args, model.config.hidden_size)
     return model, Processor.from_pretrained(folder)
 
@@ -513,7 +557,7 @@ class Trainer:
     def sft_update(self, i):
         args = self.args
         seeds = self.processes.share(self.seeds(i, args.batch_size))
-        examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes)
+        examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         with autocast(self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  device=self.processes.device)
@@ -533,7 +577,7 @@ class Trainer:
         self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
         self.compute += (self.policy_size + self.critic_size) * (2 * metrics["rollout_tokens"] + 6 * metrics["trained_tokens"])
         summary = summarize(episodes, self.processes)
-        return metrics | {name: summary[name] for name in ("success", "first", "recognized", "reward", "turns")} | {
+        return metrics | {name: summary[name] for name in ("success", "first", "per_step", "recognized", "reward", "turns")} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 
@@ -610,7 +654,7 @@ def describe(i, args, metrics, seconds_left):
     """The line a person reads."""
     if args.algo == "ppo":
         m = metrics
-        body = (f"reward {m['reward']:+6.2f}  success {100 * m['success']:5.1f} %  first {100 * m['first']:5.1f} %  kl {m['approx_kl']:.1e}  "
+        body = (f"reward {m['reward']:+6.2f}  success {100 * m['success']:5.1f} %  per step {100 * m['per_step']:5.1f} %  kl {m['approx_kl']:.1e}  "
                 f"clip {100 * m['clipfrac']:4.1f} %  ev {m['explained_variance']:+.2f}  entropy {m['entropy']:.2f}  "
                 f"grad {m['grad_norm']:.2f}  {m['rollout_tokens_per_second']:,.0f} tok/s")
     else:
@@ -687,36 +731,39 @@ def read_runs(runs):
     return curves
 
 
-def pooled(curves, k, name, metric="success"):
+def pooled(curves, k, name, metric):
     """Over the seeds of one algorithm, at their k-th evaluation: (mean TFLOPs, rate in %, standard error in %).
 
-    All seeds play the same hands, so more seeds do not make more hands: the error is the binomial one of a single seed's
-    hands, or that of the mean of the seeds if it is larger.
+    All seeds play the same hands, so more seeds do not make more hands: the error is that of a single seed's hands, or
+    that of the mean of the seeds if it is larger.
     """
     points = [curve[k] for curve in curves if k < len(curve)]
     rates = [results[name][metric] for _, results in points]
-    n, mean = points[0][1][name]["n"], sum(rates) / len(rates)
-    error = math.sqrt(mean * (1 - mean) / n)
+    mean, error = sum(rates) / len(rates), sum(results[name][metric + "_se"] for _, results in points) / len(points)
     if len(rates) > 1:
         error = max(error, math.sqrt(sum((r - mean) ** 2 for r in rates) / (len(rates) - 1) / len(rates)))
     return sum(x for x, _ in points) / len(points), 100 * mean, 100 * error
 
 
 def table(curves):
-    """Markdown: init and the end of each algorithm, success within the attempts and at the first."""
-    lines = ["| task | tested on | " + " | ".join(f"{what} (first attempt)" for what in ("init", "after SFT", "after PPO")) + " |", "|---|---|---|---|---|"]
-    for task in sorted({task for task, _ in curves}):
-        known = {algo: curves[task, algo] for algo in ("sft", "ppo") if (task, algo) in curves}
-        cell = lambda c, k, name: "{:.1f} ± {:.1f} ({:.1f})".format(*pooled(c, k, name)[1:3], pooled(c, k, name, "first")[1])
-        for name in next(iter(known.values()))[0][0][1]:
-            cells = [cell(next(iter(known.values())), 0, name)]
-            cells += [cell(known[algo], min(map(len, known[algo])) - 1, name) if algo in known else "-" for algo in ("sft", "ppo")]
-            lines.append(f"| {task} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Markdown, a table a game: init and the end of each algorithm; success, and (per answer) per-step accuracy or success at the first try."""
+    lines = []
+    for game in sorted({task.split("-")[0] for task, _ in curves}):
+        other = {"gp": "first", "virl": "per_step"}[game]
+        lines += ["", "| task | tested on | " + " | ".join(f"{what}: success ({other.replace('_', '-')})" for what in ("init", "SFT", "PPO")) + " |", "|---|---|---|---|---|"]
+        for task in sorted({task for task, _ in curves if task.startswith(game)}):
+            known = {algo: curves[task, algo] for algo in ("sft", "ppo") if (task, algo) in curves}
+            cell = lambda c, k, name: "{:.1f} ± {:.1f} ({:.1f} ± {:.1f})".format(*pooled(c, k, name, "success")[1:], *pooled(c, k, name, other)[1:])
+            for name in next(iter(known.values()))[0][0][1]:
+                cells = [cell(next(iter(known.values())), 0, name)]
+                cells += [cell(known[algo], min(map(len, known[algo])) - 1, name) if algo in known else "-" for algo in ("sft", "ppo")]
+                lines.append(f"| {task} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
 
 
 def plot(runs, file="success.png"):
-    """Success against training compute: a row a task, a column an evaluation set. Seeds thin, their mean thick. Prints the table, too."""
+    """The game's headline metric against training compute: a row a task, a column an evaluation set. Seeds thin, their mean thick. Prints
+    the table, too."""
     curves = read_runs(runs)
     print(table(curves))
     try:
@@ -730,18 +777,19 @@ def plot(runs, file="success.png"):
     figure, axes = plt.subplots(len(tasks), len(columns), figsize=(3.6 * len(columns), 2.8 * len(tasks)), squeeze=False, sharey=True)
     for (task, algo), group in sorted(curves.items()):
         color = {"ppo": "#0072B2", "sft": "#D55E00"}.get(algo, "#666666")           # told apart by the colour-blind, too
+        metric = GAMES[task.split("-")[0]].headline
         for axis, name in zip(axes[tasks.index(task)], columns):
             if name not in group[0][0][1]:
                 axis.set_visible(False)
                 continue
             for curve in group:
-                axis.plot([x for x, _ in curve], [100 * r[name]["success"] for _, r in curve], color=color, lw=0.7, alpha=0.45)
-            x, y, error = zip(*[pooled(group, k, name) for k in range(min(map(len, group)))])
+                axis.plot([x for x, _ in curve], [100 * r[name][metric] for _, r in curve], color=color, lw=0.7, alpha=0.45)
+            x, y, error = zip(*[pooled(group, k, name, metric) for k in range(min(map(len, group)))])
             axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=f"{algo.upper()} ({len(group)} seeds)")
             axis.set(title=f"{task}: {name}", xlabel="training compute (TFLOPs)")
             axis.grid(alpha=0.3)
-    for row in axes:
-        row[0].set_ylabel("success (%)")
+    for task, row in zip(tasks, axes):
+        row[0].set_ylabel(f"{GAMES[task.split('-')[0]].headline.replace('_', '-')} (%)")
         row[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=150)

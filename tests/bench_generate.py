@@ -1,6 +1,6 @@
 """Tokens a second of `generate` next to transformers' `generate`: same weights, same run, batch 1 and 64, text and image.
 
-    python tests/bench_generate.py [--model docs/tiny] [--new-tokens 64] [--repeats 5] [--threads 2]
+    python tests/bench_generate.py [--model docs/tiny/gp] [--new-tokens 64] [--repeats 5] [--threads 2]
 
 Both sample at temperature 1 from real prompts of the game and must draw exactly `new-tokens` tokens a row. Medians of
 interleaved repeats after one warm-up; prefill and image encoding are included.
@@ -45,7 +45,7 @@ def measure(runs, tokens, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=Path(__file__).resolve().parent.parent / "docs" / "tiny")
+    parser.add_argument("--model", default=Path(__file__).resolve().parent.parent / "docs" / "tiny" / "gp")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -5,10 +5,19 @@ import copy
 import pytest
 import torch
 
+import envs
 import train
 from model import Config, Llama, Processor
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def working_folder(tmp_path_factory):
+    """A folder in which built-in cities are made once for all tests; a process that is started there finds them, too."""
+    folder = tmp_path_factory.mktemp("work")
+    envs.BUILT_IN = folder / envs.BUILT_IN
+    return folder
 
 
 def small_config():
@@ -24,7 +33,7 @@ def small(tmp_path_factory):
     """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
     args = train.apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
-    processor = Processor(train.train_tokenizer(train.foundation_mixture(args), config.vocab_size), image_config=train.TINY_IMAGES)
+    processor = Processor(train.train_tokenizer(train.foundation_mixture(args), config.vocab_size, train.APART["gp"]), image_config=train.TINY_IMAGES)
     model = Llama(config)
     model.init_weights(seed=1, std=0.1)
     for name, parameter in model.named_parameters():

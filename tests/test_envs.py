@@ -19,6 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 from envs import GeneralPoints, judge, solve
+from scenes import cards
 
 PRIME = 2 ** 61 - 1
 
@@ -558,13 +559,13 @@ def test_bad_templates_are_named_in_one_line(tmp_path, content, key):
 
 def face_of(rank, suit, height):
     """(height, width, 3) integers of a card laid on white."""
-    card = envs.draw_card(rank, suit, height)
+    card = cards.draw_card(rank, suit, height)
     white = Image.new("RGB", card.size, "white")
     white.paste(card, mask=card)
     return np.asarray(white, int)
 
 
-ALL_CARDS = list(itertools.product(envs.RANKS, envs.SUITS))
+ALL_CARDS = list(itertools.product(cards.RANKS, cards.LOOKS["all"]))
 
 
 @pytest.mark.parametrize("height", [36, 53, 240])
@@ -611,17 +612,17 @@ def test_cards_look_the_same_upside_down():
 @pytest.mark.parametrize("size", [(1200, 1200), (224, 56), (112, 112)])
 def test_a_hand_lies_on_the_table_in_order(size):
     hand = [("A", "spades"), ("10", "clubs"), ("Q", "hearts"), ("7", "diamonds")]
-    image = np.asarray(envs.draw_hand(hand, size))
+    image = np.asarray(cards.draw_hand(hand, size))
     assert image.shape == (size[1], size[0], 3)
     changed = hand[:2] + [("K", "hearts")] + hand[3:]
-    columns = np.flatnonzero((np.asarray(envs.draw_hand(changed, size)) != image).any(axis=(0, 2)))
+    columns = np.flatnonzero((np.asarray(cards.draw_hand(changed, size)) != image).any(axis=(0, 2)))
     assert tuple(image[0, 0]) == (0x35, 0x65, 0x4D)
     assert size[0] / 2 <= columns.min() and columns.max() < size[0] * 3 / 4
     assert not (image[:, :2] - image[0, 0]).any() and not (image[:1] - image[0, 0]).any()   # inside the canvas
 
 
 def test_cards_fill_the_small_tiles():
-    image = np.asarray(envs.draw_hand([("8", "spades")] * 4, (224, 56)), int)
+    image = np.asarray(cards.draw_hand([("8", "spades")] * 4, (224, 56)), int)
     for tile in np.split(image, 4, axis=1):
         card = np.argwhere(np.abs(tile - (0x35, 0x65, 0x4D)).max(axis=2) > 60)
         (top, left), (bottom, right) = card.min(axis=0), card.max(axis=0)
@@ -629,9 +630,7 @@ def test_cards_fill_the_small_tiles():
 
 
 def test_nothing_is_drawn_for_text(monkeypatch):
-    for name in ("draw_hand", "draw_card"):
-        monkeypatch.setattr(envs, name, None)
-    monkeypatch.setattr(envs, "Image", None)
+    monkeypatch.setattr(envs, "draw_hand", None)
     env = GeneralPoints(image=False)
     assert env.demonstrate(0, 4)[-1]["train"]
     with pytest.raises(TypeError):      # the same call would draw if this were an image task

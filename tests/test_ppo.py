@@ -24,7 +24,7 @@ def settings(**changes):
 
 
 def episode(rewards, values):
-    turns = [ppo.Turn(0, 0, 1, reward, {}, value=value) for reward, value in zip(rewards, values)]
+    turns = [ppo.Turn(0, 0, 1, reward, {"attempt": k}, value=value) for k, (reward, value) in enumerate(zip(rewards, values))]
     return ppo.Episode(0, turns=turns)
 
 
@@ -78,6 +78,31 @@ def test_gae_loo_by_hand():
     assert [[t.advantage for t in e.turns] for e in same] == [[-2.5, 6.0], [6.5], [-4.0, -6.0]]
     assert [[t.target for t in e.turns] for e in same] == [[-1, 5], [5], [-2, -1]]       # values still learn the returns
     assert other.turns[0].advantage == -4.0                                             # alone: plain GAE
+
+
+def test_gae_loo_compares_the_same_point():
+    """Two samples of a route; the first needs two attempts at point 0. gamma 0: advantage is reward less the other's reward."""
+    once, twice = episode([1, -1], [0, 0]), episode([-1, 1, 1], [0, 0, 0])
+    for sample, states in ((once, [(0, 1), (1, 1)]), (twice, [(0, 1), (0, 2), (1, 1)])):
+        for turn, (point, attempt) in zip(sample.turns, states):
+            turn.info = {"point": point, "attempt": attempt}
+    ppo.gae_loo([once, twice], settings(reward_scale=1.0, gamma=0.0))
+    assert [[t.advantage for t in e.turns] for e in (once, twice)] == [[2.0, -2.0], [-2.0, 1.0, 2.0]]
+
+
+@pytest.mark.parametrize("estimator", ppo.ESTIMATORS)
+def test_conversations_do_not_matter_to_advantages(estimator):
+    """A route is one episode: five turns in one conversation, in two or in five give the same advantages and targets."""
+    rng, results = random.Random(3), []
+    numbers = [([rng.gauss(0, 1) for _ in range(5)], [rng.gauss(0, 1) for _ in range(5)]) for _ in range(2)]
+    for conversations in ([0, 0, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 2, 3, 4]):
+        episodes = [episode(*both) for both in numbers]
+        for one in episodes:
+            for turn, conversation in zip(one.turns, conversations):
+                turn.conversation = conversation
+        ppo.ESTIMATORS[estimator](episodes, settings())
+        results.append([(turn.advantage, turn.target) for one in episodes for turn in one.turns])
+    assert results[0] == results[1] == results[2] and len(set(results[0])) == 10
 
 
 def test_normalized_advantages_over_ranks():

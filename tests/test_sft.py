@@ -33,6 +33,16 @@ def test_only_right_answers_are_learnt(processor, task):
         assert text.count('"formula"') == mistakes + 1                  # the wrong answers and the prompt's own example
 
 
+@pytest.mark.parametrize("task", GP)
+def test_prompts_are_learnt_in_pre_training_but_never_a_mistake_or_an_image(processor, task):
+    env = GP[task]()
+    example = sft.make_example(processor, env, seed=3, mistakes=2, prompts=True)
+    left_out = [i for i, wanted in zip(example.ids, example.sampled) if not wanted]
+    assert ("Use" in processor.decode(example.ids)) and "Use" not in processor.decode(left_out)
+    assert processor.decode(left_out).count('"formula"') == 2 and env.oracle() not in processor.decode(left_out)
+    assert (processor.image_token_id in left_out) == (task == "gp-vl")
+
+
 def test_prompts_of_sft_and_rl_are_the_same_tokens(processor):
     env = GeneralPoints()
     prompt = processor.render(env.reset(5)[0].messages).ids

@@ -1,6 +1,7 @@
 """The command line and the run around the learning: resuming, stopping, errors, ranks, and the shape of the code."""
 
 import ast
+import inspect
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import envs
 import train
 from model import Llama
 
@@ -38,7 +40,7 @@ def weights(folder):
     return Llama.from_pretrained(folder).state_dict()
 
 
-CASES = [("gp-l", "sft"), ("gp-vl", "sft"), ("gp-l", "ppo"), ("gp-vl", "ppo")]
+CASES = [(task, algo) for task in ("gp-l", "gp-vl", "virl-l", "virl-vl") for algo in ("sft", "ppo")]
 
 
 @pytest.mark.parametrize("task, algo", CASES)
@@ -47,7 +49,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys, task, algo):
     run("--task", task, "--algo", algo, "--model", small[0], "--steps", 2, "--out", out, "--transcript-every", 1)
     start, steps, evals = records(out, "start")[0], records(out, "step"), records(out, "eval")
     assert start["config"]["task"] == task and start["hardware"] and [r["step"] for r in steps] == [1, 2]
-    sets = {"id", "rule-ood"} | ({"visual-ood"} if task == "gp-vl" else set())
+    sets = {"id", "rule-ood"} | ({"visual-ood"} if task.endswith("vl") else set())
     assert [set(r["eval"]) for r in evals] == [sets, sets] and evals[0]["eval"]["id"]["n"] == 4
     assert 0 == evals[0]["tflops"] < steps[0]["tflops"] < steps[1]["tflops"]
     assert (out / "checkpoints/step_000002/training.pt").exists() and weights(out / "final")
@@ -55,7 +57,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys, task, algo):
     if algo == "ppo":
         said = (out / "transcripts/step_000001.txt").read_text()
         assert "[user]" in said and "[assistant]" in said and "[reward]" in said
-        assert (out / "transcripts/step_000001.png").exists() == (task == "gp-vl")
+        assert (out / "transcripts/step_000001.png").exists() == task.endswith("vl")
         assert steps[0]["drawn_vs_scored"] < 1e-4
 
 
@@ -73,13 +75,13 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo):
     assert json.dumps(logged[0]) == json.dumps(logged[1])               # as text, so that NaN equals NaN
 
 
-@pytest.mark.parametrize("task, algo", [("gp-vl", "sft"), ("gp-vl", "ppo")])
-def test_two_ranks_equal_one(small, tmp_path, task, algo):
+@pytest.mark.parametrize("task, algo", [("gp-vl", "sft"), ("gp-vl", "ppo"), ("virl-vl", "ppo")])
+def test_two_ranks_equal_one(small, tmp_path, working_folder, task, algo):
     """Same hands, same draws, same weights after three updates, whether one process learns or two."""
     common = ["--task", task, "--algo", algo, "--model", small[0], "--steps", 3, "--lr", "1e-3", "--adam-eps", "1e-3",
               "--minibatches", 1]               # a large eps: no step out of rounding noise
     run(*common, "--out", tmp_path / "one")
-    two = command(*common, "--out", tmp_path / "two",
+    two = command(*common, "--out", tmp_path / "two", cwd=working_folder,
                   launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     output, _ = two.communicate(timeout=120)
     assert two.returncode == 0, output
@@ -116,6 +118,12 @@ def test_sigterm_saves_and_ends_cleanly(small, tmp_path):
     (["--prompts", "/nowhere.json"], ["/nowhere.json"]),
     (["--algo", "pretrain", "--preset", "paper"], ["pretrain", "tiny"]),
     (["--plot", "/nowhere"], ["/nowhere"]),
+    (["--task", "virl-l", "--routes", "/nowhere"], ["/nowhere", "folder"]),
+    (["--task", "virl-l", "--look", "atlantis"], ["atlantis", "new-york"]),
+    (["--task", "virl-l", "--rule", "10"], ["rule", "10", "absolute"]),
+    (["--task", "virl-l", "--target", "30"], ["--target", "virl-l"]),
+    (["--task", "gp-l", "--after-failure", "end"], ["--after-failure", "gp-l"]),
+    (["--task", "gp-l", "--skip-bad-routes"], ["--skip-bad-routes", "gp-l"]),
 ])
 def test_user_errors_are_one_line(small, tmp_path, argv, words):
     with pytest.raises(SystemExit) as stop:
@@ -145,7 +153,9 @@ def test_every_argument_is_used():
     """A key that nothing reads does not exist."""
     text = "".join((HERE / f"{name}.py").read_text() for name in ("train", "ppo", "sft"))
     for name in train.Args.__dataclass_fields__:
-        assert f"args.{name}" in text or f"self.args.{name}" in text, name
+        assert f"args.{name}" in text or name in train.GAME_SETTINGS, name
+    for name in train.GAME_SETTINGS:
+        assert any(name in inspect.signature(game).parameters for game in envs.GAMES.values()), name
 
 
 def test_presets_fill_everything():
@@ -222,8 +232,8 @@ def test_plot(small, tmp_path, monkeypatch):
 
 
 def test_imports_follow_the_map():
-    """envs knows no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
-    allowed = {"envs": {"numpy", "PIL"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers"},
+    """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
+    allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "envs": {"numpy", "scenes"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers"},
                "sft": {"torch", "model"}, "ppo": {"torch", "model"},
                "train": {"torch", "envs", "model", "sft", "ppo", "tokenizers", "matplotlib"}}
     for name, may in allowed.items():

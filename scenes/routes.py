@@ -1,0 +1,352 @@
+"""Routes through streets: what the navigation game walks along. They are read from a folder in the format of the
+released V-IRL data, in which the built-in cities (scenes/cities.py) are written, too:
+
+    route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
+    gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it is there
+    street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
+
+The pickle comes from the internet: no function that it names is ever imported. To turn it into plain JSON:
+
+    python -m scenes.routes FOLDER/gps_pano_mapping.pkl
+"""
+import argparse
+import io
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scenes.views import read_rotation
+
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")     # 45 degrees apart
+SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")      # likewise
+EARTH = 6_371_000.0     # metres
+RADIUS = 20.0           # metres: a point is moved to the nearest panorama if there is one as near as this
+APART = 8.0             # metres that a point on the way keeps from both ends of its leg
+POINTS = 5              # points tried on a leg, the released straight_line_length
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of a route."""
+    geocode: tuple[float, float]    # (latitude, longitude) of its panorama, degrees
+    panorama: str                   # path of its jpg; a built-in city's is drawn when it is first asked for
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Turn, then move until `end`: one block of milestone_info."""
+    heading: int                    # degrees clockwise from north, 0 to 359
+    direction: str                  # of COMPASS, as the block says it
+    landmark: str | None            # what stands at `end`, if anything does
+    side: str | None                # of SIDES: where it stands for someone who arrives
+    between: tuple[Place, ...]      # points one may pass on the way, in order
+    end: Place
+
+
+@dataclass(frozen=True)
+class Route:
+    name: str                       # "route 17 of path/to/route_infos.json", counted from 0: for error messages
+    start: Place
+    init_heading: int               # degrees, 1 to 360; 0: none given, the game draws one
+    legs: tuple[Leg, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    routes: tuple[Route, ...]
+    skipped: tuple[str, ...]        # why, one line for each bad route that was left out
+
+
+def distance(a, b):
+    """Metres on the sphere between points (..., 2) of latitude and longitude in degrees, by the haversine formula."""
+    a, b = np.radians(a), np.radians(b)
+    half = np.sin((b - a) / 2) ** 2     # (..., 2)
+    chord = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
+    return 2 * EARTH * np.arcsin(np.sqrt(np.minimum(chord, 1)))
+
+
+# ----------------------------------------------------------------------------------------------- which panoramas exist
+
+def _brief(value):
+    """A value of unknown size and origin as one short line."""
+    plain = isinstance(value, (str, float)) or isinstance(value, int) and value.bit_length() < 99
+    text = repr(value if plain else type(value).__name__).strip("'")
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _number(value, what):
+    """float(value), if it is a finite number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) < 1e300:      # neither NaN nor infinite nor an int that is too long for a float
+            return float(value)
+    raise ValueError(f"{what}: {_brief(value)} is not a finite number")
+
+
+def _geocode(value, what):
+    """(latitude, longitude) as floats of a pair of numbers."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"{what}: expected [latitude, longitude], got {_brief(value)}")
+    lat, lon = _number(value[0], what), _number(value[1], what)
+    if abs(lat) > 90 or abs(lon) > 180:
+        raise ValueError(f"{what}: no latitude and longitude on earth: {lat}, {lon}")
+    return lat, lon
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:       # not UTF-8, not JSON, or [[[[[...
+        raise ValueError(f"{path}: not a JSON file: {_brief(str(error))}") from None
+
+
+class _Dtype:
+    """Stands in for numpy.dtype in a pickled numpy number or string."""
+
+    def __init__(self, letters, *_):
+        if not re.fullmatch("[fiub][1248]|U[0-9]{1,4}", letters):
+            raise ValueError(f"refused the numpy.dtype {_brief(letters)}, neither a number nor a string")
+        self.letters, self.order = letters, "="
+
+    def __setstate__(self, state):
+        self.order = state[1] if state[1] in ("<", ">", "|") else "="
+
+
+def _scalar(dtype, data):
+    """Stands in for numpy's function that makes a scalar of its bytes."""
+    return np.frombuffer(data, dtype.order + dtype.letters)[0].item()
+
+
+class _Plain(pickle._Unpickler):    # the one in Python: the one in C can be made to fill all memory
+    """Reads dicts, tuples, lists, strings, numbers and numpy scalars. pickle.load would import and call whatever the
+    author of the file wrote."""
+
+    def find_class(self, module, name):
+        known = {"numpy.dtype": _Dtype, "numpy.core.multiarray.scalar": _scalar, "numpy._core.multiarray.scalar": _scalar}
+        if f"{module}.{name}" not in known:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return known[f"{module}.{name}"]
+
+
+def _unpickle(path):
+    try:
+        return _Plain(io.BytesIO(Path(path).read_bytes())).load()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:      # whatever a damaged or hostile file provokes
+        raise ValueError(f"{path}: not a table of panoramas: {_brief(str(error))}") from None
+
+
+def read_mapping(path):
+    """{(latitude, longitude): panorama id} of a gps_pano_mapping .pkl or .json ([[latitude, longitude, id], ...]).
+
+    ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
+    path = Path(path)
+    if path.suffix == ".json":
+        table = _read_json(path)
+    else:
+        table = _unpickle(path)
+        table = isinstance(table, dict) and [(*key, value) if isinstance(key, tuple) else key for key, value in table.items()]
+    if not isinstance(table, list):
+        raise ValueError(f"{path}: not a table of panoramas")
+    mapping = {}
+    for row, entry in enumerate(table):
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+            raise ValueError(f"{path}: entry {row}: expected latitude, longitude and a panorama's id")
+        name = entry[2]
+        if not isinstance(name, str) or not re.fullmatch(r"[\w:.=-]{1,200}", name) or name.startswith("."):
+            raise ValueError(f"{path}: entry {row}: {_brief(name)} cannot be the id of a panorama")
+        mapping[_geocode(entry[:2], f"{path}: entry {row}")] = name
+    return mapping
+
+
+class _Known(NamedTuple):
+    """All panoramas of a folder."""
+    source: str                 # the name of the mapping's file
+    geocodes: np.ndarray        # (n, 2) degrees, sorted by latitude
+    places: list                # of Place, in that order
+
+
+def _known(folder):
+    source = folder / "gps_pano_mapping.json"
+    source = source if source.exists() else source.with_suffix(".pkl")
+    mapping = sorted(read_mapping(source).items())
+    geocodes = np.array([geocode for geocode, _ in mapping], dtype=float).reshape(-1, 2)
+    views = str(folder / "street_views")
+    places = [Place(geocode, os.path.join(views, f"{name}.jpg")) for geocode, name in mapping]
+    return _Known(source.name, geocodes, places)
+
+
+def _snap(points, known):
+    """The Place nearest to each of `points` (n, 2), or None where there is none within RADIUS."""
+    points = np.asarray(points)
+    reach = math.degrees(RADIUS / EARTH) * 1.001    # of latitude: what lies beyond is not worth measuring
+    firsts = np.searchsorted(known.geocodes[:, 0], points[:, 0] - reach)
+    lasts = np.searchsorted(known.geocodes[:, 0], points[:, 0] + reach, side="right")
+    found = []
+    for point, first, last in zip(points, firsts, lasts):
+        metres = distance(point, known.geocodes[first:last])
+        best = int(metres.argmin()) if last > first else 0
+        found.append(known.places[first + best] if last > first and metres[best] <= RADIUS else None)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- routes
+
+def _get(raw, *keys):
+    """raw[key][key]...; ValueError that names the key which is missing."""
+    for depth, key in enumerate(keys):
+        if not isinstance(raw, dict) or key not in raw:
+            raise ValueError(f"missing key {'.'.join(keys[:depth + 1])}")
+        raw = raw[key]
+    return raw
+
+
+def _blocks(text):
+    """milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a field at the end
+    of its line, and commas and quotes around it do not matter."""
+    if not isinstance(text, str):
+        raise ValueError(f"milestone_info: expected a string, got {_brief(text)}")
+    blocks = []
+    for block in text.split("}"):
+        fields = (line.strip().rstrip(",").split(":", 1) for line in block.strip().lstrip("{").split("\n"))
+        fields = {pair[0].strip().strip("\"'"): pair[1].strip().strip("\"'") for pair in fields if len(pair) == 2}
+        blocks += [fields] if fields else []
+    return blocks
+
+
+def _read_block(block):
+    """(heading, direction, landmark, side) of a block: see Leg."""
+    towards = _get(block, "to_next_intersection_heading")
+    match = re.fullmatch(r"(-?[0-9]{1,3})(?:\.[0-9]*)? *\( *([A-Za-z]+) *\)", towards)
+    if not match or match[2].lower() not in COMPASS:
+        raise ValueError(f'to_next_intersection_heading: expected the like of "177 (south)", got {_brief(towards)}')
+    heading, direction = int(match[1]) % 360, match[2].lower()
+    remark = block.get("landmarks", "No landmark nearby")
+    if remark.lower() in ("no landmark nearby", "no landmarks nearby"):
+        return heading, direction, None, None
+    match = re.fullmatch(rf"(.*\S) is on your ({'|'.join(SIDES)})\.?", remark)
+    if not match:
+        raise ValueError(f'landmarks: expected the like of "Joe\'s Diner is on your left behind", got {_brief(remark)}')
+    return heading, direction, match[1], match[2]
+
+
+def _between(start, end, known):
+    """The panoramas on the way from one Place to another.
+
+    Released code: it keeps a panorama twice or more if several of the POINTS are snapped to it (sparse panoramas), and
+    the walker then goes forward without moving. Here it is kept once."""
+    a, b = np.array(start.geocode), np.array(end.geocode)
+    places = []
+    for place in _snap([a + (b - a) * step / POINTS for step in range(1, POINTS + 1)], known):
+        if place and place not in places[-1:] and distance([a, b], np.array(place.geocode)).min() > APART:
+            places.append(place)
+    return tuple(places)
+
+
+def _route(raw, name, known):
+    """A Route from an entry of route_infos.json; ValueError (one line) if it is bad."""
+    start = _geocode(_get(raw, "start_place", "relocated_geocode"), "start_place.relocated_geocode")
+    ends, blocks = _get(raw, "route_results", "geocode_list"), _blocks(_get(raw, "milestone_info"))
+    if not isinstance(ends, list) or not ends:
+        raise ValueError("geocode_list: expected a list of turning points")
+    if len(blocks) != len(ends):
+        raise ValueError(f"milestone_info has {len(blocks)} blocks for {len(ends)} turning points")
+    ends = [_geocode(end, f"geocode_list[{i}]") for i, end in enumerate(ends)]
+    places = _snap([start, *ends], known)
+    if None in places:
+        i = places.index(None)
+        point = f"turning point {i - 1}" if i else "the start"
+        raise ValueError(f"{point} has no panorama within {RADIUS:.0f} m in {known.source}")
+    legs = []
+    for i, block in enumerate(blocks):
+        try:
+            heading, direction, landmark, side = _read_block(block)
+        except ValueError as error:
+            raise ValueError(f"milestone_info, block {i}: {error}") from None
+        legs.append(Leg(heading, direction, landmark, side, _between(places[i], places[i + 1], known), places[i + 1]))
+    heading = int(_number(raw.get("init_heading", 0), "init_heading"))
+    return Route(name, places[0], heading and (heading - 1) % 360 + 1, tuple(legs))
+
+
+def _check_picture(panorama):
+    """None, or what is wrong with a panorama's jpg or metadata. Quick: of the jpg, only the two ends are looked at."""
+    try:
+        with open(panorama, "rb") as file:
+            head = file.read(2)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            tail = file.read().rstrip(b"\0")
+        read_rotation(panorama)
+    except OSError as error:
+        return f"{panorama}: {error.strerror or error}"
+    except ValueError as error:
+        return str(error)
+    whole = head == b"\xff\xd8" and tail.endswith(b"\xff\xd9")
+    return None if whole else f"{panorama}: {'a truncated jpg' if head else 'an empty file'}, download it again"
+
+
+def _pictures(route):
+    """The paths of all panoramas that a route may show."""
+    places = [route.start, *(place for leg in route.legs for place in (*leg.between, leg.end))]
+    return dict.fromkeys(place.panorama for place in places)
+
+
+@lru_cache(maxsize=16)
+def load(folder, *, held_out=False, pictures=False, skip_bad=False):
+    """The World of a folder in the released format.
+
+    held_out: read held_out_infos.json instead of route_infos.json, if the folder (a built-in training city) has one.
+    pictures: look at all the panoramas' files, too, unless the folder is a built-in city, which draws them on demand.
+    skip_bad: leave bad routes out and list them in World.skipped.
+    ValueError (one line) that names the file and the route otherwise, and if no route is left."""
+    folder = Path(folder)
+    infos = folder / "held_out_infos.json"
+    infos = infos if held_out and infos.exists() else folder / "route_infos.json"
+    raws = _read_json(infos)
+    if not isinstance(raws, list) or not raws or not isinstance(raws[0], list):
+        raise ValueError(f"{infos}: expected [routes, count]")
+    known = _known(folder)
+    check = lru_cache(maxsize=None)(_check_picture) if pictures and not (folder / "city.json").exists() else None
+    routes, skipped = [], []
+    for i, raw in enumerate(raws[0]):
+        name = f"route {i} of {infos}"
+        try:
+            route = _route(raw, name, known)
+            wrong = next(filter(None, map(check, _pictures(route))), None) if check else None
+            if wrong:
+                raise ValueError(wrong)
+            routes.append(route)
+        except ValueError as error:
+            skipped.append(f"{name}: {error}")
+            if not skip_bad:
+                raise ValueError(f"{skipped[0]} (--skip-bad-routes leaves such routes out)") from None
+    if not routes:
+        raise ValueError(f"{infos}: no route is left; {skipped[0]}" if skipped else f"{infos}: no routes in it")
+    return World(tuple(routes), tuple(skipped))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m scenes.routes", description="Turn a pickled table of panoramas "
+                                     "into JSON, without running any code that it may hold.")
+    parser.add_argument("pickle", type=Path, help="FOLDER/gps_pano_mapping.pkl; the JSON is written beside it")
+    path = parser.parse_args(argv).pickle
+    out = path.with_suffix(".json")
+    try:
+        rows = [[*geocode, name] for geocode, name in read_mapping(path).items()]
+        out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+    print(f"{out}: {len(rows)} panoramas, read instead of {path.name} from now on")
+
+
+if __name__ == "__main__":
+    main()
