@@ -527,12 +527,13 @@ def relative_turn(old, new):
     return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
 
 
-def instructions(legs, heading):
-    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move."""
+def instructions(legs, heading, named=True):
+    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move, with
+    or without the names of the landmarks."""
     sentences = []
     for i, leg in enumerate(legs):
         turn, goal = relative_turn(heading, leg.heading), "destination" if leg is legs[-1] else "next intersection"
-        where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark else ""
+        where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark and named else ""
         sentences += [f"{'Turn' if i else 'First, turn'} {turn} to face {leg.direction}.",
                       f"Move forward until you reach {goal}{where}."]
         heading = leg.heading
@@ -626,7 +627,8 @@ class Navigation:
     routes in the released format or a built-in city (see known_routes); held_out: routes that training never walks, where
     the city has them; attempts: answers judged a point; after_failure: when a point stays wrong, "end" the episode (the
     paper) or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
-    intersections; size: pixels of one of the four views; prompts: see load_prompts. Bad values are ValueErrors."""
+    intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes can tell;
+    size: pixels of one of the four views; prompts: see load_prompts. Bad values are ValueErrors."""
     answer_key = "action"
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
@@ -646,13 +648,13 @@ class Navigation:
                 for look in ("new-york", "broad")]
 
     def __init__(self, *, image=False, rule="absolute", look="new-york", held_out=False, attempts=2, after_failure="end",
-                 drop_rate=0.5, size=53, prompts=None, skip_bad_routes=False):
+                 drop_rate=0.5, hide_landmarks=False, size=53, prompts=None, skip_bad_routes=False):
         _one_of("rule", rule, tuple(SPACES))
         _one_of("after_failure", after_failure, ("end", "walk-on"))
         _positive("attempts", attempts)
         _positive("size", size)
         self.image, self.rule, self.attempts, self.after_failure = image, rule, attempts, after_failure
-        self.drop_rate, self.size, self.prompts = drop_rate, size, check_prompts(prompts or {})
+        self.drop_rate, self.named, self.size, self.prompts = drop_rate, not hide_landmarks, size, check_prompts(prompts or {})
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
         self.index = None       # of the point where one stands; None: no episode is running
 
@@ -662,7 +664,7 @@ class Navigation:
         self.rng = random.Random(int(seed))
         route = self.routes[seed % len(self.routes)]
         heading = route.init_heading or self.rng.randrange(360)
-        self.sentences = instructions(route.legs, heading)
+        self.sentences = instructions(route.legs, heading, self.named)
         self.points = rail(route, heading, self.rule, self.rng, self.drop_rate)
         self.landmarks = {leg.landmark for leg in route.legs if leg.landmark}
         self.index, self.attempt, self.failed = 0, 0, False
@@ -702,7 +704,7 @@ class Navigation:
         self.failed |= exhausted
         terminated, truncated = correct and last, exhausted and (last or self.after_failure == "end")
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "attempt": self.attempt,
-                "point": self.index, "recognized": verdict.recognized, "translated": verdict.translated,
+                "point": self.index, "landmark": point.landmark, "recognized": verdict.recognized, "translated": verdict.translated,
                 "success": terminated and not self.failed}
         if terminated or truncated:
             self.index, observation = None, Observation([], fresh=False)

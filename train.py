@@ -72,6 +72,7 @@ class Args:
     routes: str = arg(None, "virl: train on this folder of routes in the released format (route_infos.json, ...) instead of a built-in city")
     ood_routes: str = arg(None, "virl: folder of the visual-ood set, in the same format, instead of the nine built-in cities")
     skip_bad_routes: bool = arg(None, "virl: leave out routes that cannot be read, and say how many")
+    hide_landmarks: bool = arg(None, "virl: leave the landmarks' names out of the instructions, so that only what is seen tells them")
     after_failure: str = arg(None, "virl: what follows a point that stays wrong, 'end' of the episode (default, the paper) or "
                                    "'walk-on' (the released code)", ("end", "walk-on"))
     # learning
@@ -129,7 +130,7 @@ class Args:
         return self.task.endswith("vl")
 
 
-GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "after_failure")     # handed to the game if it knows them
+GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure")     # handed to the game if it knows them
 
 
 # Presets are data: algorithm-independent first, then what the algorithm adds. The paper's numbers are PAPER: section 4.
@@ -137,13 +138,14 @@ PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
                  lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
-        sft=dict(steps=450, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False, eval_every=150, save_every=150, warmup=0.03),
-        ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands=32, samples=8, temperature=1.0, advantage="gae-loo",
+        sft=dict(steps={"gp": 450, "virl": 330}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False, eval_every={"gp": 150, "virl": 110}, save_every=150, warmup=0.03),
+        ppo=dict(steps={"gp": 40, "virl": 24}, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16},
+                 samples={"gp": 8, "virl": 4}, temperature=1.0, advantage="gae-loo",
                  unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
-                 critic_lr=3e-4, critic_warmup=0, reward_scale=0.2, eval_every=20, save_every=20),
-        pretrain=dict(steps=450, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
+                 critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 12}, save_every=20),
+        pretrain=dict(steps={"gp": 450, "virl": 700}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
-                      eval_every=150, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
+                      eval_every={"gp": 150, "virl": 350}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
     "paper": dict(
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine",
@@ -297,7 +299,8 @@ def evaluate(model, processor, args, processes, progress=""):
 
     success: solved, a route with every point right, within the attempts; first: without one wrong answer; both with the binomial
     standard error sqrt(P(1-P)/N). per_step: share of all answers that are right; its error counts episodes, not answers, as
-    independent. recognized: share of answers whose cards or observation are right; reward: mean sum of rewards of an episode.
+    independent. recognized: share of answers whose cards or observation are right (landmarks: of those given at a landmark);
+    reward: mean sum of rewards of an episode.
     """
     results = {}
     for name, factory in evaluation_sets(args).items():
@@ -308,7 +311,8 @@ def evaluate(model, processor, args, processes, progress=""):
         results[name] = r = summarize(episodes, processes)
         rates = "   ".join(f"{what} {100 * r[key]:5.1f} ± {100 * r[key + '_se']:.1f} %" for what, key in (
             ("success", "success"), ("first try", "first"), ("per step", "per_step")))
-        processes.print(f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} {100 * r['recognized']:5.1f} %   "
+        at_landmarks = f" (at landmarks {100 * r['landmarks']:.1f} %)" if "landmarks" in r else ""
+        processes.print(f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} {100 * r['recognized']:5.1f} %{at_landmarks}   "
                         f"reward {r['reward']:+6.2f}   N {r['n']}")
     return results
 
@@ -317,15 +321,19 @@ def summarize(episodes, processes):
     """Rates over all episodes of all ranks."""
     turns = [turn for episode in episodes for turn in episode.turns]
     right = [(sum(turn.info["correct"] for turn in episode.turns), len(episode.turns)) for episode in episodes]
-    counts = [len(episodes), len(turns), sum(e.success for e in episodes), sum(e.success and k == m for e, (k, m) in zip(episodes, right)),
-              sum(bool(turn.info["recognized"]) for turn in turns), sum(turn.reward for turn in turns),
-              *(sum(x) for x in zip(*[(k, k * k, k * m, m * m) for k, m in right]))]
-    n, n_turns, success, first, recognized, reward, k, kk, km, mm = processes.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    sums = lambda width, rows: [sum(column) for column in zip([0.0] * width, *rows)]          # a rank may have no episode
+    counts = sums(3, [(1, e.success, e.success and k == m) for e, (k, m) in zip(episodes, right)])
+    counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])
+    counts += sums(2, [(1, turn.info["recognized"]) for turn in turns if turn.info.get("landmark")])
+    counts += sums(4, [(k, k * k, k * m, m * m) for k, m in right])
+    n, success, first, n_turns, recognized, reward, landmarks, read, k, kk, km, mm = processes.all_reduce(
+        torch.tensor(counts, dtype=torch.float64)).tolist()
     rate = lambda name, p: {name: p, f"{name}_se": math.sqrt(p * (1 - p) / n)}
     p = k / n_turns                                                        # a ratio of two sums over episodes: its error by linearisation
     return rate("success", success / n) | rate("first", first / n) | {
         "per_step": p, "per_step_se": math.sqrt(max(0.0, kk - 2 * p * km + p * p * mm)) / n_turns,
-        "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)}
+        "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)} | (
+        {"landmarks": read / landmarks} if landmarks else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +401,7 @@ def prepare_tiny(args, processes):
     if not (foundation / "model.safetensors").exists():
         raise UserError(f"{foundation}: no tiny model there; make it with: torchrun train.py --task {args.game}-vl --algo pretrain "
                         f"--out runs/tiny, and copy runs/tiny/final there")
-    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes")}
+    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks")}
     digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
     ready = (run_folder / "final").exists()
@@ -577,7 +585,8 @@ class Trainer:
         self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
         self.compute += (self.policy_size + self.critic_size) * (2 * metrics["rollout_tokens"] + 6 * metrics["trained_tokens"])
         summary = summarize(episodes, self.processes)
-        return metrics | {name: summary[name] for name in ("success", "first", "per_step", "recognized", "reward", "turns")} | {
+        return metrics | {name: summary[name] for name in ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
+                          if name in summary} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 

@@ -71,6 +71,15 @@ def test_rail_by_hand(here):
     assert envs.instructions(ROUTE.legs, 270) == SENTENCES
 
 
+def test_names_can_be_hidden(here):
+    env, (observation, _) = game(hide_landmarks=True)
+    text = observation.messages[0]["content"]
+    assert "next intersection.\n" in text and "destination.\n" in text and "Red Star" not in text
+    for _ in range(3):
+        env.step(env.oracle())
+    assert "Red Star Diner is on" in env.oracle() and env.step(env.oracle())[1] == 1           # it must still be seen
+
+
 def test_points_between_drop_by_the_seed(here):
     env = Navigation()
     kept = [env.reset(seed)[1]["points"] - 4 for seed in range(400)]         # of three candidates
