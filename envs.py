@@ -371,6 +371,16 @@ def _random_formula(numbers, target, rng):
             return f"{_text(expression)}={target}"
 
 
+def _dialogue(game, messages, mistakes):
+    """The prompt `messages`, then `mistakes` wrong answers with the verifier's replies, then the expert's."""
+    if not 0 <= mistakes < game.attempts:
+        raise ValueError(f"mistakes {mistakes!r}: expected 0 to {game.attempts - 1}, one less than attempts")
+    for _ in range(mistakes):
+        wrong = game._mistake()
+        messages = messages + [{"role": "assistant", "content": wrong, "train": False}, *game.step(wrong)[0].messages]
+    return messages + [{"role": "assistant", "content": game.oracle(), "train": True}]
+
+
 def _answer(cards, numbers, formula):
     return json.dumps({"cards": list(cards), "number": list(numbers), "formula": formula})
 
@@ -469,13 +479,7 @@ class GeneralPoints:
         """An expert's dialogue as chat messages: the prompt, `mistakes` wrong answers ("train": False) each with the
         verifier's message, and the right answer ("train": True). With mistakes these are the sub-optimal dialogues
         of the paper's section 5. ValueError unless 0 <= mistakes < attempts."""
-        if not 0 <= mistakes < self.attempts:
-            raise ValueError(f"mistakes {mistakes!r}: expected 0 to {self.attempts - 1}, one less than attempts")
-        dialogue = self.reset(seed)[0].messages
-        for _ in range(mistakes):
-            wrong = self._mistake()
-            dialogue += [{"role": "assistant", "content": wrong, "train": False}, *self.step(wrong)[0].messages]
-        return dialogue + [{"role": "assistant", "content": self.oracle(), "train": True}]
+        return _dialogue(self, self.reset(seed)[0].messages, mistakes)
 
     def _mistake(self):
         """A plausible wrong answer: mostly arithmetic that misses the target, at times other numbers than dealt, a
@@ -495,10 +499,9 @@ class GeneralPoints:
 
 # ------------------------------------------------------------------------------------------ routes, rails, instructions
 
-COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 TURNS = ("left", "right", "slightly left", "slightly right")
 SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words))
-          for rule, words in (("absolute", COMPASS), ("relative", TURNS))}
+          for rule, words in (("absolute", cities.COMPASS), ("relative", TURNS))}
 BUILT_IN = Path("runs/cities")      # where the built-in cities are kept once they are made
 
 
@@ -723,15 +726,9 @@ class Navigation:
     def demonstrate(self, seed, mistakes=0):
         """An expert's dialogue at one point of a route, both the seed's choice, as chat messages: the prompt, `mistakes`
         wrong answers ("train": False) each with the verifier's message, and the right one ("train": True)."""
-        if not 0 <= mistakes < self.attempts:
-            raise ValueError(f"mistakes {mistakes!r}: expected 0 to {self.attempts - 1}, one less than attempts")
         self._start(seed)
         self.index = self.rng.randrange(len(self.points))
-        dialogue = self._look().messages
-        for _ in range(mistakes):
-            wrong = self._mistake()
-            dialogue += [{"role": "assistant", "content": wrong, "train": False}, *self.step(wrong)[0].messages]
-        return dialogue + [{"role": "assistant", "content": self.oracle(), "train": True}]
+        return _dialogue(self, self._look().messages, mistakes)
 
     def _mistake(self):
         """A plausible wrong answer: another action, mostly with the observation and the instruction of another point."""

@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw
 from scenes import draw as drawing
 from scenes.streets import BROAD, CITIES, COLORS, OTHERS, VERSION, apart, bearing, geocode, town  # noqa: F401
 
-COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
-SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")     # 45 degrees apart
+SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")     # likewise
 
 
 # ----------------------------------------------------------------------------------------------------------- routes

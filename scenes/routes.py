@@ -23,10 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scenes.cities import COMPASS, SIDES
 from scenes.views import read_rotation
 
-COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")     # 45 degrees apart
-SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")      # likewise
 EARTH = 6_371_000.0     # metres
 RADIUS = 20.0           # metres: a point is moved to the nearest panorama if there is one as near as this
 APART = 8.0             # metres that a point on the way keeps from both ends of its leg
