@@ -143,9 +143,9 @@ PRESETS = {
                  samples={"gp": 8, "virl": 4}, temperature=1.0, advantage="gae-loo",
                  unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
                  critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 12}, save_every=20),
-        pretrain=dict(steps={"gp": 450, "virl": 700}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
+        pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
-                      eval_every={"gp": 150, "virl": 350}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
+                      eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
     "paper": dict(
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine",
