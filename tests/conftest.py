@@ -29,11 +29,13 @@ def small_config():
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
+def small(tmp_path_factory, working_folder):
     """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
     args = train.apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
-    processor = Processor(train.train_tokenizer(train.foundation_mixture(args), config.vocab_size, train.APART["gp"]), image_config=train.TINY_IMAGES)
+    mixture = train.foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in envs.SPACES]
+    tokenizer = train.train_tokenizer(mixture, config.vocab_size, "|".join(train.APART.values()))
+    processor = Processor(tokenizer, image_config=train.TINY_IMAGES)
     model = Llama(config)
     model.init_weights(seed=1, std=0.1)
     for name, parameter in model.named_parameters():

@@ -16,6 +16,7 @@ import torch
 import envs
 import train
 from model import Llama
+from scenes import cities, routes
 
 HERE = Path(train.__file__).parent
 QUICK = ["--eval-hands", "4", "--max-new-tokens", "8", "--hands", "4", "--samples", "1", "--batch-size", "4", "--device", "cpu",
@@ -216,6 +217,30 @@ def test_a_text_model_cannot_see(small, tmp_path):
     small[2].save_pretrained(tmp_path / "text")
     with pytest.raises(SystemExit, match="text-only"):
         run("--task", "gp-vl", "--model", tmp_path / "text", "--out", tmp_path / "run")
+
+
+def test_routes_of_ones_own(small, tmp_path, capsys):
+    """A folder in the released format: pictures on disk and nothing that could draw them."""
+    folder = cities.build("milan", tmp_path / "city")
+    infos = folder / "route_infos.json"
+    infos.write_text(json.dumps([json.loads(infos.read_text())[0][:2], 2]))
+    shown = [list(routes._pictures(route)) for route in routes.load(str(folder)).routes]
+    for panorama in set(shown[0] + shown[1]):
+        cities.draw(panorama)
+    (folder / "city.json").unlink()
+    common = ["--task", "virl-vl", "--algo", "sft", "--model", small[0], "--steps", 1, "--routes", folder]
+    run(*common, "--out", tmp_path / "one")
+    run(*common, "--ood-routes", folder, "--out", tmp_path / "two")
+    assert [set(records(tmp_path / name, "eval")[0]["eval"]) for name in ("one", "two")] == [{"id", "rule-ood"}, {"id", "rule-ood", "visual-ood"}]
+    bad = next(panorama for panorama in shown[1] if panorama not in shown[0])
+    Path(bad).write_bytes(Path(bad).read_bytes()[:-100])
+    for cache in (routes.load, envs.known_routes):
+        cache.cache_clear()
+    with pytest.raises(SystemExit) as stop:
+        run(*common, "--out", tmp_path / "three")
+    assert all(word in str(stop.value.code) for word in ("route 1 of", bad, "truncated", "--skip-bad-routes"))
+    run(*common, "--skip-bad-routes", "--out", tmp_path / "three")
+    assert "skipped 1 bad routes" in capsys.readouterr().out
 
 
 def test_plot(small, tmp_path, monkeypatch):
