@@ -395,6 +395,7 @@ class GeneralPoints:
     headline, recognition = "success", "cards read"             # what is plotted; what `recognized` means
     sizes = {"tiny": (224, 56), "paper": (1200, 1200)}
     looks = {False: "all", True: "black"}                       # trained on by default, without and with images
+    distinct = 10**9                                            # how many seeds start something new
 
     @staticmethod
     def shifts(rule, look):
@@ -659,6 +660,7 @@ class Navigation:
         self.image, self.rule, self.attempts, self.after_failure = image, rule, attempts, after_failure
         self.drop_rate, self.named, self.size, self.prompts = drop_rate, not hide_landmarks, size, check_prompts(prompts or {})
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
+        self.distinct = len(self.routes)
         self.index = None       # of the point where one stands; None: no episode is running
 
     def _start(self, seed):

@@ -138,10 +138,10 @@ PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
                  lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
-        sft=dict(steps={"gp": 450, "virl-l": 355, "virl-vl": 340}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False, eval_every={"gp": 150, "virl": 180}, save_every=150, warmup=0.03),
-        ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16},
-                 samples={"gp": 8, "virl": 4}, temperature=1.0, advantage="gae-loo",
-                 unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
+        sft=dict(steps={"gp": 450, "virl-l": 355, "virl-vl": 340}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
+                 eval_every={"gp": 150, "virl": 180}, save_every=150, warmup=0.03),
+        ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
+                 temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
                  critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every=20, save_every=20),
         pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
@@ -151,8 +151,7 @@ PRESETS = {
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine",
                  eval_hands={"gp": 234, "virl": 48}),
         sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7, "virl-l": 1e-6, "virl-vl": 5e-7}, batch_size=128, mistakes=0.0,
-                 learn_prompts=False, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0,
-                 eval_every=50, save_every=100),
+                 learn_prompts=False, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0, eval_every=50, save_every=100),
         ppo=dict(steps={"gp": 20, "virl": 15}, lr={"gp": 1e-6, "virl-l": 1e-6, "virl-vl": 1e-7}, betas=(0.9, 0.999), warmup=0.0,
                  hands={"gp": 512, "virl": 320}, samples=1, temperature=0.2, advantage="gae", unit="turn", clip=0.1,
                  value_clip=0.1, value_coef=0.5, entropy_coef=0.0, epochs=4, minibatches=2, critic="shared", critic_lr=1e-6,
@@ -181,23 +180,23 @@ def parse(argv=None):
 
 
 def apply_preset(args, hidden_size):
-    """Fill what the user left open from the preset."""
+    """Fill what the user left open from the preset and from the game's own defaults."""
     if args.preset == "auto":
         args.preset = "tiny" if hidden_size <= 512 else "paper"
     preset = PRESETS[args.preset]
-    given_look = args.look
     if args.algo not in preset:
         raise UserError(f"--algo {args.algo} has no preset '{args.preset}': it is for the tiny model only")
     for name, value in (preset["all"] | preset[args.algo]).items():      # the algorithm's own come last and win
         if getattr(args, name) is None:
             setattr(args, name, value.get(args.task, value.get(args.game)) if isinstance(value, dict) else value)
-    settings = {name: parameter.default for name, parameter in inspect.signature(GAMES[args.game]).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(GAMES[args.game]).parameters.items()}
+    defaults |= {"look": GAMES[args.game].looks[args.image]} | ({"routes": None, "ood_routes": None} if args.game == "virl" else {})
     for name in ("routes", "ood_routes", *GAME_SETTINGS):
         if getattr(args, name) is None:
-            setattr(args, name, settings.get(name))
-        elif name not in settings and not (args.game == "virl" and name.endswith("routes")):
+            setattr(args, name, defaults.get(name))
+        elif name not in defaults:
             raise UserError(f"--{name.replace('_', '-')} means nothing to --task {args.task}")
-    args.look = args.routes or given_look or GAMES[args.game].looks[args.image]
+    args.look = args.routes or args.look
     seen = args.image and (args.ood_routes or not args.routes)     # one's own routes are tested on one's own other look, or none
     args.eval_sets = args.eval_sets or ("id,rule-ood,visual-ood" if seen else "id,rule-ood")
     return args
@@ -304,7 +303,7 @@ def evaluate(model, processor, args, processes, progress=""):
     """
     results = {}
     for name, factory in evaluation_sets(args).items():
-        seeds = processes.share(range(args.eval_hands))
+        seeds = processes.share(range(min(args.eval_hands, factory().distinct)))       # no route is walked twice
         with autocast(processes.device):
             episodes = ppo.rollout(model, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
                                    batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
@@ -496,15 +495,16 @@ class RunFolder:
             shutil.rmtree(old)
 
     def transcript(self, step, episode):
-        """Write one episode as a person would like to read it, and the picture it was about."""
+        """Write one episode as a person would like to read it, and the pictures it was about."""
         if self.processes.rank:
             return
         folder = self.path / "transcripts"
         folder.mkdir(exist_ok=True)
         text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
         (folder / f"step_{step:06d}.txt").write_text(text + "\n")
-        if episode.conversations[0].image is not None:
-            episode.conversations[0].image.save(folder / f"step_{step:06d}.png")
+        for k, conversation in enumerate(episode.conversations):
+            if conversation.image is not None:
+                conversation.image.save(folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png")
 
 
 def write_atomically(path, text):
@@ -783,7 +783,7 @@ def plot(runs, file="success.png"):
         raise UserError("--plot needs matplotlib for the figure: pip install -e '.[plot]'") from None
     tasks = sorted({task for task, _ in curves})
     columns = list(dict.fromkeys(name for group in curves.values() for name in group[0][0][1]))
-    figure, axes = plt.subplots(len(tasks), len(columns), figsize=(3.6 * len(columns), 2.8 * len(tasks)), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(len(tasks), len(columns), figsize=(3.6 * len(columns), 2.3 * len(tasks)), squeeze=False, sharey=True)
     for (task, algo), group in sorted(curves.items()):
         color = {"ppo": "#0072B2", "sft": "#D55E00"}.get(algo, "#666666")           # told apart by the colour-blind, too
         metric = GAMES[task.split("-")[0]].headline
