@@ -37,7 +37,7 @@ REWARDS = {
     "correct": 5.0,
 }
 STEP_REWARDS = {"no_action": -1.0, "unknown_action": -1.0, "wrong_action": -1.0, "right_action": 1.0}    # appendix B
-MISREAD = -1.5      # on top, image tasks only: the answer's "cards" are not the dealt ones, in any order
+MISREAD = -1.5      # on top: "cards" are not the dealt ones, in any order (image tasks only); "current observation" is untrue
 EXHAUSTED = -1.0    # on top, when the last attempt fails
 
 TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
