@@ -3,9 +3,10 @@
     torchrun train.py --task gp-l --algo ppo
 
 One episode is a dialogue. The model answers, the verifier replies, the model revises, until the answer is right or the
-attempts are used up. On a route each point is a dialogue of its own, and the route is one episode. An *action* is one whole turn (the paper's choice; `--unit token` makes it one token), and the
-advantage flows from turn to turn: a verifier message is something the model was told, not something it did, so it takes
-no part in ratios, entropies, normalisation or the decay of an advantage.
+attempts are used up. On a route each point is a dialogue of its own, and the route is one episode. An *action* is one
+whole turn (the paper's choice; `--unit token` makes it one token), and the advantage flows from turn to turn: a
+verifier message is something the model was told, not something it did, so it takes no part in ratios, entropies,
+normalisation or the decay of an advantage.
 
 The file reads downwards: the record of an episode, the rollout that fills it, the advantages, the losses, the update.
 """

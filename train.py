@@ -130,7 +130,8 @@ class Args:
         return self.task.endswith("vl")
 
 
-GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure")     # handed to the game if it knows them
+# Handed to the game, which knows some of them.
+GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure")
 
 
 # Presets are data: algorithm-independent first, then what the algorithm adds. The paper's numbers are PAPER: section 4.
@@ -141,8 +142,8 @@ PRESETS = {
         sft=dict(steps={"gp": 450, "virl-l": 355, "virl-vl": 340}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
                  eval_every={"gp": 150, "virl": 180}, save_every=150, warmup=0.03),
         ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
-                 temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0, epochs=1, minibatches=4, critic="detached",
-                 critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every=20, save_every=20),
+                 temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
+                 epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every=20, save_every=20),
         pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
                       eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
