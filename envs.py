@@ -66,6 +66,7 @@ PROMPTS = {
     "virl-l": "Find the way by these instructions:\n{instructions}\n" + _ACTIONS + _STEP,
     "virl-vl": "Find the way by these instructions:\n{instructions}\nThe image shows four street views: front, right / "
                "back, left.\n" + _ACTIONS + _STEP,
+    "describe": "The image shows four street views: front, right / back, left. What is seen here?",
     "absolute": "turn_direction(x), where x is north, northeast, east, southeast, south, southwest, west or northwest",
     "relative": "turn_direction(x), where x is left, right, slightly left or slightly right",
     "no_action": "There is no JSON with an action.",
@@ -632,7 +633,7 @@ class Navigation:
     the city has them; attempts: answers judged a point; after_failure: when a point stays wrong, "end" the episode (the
     paper) or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
     intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes can tell;
-    size: pixels of one of the four views; prompts: see load_prompts. Bad values are ValueErrors."""
+    describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of the four views; prompts: see load_prompts. Bad values are ValueErrors."""
     answer_key = "action"
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
@@ -647,17 +648,22 @@ class Navigation:
 
     @staticmethod
     def broad():
-        """What a foundation model brings along, as (weight, settings): both action spaces, several cities."""
-        return [(1.0, dict(image=image, rule=rule, look=look)) for image in (False, True) for rule in SPACES
-                for look in ("new-york", "broad")]
+        """What a foundation model brings along, as (weight, settings): both action spaces, several cities, eyes."""
+        ways = [(1.0, dict(image=False)), (0.5, dict(image=True)), (0.5, dict(image=True, hide_landmarks=True))]
+        looks = [(1.5, dict(image=True, describe=True, look=look)) for look in ("new-york", "broad")]
+        return looks + [(weight, dict(way, rule=rule, look=look)) for weight, way in ways for rule in SPACES
+                        for look in ("new-york", "broad")]
 
     def __init__(self, *, image=False, rule="absolute", look="new-york", held_out=False, attempts=2, after_failure="end",
-                 drop_rate=0.5, hide_landmarks=False, size=53, prompts=None, skip_bad_routes=False):
+                 drop_rate=0.5, hide_landmarks=False, describe=False, size=53, prompts=None, skip_bad_routes=False):
         _one_of("rule", rule, tuple(SPACES))
         _one_of("after_failure", after_failure, ("end", "walk-on"))
         _positive("attempts", attempts)
         _positive("size", size)
+        if describe and not image:
+            raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.image, self.rule, self.attempts, self.after_failure = image, rule, attempts, after_failure
+        self.describe = describe
         self.drop_rate, self.named, self.size, self.prompts = drop_rate, not hide_landmarks, size, check_prompts(prompts or {})
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
         self.distinct = len(self.routes)
@@ -692,9 +698,12 @@ class Navigation:
         text = self.prompts["virl-vl" if self.image else "virl-l"].format(
             instructions="\n".join(f"{i + 1}. {sentence}" for i, sentence in enumerate(self.sentences)),
             actions=self.prompts[self.rule], history="\n".join([*history, f"O_{self.index + 1}: {now}"]), target="")
-        content = text if not self.image else [
-            {"type": "image", "image": views.grid(point.panorama, point.heading, self.size)}, {"type": "text", "text": text}]
-        return Observation([{"role": "user", "content": content}], fresh=True)
+        return Observation([{"role": "user", "content": self._show(text) if self.image else text}], fresh=True)
+
+    def _show(self, text):
+        """The four street views here, and a text."""
+        point = self.points[self.index]
+        return [{"type": "image", "image": views.grid(point.panorama, point.heading, self.size)}, {"type": "text", "text": text}]
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The right action
@@ -727,9 +736,14 @@ class Navigation:
 
     def demonstrate(self, seed, mistakes=0):
         """An expert's dialogue at one point of a route, both the seed's choice, as chat messages: the prompt, `mistakes`
-        wrong answers ("train": False) each with the verifier's message, and the right one ("train": True)."""
+        wrong answers ("train": False) each with the verifier's message, and the right one ("train": True). With
+        `describe` instead what is seen there, mostly at a landmark."""
         self._start(seed)
-        self.index = self.rng.randrange(len(self.points))
+        marked = [i for i, point in enumerate(self.points) if point.landmark] if self.describe else []
+        self.index = self.rng.choice(marked if marked and self.rng.random() < 0.8 else range(len(self.points)))
+        if self.describe:
+            return [{"role": "user", "content": self._show(self.prompts["describe"])},
+                    {"role": "assistant", "content": self.points[self.index].observation, "train": True}]
         return _dialogue(self, self._look().messages, mistakes)
 
     def _mistake(self):

@@ -54,7 +54,7 @@ class Args:
     """Every setting of a run. None means: from the preset."""
     task: str = arg("gp-l", "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image; "
                             "virl-l: navigation with what is seen in text; virl-vl: with street views", TASKS)
-    algo: str = arg("ppo", "ppo, sft, eval, or pretrain (makes the tiny model's foundation anew)", ("ppo", "sft", "eval", "pretrain"))
+    algo: str = arg("ppo", "ppo, sft, eval, or pretrain (makes the tiny model's foundation, from random weights or from --model)", ("ppo", "sft", "eval", "pretrain"))
     model: str = arg("tiny", "'tiny' (built in) or a Hugging Face folder of a Llama or Llama-3.2-Vision checkpoint")
     out: str = arg(None, "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
     seed: int = arg(0, "seed of training hands, draws and shuffles; evaluation hands are the same for every seed")
@@ -89,6 +89,7 @@ class Args:
     # SFT
     batch_size: int = arg(None, "SFT dialogues a step, over all ranks")
     mistakes: float = arg(None, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
+    describe: bool = arg(None, "virl-vl, for SFT and pre-training: learn to tell what is in the pictures rather than the way")
     learn_prompts: bool = arg(None, "also learn to predict the prompts, as pre-training does")
     sft_loss: str = arg("nll", "SFT loss", tuple(sft.LOSSES))
     # PPO
@@ -131,7 +132,7 @@ class Args:
 
 
 # Handed to the game, which knows some of them.
-GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure")
+GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure", "describe")
 
 
 # Presets are data: algorithm-independent first, then what the algorithm adds. The paper's numbers are PAPER: section 4.
@@ -139,12 +140,13 @@ PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
                  lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
-        sft=dict(steps={"gp": 450, "virl-l": 355, "virl-vl": 340}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
-                 eval_every={"gp": 150, "virl": 180}, save_every=150, warmup=0.03),
-        ppo=dict(steps=40, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
+        sft=dict(steps={"gp": 450, "virl-l": 266, "virl-vl": 255}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
+                 eval_every={"gp": 150, "virl": 135}, save_every=150, warmup=0.03),
+        ppo=dict(steps={"gp": 40, "virl": 30}, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
                  temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
-                 epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every=20, save_every=20),
-        pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 32},
+                 epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 15},
+                 save_every={"gp": 20, "virl": 15}),
+        pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 40},
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
                       eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
@@ -363,9 +365,10 @@ def foundation_mixture(args):
     """What the tiny model is 'pre-trained' on, half in text, half in images: the game under all rules and many looks (its `broad`).
 
     The paper's Llama comes to the game with arithmetic, with words and with eyes; this stands for that. Returns the
-    mixture of sft.make_batch: (environment, weight) pairs.
+    mixture of sft.make_batch: (environment, weight) pairs; with --describe of pictures to describe alone.
     """
-    return [(make_env(args, **settings)(), weight) for weight, settings in GAMES[args.game].broad()]
+    return [(make_env(args, **settings)(), weight) for weight, settings in GAMES[args.game].broad()
+            if settings.get("describe") or not args.describe]
 
 
 # What the tiny tokenizer keeps apart: numbers, operators and card letters; words that differ from route to route.
@@ -401,7 +404,7 @@ def prepare_tiny(args, processes):
     if not (foundation / "model.safetensors").exists():
         raise UserError(f"{foundation}: no tiny model there; make it with: torchrun train.py --task {args.game}-vl --algo pretrain "
                         f"--out runs/tiny, and copy runs/tiny/final there")
-    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks")}
+    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
     digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
     ready = (run_folder / "final").exists()
@@ -421,10 +424,10 @@ def prepare_tiny(args, processes):
 
 def load(args, processes):
     """Model, processor and complete settings of a run."""
-    if args.algo == "pretrain":
+    if args.algo == "pretrain" and args.model == "tiny":
         apply_preset(args, 0)
-        config = Config.from_dict(TINY)
-        processor = Processor(train_tokenizer(foundation_mixture(args), config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
+        config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=False))
+        processor = Processor(train_tokenizer(everything, config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
         model = Llama(config)
         model.init_weights(seed=args.seed)
         for name, parameter in model.named_parameters():

@@ -16,13 +16,13 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from scenes.streets import COLORS, bearing, distances, pieces_of
+from scenes.streets import COLORS, EMBLEMS, bearing, distances, pieces_of
 
 EYE = 2.5           # camera above the ground
 ROAD = 5            # half-widths: asphalt, and from wall to wall
 WALL = 10
-SIGN = 5.6          # width of a sign; from the ground up: posts, a strip with the name, the board
-POSTS, STRIP, TOP = 2.3, 3.8, 9.4
+SIGN = 8            # width of a sign: so wide that 56 pixels a view suffice to read it (docs/lab-book.md)
+POSTS, STRIP, TOP = 0.9, 2.3, 10.3      # a sign from the ground up: posts, a strip with the name, the board
 FULL = 512          # pixels of a sign's width at most; others are SMALL or less, in powers of two
 SMALL = 128
 SHOP = 4.4          # height of the ground floor
@@ -82,8 +82,8 @@ def emblem(name, pixels):
 
 
 def board(color, emblem_name, kind, pixels):
-    """The board of a sign, an RGB image: the emblem on its color; kind 0 fills the square, 1 is a disc on black, 2 a
-    square with its corners cut off, on white."""
+    """The board of a sign, an RGB image: the landmark's color with the emblem on a disc of the emblem's own color; kind
+    0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on white."""
     color = COLORS[color]
     image = Image.new("RGB", (pixels, pixels), ((30, 30, 34), (0, 0, 0), (255, 255, 255))[kind])
     draw, edge, cut = ImageDraw.Draw(image), round(0.02 * pixels), 0.3 * pixels
@@ -96,8 +96,11 @@ def board(color, emblem_name, kind, pixels):
         draw.polygon([(cut, 0), (end - cut, 0), (end, cut), (end, end - cut),
                       (end - cut, end), (cut, end), (0, end - cut), (0, cut)], color)
         draw.rectangle((0, 0, end, end), None, (30, 30, 34), edge)
-    bright = np.dot(color, (0.3, 0.59, 0.11)) > 125
-    size = round(0.64 * pixels)
+    own = COLORS[EMBLEMS[emblem_name]]
+    for radius, fill in ((0.4, (255, 255, 255)), (0.35, own)):
+        draw.ellipse(((0.5 - radius) * pixels,) * 2 + ((0.5 + radius) * pixels,) * 2, fill)
+    bright = np.dot(own, (0.3, 0.59, 0.11)) > 125
+    size = round(0.42 * pixels)
     image.paste((0, 0, 0) if bright else (255, 255, 255), ((pixels - size) // 2,) * 2, emblem(emblem_name, size))
     return image
 
@@ -113,7 +116,7 @@ def _sign(color, emblem_name, kind, name, strip, pixels):
     draw.rectangle((0, top, pixels, bottom), (*strip[0], 255))
     color, emblem_name, kind = name.split(" ", 2)
     for line, middle in ((f"{color} {emblem_name}", 0.27), (kind, 0.75)):
-        size = pixels / 8       # pixels, less where the line is too long
+        size = 0.7 * scale      # 0.7 m, less where the line is too long
         size *= min(1, 0.94 * pixels / font(size).getlength(line))
         draw.text((pixels / 2, top + (bottom - top) * middle), line, (*strip[1], 255), font(size), "mm",
                   stroke_width=pixels // 256)

@@ -16,10 +16,11 @@ from functools import lru_cache
 
 import numpy as np
 
-VERSION = 1         # of the generator: raise it when the same spec would give other cities, routes or pictures
+VERSION = 2         # of the generator: raise it when the same spec would give other cities, routes or pictures
 COLORS = {"Red": (214, 26, 32), "Orange": (255, 132, 0), "Yellow": (255, 226, 26), "Green": (24, 146, 50),
           "Cyan": (40, 214, 226), "Blue": (26, 62, 206), "Purple": (116, 30, 150), "Pink": (255, 140, 200)}
-EMBLEMS = ("Star", "Moon", "Heart", "Crown", "Fish", "Tree", "Ring", "Cross")
+EMBLEMS = {"Star": "Cyan", "Moon": "Purple", "Heart": "Red", "Crown": "Yellow", "Fish": "Blue", "Tree": "Green",
+           "Ring": "Orange", "Cross": "Pink"}       # each on a disc of a color of its own
 DEGREE = math.pi / 180 * 6371000    # metres in a degree of latitude
 
 

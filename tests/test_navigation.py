@@ -2,6 +2,7 @@
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -283,8 +284,19 @@ def test_demonstrations(here, image):
         env.demonstrate(0, 2)
 
 
+def test_descriptions_tell_what_is_in_the_picture(here):
+    env, points = Navigation(image=True, describe=True), Counter()
+    for seed in range(200):
+        question, answer = env.demonstrate(seed)
+        point = env.points[env.index]
+        assert question["content"][1]["text"] == envs.PROMPTS["describe"]
+        assert answer == {"role": "assistant", "content": point.observation, "train": True}
+        points[point.landmark] += 1
+    assert set(points) == {None, "Red Star Diner", "Blue Fish Hotel"} and points[None] < 60        # mostly at a landmark
+
+
 @pytest.mark.parametrize("settings, word", [
-    ({"rule": "10"}, "rule"), ({"attempts": 0}, "attempts"), ({"size": 0}, "size"), ({"after_failure": "cry"}, "after_failure"),
+    ({"rule": "10"}, "rule"), ({"describe": True}, "image=True"), ({"attempts": 0}, "attempts"), ({"size": 0}, "size"), ({"after_failure": "cry"}, "after_failure"),
     ({"prompts": {"virl-l": "{history}"}}, "virl-l")])
 def test_bad_settings_are_named(here, settings, word):
     with pytest.raises(ValueError, match=word):
