@@ -402,8 +402,7 @@ def prepare_tiny(args, processes):
     """
     foundation = FOUNDATIONS / args.game
     if not (foundation / "model.safetensors").exists():
-        raise UserError(f"{foundation}: no tiny model there; make it with: torchrun train.py --task {args.game}-vl --algo pretrain "
-                        f"--out runs/tiny, and copy runs/tiny/final there")
+        raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the README.md there says")
     game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
     digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
