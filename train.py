@@ -140,8 +140,8 @@ PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
                  lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
-        sft=dict(steps={"gp": 450, "virl-l": 266, "virl-vl": 255}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
-                 eval_every={"gp": 150, "virl": 135}, save_every=150, warmup=0.03),
+        sft=dict(steps={"gp": 450, "virl-l": 221, "virl-vl": 230}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
+                 eval_every={"gp": 150, "virl": 115}, save_every=150, warmup=0.03),
         ppo=dict(steps={"gp": 40, "virl": 30}, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
                  temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
                  epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 15},
