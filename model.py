@@ -25,6 +25,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from kernels import product_type
+from kernels.attention import Visible, attention
+from kernels.logprob import token_logprobs
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -217,12 +221,12 @@ class Step:
     cache: KVCache | None = None
     write: torch.Tensor | None = None       # (B * T * 2 * K,) where the new keys and values go in a layer's flattened cache
     length: int = 0                         # cached positions to attend to
-    mask: torch.Tensor | None = None        # (B, 1, G * T, length) added to scores
-    causal: bool = True                     # no cached positions: plain causal attention among the new tokens
+    fresh: bool = True                      # no cached positions: the new tokens attend to one another alone
+    text: Visible = None                    # what the new tokens see of the text
     vision: torch.Tensor | None = None      # (N, S, D) projected image features, only when images are given
     looks: bool = False                     # does any row have an image?
     rows: torch.Tensor | None = None        # (N,) the rows that have, when not all do
-    cross_mask: torch.Tensor | None = None  # (N, 1, G * T or 1, S) added to scores
+    image: Visible = field(default_factory=Visible)            # and of their row's image
     sees: torch.Tensor | None = None        # (N, T, 1) 0 for tokens before their image
 
 
@@ -245,21 +249,6 @@ def rope_frequencies(config):
 def rotate(x, cos, sin):
     """RoPE of x (B, T, H, D). The first half of `sin` is negated (see Llama.rope), so that a roll does for "rotate half"."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def attend(q, k, v, mask=None, causal=False):
-    """q (B, T, H, D), k and v (B, K, S, D) -> (B, T, H * D). mask (B, 1, G * T or 1, S).
-
-    The G query heads that share a key head are folded into the query length, so that keys are never repeated; `causal` needs the
-    true query length and goes its own way.
-    """
-    B, T, H, D = q.shape
-    K = k.shape[1]
-    if causal:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=T > 1, enable_gqa=H != K).transpose(1, 2).flatten(2)
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
 class Linear(nn.Module):
@@ -306,9 +295,9 @@ class Attention(nn.Module):
         q = self.heads(self.q_proj(x))                         # (B, T, H, D)
         if self.cross:
             k, v = self.image_keys(step)
-            return self.o_proj(attend(self.q_norm(q), k, v, step.cross_mask))
+            return self.o_proj(attention(self.q_norm(q), k, v, step.image).flatten(2))
         k, v = self.text_keys(x, step)
-        return self.o_proj(attend(rotate(q, step.cos, step.sin), k, v, step.mask, step.causal))
+        return self.o_proj(attention(rotate(q, step.cos, step.sin), k, v, step.text).flatten(2))
 
     def text_keys(self, x, step):
         """Keys and values to attend to, (B, K, length, D): the new ones; or, with a cache, which remembers them, all."""
@@ -316,8 +305,8 @@ class Attention(nn.Module):
         v = self.heads(self.v_proj(x))
         if step.cache is not None:
             cached = step.cache.kv[self.index]                                                # (B, 2, K, capacity, D)
-            cached.view(-1, self.head_dim).index_copy_(0, step.write, torch.stack([k, v], 2).detach().view(-1, self.head_dim))
-            if not step.causal:
+            cached.view(-1, self.head_dim).index_copy_(0, step.write, torch.stack([k, v], 2).detach().view(-1, self.head_dim).to(cached.dtype))
+            if not step.fresh:
                 return cached[:, :, :, :step.length].unbind(1)
         return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -330,7 +319,7 @@ class Attention(nn.Module):
         v = self.heads(self.v_proj(step.vision)).transpose(1, 2)
         if step.cache is not None:
             kept = step.cache.cross[self.index]                                               # (B, 2, K, S of real tiles, D)
-            kept[rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach()
+            kept[rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach().to(kept.dtype)
         return k, v
 
 
@@ -395,9 +384,9 @@ class VisionAttention(nn.Module):
         self.heads = config.attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(config.hidden_size, config.hidden_size) for _ in range(4))
 
-    def forward(self, x, mask):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+    def forward(self, x, visible):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))         # (N, S, H, D)
+        return self.o_proj(attention(q, k.transpose(1, 2), v.transpose(1, 2), visible).flatten(2))
 
 
 class VisionLayer(nn.Module):
@@ -411,8 +400,8 @@ class VisionLayer(nn.Module):
         self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
         self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
 
-    def forward(self, x, mask):
-        attended = self.self_attn(self.input_layernorm(x), mask)
+    def forward(self, x, visible):
+        attended = self.self_attn(self.input_layernorm(x), visible)
         x = x + (attended if self.gate_attn is None else self.gate_attn.tanh() * attended)
         fed = self.mlp.fc2(F.gelu(self.mlp.fc1(self.post_attention_layernorm(x))))
         return x + (fed if self.gate_ffn is None else self.gate_ffn.tanh() * fed)
@@ -468,25 +457,26 @@ class VisionModel(nn.Module):
         x = self.pre_tile_positional_embedding(x.unflatten(0, (N, tiles)), ids)
         x = torch.cat([self.class_embedding.expand(N, tiles, 1, -1), x], 2)                   # (N, tiles, P, D)
         x = F.pad(self.layernorm_pre(self.gated_positional_embedding(x, ids)), (0, 0, 0, -P % 8))
-        mask = padding_mask(images.aspect_ratio_mask, P, x.shape[2])
+        visible = patches_seen(images.aspect_ratio_mask, P, x.shape[2])
         x, kept = x.flatten(1, 2), []                                                         # (N, S, D)
         for index, layer in enumerate([*self.transformer.layers, None]):
             if index in self.config.intermediate_layers_indices:       # the input of layer i, as Meta trained the weights
                 kept.append(x)                                         # (transformers 5 takes the output, one layer late)
-            x = x if layer is None else layer(x, mask)
+            x = x if layer is None else layer(x, visible)
         x = self.layernorm_post(x).unflatten(1, (tiles, -1))
         x = self.post_tile_positional_embedding(x, ids).flatten(1, 2)
         for layer in self.global_transformer.layers:
-            x = layer(x, mask)
+            x = layer(x, visible)
         features = torch.cat([x, torch.stack(kept, -1).flatten(-2)], -1)                      # kept layers' channels interleave
         return features.unflatten(1, (tiles, -1))[:, :, :P].flatten(1, 2)
 
 
-def padding_mask(tile_mask, patches, padded):
-    """(N, tiles) -> (N, 1, S, S) bool, True: attend. Only padding to padding is closed; so the released weights were trained."""
+def patches_seen(tile_mask, patches, padded):
+    """(N, tiles), patches of a tile with and without padding -> Visible. Only padding to padding is closed; so the released weights
+    were trained."""
     real = tile_mask.bool()[:, :, None] & (torch.arange(padded, device=tile_mask.device) < patches)
     real = real.flatten(1)                                                                    # (N, S)
-    return (real[:, :, None] | real[:, None, :])[:, None]
+    return Visible(key_mask=real, see_all=real)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,7 +533,7 @@ class Llama(nn.Module):
         if images is not None:
             self.show(step, input_ids, images.to(x.device), x.dtype)
         elif cache is not None and cache.has_image.any():
-            self.remind(step, cache, x.dtype)
+            self.remind(step, cache)
         for layer in self.layers:
             x = layer(x, step)
         output = Output(self.norm(x))
@@ -553,29 +543,25 @@ class Llama(nn.Module):
             rows, last = torch.arange(len(x), device=x.device), None if lengths is None else lengths.to(x.device) - 1
             output.logits = self.lm_head(output.hidden[:, -1] if lengths is None else output.hidden[rows, last])
         if targets is not None:
-            asked = targets >= 0
-            scores = token_logprobs(output.hidden[asked], self.lm_head.weight, targets[asked], temperature)
-            output.logprobs, output.entropy = (torch.zeros_like(targets, dtype=torch.float32).masked_scatter(asked, s) for s in scores)
+            scores = token_logprobs(output.hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), temperature)
+            output.logprobs, output.entropy = (score.view_as(targets) for score in scores[:2])
         return output
 
     def place(self, x, cache, lengths):
         """Positions of the new tokens, where they go in the cache (which is then longer) and what they attend to there."""
         B, T, _ = x.shape
+        real = None if lengths is None else lengths.to(x.device)
         if cache is None:
-            return Step(*self.rope(T, x)[:, None, :T])
+            return Step(*self.rope(T, x)[:, None, :T], text=Visible(causal=True, lengths=real))
         ends = cache.lengths.tolist()
         fresh, longest = max(ends) == 0, max(ends) + T
         cache.reserve(longest)
         K, capacity = cache.kv.shape[3:5]                      # kv (layers, B, 2, K, capacity, D)
-        positions = cache.lengths.to(x.device)[:, None] + torch.arange(T, device=x.device)    # (B, T)
+        positions = cache.lengths.to(x.device)[:, None] + torch.arange(T, device=x.device)                        # (B, T)
         write = torch.arange(0, B * 2 * K * capacity, capacity, device=x.device).view(B, 1, 2, K) + positions[:, :, None, None]
         cache.lengths += T if lengths is None else lengths.cpu()
-        step = Step(*self.rope(longest, x)[:, positions], cache, write.flatten(), longest, causal=fresh)
-        if not fresh and (T > 1 or min(ends) < max(ends)):
-            G = self.config.num_attention_heads // K
-            visible = torch.arange(longest, device=x.device) <= positions[:, :, None]         # (B, T, length)
-            step.mask = fold_mask(visible, G if T > 1 else 1, x.dtype)
-        return step
+        text = Visible(causal=True, lengths=real, starts=None if fresh else positions[:, 0])
+        return Step(*self.rope(longest, x)[:, positions], cache, write.flatten(), longest, fresh, text)
 
     def rope(self, length, x):
         """cos and sin tables (2, at least `length` positions, 1, D) of x's kind; see `rotate`."""
@@ -593,7 +579,7 @@ class Llama(nn.Module):
         """Encode images. Tokens from <|image|> on see its real tiles; those before it all tiles, but get no cross-attention MLP."""
         if self.config.vision is None:
             raise ValueError("this model has no vision encoder, so it takes no images")
-        if step.cache is not None and not step.causal:
+        if step.cache is not None and not step.fresh:
             raise ValueError("images must come with the first tokens of a conversation")
         here = input_ids == self.config.image_token_id                                        # (B, T)
         count = torch.bincount(images.rows, minlength=len(here))
@@ -606,8 +592,7 @@ class Llama(nn.Module):
         step.sees = sees[:, :, None].to(dtype)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)      # (N, S)
         if not real.all():
-            G = self.config.num_attention_heads // self.config.num_key_value_heads
-            step.cross_mask = fold_mask(real[:, None] | ~sees[:, :, None], G, dtype)
+            step.image = Visible(key_mask=real, see_all=~sees)
         if step.cache is not None:
             self.keep_images(step.cache, images.rows, real)
 
@@ -620,13 +605,13 @@ class Llama(nn.Module):
         if not real[:, :S].all():
             cache.cross_mask = torch.zeros(B, S, dtype=torch.bool, device=real.device).index_copy_(0, rows, real[:, :S])
 
-    def remind(self, step, cache, dtype):
+    def remind(self, step, cache):
         """New tokens see the images that the cache remembers."""
-        step.looks, mask = True, cache.cross_mask
+        step.looks, mask = True, cache.cross_mask              # (B, S)
         if not cache.has_image.all():
             step.rows = cache.has_image.nonzero()[:, 0].to(step.cos.device)
             mask = None if mask is None else mask[step.rows]
-        step.cross_mask = None if mask is None else fold_mask(mask[:, None], 1, dtype)
+        step.image = Visible(key_mask=mask)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None):
@@ -660,12 +645,6 @@ class Llama(nn.Module):
                      "weight_map": {k: file for file, part in files.items() if isinstance(part, dict) for k in part}}
             files["model.safetensors.index.json"] = json.dumps(index, indent=2)
         write_files(folder, files, replaces="model*.safetensors*")
-
-
-def fold_mask(visible, groups, dtype):
-    """(B, T, S) bool -> (B, 1, groups * T, S): 0 where visible, else -inf, repeated for the query heads folded into the length."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
-    return mask[:, None] if groups == 1 else mask[:, None].expand(-1, groups, -1, -1).flatten(1, 2)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -782,63 +761,6 @@ def write_files(folder, files, replaces=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities
-
-CHUNK = 2**20   # logits that token_logprobs holds at once: 4 MB of float32, which stay in a CPU's cache
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """See `token_logprobs`. Backward computes the logits of each chunk again rather than keep them.
-
-    With z = logits / temperature, p = softmax(z), H = -sum p log p:    d log p[y] / dz = onehot(y) - p,    dH / dz = -p (log p + H).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        chosen, entropy = [], []
-        for h, y in chunks(weight, hidden, targets):
-            logp = log_softmax(h, weight, temperature)                                        # (chunk, V)
-            chosen.append(logp.gather(1, y[:, None])[:, 0])
-            entropy.append(-(logp.exp() * logp).sum(-1))
-        entropy = torch.cat(entropy)
-        ctx.save_for_backward(hidden, weight, targets, entropy)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return torch.cat(chosen), entropy
-
-    @staticmethod
-    def backward(ctx, grad_chosen, grad_entropy):
-        hidden, weight, targets, entropy = ctx.saved_tensors
-        grad_chosen = torch.zeros_like(entropy) if grad_chosen is None else grad_chosen
-        weighted = grad_entropy is not None
-        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
-        for h, y, gc, ge, H in chunks(weight, hidden, targets, grad_chosen, grad_entropy if weighted else entropy, entropy):
-            logp = log_softmax(h, weight, ctx.temperature)
-            scale = -gc[:, None] - ge[:, None] * (logp + H[:, None]) if weighted else -gc[:, None]
-            grad = logp.exp_().mul_(scale).scatter_add_(1, y[:, None], gc[:, None]).div_(ctx.temperature).to(weight.dtype)
-            grad_hidden.append(grad @ weight)
-            grad_weight += grad.T @ h
-        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
-
-
-def log_softmax(hidden, weight, temperature):
-    return (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
-
-
-def chunks(weight, *tensors):
-    """Tuples of slices along the first dimension, for at most CHUNK logits (or 256 rows)."""
-    return zip(*(t.split(max(256, CHUNK // weight.shape[0])) for t in tensors))
-
-
-def token_logprobs(hidden, weight, targets, temperature=1.0):
-    """hidden (N, D), weight (V, D), targets (N,) -> log softmax(hidden weight^T / temperature)[target] and entropy, (N,) float32 each.
-
-    Both differentiable in hidden and weight. Never holds more than CHUNK logits (or those of 256 rows).
-    """
-    return TokenLogprobs.apply(hidden, weight, targets, float(temperature))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 
@@ -862,7 +784,7 @@ def generate(model, conversations, *, cache=None, images=None, max_new_tokens, t
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     weight, B, stop_ids = model.embed_tokens.weight, len(conversations), set(stop_ids)
-    cache = KVCache(model.config, B, weight.device, weight.dtype) if cache is None else cache
+    cache = KVCache(model.config, B, weight.device, product_type(weight)) if cache is None else cache
     ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
     cache.reserve(int((cache.lengths + lengths).max()) + max(max_new_tokens, ids.shape[1]))
     uniform = draw_uniform(seeds, B, max_new_tokens).to(weight.device)

@@ -1,9 +1,13 @@
 """Shared by the tests of what learns: a random model of a few thousand weights in an ordinary folder."""
 
 import copy
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")             # before anything imports triton; KERNELS=triton then runs kernels here
 
 import envs
 import train

@@ -1,0 +1,150 @@
+"""The benchmark: whom it lets pass, what it counts, and that a table and a JSON file come out."""
+import json
+
+import pytest
+import torch
+
+import kernels
+from kernels import attention, bench, logprob, rivals
+
+CPU, CEILINGS = torch.device("cpu"), {"flops": 1e11, "bytes": 1e10}
+TINY = {"causal": (2, 9, 9, 4, 2, 16), "ragged": (3, 8, 8, 4, 2, 16), "resumed": (3, 5, 12, 4, 2, 16), "cross": (4, 16, 4 * 10, 2, 1, 16),
+        "vision": (4, 4 * 10, 4 * 10, 2, 2, 16), "decode": (4, 1, 12, 4, 2, 16)}
+
+
+def attention_cases(kind, sizes=None):
+    return list(rivals.attention_cases(kind, sizes or TINY[kind], CPU, torch.float32, False))
+
+
+def logprob_case(name="logprob", sizes=(12, 8, 50)):
+    return next(rivals.logprob_cases(name, sizes, CPU, torch.float32, False))
+
+
+def run(case):
+    return {row["implementation"]: row for row in bench.bench(case, CPU, CEILINGS, 1, 0)}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_attention_cases_agree(kind):
+    for case in attention_cases(kind):
+        rows = run(case)
+        timed = {name for name, row in rows.items() if "ms" in row}
+        assert timed >= {"ours", "naive"} and any(name.startswith("sdpa math") for name in timed)
+        assert all(row["error"] < 1e-5 for name, row in rows.items() if name in timed)
+        assert all(len(row["no"].split()) == 3 and "ms" not in row for name, row in rows.items() if name not in timed)
+        assert rows["ours"]["ratio"] == 1 and rows["naive"]["ratio"] == rows["naive"]["ms"] / rows["ours"]["ms"]
+
+
+@pytest.mark.parametrize("name", ["logprob", "logprob-entropy"])
+def test_logprob_cases_agree(name):
+    rows = run(logprob_case(name))
+    assert rows["ours"]["ms"] > 0 and rows["naive"]["ms"] > 0 and rows["liger"]["no"]
+    if name == "logprob" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert rows["torch chunks"]["error"] < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or hasattr(kernels.triton, "missing"), reason="needs triton's interpreter, see conftest.py")
+@pytest.mark.parametrize("kind", ["ragged", "cross", "decode"])
+def test_kernels_agree_with_the_exact_answers(kind, monkeypatch):
+    """The masks mean the same to both."""
+    monkeypatch.setenv("KERNELS", "triton")
+    case, row = attention_cases(kind)[-1], {}
+    assert bench.examine(case, row, case.ways["ours"], case.exact(torch.float64), CPU)
+    assert row["error"] < 1e-5
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * 1.001, lambda x: x.masked_fill(x == x.max(), torch.nan)], ids=["off", "nan"])
+def test_a_wrong_result_gets_no_time(spoil, capsys):
+    case = attention_cases("causal")[0]
+    case.ways["naive"] = lambda: lambda q, k, v: spoil(attention.attention(q, k, v, attention.Visible(causal=True)))
+    rows = run(case)
+    assert rows["naive"]["no"] == "result is wrong" and "ms" not in rows["naive"] and "ms" in rows["ours"]
+    bench.show(list(rows.values()))
+    table = capsys.readouterr().out
+    assert "| no: result is wrong" in table and "| ours " in table
+
+
+def test_wrong_gradients_get_no_time():
+    case = logprob_case()
+    case.ways["naive"] = lambda: lambda hidden, *rest: rivals.naive_loss(hidden + 0.01 * (hidden - hidden.detach()), *rest)
+    assert run(case)["naive"]["no"] == "result is wrong"
+
+
+def test_what_rivals_raise_is_told_and_what_ours_raises_is_raised():
+    def fails(error):
+        def prepare():
+            raise error
+        return prepare
+
+    case = logprob_case()
+    case.ways |= {"huge": fails(torch.OutOfMemoryError("CUDA out of memory")),
+                  "full": fails(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+                  "gone": fails(ModuleNotFoundError("No module named liger_kernel")), "odd": fails(TypeError("no"))}
+    rows = run(case)
+    assert [rows[name]["no"] for name in ("huge", "full")] == 2 * ["out of memory"]
+    assert [rows[name]["no"] for name in ("gone", "odd")] == ["not installed here", "raises TypeError here"]
+    case.ways = {"ours": fails(torch.OutOfMemoryError("CUDA out of memory")), "naive": lambda: rivals.naive_loss}
+    rows = run(case)
+    assert rows["ours"]["no"] == "out of memory" and rows["naive"]["ms"] > 0 and rows["naive"]["ratio"] is None
+    case.ways["ours"] = fails(TypeError("ours"))
+    with pytest.raises(TypeError, match="ours"):
+        run(case)
+
+
+def test_float32_answers_where_float64_does_not_fit(capsys):
+    case = logprob_case()
+    exact = case.exact
+
+    def small(dtype):
+        if dtype == torch.float64:
+            raise torch.OutOfMemoryError
+        return exact(dtype)
+
+    case.exact = small
+    rows = run(case)
+    assert rows["ours"]["against"] == "float32" and rows["ours"]["ms"] > 0
+    bench.show(list(rows.values()))
+    assert "of float32" in capsys.readouterr().out
+
+
+def test_flops_and_bytes():
+    forward, backward = attention_cases("ragged", (2, 16, 16, 4, 2, 8))                       # lengths 16 and 2
+    pairs, queries = 16 * 17 // 2 + 2 * 3 // 2, 18
+    assert (forward.flops, backward.flops) == (4 * 8 * 4 * pairs, 10 * 8 * 4 * pairs)
+    assert (forward.bytes, backward.bytes) == (4 * 8 * 2 * (4 + 2) * queries, 4 * 8 * 4 * (4 + 2) * queries)
+    decode, = attention_cases("decode", (2, 1, 8, 4, 2, 8))                                   # 8 and 5 keys
+    assert decode.flops == 4 * 8 * 4 * 13 and decode.bytes == 4 * 8 * (2 * 4 * 2 + 2 * 2 * 13)
+    assert logprob_case().flops == 3 * 2 * 12 * 8 * 50
+
+
+def test_large_sizes_are_those_of_the_model():
+    seen = rivals.see_whom("vision", 4, 4 * 1608, 4 * 1608, CPU)["key_mask"].sum(1)
+    assert seen.tolist() == [1601 * tiles for tiles in (4, 2, 1, 3)]
+    masks = rivals.see_whom("cross", 4, 1024, 4 * 1601, CPU)
+    assert masks["key_mask"].sum(1).tolist() == seen.tolist() and masks["see_all"].sum(1).tolist() == [64] * 4
+
+
+def test_memory():
+    taken = bench.peak_memory(lambda: [torch.ones(2**24).add(1)[:1].clone()], CPU)            # 64 MiB twice
+    assert taken is None or abs(taken / 2**20 - 128) < 8
+
+
+def test_main(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *args: CEILINGS)
+    bench.main(["--quick", "--only", "decode-1", "cross", "--json", str(tmp_path / "bench.json")])
+    table = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {(row["case"], row["part"]) for row in found["rows"]} == {("decode-1", "forward"), ("cross", "forward"), ("cross", "backward")}
+    assert found["machine"]["torch"] == torch.__version__ and found["ceilings"] == CEILINGS
+    assert all(len(row["all_ms"]) == 3 for row in found["rows"] if "ms" in row)
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1 and "TFLOP/s" in table
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "nonsense"])
+    assert "decode-64" in capsys.readouterr().err
+
+
+def test_main_fails_where_ours_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *args: CEILINGS)
+    monkeypatch.setattr(rivals, "attention", lambda q, k, v, **masks: attention.attention(q, k, v, **masks) * 1.01)
+    with pytest.raises(SystemExit, match="decode-1 forward"):
+        bench.main(["--quick", "--only", "decode-1"])
