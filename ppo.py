@@ -341,12 +341,19 @@ def buckets_of(items, token_budget):
             for indices in bucket([len(conversation.ids) for conversation, _ in items], token_budget)]
 
 
+def alone(batches, spare):
+    """Each batch with weight 1. Of several ranks, those with fewer batches add `spare` with weight 0: distributed.shard.pace."""
+    return [(batch, 1.0) for batch in batches]
+
+
 @torch.no_grad()
-def score_values(actor_critic, processor, episodes, token_budget, device):
+def score_values(actor_critic, processor, episodes, token_budget, device, pace=alone):
     """Fill in `turn.value` for all turns with the critic as it is before the update."""
-    for items in buckets_of(conversations_of(episodes), token_budget):
-        batch, tensors, turns = make_batch(processor, items, device)
-        for turn, value in zip(turns, actor_critic.values(batch, tensors).tolist()):
+    items = conversations_of(episodes)
+    for micro, weight in pace(buckets_of(items, token_budget), items[:1]):
+        batch, tensors, turns = make_batch(processor, micro, device)
+        values = actor_critic.values(batch, tensors).tolist()
+        for turn, value in zip(turns, values if weight else []):
             turn.value = value
 
 
@@ -391,14 +398,14 @@ def minibatch_loss(actor_critic, processor, items, args, n_units, n_turns, devic
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, all_reduce=lambda x: x, device="cpu"):
+def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, all_reduce=lambda x: x, pace=alone, device="cpu"):
     """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
 
     `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
-    With `train_policy` False only the critic learns (warm-up). Returns the metrics of the update as a dict of floats.
+    With `train_policy` False only the critic learns (warm-up). `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
     """
     turns = [turn for episode in episodes for turn in episode.turns]
-    score_values(actor_critic, processor, episodes, args.token_budget, device)
+    score_values(actor_critic, processor, episodes, args.token_budget, device, pace)
     ESTIMATORS[args.advantage](episodes, args)
     explained = explained_variance(turns, all_reduce)
     normalize_advantages(turns, all_reduce)
@@ -410,12 +417,14 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
             chunk = [items[i] for i in order[k::args.minibatches]]
             counts = torch.tensor([count_units(chunk, args.unit), count_units(chunk, "turn")], dtype=torch.float64)
             n_units, n_turns = all_reduce(counts).tolist()
+            if not n_units:                                            # fewer conversations a rank than minibatches
+                continue
             sums = defaultdict(float)
-            for micro in buckets_of(chunk, args.token_budget):
+            for micro, weight in pace(buckets_of(chunk, args.token_budget), items[:1]):
                 loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n_units, n_turns, device, train_policy)
-                loss.backward()
+                (weight * loss).backward()
                 for name, value in numbers.items():
-                    sums[name] += value.double().cpu()
+                    sums[name] += weight * value.double().cpu()
             for name, value in zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()):
                 metrics[name].append(value)
             metrics["grad_norm"].append(step())

@@ -51,23 +51,28 @@ def nll(logprobs):
 LOSSES = {"nll": nll}
 
 
-def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, device="cpu"):
+def alone(batches, spare):
+    """Each batch with weight 1. Of several ranks, those with fewer batches add `spare` with weight 0: distributed.shard.pace."""
+    return [(batch, 1.0) for batch in batches]
+
+
+def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pace=alone, device="cpu"):
     """One optimizer step on a batch of examples: the mean loss a target token, over all ranks.
 
-    `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
+    `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. `pace`: see `alone`.
     """
     counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
     n_tokens, trained_tokens = all_reduce(counts).tolist()
     sums = torch.zeros(3, dtype=torch.float64)
-    for indices in bucket([len(e.ids) for e in examples], args.token_budget):
+    for indices, weight in pace(bucket([len(e.ids) for e in examples], args.token_budget), [0]):
         micro = [examples[i] for i in indices]
         batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
         out = model(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets)
         asked = batch.targets >= 0
         logprobs = out.logprobs[asked]
-        loss = LOSSES[args.sft_loss](logprobs).sum() / n_tokens
+        loss = weight * LOSSES[args.sft_loss](logprobs).sum() / n_tokens
         loss.backward()
-        sums += torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
+        sums += weight * torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
     nll_mean, loss, entropy = (all_reduce(sums) / n_tokens).tolist()
     return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(), "trained_tokens": trained_tokens}
 

@@ -12,6 +12,7 @@ logs, checkpoints and the loop. What is learnt from is in envs.py, what learns i
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -31,8 +32,9 @@ import torch.distributed as dist
 
 import ppo
 import sft
+from distributed import plan, shard
 from envs import GAMES, TASKS, load_prompts
-from model import Config, Llama, Processor
+from model import Config, Llama, Processor, read_json
 
 HERE = Path(__file__).resolve().parent
 FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained weights, a folder a game; remade by --algo pretrain
@@ -86,6 +88,12 @@ class Args:
     max_grad_norm: float = arg(None, "gradient norm to clip to")
     token_budget: int = arg(None, "padded tokens of one forward and backward pass; gradients are accumulated over several")
     tune: str = arg("all", "what SFT and PPO train", ("all", "no-vision", "no-vision-no-adapter"))
+    # several ranks
+    shard: str = arg("auto", "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 million weights on)",
+                     ("auto", "on", "off"))
+    checkpoint_activations: bool = arg(False, "compute a block's activations again in the backward pass instead of keeping them")
+    dry_run: int = arg(0, "print the memory that this run takes on so many GPUs, and end")
+    rollout_sharded: bool = arg(False, "where a gathered copy does not fit: keep the weights sharded in rollouts, all ranks in lockstep")
     # SFT
     batch_size: int = arg(None, "SFT dialogues a step, over all ranks")
     mistakes: float = arg(None, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
@@ -230,6 +238,13 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, number):
+        """The largest of all ranks' integers."""
+        tensor = torch.tensor(number)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
     def barrier(self):
         """Wait for all ranks."""
         self.all_reduce(torch.zeros(1))
@@ -261,9 +276,9 @@ class Processes:
         return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def autocast(device):
-    """bfloat16 compute over float32 weights on CUDA; nothing elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+def autocast(args, device):
+    """bfloat16 compute over float32 weights on CUDA; nothing elsewhere. A sharded model gathers its weights in bfloat16 by itself."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and args.shard != "on")
 
 
 def git_commit():
@@ -307,8 +322,8 @@ def evaluate(model, processor, args, processes, progress=""):
     results = {}
     for name, factory in evaluation_sets(args).items():
         seeds = processes.share(range(min(args.eval_hands, factory().distinct)))       # no route is walked twice
-        with autocast(processes.device):
-            episodes = ppo.rollout(model, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
+        with autocast(args, processes.device), shard.for_rollout(model, processes.largest, args.rollout_sharded) as player:
+            episodes = ppo.rollout(player, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
                                    batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
         results[name] = r = summarize(episodes, processes)
         rates = "   ".join(f"{what} {100 * r[key]:5.1f} ± {100 * r[key + '_se']:.1f} %" for what, key in (
@@ -422,9 +437,10 @@ def prepare_tiny(args, processes):
 
 
 def load(args, processes):
-    """Model, processor and complete settings of a run."""
+    """Model, processor, folder of the weights, and complete settings of a run. A model that is to be sharded comes without its weights."""
     if args.algo == "pretrain" and args.model == "tiny":
         apply_preset(args, 0)
+        args.shard = sharding(args, 0, processes)
         config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=False))
         processor = Processor(train_tokenizer(everything, config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
         model = Llama(config)
@@ -432,13 +448,26 @@ def load(args, processes):
         for name, parameter in model.named_parameters():
             if "gate" in name.split(".")[-1] and parameter.numel() == 1:
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
-        return model.to(processes.device), processor
+        return model.to(processes.device), processor, None
     folder = prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model)
-    model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
+    with torch.device("meta"):
+        model = Llama(Config.from_dict(read_json(folder, "config.json")))
+    args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
+    if args.shard == "off":
+        model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
     if args.image and model.config.vision is None:
         raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task {args.game}-l")
     apply_preset(args, model.config.hidden_size)
-    return model, Processor.from_pretrained(folder)
+    return model, Processor.from_pretrained(folder), folder
+
+
+def sharding(args, size, processes):
+    """What --shard comes to, on or off, for a model of `size` parameters."""
+    possible = processes.world > 1 and args.algo != "pretrain"           # Muon steps in whole matrices
+    if args.shard == "on" and not possible:
+        raise UserError("--shard on needs several ranks (torchrun --nproc-per-node 2) and an --algo other than pretrain")
+    auto = "on" if possible and (processes.device.type == "cuda" or size > 10**8) else "off"
+    return auto if args.shard == "auto" else args.shard
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,13 +507,14 @@ class RunFolder:
 
     def save(self, name, model, processor, state=None):
         """Write one Hugging Face folder, with training state if given, under a temporary name, then rename it."""
+        weights = shard.whole(model.state_dict())              # a collective where the model is sharded
         if self.processes.rank:
             return
         temporary, final = self.path / ".saving", self.path / name
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state=weights)
             processor.save_pretrained(temporary)
             if state is not None:
                 torch.save(state, temporary / "training.pt")
@@ -525,11 +555,20 @@ class Trainer:
     All randomness of step i derives from (seed, i), so there is no generator state to save.
     """
 
-    def __init__(self, args, model, processor, processes):
+    def __init__(self, args, model, processor, processes, folder=None):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
+        if (args.hands if args.algo == "ppo" else args.batch_size) < processes.world:
+            raise UserError(f"{processes.world} ranks need at least as many --hands (PPO) or a --batch-size (SFT) as large")
         sft.freeze(model, args.tune)
         torch.manual_seed(args.seed)           # of the value head's first weights
-        self.module = ppo.ActorCritic(model, args.critic).to(processes.device) if args.algo == "ppo" else model
+        self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
+        if args.shard == "on":
+            shard.shard(self.module, folder, processes.device, processes.world)
+        else:
+            self.module.to(processes.device)
+        if args.checkpoint_activations:
+            shard.checkpoint_activations(self.module)
+        self.pace = functools.partial(shard.pace, agree=processes.largest)
         policy = [p for p in model.parameters() if p.requires_grad]
         known = {id(p) for p in model.parameters()}
         critic = [p for p in self.module.parameters() if id(p) not in known and p.requires_grad]
@@ -569,9 +608,9 @@ class Trainer:
         args = self.args
         seeds = self.processes.share(self.seeds(i, args.batch_size))
         examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
-        with autocast(self.processes.device):
+        with autocast(args, self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
-                                 device=self.processes.device)
+                                 pace=self.pace, device=self.processes.device)
         self.compute += 6 * self.policy_size * metrics["trained_tokens"]
         return metrics
 
@@ -579,12 +618,14 @@ class Trainer:
         args, start = self.args, time.time()
         hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
         seeds, draws = zip(*[(hand, hand * args.samples + k) for hand in hands for k in range(args.samples)])
-        with autocast(self.processes.device):
-            episodes = ppo.rollout(self.model, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
-                                   batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=self.processes.device)
+        with autocast(args, self.processes.device):
+            with shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
+                episodes = ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
+                                       batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=self.processes.device)
             rolled = time.time()
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
-                                 train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, device=self.processes.device)
+                                 train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, pace=self.pace,
+                                 device=self.processes.device)
         self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
         self.compute += (self.policy_size + self.critic_size) * (2 * metrics["rollout_tokens"] + 6 * metrics["trained_tokens"])
         summary = summarize(episodes, self.processes)
@@ -602,9 +643,9 @@ class Trainer:
     def step(self):
         """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
         norms = []
-        for group in self.groups:
-            learning = self.processes.sum_gradients(group["params"])
-            norms.append(torch.nn.utils.clip_grad_norm_(learning, self.args.max_grad_norm))
+        for group in self.groups:                  # a sharded model's gradients are sums already
+            learning = group["params"] if self.args.shard == "on" else self.processes.sum_gradients(group["params"])
+            norms.append(shard.clip(learning, self.args.max_grad_norm))
         for optimizer in self.optimizers:
             if all(math.isfinite(norm) for norm in norms):
                 optimizer.step()
@@ -612,17 +653,18 @@ class Trainer:
         return float(norms[0])
 
     def state(self, i):
-        """What a checkpoint holds beside the model's weights. i: steps done."""
+        """What a checkpoint holds beside the model's weights, whole on the first rank. i: steps done."""
         own = {name for name, _ in self.model.named_parameters(prefix="policy")}
         critic = {name: tensor for name, tensor in self.module.state_dict().items() if name not in own} if self.args.algo == "ppo" else {}
-        return {"step": i, "compute": self.compute, "critic": critic, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "config": dataclasses.asdict(self.args)}
+        return shard.whole({"step": i, "compute": self.compute, "critic": critic, "config": dataclasses.asdict(self.args),
+                            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
 
     def load_state(self, state):
         self.compute = state["compute"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        self.module.load_state_dict(state["critic"], strict=False)
+            optimizer.load_state_dict(shard.sliced_state(saved, optimizer))
+        own = self.module.state_dict()
+        self.module.load_state_dict({name: shard.sliced(tensor, own[name]) for name, tensor in state["critic"].items()}, strict=False)
         return state["step"]
 
 
@@ -680,10 +722,12 @@ def train(args, processes):
     processes.barrier()                        # nobody writes before all have looked
     if args.resume:
         args.model = str(folder.newest())
-    model, processor = load(args, processes)
-    trainer, start = Trainer(args, model, processor, processes), 0
+    model, processor, weights = load(args, processes)
+    trainer, start = Trainer(args, model, processor, processes, weights), 0
     if args.resume:
-        start = trainer.load_state(torch.load(folder.newest() / "training.pt", map_location=processes.device, weights_only=True))
+        whole = args.shard == "off"                            # of a mapped file, a rank reads only the slices that it takes
+        start = trainer.load_state(torch.load(folder.newest() / "training.pt", weights_only=True, mmap=not whole,
+                                              map_location=processes.device if whole else "cpu"))
     folder.start(args, start)
     processes.print(f"{args.task} {args.algo}: {sum(p.numel() for p in model.parameters()):,} parameters on {processes.hardware}; "
                     f"steps {start} to {args.steps}; log in {folder.path}")
@@ -722,7 +766,9 @@ def loop(trainer, folder, start, interrupt):
 
 def evaluate_only(args, processes):
     """--algo eval: print and save the evaluation of a checkpoint."""
-    model, processor = load(args, processes)
+    model, processor, weights = load(args, processes)
+    if args.shard == "on":
+        shard.shard(model, weights, processes.device, processes.world)
     results = evaluate(model, processor, args, processes)
     if processes.rank == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -813,6 +859,8 @@ def main(argv=None):
     try:
         if runs:
             return plot(runs)
+        if args.dry_run:
+            return plan.show(args, apply_preset, args.dry_run)
         processes = Processes(args.device)
         args.out = args.out or default_out(args)
         (evaluate_only if args.algo == "eval" else train)(args, processes)

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 
 from kernels import chip, product_type, tl, triton, use_triton
 
-# Tiles for heads up to 64 and up to 128 channels: (queries, keys, warps, stages) of the forward, dQ, and dK and dV kernel; then
+# Tiles for heads up to 64, 80 or 128 channels: (queries, keys, warps, stages) of the forward, dQ, and dK and dV kernel; then
 # (keys, warps, stages) of decoding. Those in half precision fit the registers and the shared memory of their chip, as
 # tests/test_attention.py proves. The queries of the third divide those of the others and 128: so far lse and delta are written.
 TILES = {
     "sm_90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (128, 4, 3)),
+              80: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (64, 4, 3)),          # masks take registers, too: Triton 3.6 would spill
               128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 4, 3))},
     "sm_80": {64: ((128, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2), (64, 4, 3)),
               128: ((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 4, 3))},

@@ -1,0 +1,177 @@
+"""Checkpoints that survive a crash at any byte and load on any number of ranks.
+
+    runs/NAME/checkpoints/step_000120/     weights and optimizer state in slices, record.json, config.json and the tokenizer
+
+Every rank writes its own slices (torch.distributed.checkpoint) into `.step_000120`, from a copy in memory and in the background: training goes
+on. A rank that is done writes down the size and the SHA-256 of its files; once all have, the first rank takes the dot off the name. So a
+folder without a dot is complete, whatever was killed when; and one that was damaged later is known by its sums.
+"""
+
+import hashlib
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+BLOCK = 2**24       # bytes read at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is saved: a flat dict of tensors, sharded or not
+
+def tensors_of(module, optimizers):
+    """Weights as "model.NAME", the state an optimizer keeps of them as "optimizer.NAME.KEY". Loading fills them in place."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    state = {f"optimizer.{names[parameter]}.{key}": tensor for optimizer in optimizers
+             for parameter, own in optimizer.state.items() for key, tensor in own.items()}
+    return {f"model.{name}": parameter.detach() for parameter, name in names.items()} | state
+
+
+def make_room(path, module, optimizers):
+    """Give fresh optimizers empty state of the shapes that the checkpoint holds."""
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    owner = {parameter: optimizer for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        prefix = f"optimizer.{name}."
+        for key in [key for key in saved if key.startswith(prefix) and "." not in key[len(prefix):]]:
+            like = saved[key].size == parameter.shape
+            empty = torch.empty_like(parameter, requires_grad=False) if like else torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+            owner[parameter].state[parameter][key[len(prefix):]] = empty
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+class Checkpoints:
+    """The folder of a run's checkpoints, of which the newest `keep` are kept."""
+
+    def __init__(self, folder, rank=0, world=1, keep=2):
+        self.folder, self.rank, self.world, self.keep = Path(folder), rank, world, keep
+        self.group = dist.new_group(backend="gloo") if world > 1 else None     # what happens in the background must not mix with the rest
+        self.thread, self.pending = ThreadPoolExecutor(1), None                # (folder aside, future of its list of files)
+
+    def complete(self):
+        """All complete checkpoints, the oldest first."""
+        return sorted(self.folder.glob("step_*"))
+
+    def save(self, step, tensors, record, write_rest=lambda folder: None):
+        """Begin to save; a checkpoint that is still being saved is finished first. record: JSON; write_rest(folder): other files."""
+        self.finish()
+        aside = self.folder / f".step_{step:06d}"
+        if self.rank == 0:
+            for left in self.folder.glob(".step_*"):                           # by a crash
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+            write_rest(aside)
+            (aside / "record.json").write_text(json.dumps(record, indent=2))
+        self.barrier()
+        written = dcp.async_save(tensors, checkpoint_id=aside, process_group=self.group, no_dist=self.world == 1)
+        self.pending = aside, self.thread.submit(self.list_files, aside, written)
+
+    def list_files(self, aside, written):
+        """In the background: once the slices are written, list this rank's files. The first rank answers for what is nobody's."""
+        written.result()
+        files = sorted(aside.glob(f"__{self.rank}_*"))
+        if self.rank == 0:
+            files += [file for file in aside.iterdir() if not file.name.startswith(("__", "rank_"))]
+        temporary = aside / f"rank_{self.rank}.tmp"
+        temporary.write_text(json.dumps({file.name: fingerprint(file) for file in files}))
+        temporary.replace(temporary.with_suffix(".json"))
+
+    def poll(self):
+        """Give the checkpoint its name if all ranks are done. Never waits."""
+        if self.rank == 0 and self.pending and all((self.pending[0] / f"rank_{k}.json").exists() for k in range(self.world)):
+            aside, final = self.pending[0], self.pending[0].with_name(self.pending[0].name[1:])
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            self.pending = None
+            for old in self.complete()[:-self.keep]:
+                shutil.rmtree(old)
+
+    def finish(self):
+        """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not write its part."""
+        error = self.pending and self.pending[1].exception()                   # waits
+        errors = self.gather([root_of(error)] if error else [])                # waits for the other ranks
+        if not errors:
+            self.poll()
+        elif self.rank == 0:
+            shutil.rmtree(self.pending[0], ignore_errors=True)
+        self.pending = None
+        self.barrier()
+        if errors:
+            raise OSError(f"a checkpoint could not be saved in {self.folder}: {errors[0]}")
+
+    def load(self, path, tensors):
+        """Fill the tensors from a checkpoint -> its record. ValueError that names what is damaged, missing or foreign."""
+        problems = self.gather(damage(path, self.rank, self.world))
+        if problems:
+            before = [other for other in self.complete() if other.name < Path(path).name]
+            remedy = f"remove it, and --resume goes on from {before[-1]}" if before else "there is none before it"
+            raise ValueError(f"{path}: damaged: {'; '.join(problems)}; {remedy}")
+        saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        if saved != set(tensors):
+            name = min(saved ^ set(tensors))
+            raise ValueError(f"{path}: of another model or optimizer: {name} is only in {'the checkpoint' if name in saved else 'this run'}")
+        dcp.load(tensors, checkpoint_id=path, process_group=self.group, no_dist=self.world == 1)
+        return read_record(path)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def gather(self, items):
+        """The lists of all ranks as one."""
+        if self.world == 1:
+            return items
+        lists = [None] * self.world
+        dist.all_gather_object(lists, items, group=self.group)
+        return sum(lists, [])
+
+
+def read_record(path):
+    """record.json of a checkpoint; ValueError if it is not one."""
+    try:
+        return json.loads((Path(path) / "record.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program: record.json: {error}") from None
+
+
+def damage(path, rank=0, world=1):
+    """What is wrong with a checkpoint's files, in this rank's share of them, as a list of sentences."""
+    path, known = Path(path), {}
+    lists = sorted(path.glob("rank_*.json"))
+    for file in lists:
+        try:
+            known |= json.loads(file.read_text())
+        except (OSError, ValueError):
+            return [f"{file.name} cannot be read"] if rank == 0 else []
+    if not lists:
+        return ["it has no list of its files"] if rank == 0 else []
+    bad = []
+    for name, told in list(known.items())[rank::world]:
+        try:
+            if fingerprint(path / name) != told:
+                bad.append(f"{name} is not what was written")
+        except OSError as error:
+            bad.append(f"{name}: {error.strerror}")
+    return bad
+
+
+def fingerprint(file):
+    """[bytes, SHA-256]"""
+    digest, size = hashlib.sha256(), 0
+    with open(file, "rb") as source:
+        while block := source.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def root_of(error):
+    """The innermost reason of an error that torch.distributed.checkpoint wraps."""
+    causes = list(getattr(error, "failures", {}).values())
+    return root_of(causes[0][0] if isinstance(causes[0], tuple) else causes[0]) if causes else str(error)

@@ -1,0 +1,522 @@
+"""What a run will take before it takes it: memory a rank, and the FLOPs of a PPO update against the released code's schedule.
+
+    python -m distributed.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision       # no weights, no GPU
+    python train.py --dry-run 8 --task gp-vl --algo ppo --model FOLDER                             # the memory alone
+
+The model's own code runs on PyTorch's meta device, where a tensor has a shape and no values, under a mode that adds up the bytes
+of what is alive. Nothing is multiplied out by hand but what FSDP does around the layers. GB are 10^9 bytes.
+"""
+import argparse
+import contextlib
+import json
+import math
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import ppo
+import sft
+from kernels import logprob
+from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw, read_json
+
+HERE = Path(__file__).resolve().parent
+HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
+
+LLAMA_11B = {           # config.json of meta-llama/Llama-3.2-11B-Vision-Instruct, as far as this project reads it
+    "model_type": "mllama", "image_token_index": 128256,
+    "text_config": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192}},
+    "vision_config": {"image_size": 560}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A device without memory
+
+INDICES = 2**20         # integers up to this many keep their values
+
+
+class Ledger(TorchDispatchMode):
+    """Runs code on the meta device and adds up the bytes that are `live`, and their `peak`: of all tensors made inside, views once.
+
+    Masks and positions decide what the model does next, so small integer and bool tensors keep their values: they stay on the CPU
+    when the code believes them on the device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tensors(args)}
+        out = without_memory(op, args, kwargs or {})
+        for tensor in tensors((out,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:                    # else a view of an argument, or the argument itself
+                known.add(storage._cdata)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, size):
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def tensors(values):
+    """The tensors among an operator's arguments or results, which may lie in lists."""
+    return [t for v in values for t in (v if isinstance(v, (list, tuple)) else (v,)) if isinstance(t, torch.Tensor)]
+
+
+def without_memory(op, args, kwargs):
+    """One operator, on the meta device if an argument is there or the result is large, else as it comes."""
+    given, packet = tensors(args), op.overloadpacket
+    if any(t.is_meta for t in given) or is_large(op, given):
+        if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            args = (args[0], [i for x in args[1] for i in positions(x)], *args[2:])
+        if packet is torch.ops.aten.masked_scatter_backward:   # has as many rows as the mask has ones, known from the forward
+            return args[0].new_empty(args[2])
+        return op(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, args), **kwargs)
+    out = op(*args, **kwargs)
+    integers = isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point() and out.numel() <= INDICES
+    return op(*args, **kwargs | {"device": "cpu"}) if integers else out
+
+
+def is_large(op, given):
+    return torch.Tag.pointwise in op.tags and math.prod(torch.broadcast_shapes(*(t.shape for t in given))) > INDICES
+
+
+def positions(index):
+    """A mask with values -> the places of its ones, whose number the meta device could not know."""
+    mask = index is not None and index.dtype == torch.bool
+    return index.nonzero().unbind(1) if mask else [index]
+
+
+def fused_attention(q, k, v, visible=None, scale=None):
+    """What our kernel keeps for the backward pass: its inputs, its result and a number a query and head. It needs no mask."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q.transpose(1, 2), k, v, 0.0, False)[0].transpose(1, 2)
+
+
+class FusedLogprobs(torch.autograd.Function):
+    """The products of kernels/logprob.py in slabs of the vocabulary of `workspace` bytes. Its sums are another matter, and small."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, workspace):
+        ctx.save_for_backward(hidden, weight)
+        ctx.slabs = weight.split(max(1, workspace // (max(1, len(hidden)) * hidden.element_size())))
+        for slab in ctx.slabs:
+            hidden @ slab.T
+        return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        hidden, weight = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.empty_like(weight)
+        for slab in ctx.slabs:
+            dlogits = hidden @ slab.T
+            dlogits @ slab, dlogits.T @ hidden
+        return grad_hidden.to(hidden.dtype), grad_weight, None
+
+
+def score(hidden, weight, targets, temperature=1.0, workspace=logprob.WORKSPACE):
+    """token_logprobs as far as memory and FLOPs go."""
+    asked = (targets >= 0).nonzero()[:, 0]
+    found = FusedLogprobs.apply(hidden[asked], weight, workspace)
+    return [x.new_zeros(len(targets)).index_copy(0, asked.to(x.device), x) for x in found]
+
+
+def fused(cuda):
+    """While open: keep what the kernels keep on CUDA; the meta device would go the long ways of the CPU."""
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch("model.token_logprobs", score if cuda else partial(score, workspace=3 * 4 * math.prod(logprob.PIECE))))
+    if cuda:
+        norm = lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps)         # keeps the input and a number or two a row
+        patches.enter_context(mock.patch("model.attention", fused_attention))
+        patches.enter_context(mock.patch.object(F, "rms_norm", norm))
+    return patches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured on it
+
+def make_module(config, args, dtype):
+    """What is trained, without memory. The value head is float32, as it computes."""
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+        sft.freeze(model, args.tune)
+        return ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
+
+
+def make_images(config, rows):
+    """An image a row, with all tiles real."""
+    vision = config.vision
+    pixels = torch.empty(rows, vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size, device="meta")
+    ones = torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
+    return Images(pixels, ones[:, 0], ones, torch.arange(rows))
+
+
+def make_ids(config, rows, length, image):
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    if image:
+        ids[:, 1] = config.image_token_id
+    return ids
+
+
+def measure_update(module, shape, image, *, cuda=True, recompute=False):
+    """One micro-batch forward and backward -> bytes (kept by the forward pass, peak), without weights and gradients.
+
+    shape: a `Micro`. recompute: activation checkpointing, a block at a time.
+    """
+    policy = getattr(module, "policy", module)
+    checkpointed = blocks(module) if recompute else []
+    for block in checkpointed:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in module.parameters() if p.requires_grad]
+    with Ledger() as ledger, fused(cuda):
+        ids = make_ids(policy.config, shape.rows, shape.length, image)
+        targets = torch.where(torch.arange(shape.length) >= shape.length - shape.targets, 0, -100).repeat(shape.rows, 1)
+        batch = Batch(ids, torch.full((shape.rows,), shape.length), targets, make_images(policy.config, shape.rows) if image else None)
+        loss = micro_loss(module, batch)
+        kept = ledger.live
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for block in checkpointed:
+        del block.forward
+    return kept, ledger.peak
+
+
+def blocks(module):
+    """What is sharded, gathered and recomputed as one."""
+    return [block for block in module.modules() if isinstance(block, (SelfLayer, CrossLayer, VisionLayer))]
+
+
+def micro_loss(module, batch):
+    """A loss that needs what the real ones need (ppo.minibatch_loss, sft.update)."""
+    if not isinstance(module, ppo.ActorCritic):
+        return module(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets).logprobs.sum()
+    rows = torch.arange(len(batch.input_ids))
+    logprobs, entropy, values = module(batch, ppo.TurnTensors(rows, rows, *[None] * 6), 1.0)
+    return (logprobs + entropy).sum() + values.sum()
+
+
+def measure_rollout(model, rows, lengths, image, *, cuda=True):
+    """`rows` conversations in lockstep, as ppo.rollout plays them -> bytes (self keys, image keys, peak), without weights.
+
+    lengths: [forced, drawn, forced, drawn, ...] tokens.
+    """
+    with torch.inference_mode(), Ledger() as ledger, fused(cuda):
+        cache = KVCache(model.config, rows, "meta", model.embed_tokens.weight.dtype)
+        for turn, (forced, drawn) in enumerate(zip(lengths[::2], lengths[1::2])):
+            cache.reserve(int(cache.lengths.max()) + forced + max(drawn, forced))              # as generate does
+            first = image and turn == 0
+            model(make_ids(model.config, rows, forced, first), lengths=torch.full((rows,), forced), cache=cache, logits="last",
+                  images=make_images(model.config, rows) if first else None)
+            cache.lengths += drawn - 1                                                        # all steps but the last, which is
+            logits = model(make_ids(model.config, rows, 1, False), cache=cache, logits="last").logits      # the longest
+            draw(logits, torch.empty(rows, device="meta"), 1.0)
+        return cache.kv.nbytes, 0 if cache.cross is None else cache.cross.nbytes, ledger.peak
+
+
+def measure_optimizer(sizes, cuda=True):
+    """AdamW over float32 tensors of these shapes -> bytes (state, peak of a step beside it)."""
+    weights = [torch.empty(size, device="meta", requires_grad=True) for size in sizes]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    with Ledger() as ledger:
+        optimizer = torch.optim.AdamW(weights, foreach=cuda)
+        optimizer.step()
+        state = ledger.live
+        ledger.peak = 0
+        optimizer.step()                                       # the second finds the state there
+    return state, ledger.peak - state
+
+
+def measure_logprobs(model, targets):
+    """Scoring that many tokens, forward and backward -> bytes at the peak."""
+    weight = model.lm_head.weight
+    hidden = torch.empty(targets, weight.shape[1], dtype=weight.dtype, device="meta", requires_grad=True)
+    with Ledger() as ledger:
+        ids = torch.zeros(targets, dtype=torch.int64, device="meta")
+        logprobs, entropy = score(hidden, weight.detach().requires_grad_(), ids)
+        (logprobs + entropy).sum().backward()
+    return ledger.peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory of a rank
+
+@dataclass
+class Micro:
+    """A micro-batch: conversations with their padded length and, of it, the tokens that are scored."""
+    rows: int
+    length: int
+    targets: int
+
+
+@dataclass
+class Sizes:
+    """What the settings and the recorded lengths of a task say of its batches, a rank: the worst case of each."""
+    rollout_rows: int
+    rollout: list           # [forced, drawn, forced, drawn, ...] tokens: the longest prompt and replies, every answer --max-new-tokens long
+    micro: Micro            # as many conversations, so as many images, as the token budget takes of the shortest
+
+
+def recorded():
+    """{set: episodes}, token counts of real ones: an episode is a list of conversations, a conversation [forced, drawn, forced, ...].
+
+    The tiny model played them at temperature 0.2 on its training rule (gp-vl: its init; the others: its foundation) and, where the
+    set's name says so, on the other rule. Counted with Llama 3's own tokenizer (npm's llama3-tokenizer-js 1.2.0).
+    """
+    return json.loads((HERE / "episodes.json").read_text())
+
+
+def sizes_of(args, gpus):
+    conversations = [c for episode in recorded()[args.task] for c in episode]
+    prompt, reply = max(c[0] for c in conversations), max((n for c in conversations for n in c[2::2]), default=0)
+    rollout = [prompt, args.max_new_tokens] + [reply, args.max_new_tokens] * (args.attempts - 1)
+    if args.algo == "ppo":
+        episodes, longest = -(-args.hands * args.samples // gpus), sum(rollout)
+        share = -(-episodes * max(map(len, recorded()[args.task])) // args.minibatches)        # conversations of an optimizer step
+    else:
+        episodes, share, longest = 0, -(-args.batch_size // gpus), max(sum(c if args.mistakes else c[:2]) for c in conversations)
+    shortest = min(c[0] + c[1] for c in conversations)
+    rows = max(1, min(args.token_budget // shortest, share))
+    length = max(shortest, min(args.token_budget // rows, longest))
+    micro = Micro(rows, length, length - min(c[0] for c in conversations))
+    return Sizes(min(args.rollout_batch, max(episodes, -(-args.eval_hands // gpus))), rollout, micro)
+
+
+def shards(parameters, gpus):
+    """Shapes of a rank's parts: FSDP cuts the first dimension, rounded up."""
+    return [(-(-p.shape[0] // gpus), *p.shape[1:]) for p in parameters]
+
+
+def memory(config, args, gpus):
+    """{phase: {what: bytes}} on the fullest rank."""
+    module, sizes = make_module(config, args, torch.bfloat16), sizes_of(args, gpus)
+    policy, count = getattr(module, "policy", module), lambda parameters: sum(p.numel() for p in parameters)
+    own = lambda parameters: sum(map(math.prod, shards(parameters, gpus)))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    head = list(module.value_head.parameters()) if args.algo == "ppo" else []
+    whole, block = count(module.parameters()), max(count(b.parameters()) for b in blocks(module))
+    root = whole - sum(count(b.parameters()) for b in blocks(module))
+    state, step = measure_optimizer(shards(trained, gpus))
+    in_flight = 2 * (root + 2 * block) if gpus > 1 else 2 * whole              # one GPU: autocast's copies
+    base = {"weights, float32": 4 * (own(module.parameters()) - own(head)), "value head, float32": 4 * own(head), "optimizer state": state}
+    gradients = {"gradients, float32": 4 * own(trained)}
+    keys, image_keys, peak = measure_rollout(policy, sizes.rollout_rows, sizes.rollout, args.image)
+    cache = {"self KV cache": keys, "cross KV cache": image_keys, "prefill, growing caches, draws": peak - keys - image_keys}
+    phases = {"rollout": base | {"gathered weights": 2 * count(policy.parameters())} | cache,
+              "rollout, sharded": base | {"gathered weights": in_flight} | cache}
+    logprobs = measure_logprobs(policy, sizes.micro.rows * sizes.micro.targets)
+    for name, recompute in (("update", False), ("update, recomputing", True)):
+        kept, peak = measure_update(module, sizes.micro, args.image, recompute=recompute)
+        phases[name] = base | gradients | {
+            "gathered weights": in_flight,
+            "gradients before reduction": 2 * (root + block) + 4 * block if gpus > 1 else 0,      # the block before is being reduced
+            "activations": kept, "log-prob workspace": logprobs, "rest of the backward pass": max(0, peak - kept - logprobs)}
+    phases["optimizer step"] = base | gradients | {"temporaries of the step": max(step, 4 * root if gpus > 1 else 0)}
+    return sizes, phases
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs of a PPO update
+
+@dataclass
+class Costs:
+    """FLOPs of one pass, as they depend on what is in it."""
+    image: float = 0.0      # encode an image, and its keys in all cross-attention layers
+    token: float = 0.0
+    pair: float = 0.0       # a token and a position that it attends to; masked ones are computed, too
+    target: float = 0.0     # a token's log-prob and entropy
+
+    def span(self, past, new):
+        """`new` tokens after `past` others."""
+        return new * (self.token + self.pair * (past + new))
+
+    def decode(self, past, new):
+        """The same one by one, without padding to attend to."""
+        return new * self.token + self.pair * sum(range(past + 1, past + new + 1))
+
+
+def count_flops(model, image, length, targets, train):
+    """FLOPs of one conversation, counted operator by operator; train: with the backward pass."""
+    ids = make_ids(model.config, 1, length, image)
+    asked = torch.where(torch.arange(length) >= length - targets, 0, -100)[None]
+    images = make_images(model.config, 1) if image else None
+    with Ledger(), fused(False), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        logprobs = model(ids, images=images, targets=asked).logprobs.sum()
+        if train:
+            logprobs.backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def costs(model, image, train):
+    """From counts at three lengths and one more target: FLOPs are exactly image + token T + pair T^2 + target N."""
+    a, b, c = (count_flops(model, image, n, 1, train) for n in (64, 128, 192))
+    target = (count_flops(model, image, 64, 33, train) - a) / 32
+    pair = (a - 2 * b + c) / (2 * 64**2)
+    token = (b - a) / 64 - pair * (64 + 128)
+    return Costs(a - token * 64 - pair * 64**2 - target, token, pair, target)
+
+
+def encoder_flops(model):
+    """FLOPs of an image's forward pass through the vision encoder alone."""
+    with Ledger(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.vision_model(make_images(model.config, 1))
+    return counter.get_total_flops()
+
+
+def turns(conversation):
+    """-> (tokens before, forced, drawn) of each turn."""
+    past = 0
+    for forced, drawn in zip(conversation[::2], conversation[1::2]):
+        yield past, forced, drawn
+        past += forced + drawn
+
+
+def ours(conversations, args, forward, backward, kept=0.0):
+    """FLOPs of one update as this project does it: (rollout, values, epochs).
+
+    A turn's prefix is in the cache, a conversation is one sequence, its image is encoded once a pass; with a frozen encoder that could
+    be once an update, which saves its FLOPs, `kept`, in all later passes. Micro-batches are padded as a rank pads them; what the
+    rollout pads is left out.
+    """
+    rollout = sum(forward.image + sum(forward.span(past, forced) + forward.decode(past + forced, drawn) + drawn * forward.target
+                                      for past, forced, drawn in turns(c)) for c in conversations)
+
+    def padded(cost, target, items):
+        groups = bucket([sum(c) for c in items], args.token_budget)
+        return sum(len(group) * (cost.image - kept + cost.span(0, max(sum(items[i]) for i in group))) for group in groups) + \
+            target * sum(sum(c[1::2]) for c in items)
+
+    epoch = sum(padded(backward, backward.target, conversations[k::args.minibatches]) for k in range(args.minibatches))
+    return rollout, padded(forward, 0.0, conversations), args.epochs * epoch
+
+
+def released(conversations, args, forward, backward):
+    """The same as the released code schedules it (PAPER's sections 4 and 8): every turn is a sequence of its own, with all that went
+    before and the image: prefilled to answer, passed again for log-probs and value, and trained on in every epoch, one at a time.
+
+    Same model code, same answers; its sixth, never judged answer and its logits of prompt tokens are left out in its favour.
+    """
+    rollout = scored = trained = 0
+    for past, forced, drawn in (turn for c in conversations for turn in turns(c)):
+        prompt, whole = past + forced, past + forced + drawn
+        rollout += forward.image + forward.span(0, prompt) + forward.decode(prompt, drawn) + drawn * forward.target
+        scored += forward.image + forward.span(0, whole) + drawn * forward.target
+        trained += backward.image + backward.span(0, whole) + drawn * backward.target
+    return rollout, scored, args.epochs * trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+def read_config(name, game):
+    """A folder's config.json; 'tiny'; or the built-in one of Llama-3.2-11B-Vision, should no folder have that name."""
+    if Path(name).name.startswith("Llama-3.2-11B-Vision") and not Path(name).is_dir():
+        return Config.from_dict(LLAMA_11B)
+    return Config.from_dict(read_json(HERE.parent / "docs" / "tiny" / game if name == "tiny" else name, "config.json"))
+
+
+def table(columns):
+    """{column: {row: number}} -> text; nothing where it is 0."""
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
+    total = {name: sum(column.values()) for name, column in columns.items()}
+    line = lambda title, cells: f"  {title:<30}" + "".join(f"{cell:>21}" for cell in cells)
+    number = lambda value: f"{value:.2f}" if value else ""
+    return "\n".join([line("", columns), *(line(row, [number(column.get(row)) for column in columns.values()]) for row in rows),
+                      line("total", map(number, total.values()))])
+
+
+ALTERNATIVES = [        # a phase, the same with less memory and the flag for that, the setting that it grows with, and what grows
+    ("rollout", "rollout, sharded", "--rollout-sharded", "--rollout-batch",
+     ("self KV cache", "cross KV cache", "prefill, growing caches, draws")),
+    ("update", "update, recomputing", "--checkpoint-activations", "--token-budget",
+     ("activations", "rest of the backward pass"))]
+
+
+def advice(phases, sizes, args, room):
+    """-> (flags to give, peak with them, what to change if that is over `room`), in the unit of the phases."""
+    total, flags, changes = {name: sum(phase.values()) for name, phase in phases.items()}, [], []
+    peak, now = total["optimizer step"], {"--rollout-batch": sizes.rollout_rows, "--token-budget": args.token_budget}
+    for roomy, thrifty, flag, setting, grows in ALTERNATIVES:
+        use = roomy if total[roomy] <= room else thrifty
+        flags += [flag] * (use == thrifty)
+        peak, growing = max(peak, total[use]), sum(phases[use][what] for what in grows)
+        if total[use] > room:
+            fits = int(now[setting] * (1 - (total[use] - room) / growing))
+            changes.append(f"about {setting} {fits}" if fits > 0 else "more GPUs (--gpus)")
+    changes += ["more GPUs (--gpus)"] * (total["optimizer step"] > room)
+    return flags, peak, list(dict.fromkeys(changes))
+
+
+def show(args, fill, gpus, gpu_memory=80.0):
+    """Print the memory plan of a run. fill: train.apply_preset."""
+    config = read_config(args.model, args.game)
+    fill(args, config.hidden_size)
+    if args.algo not in ("sft", "ppo"):
+        raise ValueError(f"plans are made for --algo sft and ppo, not {args.algo}")
+    if args.image and config.vision is None:
+        raise ValueError(f"--task {args.task} shows images, but {args.model} is a text-only model")
+    sizes, phases = memory(config, args, gpus)
+    phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
+    flags, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
+    micro = sizes.micro
+    print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n{table(phases)}\n\n"
+          f"rollout: {sizes.rollout_rows} conversations of at most {sum(sizes.rollout)} tokens; update: micro-batches of at most "
+          f"{micro.rows} conversations{' with an image each' * args.image}, {micro.rows * micro.length} padded tokens\n"
+          f"{'does NOT fit' if changes else 'fits'} into {gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: "
+          f"at most {peak:.1f} GB{' with ' * bool(flags)}{' '.join(flags)}" + "".join(f"\n  change: {change}" for change in changes))
+
+
+def show_flops(args, config):
+    """Print the FLOPs of one PPO update on each recorded set of the task, beside those of the released schedule."""
+    sets = {name: episodes for name, episodes in recorded().items() if name.split()[0] == args.task}
+    model = make_module(config, args, torch.bfloat16).policy
+    forward = costs(model, args.image, train=False)
+    for tune in ("all", "no-vision") if args.image else ("all",):
+        sft.freeze(model, tune)
+        backward = costs(model, args.image, train=True)
+        schedules = {"ours": ours, "released": released}
+        if tune == "no-vision":
+            schedules["ours, features kept"] = partial(ours, kept=encoder_flops(model))
+        for name, episodes in sets.items():
+            conversations = [c for episode in episodes for c in episode]
+            columns = {what: dict(zip(("rollout", "values, log-probs", "epochs"), (x / 1e15 for x in schedule(
+                conversations, args, forward, backward)))) for what, schedule in schedules.items()}
+            total = {what: sum(column.values()) for what, column in columns.items()}
+            rate = sum(map(len, conversations)) / 2 / len(conversations)
+            print(f"\nPFLOPs of one PPO update, {name}, --tune {tune}: {len(episodes)} episodes, {rate:.2f} turns a conversation\n"
+                  f"{table(columns)}\n  fewer than released, times: "
+                  + ", ".join(f"{total['released'] / value:.2f} ({what})" for what, value in total.items() if what != "released"))
+
+
+def main():
+    import train                                               # train imports this file for --dry-run
+    parser = argparse.ArgumentParser(prog="python -m distributed.plan", description=__doc__, epilog="All other options: train.py --help",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=8, help="ranks (default: 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="GB of each (default: 80)")
+    own, rest = parser.parse_known_args()
+    args, _ = train.parse(rest)
+    show(args, train.apply_preset, own.gpus, own.gpu_memory)
+    if args.algo == "ppo":
+        show_flops(args, read_config(args.model, args.game))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The plan's estimates against what real runs on the CPU take, as PyTorch's profiler saw the allocator give and take it."""
+
+import copy
+import gc
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ppo
+import sft
+import train
+from distributed import plan
+from kernels.attention import attention_reference
+from model import Config, Llama, Processor, generate
+
+BATCH = 3
+
+
+def medium_config():
+    """Large enough for tensors to outweigh the allocator's odds and ends."""
+    config = copy.deepcopy(train.TINY)
+    config["text_config"] |= {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    config["vision_config"] |= {"hidden_size": 128, "num_hidden_layers": 2}
+    return Config.from_dict(config)
+
+
+@pytest.fixture(scope="module")
+def medium():
+    return Llama(medium_config())
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.from_pretrained(train.FOUNDATIONS / "gp")
+
+
+@pytest.fixture(params=["gp-l", "gp-vl"])
+def task(request):
+    return request.param
+
+
+def settings(task, algo, **more):
+    return train.apply_preset(train.Args(task=task, algo=algo, preset="tiny", **more), 256)
+
+
+def real_bytes(run, attention=SDPBackend.MATH):
+    """(most, what is left) that CPU tensors took while `run` ran, beyond what was there before."""
+    gc.collect()
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile, sdpa_kernel(attention):
+        kept = run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    del kept
+    return most, live
+
+
+def played(task, model, processor, max_new_tokens=12):
+    args = settings(task, "ppo", attempts=2)
+    return args, ppo.rollout(model, processor, train.make_env(args), range(BATCH), temperature=1.0, max_new_tokens=max_new_tokens)
+
+
+def test_ppo_micro_batch(medium, processor, task):
+    """What the forward pass keeps and the backward pass needs, where gradients are there from the micro-batch before."""
+    args, episodes = played(task, medium, processor)
+    module, items = ppo.ActorCritic(copy.deepcopy(medium), args.critic), ppo.conversations_of(episodes)
+    batch, _, _ = ppo.make_batch(processor, items, "cpu")
+    learn = lambda: ppo.minibatch_loss(module, processor, items, args, 1, 1, "cpu")[0].backward()
+    learn()
+    most, left = real_bytes(learn)
+    micro = plan.Micro(*batch.input_ids.shape, int((batch.targets >= 0).sum()) // BATCH)
+    kept, peak = plan.measure_update(plan.make_module(medium.config, args, torch.float32), micro, args.image, cuda=False)
+    assert most == pytest.approx(peak, rel=0.1) and left < 0.01 * peak
+
+
+def test_sft_steps(medium, processor, task):
+    """Two whole steps: gradients and the optimizer's state are part of it."""
+    args, model = settings(task, "sft"), copy.deepcopy(medium)
+    examples = sft.make_batch(processor, [(train.make_env(args)(), 1.0)], range(BATCH), 0)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    learn = lambda: [sft.update(model, processor, examples, args, step=lambda: optimizer.step() or 0.0) for _ in range(2)]
+    most, left = real_bytes(learn)
+    module, used = plan.make_module(medium.config, args, torch.float32), [p for p in model.parameters() if p.grad is not None]
+    micro = plan.Micro(BATCH, max(len(e.ids) for e in examples) - 1, sum(sum(e.sampled) for e in examples) // BATCH)
+    _, peak = plan.measure_update(module, micro, args.image, cuda=False)
+    state, step = plan.measure_optimizer(plan.shards(used, 1), cuda=False)
+    kept = sum(p.nbytes for p in used) + state
+    assert kept == pytest.approx(left, rel=0.1)
+    assert kept + max(peak, step) == pytest.approx(most, rel=0.1)
+
+
+def test_rollout(medium, processor, task, monkeypatch):
+    """Two turns in lockstep, with their caches and images. Planned is what this machine runs: the twins, with their dense masks."""
+    monkeypatch.setattr(plan, "fused_attention", twin_attention)
+    conversations = [e.conversations[0] for e in played(task, medium, processor, max_new_tokens=1)[1]]
+    images, lengths = processor.images([c.image for c in conversations]), []
+
+    def play():
+        cache, ids = None, [c.ids[:c.sampled.index(True)] for c in conversations]
+        for forced in (0, 299):
+            ids = [row + [7] * forced for row in ids]
+            lengths.extend([forced + 1 if cache else max(map(len, ids)), 8])
+            drawn, cache = generate(medium, ids, cache=cache, images=None if cache else images, max_new_tokens=8, stop_ids=[])
+            ids = [row + sample.ids for row, sample in zip(ids, drawn)]
+        return cache
+
+    with torch.inference_mode():
+        most, left = real_bytes(play, [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])         # where it can, like CUDA's kernels
+    module = plan.make_module(medium.config, settings(task, "sft"), torch.float32)
+    keys, image_keys, peak = plan.measure_rollout(module, BATCH, lengths, images is not None)
+    assert left == pytest.approx(keys + image_keys, rel=0.1) and most == pytest.approx(peak, rel=0.1)
+
+
+def test_shards_are_those_of_fsdp(medium):
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    model = copy.deepcopy(medium)
+    planned = plan.shards(model.parameters(), 8)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (8,)))
+        assert [tuple(p.to_local().shape) for p in model.parameters()] == planned
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_ledger_counts_what_lives():
+    with plan.Ledger() as ledger:
+        x = torch.empty(1000, 10, device="meta", requires_grad=True)
+        y = x.exp().sin()                       # each backward needs what its operator took or gave: exp's result, once
+        assert ledger.live == 3 * 40_000
+        asked = torch.arange(1000, device="meta") % 2 == 0
+        assert y[asked].shape == (500, 10)      # values that decide a shape are known
+        del y
+        assert ledger.live == 40_000 + asked.nbytes and ledger.peak >= 3 * 40_000
+
+
+def test_what_saves_memory_saves_it(medium):
+    module, micro = plan.make_module(medium.config, settings("gp-vl", "ppo"), torch.bfloat16), plan.Micro(4, 256, 40)
+    plain, fused, again = (plan.measure_update(module, micro, True, cuda=cuda, recompute=recompute)[0]
+                           for cuda, recompute in ((False, False), (True, False), (True, True)))
+    assert again < 0.5 * fused and fused < 0.8 * plain
+
+
+def test_flops_are_exact_and_shared_prefixes_cost_once(medium):
+    args = settings("gp-vl", "ppo")
+    model = plan.make_module(medium.config, args, torch.bfloat16).policy
+    forward, backward = (plan.costs(model, True, train) for train in (False, True))
+    assert plan.count_flops(model, True, 100, 7, True) == pytest.approx(
+        backward.image + backward.span(0, 100) + 7 * backward.target, rel=1e-9)
+    assert 0 < plan.encoder_flops(model) < forward.image < backward.image
+    one, four = [[100, 45]], [[100, 45, 20, 45, 20, 45, 20, 45]]
+    args.minibatches = 1
+    alike = [sum(schedule(one, args, forward, backward)) for schedule in (plan.ours, plan.released)]
+    assert alike[0] == pytest.approx(alike[1], rel=0.01)        # values need no log-probs
+    assert 2.5 * sum(plan.ours(four, args, forward, backward)) < sum(plan.released(four, args, forward, backward))
+
+
+def test_the_built_in_model_has_the_released_sizes():
+    module = plan.make_module(plan.read_config("Llama-3.2-11B-Vision-Instruct", "gp"), settings("gp-vl", "sft"), torch.bfloat16)
+    assert sum(p.numel() for p in module.parameters()) == 10_670_220_835        # as transformers counts
+
+
+def twin_attention(q, k, v, visible, scale=None):
+    """The twin on PyTorch's fused kernels: flash attention, or with a mask the memory-efficient one, which takes it in the queries' type."""
+    def sdpa(q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+        bias = attn_mask.to(q.device, q.dtype).expand(*q.shape[:3], k.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad)[0]
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa):
+        return attention_reference(q, k, v, visible, scale)
+
+
+@pytest.mark.parametrize("memory, words", [(80, ["fits", "self KV cache", "log-prob workspace"]),
+                                           (0.05, ["does NOT fit", "--rollout-batch"])])
+def test_what_is_printed(memory, words, capsys):
+    plan.show(train.Args(task="gp-vl", hands=16, eval_hands=8), train.apply_preset, 2, memory)
+    said = capsys.readouterr().out
+    assert all(word in said for word in words), said
+
+
+def test_nothing_to_plan():
+    for args, words in ((train.Args(algo="eval"), "eval"), (train.Args(model="/nowhere"), "/nowhere")):
+        with pytest.raises((ValueError, OSError), match=words):
+            plan.show(args, train.apply_preset, 2)

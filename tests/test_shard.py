@@ -1,0 +1,290 @@
+"""Sharding: one rank, two ranks with copies and two ranks with slices compute the same. Two gloo ranks run all jobs in one go, as
+`python tests/test_shard.py JOBS` (see `worker`); the tests compare what they left."""
+
+import functools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import ppo  # noqa: E402
+import train  # noqa: E402
+from distributed import shard  # noqa: E402
+from model import Config, Llama, from_any_layout, read_json  # noqa: E402
+
+COMMON = ["--steps", "3", "--lr", "1e-3", "--adam-eps", "1e-3", "--max-grad-norm", "0.1", "--minibatches", "1", "--hands", "4",
+          "--samples", "1", "--batch-size", "4", "--attempts", "2", "--max-new-tokens", "4", "--eval-hands", "0", "--eval-sets", "id",
+          "--device", "cpu"]
+# a large eps: no step out of rounding noise
+UNEVEN = ["--hands", "5", "--batch-size", "5", "--token-budget", "1"]                                # three micro-batches against two
+CASES = {                                                                   # name: (arguments, in what sharded runs differ from whole ones)
+    "gp-l-sft": (["--task", "gp-l", "--algo", "sft"], []),
+    "gp-vl-sft": (["--task", "gp-vl", "--algo", "sft"], []),
+    "gp-l-ppo": (["--task", "gp-l", "--algo", "ppo"], []),
+    "gp-vl-ppo": (["--task", "gp-vl", "--algo", "ppo", "--eval-hands", "3", "--eval-every", "0"], ["--rollout-sharded"]),
+    "uneven-sft": (["--task", "gp-vl", "--algo", "sft", *UNEVEN], []),
+    "uneven-ppo": (["--task", "gp-vl", "--algo", "ppo", "--epochs", "2", *UNEVEN], []),
+    "shared": (["--task", "gp-vl", "--algo", "ppo", "--critic", "shared", "--tune", "no-vision"], ["--checkpoint-activations"]),
+    "tied": (["--task", "gp-l", "--algo", "sft"], []),
+    "separate": (["--task", "gp-vl", "--algo", "ppo", "--critic", "separate"], ["--checkpoint-activations"]),
+}
+ONLY_SHARDED = ("shared", "tied", "separate")
+
+
+def run(processes, *argv):
+    args, _ = train.parse([str(word) for word in argv])
+    (train.evaluate_only if args.algo == "eval" else train.train)(args, processes)
+
+
+def model_of(name, small):
+    """The folder of a case's model; beside the small one lies a text-only one whose head is its embedding."""
+    return Path(small) / "tied" if name == "tied" else small
+
+
+def worker(folder, small):
+    """What each of the two ranks does."""
+    processes = train.Processes("cpu")
+    for name, (argv, differently) in CASES.items():
+        common = ["--model", model_of(name, small), *COMMON, *argv]
+        if name not in ONLY_SHARDED:
+            run(processes, *common, "--shard", "off", "--out", folder / name / "whole")
+        run(processes, *common, "--shard", "on", *differently, "--out", folder / name / "sharded")
+    for steps in ([], ["--steps", 1], ["--resume"]):                        # whole, then in two parts
+        common = ["--model", small, *COMMON, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
+        run(processes, *common, *steps, "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
+    run(processes, "--model", small, *COMMON, "--algo", "eval", "--eval-hands", 3, "--shard", "on", "--out", folder / "eval")
+    torch.save({"slices": slices(small, processes), "rollouts": rollouts(small, processes), "norm": broken_norm(small, processes)},
+               folder / f"rank{processes.rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Spy:
+    """safe_open that writes down how many numbers are read of each tensor."""
+    read = {}
+
+    def __init__(self, *args):
+        self.file = safe_open(*args)
+
+    def __enter__(self):
+        self.tensors = self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def keys(self):
+        return self.tensors.keys()
+
+    def get_slice(self, name):
+        return SliceSpy(name, self.tensors.get_slice(name))
+
+
+class SliceSpy:
+    def __init__(self, name, source):
+        self.name, self.source, self.get_shape = name, source, source.get_shape
+
+    def __getitem__(self, where):
+        piece = self.source[where]
+        Spy.read[self.name] = Spy.read.get(self.name, 0) + piece.numel()
+        return piece
+
+
+def sharded(folder, processes):
+    with torch.device("meta"):
+        model = Llama(Config.from_dict(read_json(folder, "config.json")))
+    shard.shard(model, folder, processes.device, processes.world)
+    return model
+
+
+def slices(folder, processes):
+    """Read numbers of each tensor in the file; each parameter's own rows; the gathered whole."""
+    shard.safe_open = Spy
+    model = sharded(folder, processes)
+    shard.safe_open = safe_open
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    own = {name: (shard.rows(p), p.to_local().clone()) for name, p in model.named_parameters()}
+    return Spy.read, own, {name: p.full_tensor() for name, p in model.named_parameters()}
+
+
+def rollouts(folder, processes):
+    """{(lockstep, hands): {seed: (ids, log-probs)}} of this rank. The ranks' answers differ in length; of one hand, one has none."""
+    model, found = sharded(folder, processes), {}
+    for lockstep in (False, True):
+        for hands in (1, 5):
+            with shard.for_rollout(model, processes.largest, lockstep) as player:
+                found[lockstep, hands] = play(player, train.Processor.from_pretrained(folder), processes.rank, hands)
+    return found
+
+
+def play(model, processor, rank, hands):
+    args, seeds = train.apply_preset(train.Args(task="gp-vl", preset="tiny", algo="ppo"), 32), range(rank, hands, 2)
+    episodes = ppo.rollout(model, processor, train.make_env(args), seeds, draws=seeds, batch=2, temperature=1.0, max_new_tokens=5 - 2 * rank)
+    return {e.seed: [(c.ids, c.logprobs) for c in e.conversations] for e in episodes}
+
+
+def broken_norm(folder, processes):
+    """What each rank finds when the gradients of one are not finite."""
+    model, tokens = sharded(folder, processes), torch.full((1, 4), 7)
+    (model(tokens, targets=tokens).logprobs.sum() * (torch.nan if processes.rank else 1.0)).backward()
+    return float(shard.clip(list(model.parameters()), 1.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the two ranks: at these sizes threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tied(small):
+    text = {name: value for name, value in small[1].config.to_dict()["text_config"].items() if name != "cross_attention_layers"}
+    Llama(Config.from_dict(text | {"model_type": "llama", "tie_word_embeddings": True})).save_pretrained(small[0] / "tied")
+    small[2].save_pretrained(small[0] / "tied")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(small, tied, working_folder, tmp_path_factory):
+    """The folder in which two ranks have done all jobs."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen([sys.executable, __file__, str(folder), str(small[0])], cwd=working_folder, env=os.environ | env,
+                                          stdout=open(folder / f"log{rank}", "w"), stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], (folder / "log0").read_text()[-3000:] + (folder / "log1").read_text()[-3000:]
+    return folder
+
+
+def records(folder, event):
+    return [record for record in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if record["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def one_rank(small, tmp_path_factory):
+    """Name of a case -> folder of its run on one rank, in this process."""
+    @functools.cache
+    def once(name):
+        folder = tmp_path_factory.mktemp(name) / "run"
+        run(train.Processes("cpu"), "--model", model_of(name, small[0]), *COMMON, *CASES[name][0], "--out", folder)
+        return folder
+    return once
+
+
+@pytest.mark.parametrize("name, way", [(name, way) for name in CASES for way in ("whole", "sharded")[name in ONLY_SHARDED:]])
+def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
+    """Losses, the norm of the gradients before clipping, weights, critic, after three clipped updates."""
+    one, two = one_rank(name), two_ranks / name / way
+    names = ["nll", "entropy", "grad_norm"] if "sft" in CASES[name][0] else ["reward", "policy_loss", "value_loss", "entropy", "grad_norm"]
+    for x, y in zip(records(one, "step"), records(two, "step"), strict=True):
+        assert [x[n] for n in names] == pytest.approx([y[n] for n in names], abs=1e-4)
+    assert [record["eval"] for record in records(one, "eval")] == [record["eval"] for record in records(two, "eval")]
+    start, a, b = (Llama.from_pretrained(folder).state_dict() for folder in (model_of(name, small[0]), one / "final", two / "final"))
+    assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4                         # it did learn
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+    a, b = (torch.load(folder / "checkpoints/step_000003/training.pt", weights_only=True) for folder in (one, two))
+    assert a["critic"].keys() == b["critic"].keys() and all(torch.allclose(a["critic"][n], b["critic"][n], atol=1e-5) for n in a["critic"])
+    for i, moments in a["optimizers"][0]["state"].items():
+        assert torch.allclose(moments["exp_avg"], b["optimizers"][0]["state"][i]["exp_avg"], atol=1e-5)
+    assert records(one, "step")[0]["grad_norm"] > 0.1                                   # so that clipping had something to do
+
+
+def test_sharded_resumed_equals_uninterrupted(two_ranks):
+    a, b = (Llama.from_pretrained(two_ranks / "resumed" / name / "final").state_dict() for name in ("uninterrupted", "parts"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_rank_reads_its_own_rows_only(two_ranks, small):
+    ranks = [torch.load(two_ranks / f"rank{rank}.pt", weights_only=False)["slices"] for rank in range(2)]
+    for name, whole in Llama.from_pretrained(small[0]).state_dict().items():
+        (first, above), (second, below) = (own[name] for _, own, _ in ranks)
+        assert (first.stop, second.stop) == (second.start, len(whole)) or (first.stop, len(below)) == (len(whole), 0)
+        assert torch.equal(torch.cat([above, below]), whole) and torch.equal(ranks[0][2][name], whole)
+    for read, own, gathered in ranks:
+        assert len(read) == sum(len(part) > 0 for _, part in own.values())
+        for theirs, count in read.items():
+            name = from_any_layout(theirs)
+            assert count == own[name][1].numel() and (count < gathered[name].numel() or len(gathered[name]) == 1)
+
+
+def test_gathered_and_lockstep_rollouts_equal_one_rank(two_ranks, small):
+    for rank in range(2):
+        for (_, hands), found in torch.load(two_ranks / f"rank{rank}.pt", weights_only=False)["rollouts"].items():
+            alone = play(small[1], small[2], rank, hands)
+            assert found.keys() == alone.keys()
+            for seed, conversations in alone.items():
+                for (ids, logprobs), (found_ids, found_logprobs) in zip(conversations, found[seed], strict=True):
+                    assert ids == found_ids and logprobs == pytest.approx(found_logprobs, abs=1e-4)
+
+
+def test_all_ranks_see_that_one_has_no_finite_gradient(two_ranks):
+    assert all(math.isnan(torch.load(two_ranks / f"rank{rank}.pt", weights_only=False)["norm"]) for rank in range(2))
+
+
+def test_evaluation_of_a_sharded_model(two_ranks):
+    assert json.loads((two_ranks / "eval/eval.json").read_text())["eval"]["id"]["n"] == 3
+
+
+@pytest.mark.parametrize("changes, cut, words", [({"norm.weight": None}, 0, "missing"), ({"odd": torch.zeros(1)}, 0, "unexpected"),
+                                                 ({"norm.weight": torch.ones(3)}, 0, "expected"), ({}, 10, "not a whole")])
+def test_broken_files_are_named(small, model, tmp_path, monkeypatch, changes, cut, words):
+    """As Llama.from_pretrained does; on one rank, where everything is its own."""
+    state = model.state_dict() | changes
+    small[1].save_pretrained(tmp_path, state={name: tensor for name, tensor in state.items() if tensor is not None})
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:file.stat().st_size - cut])
+    monkeypatch.setattr(shard, "rows", lambda p: slice(0, len(p)))
+    monkeypatch.setattr(torch.nn.Parameter, "to_local", lambda p: p.data, raising=False)
+    with pytest.raises(ValueError, match=words) as error:
+        shard.read_slices(model, tmp_path)
+    assert "model.safetensors" in str(error.value)
+
+
+def test_checkpointed_activations_change_nothing(model, processor):
+    batch = torch.randint(5, 500, (2, 9))
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            shard.checkpoint_activations(model)
+        model(batch, targets=batch).logprobs.sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_pace():
+    assert list(shard.pace(["a"], "spare", lambda n: n)) == [("a", 1.0)]
+    assert list(shard.pace(["a"], "spare", lambda n: 3)) == [("a", 1.0), ("spare", 0.0), ("spare", 0.0)]
+
+
+@pytest.mark.parametrize("argv, words", [(["--shard", "on"], "--nproc-per-node"), (["--algo", "pretrain", "--shard", "on"], "pretrain")])
+def test_sharding_needs_ranks(small, tmp_path, argv, words):
+    with pytest.raises(train.UserError, match=words):
+        run(train.Processes("cpu"), "--model", small[0], *COMMON, *argv, "--out", tmp_path / "run")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker(Path(sys.argv[1]), sys.argv[2])
