@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import chip, product_type, tl, triton, use_triton, without_autocast
 
-WORKSPACE = 96 * 2**20      # bytes of dz at once; with d hidden in float32 and cuBLAS's own 32 MiB: 256 MiB at N 8192, D 4096
+WORKSPACE = 80 * 2**20      # bytes of dz at once; with d hidden in float32, a piece of it and cuBLAS's own 32 MiB: 256 MiB at N 8192, D 4096
 GROUP = 8                   # row blocks that run side by side, so that the tiles of weight they share stay in the L2 cache
 # (rows, vocabulary, channels) of a tile, warps, stages. 128 x 256 float32 sums fill half of an SM's registers: more would spill.
 BLOCKS = {"sm_90": (128, 256, 64, 8, 4), "gfx942": (128, 128, 64, 8, 2), "cpu": (16, 32, 32, 1, 1)}
@@ -139,7 +139,8 @@ def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
 def add_product(total, a, b):
     """total += a b in float32, whatever the type of a and b."""
     if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        for rows, part in zip(total.split(1024), a.split(1024)):                              # some versions' addmm takes no float32 `total` here
+            rows += torch.mm(part, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))     # PyTorch has no out_dtype on CPUs
 

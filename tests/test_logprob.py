@@ -185,8 +185,8 @@ def test_workspace_at_full_size(monkeypatch):
     monkeypatch.setattr(logprob, "chip", lambda device: ("sm_90", 132))
     slab_launches()
     written = [call.args[7] for call in calls.__getitem__.return_value.call_args_list]
-    assert len({id(x) for x in written}) == 1 and len(written) == 21
-    assert written[0].nbytes + 8192 * 4096 * 4 + 32 * 2**20 <= 256 * 2**20                    # dz, d hidden in float32, and cuBLAS's own
+    assert len({id(x) for x in written}) == 1 and len(written) == 26
+    assert written[0].nbytes + (8192 + 1024) * 4096 * 4 + 32 * 2**20 <= 256 * 2**20           # dz, d hidden in float32, a piece more, cuBLAS's own
 
 
 def test_memory_of_the_twins():
