@@ -1091,3 +1091,8 @@ def bucket(lengths, token_budget):
         else:
             groups.append([i])
     return groups
+
+
+def alone(batches, spare):
+    """Each batch with weight 1. Of several ranks, those with fewer batches add `spare` with weight 0: distributed.shard.pace."""
+    return [(batch, 1.0) for batch in batches]

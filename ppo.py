@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from model import bucket, collate, generate
+from model import alone, bucket, collate, generate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,11 +339,6 @@ def buckets_of(items, token_budget):
     """Split items into batches of conversations alike in length, each of at most `token_budget` padded tokens."""
     return [[items[i] for i in indices]
             for indices in bucket([len(conversation.ids) for conversation, _ in items], token_budget)]
-
-
-def alone(batches, spare):
-    """Each batch with weight 1. Of several ranks, those with fewer batches add `spare` with weight 0: distributed.shard.pace."""
-    return [(batch, 1.0) for batch in batches]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import bucket, collate
+from model import alone, bucket, collate
 
 
 @dataclass
@@ -49,11 +49,6 @@ def nll(logprobs):
 
 
 LOSSES = {"nll": nll}
-
-
-def alone(batches, spare):
-    """Each batch with weight 1. Of several ranks, those with fewer batches add `spare` with weight 0: distributed.shard.pace."""
-    return [(batch, 1.0) for batch in batches]
 
 
 def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pace=alone, device="cpu"):
