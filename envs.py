@@ -633,7 +633,8 @@ class Navigation:
     the city has them; attempts: answers judged a point; after_failure: when a point stays wrong, "end" the episode (the
     paper) or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
     intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes can tell;
-    describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of the four views; prompts: see load_prompts. Bad values are ValueErrors."""
+    describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of the four views;
+    prompts: see load_prompts. Bad values are ValueErrors."""
     answer_key = "action"
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
@@ -662,8 +663,7 @@ class Navigation:
         _positive("size", size)
         if describe and not image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
-        self.image, self.rule, self.attempts, self.after_failure = image, rule, attempts, after_failure
-        self.describe = describe
+        self.image, self.rule, self.describe, self.attempts, self.after_failure = image, rule, describe, attempts, after_failure
         self.drop_rate, self.named, self.size, self.prompts = drop_rate, not hide_landmarks, size, check_prompts(prompts or {})
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
         self.distinct = len(self.routes)

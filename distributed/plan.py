@@ -85,8 +85,6 @@ def without_memory(op, args, kwargs):
     if any(t.is_meta for t in given) or is_large(op, given):
         if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
             args = (args[0], [i for x in args[1] for i in positions(x)], *args[2:])
-        if packet is torch.ops.aten.masked_scatter_backward:   # has as many rows as the mask has ones, known from the forward
-            return args[0].new_empty(args[2])
         return op(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, args), **kwargs)
     out = op(*args, **kwargs)
     integers = isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point() and out.numel() <= INDICES
@@ -109,7 +107,7 @@ def fused_attention(q, k, v, visible=None, scale=None):
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """The products of kernels/logprob.py in slabs of the vocabulary of `workspace` bytes. Its sums are another matter, and small."""
+    """The products of kernels/logprob.py in slabs of the vocabulary of `workspace` bytes, without the sums over them, which are small."""
 
     @staticmethod
     def forward(ctx, hidden, weight, workspace):

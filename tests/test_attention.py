@@ -271,12 +271,13 @@ def learn(T, S, H, K, D, **seen):
 
 
 def launches():
-    """All kernels at the sizes of the 11B model: text, text after a cache, cross-attention, vision, and decoding."""
+    """All kernels at the sizes of the 11B model (text, text after a cache, cross-attention, vision, decoding) and with heads of 64."""
     os.environ["KERNELS"] = "triton"                           # in a child of this process, see aot.compile_all
 
     def row(*shape, dtype=torch.int64):
         return torch.empty(*shape, dtype=dtype, device="meta")
     learn(2048, 2048, 32, 8, 128, causal=True, lengths=row(4))
+    learn(2048, 2048, 32, 8, 64, causal=True)                  # the heads of Llama-3.2-1B
     learn(2047, 6404, 32, 8, 128, key_mask=row(4, 6404, dtype=torch.bool), see_all=row(4, 2047, dtype=torch.bool))
     learn(6432, 6432, 16, 16, 80, key_mask=row(4, 6432, dtype=torch.bool), see_all=row(4, 6432, dtype=torch.bool))
     with torch.no_grad():

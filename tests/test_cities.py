@@ -244,15 +244,16 @@ def test_a_sign_is_where_the_geometry_says_and_not_hidden(root, name):
             row, column = pixel(eye, mark.xy + across * right, middle + up, rotation, 512)
             seen = image[round(row), round(column) % 512]
             distance = {name: np.abs(seen - rgb).sum() for name, rgb in cities.COLORS.items()}
-            assert min(distance, key=distance.get) == color and distance[color] < 200, (mark, seen)
+            assert min(distance, key=distance.get) == color and distance[color] < 150, (mark, seen)
 
 
 def area(town, mark, index):
-    """Percent of the panorama in which one sign's own color is seen: what changes without it. (Its back is grey.)"""
+    """Percent of the panorama in which one sign's own colors are seen: what changes without it. (Its back is grey.)"""
     def others(marks):
         return {key: other for key, other in marks.items() if other is not mark}
     without = dataclasses.replace(town, corners=others(town.corners), places=others(town.places))
-    seen, colored = picture(town, index), np.abs(picture(town, index) - cities.COLORS[mark.color]).sum(-1) < 90
+    seen, own = picture(town, index), [cities.COLORS[color] for color in (mark.color, streets.EMBLEMS[mark.emblem])]
+    colored = np.min([np.abs(seen - color).sum(-1) for color in own], axis=0) < 90
     return 100 * (colored & (np.abs(seen - draw.panorama(without, index, 0.0, 256)).sum(-1) > 12)).mean()
 
 
@@ -265,7 +266,7 @@ def test_a_sign_is_large_at_its_own_point_only():
     town = cities.town("new-york")
     for mark in [*town.corners.values()][::25] + [*town.places.values()][::40]:
         elsewhere = [area(town, mark, i) for i in neighbors_of(town, mark.at)]
-        assert len(elsewhere) >= 2 and 0.25 < area(town, mark, mark.at) > 2.5 * max(elsewhere)
+        assert len(elsewhere) >= 2 and 0.3 < area(town, mark, mark.at) > 2.5 * max(elsewhere)
 
 
 def test_rotation_turns_the_picture():
