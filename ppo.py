@@ -396,7 +396,7 @@ def minibatch_loss(actor_critic, processor, items, args, n_units, n_turns, devic
 def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, all_reduce=lambda x: x, pace=alone, device="cpu"):
     """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
 
-    `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
+    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
     With `train_policy` False only the critic learns (warm-up). `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
     """
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -420,9 +420,10 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
                 (weight * loss).backward()
                 for name, value in numbers.items():
                     sums[name] += weight * value.double().cpu()
-            for name, value in zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()):
+            totals = dict(zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()))
+            totals["grad_norm"] = step(totals["policy_loss"] + totals["value_loss"])
+            for name, value in totals.items():
                 metrics[name].append(value)
-            metrics["grad_norm"].append(step())
     first = metrics.pop("drawn_vs_scored")[0]          # later minibatches differ because the policy has moved
     tokens = all_reduce(torch.tensor([sum(len(conversation.ids) for conversation, _ in items),
                                       sum(turn.end - turn.start for turn in turns)], dtype=torch.float64)).tolist()

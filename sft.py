@@ -54,7 +54,7 @@ LOSSES = {"nll": nll}
 def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pace=alone, device="cpu"):
     """One optimizer step on a batch of examples: the mean loss a target token, over all ranks.
 
-    `step()` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. `pace`: see `alone`.
+    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. `pace`: see `alone`.
     """
     counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
     n_tokens, trained_tokens = all_reduce(counts).tolist()
@@ -69,7 +69,7 @@ def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pa
         loss.backward()
         sums += weight * torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
     nll_mean, loss, entropy = (all_reduce(sums) / n_tokens).tolist()
-    return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(), "trained_tokens": trained_tokens}
+    return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(loss), "trained_tokens": trained_tokens}
 
 
 def freeze(model, tune):

@@ -18,9 +18,7 @@ import inspect
 import json
 import math
 import os
-import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -32,7 +30,8 @@ import torch.distributed as dist
 
 import ppo
 import sft
-from distributed import plan, shard
+from distributed import checkpoint, plan, shard
+from distributed.processes import Interrupt, Processes, lost
 from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor, read_json
 
@@ -57,12 +56,13 @@ class Args:
     task: str = arg("gp-l", "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image; "
                             "virl-l: navigation with what is seen in text; virl-vl: with street views", TASKS)
     algo: str = arg("ppo", "ppo, sft, eval, or pretrain (makes the tiny model's foundation, from random weights or from --model)", ("ppo", "sft", "eval", "pretrain"))
-    model: str = arg("tiny", "'tiny' (built in) or a Hugging Face folder of a Llama or Llama-3.2-Vision checkpoint")
+    model: str = arg("tiny", "'tiny' (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision model, or a checkpoint of another run")
     out: str = arg(None, "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
     seed: int = arg(0, "seed of training hands, draws and shuffles; evaluation hands are the same for every seed")
     preset: str = arg("auto", "tiny: settings for the built-in model; paper: the paper's settings; auto: by the model's size", ("auto", "tiny", "paper"))
     device: str = arg("auto", "cuda, mps, cpu, or auto", ("auto", "cuda", "mps", "cpu"))
-    resume: bool = arg(False, "continue the run in --out from its newest checkpoint")
+    resume: bool = arg(False, "continue the run in --out from its newest checkpoint, with its settings")
+    override: bool = arg(False, "with --resume: take settings from the command line that differ from the run's")
     prompts: str = arg(None, "JSON file of templates that replace the built-in prompts and verifier messages")
     # the game; None means the game's own default
     rule: str = arg(None, "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number or three joined by '-'; "
@@ -86,6 +86,7 @@ class Args:
     betas: tuple = arg(None, "Adam betas, as two numbers joined by a comma")
     adam_eps: float = arg(None, "Adam epsilon")
     max_grad_norm: float = arg(None, "gradient norm to clip to")
+    max_skipped: int = arg(5, "stop after so many steps in a row whose loss or gradient was not finite; such a step changes nothing")
     token_budget: int = arg(None, "padded tokens of one forward and backward pass; gradients are accumulated over several")
     tune: str = arg("all", "what SFT and PPO train", ("all", "no-vision", "no-vision-no-adapter"))
     # several ranks
@@ -139,6 +140,8 @@ class Args:
         return self.task.endswith("vl")
 
 
+# What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
+FREE = ("out", "resume", "override", "device", "shard", "checkpoint_activations", "rollout_sharded", "save_every", "max_skipped")
 # Handed to the game, which knows some of them.
 GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure", "describe")
 
@@ -172,22 +175,39 @@ PRESETS = {
 
 
 def parse(argv=None):
-    """Command line -> Args. Options come from the dataclass, so `--help` cannot drift from what is used."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line -> (Args, names of the settings that were typed, run folders to plot). Options come from the dataclass, so `--help`
+    cannot drift from what is used."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="print the table and draw success against compute (success.png) of these run folders")
     for f in dataclasses.fields(Args):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.default not in (None, False):
             help += f" (default: {f.default})"
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", default=f.default, help=help)
+            parser.add_argument(flag, action="store_true", help=help)
         elif f.type is tuple:
             parser.add_argument(flag, type=lambda text: tuple(float(x) for x in text.split(",")), metavar="A,B", help=help)
         else:
-            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=help)
-    namespace = vars(parser.parse_args(argv))
-    plot = namespace.pop("plot")
-    return Args(**namespace), plot
+            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=help)
+    typed = vars(parser.parse_args(argv))
+    runs = typed.pop("plot", None)
+    return Args(**typed), frozenset(typed), runs
+
+
+def resumed(args, typed, config, source):
+    """The settings of a run that goes on: those it had (`config`), and of the `typed` ones those that it may set anew. UserError for one
+    that contradicts, without --override."""
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    unknown = set(config) ^ {f.name for f in dataclasses.fields(Args)}
+    if unknown:
+        raise UserError(f"{source}: written by another version of this program, which differs in the setting {min(unknown)}")
+    for name in sorted(typed - set(FREE)):
+        if getattr(args, name) != config[name] and not args.override:
+            raise UserError(f"{source}: this run has --{name.replace('_', '-')} {config[name]}, not {getattr(args, name)}; leave it out, "
+                            "or add --override to go on with another value")
+    fresh = typed | {"out", "resume", "override", "shard"}     # how to shard follows from the number of ranks
+    return Args(**config | {name: getattr(args, name) for name in fresh})
 
 
 def apply_preset(args, hidden_size):
@@ -214,67 +234,7 @@ def apply_preset(args, hidden_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes and devices
-
-class Processes:
-    """This process among all: rank, world size, device, and sums over ranks. One process needs no torchrun."""
-
-    def __init__(self, device="auto"):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if device == "cuda":
-            if not torch.cuda.is_available():
-                raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(device)
-        self.device = torch.device(device)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-
-    def all_reduce(self, tensor):
-        """Sum over ranks, in place; returns the tensor."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def largest(self, number):
-        """The largest of all ranks' integers."""
-        tensor = torch.tensor(number)
-        if self.world > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
-
-    def barrier(self):
-        """Wait for all ranks."""
-        self.all_reduce(torch.zeros(1))
-
-    def sum_gradients(self, parameters):
-        """Sum gradients over ranks, in one message. Returns the parameters that have a gradient on any rank."""
-        if self.world == 1:
-            return [p for p in parameters if p.grad is not None]
-        present = self.all_reduce(torch.tensor([float(p.grad is not None) for p in parameters])).tolist()
-        parameters = [p for p, ranks in zip(parameters, present) if ranks]
-        if parameters:
-            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-            dist.all_reduce(flat)
-            for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.grad = total.view_as(p).clone()
-        return parameters
-
-    def share(self, items):
-        """This rank's share of a sequence that all ranks hold."""
-        return items[self.rank::self.world]
-
-    def print(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
-
-    @property
-    def hardware(self):
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
-        return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
-
+# The run's surroundings
 
 def autocast(args, device):
     """bfloat16 compute over float32 weights on CUDA; nothing elsewhere. A sharded model gathers its weights in bfloat16 by itself."""
@@ -436,9 +396,10 @@ def prepare_tiny(args, processes):
     return run_folder / "final"
 
 
-def load(args, processes):
-    """Model, processor, folder of the weights, and complete settings of a run. A model that is to be sharded comes without its weights."""
-    if args.algo == "pretrain" and args.model == "tiny":
+def load(args, processes, resumed=None):
+    """Model, processor, folder of the weights, and complete settings of a run. A model that is to be sharded comes without its weights;
+    so does that of a run that is resumed from the checkpoint `resumed`."""
+    if args.algo == "pretrain" and args.model == "tiny" and not resumed:
         apply_preset(args, 0)
         args.shard = sharding(args, 0, processes)
         config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=False))
@@ -449,16 +410,18 @@ def load(args, processes):
             if "gate" in name.split(".")[-1] and parameter.numel() == 1:
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
         return model.to(processes.device), processor, None
-    folder = prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model)
+    folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
     with torch.device("meta"):
         model = Llama(Config.from_dict(read_json(folder, "config.json")))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
-    if args.shard == "off":
+    if args.shard == "off" and checkpoint.is_checkpoint(folder):
+        shard.fill(model, None if resumed else folder, processes.device)
+    elif args.shard == "off":
         model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
     if args.image and model.config.vision is None:
         raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task {args.game}-l")
     apply_preset(args, model.config.hidden_size)
-    return model, Processor.from_pretrained(folder), folder
+    return model, Processor.from_pretrained(folder), None if resumed else folder
 
 
 def sharding(args, size, processes):
@@ -474,29 +437,33 @@ def sharding(args, size, processes):
 # Checkpoints and logs
 
 class RunFolder:
-    """runs/NAME: config.json, log.jsonl, transcripts/, checkpoints/step_N/ (a Hugging Face folder + training.pt), final/."""
+    """runs/NAME: config.json, log.jsonl, transcripts/, checkpoints/step_N/ and at the end final/, an ordinary Hugging Face folder."""
 
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
-        self.checkpoints, self.log_file = self.path / "checkpoints", self.path / "log.jsonl"
+        self.log_file = self.path / "log.jsonl"
+        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world)
         if self.log_file.exists() and not args.resume:
             raise UserError(f"{self.path} holds a run already; continue it with --resume or choose another --out")
-        if args.resume and not self.newest():
-            raise UserError(f"--resume: no checkpoint in {self.checkpoints}")
+        if args.resume and not self.log_file.exists():
+            raise UserError(f"--resume: no run in {self.path}")
 
-    def newest(self):
-        """The newest complete checkpoint, or None."""
-        return max(self.checkpoints.glob("step_*"), default=None)
+    def settings(self, args, typed):
+        """What a resumed run goes on with (see `resumed`)."""
+        newest = self.checkpoints.newest()
+        if newest:
+            return resumed(args, typed, checkpoint.read_record(newest)["config"], newest)
+        return resumed(args, typed, read_json(self.path, "config.json"), self.path / "config.json")     # stopped before its first checkpoint
 
     def start(self, args, step):
         """Open the log; on resuming, drop what was logged after the checkpoint."""
         if self.processes.rank == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self.log_file.read_text().splitlines()
-                    if json.loads(line).get("step", 0) <= step] if self.log_file.exists() else []
-            write_atomically(self.log_file, "".join(line + "\n" for line in kept))
+            lines = self.log_file.read_text().splitlines() if step else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]      # the last one may be cut off
             write_atomically(self.path / "config.json", json.dumps(dataclasses.asdict(args), indent=2))
-        self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(),
+            write_atomically(self.log_file, "".join(line + "\n" for line in kept))
+        self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(), launch=self.processes.launch,
                  hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def log(self, **record):
@@ -505,27 +472,46 @@ class RunFolder:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(record) + "\n")
 
-    def save(self, name, model, processor, state=None):
-        """Write one Hugging Face folder, with training state if given, under a temporary name, then rename it."""
-        weights = shard.whole(model.state_dict())              # a collective where the model is sharded
-        if self.processes.rank:
-            return
-        temporary, final = self.path / ".saving", self.path / name
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary, state=weights)
-            processor.save_pretrained(temporary)
-            if state is not None:
-                torch.save(state, temporary / "training.pt")
-            final.parent.mkdir(parents=True, exist_ok=True)
+    def save(self, trainer, step):
+        """Begin to write a checkpoint, while training goes on."""
+        def model_and_tokenizer(folder):
+            (folder / "config.json").write_text(json.dumps(trainer.model.config.to_dict(), indent=2))
+            trainer.processor.save_pretrained(folder)
+
+        self.checkpoints.save(step, checkpoint.tensors_of(trainer.module, trainer.optimizers), trainer.record(step), model_and_tokenizer)
+
+    def save_final(self, model, processor, sharded):
+        """Write final/ under a temporary name, then rename it."""
+        aside, final, first = self.path / ".final", self.path / "final", self.processes.rank == 0
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            processor.save_pretrained(aside)
+        self.processes.barrier()
+        if sharded:
+            checkpoint.export(model, aside, self.processes.rank, self.processes.world)
+        elif first:
+            model.save_pretrained(aside)
+        self.processes.barrier()
+        if first:
             shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for old in sorted(self.checkpoints.glob("step_*"))[:-2]:
-            shutil.rmtree(old)
+            aside.rename(final)
+
+    def dump(self, step, batch):
+        """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures beside it. Returns the folder."""
+        folder, pictures = self.path / f"broken_step_{step:06d}", []
+        folder.mkdir(exist_ok=True)
+
+        def plain(x):
+            if dataclasses.is_dataclass(x):
+                return vars(x)
+            if isinstance(x, torch.Tensor):
+                return f"tensor of shape {list(x.shape)}"
+            pictures.append(f"rank_{self.processes.rank}_{len(pictures)}.png")
+            x.save(folder / pictures[-1])
+            return pictures[-1]
+
+        (folder / f"rank_{self.processes.rank}.json").write_text(json.dumps(batch, default=plain))
+        return folder
 
     def transcript(self, step, episode):
         """Write one episode as a person would like to read it, and the pictures it was about."""
@@ -584,6 +570,8 @@ class Trainer:
         self.policy_size = count_parameters(model, args.task)
         self.critic_size = self.policy_size if args.algo == "ppo" and args.critic == "separate" else 0
         self.compute = 0.0                     # training compute in FLOPs: 6 N D_trained + 2 N D_rollout (paper, section 5)
+        self.skipped = self.skipped_in_a_row = 0               # optimizer steps without a finite loss and gradient
+        self.batch = None                      # the episodes or examples of this step
 
     @property
     def groups(self):
@@ -607,7 +595,7 @@ class Trainer:
     def sft_update(self, i):
         args = self.args
         seeds = self.processes.share(self.seeds(i, args.batch_size))
-        examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
+        self.batch = examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         with autocast(args, self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
@@ -622,7 +610,7 @@ class Trainer:
             with shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
                 episodes = ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
                                        batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=self.processes.device)
-            rolled = time.time()
+            rolled, self.batch = time.time(), episodes
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, pace=self.pace,
                                  device=self.processes.device)
@@ -640,32 +628,37 @@ class Trainer:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
             folder.log(event="eval", step=i, tflops=self.compute / 1e12, eval=results)
 
-    def step(self):
-        """Sum gradients over ranks, clip, step. Policy and critic are clipped apart. A non-finite gradient skips the step."""
+    def step(self, loss):
+        """Sum gradients over ranks, clip, step; policy and critic are clipped apart. Returns the policy's gradient norm.
+
+        loss: over all ranks. A loss or a gradient that is not finite on one rank is not on any (they are sums), so that all skip the
+        step. FloatingPointError after --max-skipped of them in a row.
+        """
         norms = []
         for group in self.groups:                  # a sharded model's gradients are sums already
             learning = group["params"] if self.args.shard == "on" else self.processes.sum_gradients(group["params"])
-            norms.append(shard.clip(learning, self.args.max_grad_norm))
+            norms.append(float(shard.clip(learning, self.args.max_grad_norm)))
+        finite = all(math.isfinite(x) for x in [loss, *norms])
         for optimizer in self.optimizers:
-            if all(math.isfinite(norm) for norm in norms):
+            if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(norms[0])
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == self.args.max_skipped:
+            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and gradient (loss {loss}, norms {norms})")
+        return norms[0]
 
-    def state(self, i):
-        """What a checkpoint holds beside the model's weights, whole on the first rank. i: steps done."""
-        own = {name for name, _ in self.model.named_parameters(prefix="policy")}
-        critic = {name: tensor for name, tensor in self.module.state_dict().items() if name not in own} if self.args.algo == "ppo" else {}
-        return shard.whole({"step": i, "compute": self.compute, "critic": critic, "config": dataclasses.asdict(self.args),
-                            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+    def record(self, i):
+        """What a checkpoint holds beside tensors. i: steps done. Of random numbers there is no state: those of a step derive from (seed, i)."""
+        return {"step": i, "compute": self.compute, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                "config": dataclasses.asdict(self.args)}
 
-    def load_state(self, state):
-        self.compute = state["compute"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(shard.sliced_state(saved, optimizer))
-        own = self.module.state_dict()
-        self.module.load_state_dict({name: shard.sliced(tensor, own[name]) for name, tensor in state["critic"].items()}, strict=False)
-        return state["step"]
+    def restore(self, checkpoints, path):
+        """Go on from a checkpoint. Returns the number of steps done."""
+        record = checkpoints.load(path, self.module, self.optimizers)
+        self.compute, self.skipped, self.skipped_in_a_row = (record[name] for name in ("compute", "skipped", "skipped_in_a_row"))
+        return record["step"]
 
 
 def matrices(model):
@@ -679,31 +672,6 @@ def count_parameters(model, task):
     return sum(p.numel() for name, p in model.named_parameters() if task.endswith("vl") or not name.startswith(blind))
 
 
-class Interrupt:
-    """While open, turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C quits at once."""
-
-    def __init__(self, processes):
-        self.raised, self.processes = False, processes
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        if self.raised and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.raised = True
-        self.processes.print("\nstopping after this step, then saving (Ctrl-C again quits at once)")
-
-    def agreed(self):
-        """True on all ranks if it was raised on any."""
-        return bool(self.processes.all_reduce(torch.tensor(float(self.raised))).item())
-
-
 def describe(i, args, metrics, seconds_left):
     """The line a person reads."""
     if args.algo == "ppo":
@@ -713,21 +681,21 @@ def describe(i, args, metrics, seconds_left):
                 f"grad {m['grad_norm']:.2f}  {m['rollout_tokens_per_second']:,.0f} tok/s")
     else:
         body = f"nll {metrics['nll']:.4f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+    if metrics["skipped"]:
+        body += f"  skipped {metrics['skipped']}"
     return f"step {i:>4}/{args.steps}  {body}  left {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
 
 
-def train(args, processes):
-    """One run, from loading to the final folder."""
+def train(args, processes, typed=frozenset()):
+    """One run, from loading to the final folder. typed: names of the settings that the user gave."""
     folder = RunFolder(args, processes)
+    newest = folder.checkpoints.newest() if args.resume else None
+    if args.resume:
+        args = folder.settings(args, typed)
     processes.barrier()                        # nobody writes before all have looked
-    if args.resume:
-        args.model = str(folder.newest())
-    model, processor, weights = load(args, processes)
-    trainer, start = Trainer(args, model, processor, processes, weights), 0
-    if args.resume:
-        whole = args.shard == "off"                            # of a mapped file, a rank reads only the slices that it takes
-        start = trainer.load_state(torch.load(folder.newest() / "training.pt", weights_only=True, mmap=not whole,
-                                              map_location=processes.device if whole else "cpu"))
+    model, processor, weights = load(args, processes, newest)
+    trainer = Trainer(args, model, processor, processes, weights)
+    start = trainer.restore(folder.checkpoints, newest) if newest else 0
     folder.start(args, start)
     processes.print(f"{args.task} {args.algo}: {sum(p.numel() for p in model.parameters()):,} parameters on {processes.hardware}; "
                     f"steps {start} to {args.steps}; log in {folder.path}")
@@ -735,10 +703,12 @@ def train(args, processes):
         trainer.evaluate(folder, 0)
     with Interrupt(processes) as interrupt:
         done = loop(trainer, folder, start, interrupt)
+        folder.checkpoints.finish()
     if done < args.steps:
         processes.print(f"stopped after step {done}; continue with --resume --out {folder.path}")
     else:
-        folder.save("final", model.to(torch.bfloat16) if args.algo == "pretrain" else model, processor)   # half the size in git
+        half = args.algo == "pretrain"                         # the size in git
+        folder.save_final(model.to(torch.bfloat16) if half else model, processor, args.shard == "on")
         processes.print(f"weights in {folder.path / 'final'}")
 
 
@@ -747,8 +717,12 @@ def loop(trainer, folder, start, interrupt):
     args, processes, begun = trainer.args, trainer.processes, time.time()
     for i in range(start + 1, args.steps + 1):
         before = time.time()
-        metrics = trainer.update(i - 1)
-        metrics["seconds"] = time.time() - before
+        try:
+            metrics = trainer.update(i - 1)
+        except FloatingPointError as error:
+            folder.checkpoints.finish()
+            raise UserError(f"step {i}: {error}; what it was learning from is in {folder.dump(i, trainer.batch)}") from error
+        metrics |= {"seconds": time.time() - before, "skipped": trainer.skipped, "memory_gb": processes.memory() / 1e9}
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
         processes.print(describe(i, args, metrics, (time.time() - begun) / (i - start) * (args.steps - i)))
         folder.log(event="step", step=i, tflops=trainer.compute / 1e12, lr=trainer.groups[0]["lr"], **metrics)
@@ -757,8 +731,9 @@ def loop(trainer, folder, start, interrupt):
         last, stop = i == args.steps, interrupt.agreed()
         if last or (args.eval_every and i % args.eval_every == 0 and not stop):
             trainer.evaluate(folder, i)
+        folder.checkpoints.poll()
         if last or stop or i % args.save_every == 0:
-            folder.save(f"checkpoints/step_{i:06d}", trainer.model, trainer.processor, trainer.state(i))
+            folder.save(trainer, i)
         if stop:
             return i
     return args.steps
@@ -855,34 +830,59 @@ def plot(runs, file="success.png"):
 
 
 def main(argv=None):
-    args, runs = parse(argv)
+    args, typed, runs = parse(argv)
+    processes = None
     try:
         if runs:
             return plot(runs)
         if args.dry_run:
             return plan.show(args, apply_preset, args.dry_run)
         processes = Processes(args.device)
-        args.out = args.out or default_out(args)
-        (evaluate_only if args.algo == "eval" else train)(args, processes)
-    except (UserError, OSError, ValueError) as error:
-        if os.environ.get("DEBUG"):
+        choose_out(args, processes)
+        if args.algo == "eval":
+            evaluate_only(args, processes)
+        else:
+            train(args, processes, typed)
+    except (UserError, OSError, ValueError, RuntimeError) as error:
+        if os.environ.get("DEBUG") or (isinstance(error, RuntimeError) and not lost(error)):
             raise
-        sys.exit(f"train.py: error: {error}")
+        fail(processes, args, error)
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def default_out(args):
-    """runs/TASK-ALGO, with a number behind it when a run is there already."""
+def fail(processes, args, error):
+    """End with one line that says what happened and what to do."""
+    if isinstance(error, RuntimeError):
+        error = (f"lost another rank, which may have said why ({str(error).splitlines()[0][:200]}); torchrun --max-restarts goes on by itself from the last "
+                 f"checkpoint, else add --resume --out {args.out}")
+    if processes is None:
+        sys.exit(f"train.py: error: {error}")
+    processes.fail(error)
+
+
+def choose_out(args, processes):
+    """Fill in --out: runs/TASK-ALGO, with a number behind it when a run is there already, or the newest run there for --resume. Workers
+    that torchrun starts again resume the run that they began."""
     base = Path(f"runs/{args.task}-{args.algo}")
-    names = [base] + [base.with_name(f"{base.name}-{k}") for k in range(2, 1000)]
+    names = [Path(args.out)] if args.out else [base] + [base.with_name(f"{base.name}-{k}") for k in range(2, 1000)]
     taken = [name for name in names if (name / "log.jsonl").exists()]
-    if args.resume:
-        return str(taken[-1] if taken else base)
-    return str(next(name for name in names if name not in taken))
+    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
+    if own:
+        args.resume = True
+        args.out = str(own[-1])
+    elif args.resume:
+        args.out = str((taken or names)[-1 if taken else 0])
+    else:
+        args.out = str(args.out or next(name for name in names if name not in taken))
+
+
+def launch_of(run):
+    """Which launch of torchrun began or resumed a run last."""
+    starts = [json.loads(line) for line in open(run / "log.jsonl") if '"event": "start"' in line and line.endswith("}\n")]
+    return starts[-1].get("launch") if starts else None
 
 
 if __name__ == "__main__":

@@ -10,14 +10,19 @@ folder without a dot is complete, whatever was killed when; and one that was dam
 import hashlib
 import json
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from model import split_shards, to_released
 
 BLOCK = 2**24       # bytes read at a time
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")       # one process is no fault
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +61,11 @@ class Checkpoints:
 
     def complete(self):
         """All complete checkpoints, the oldest first."""
-        return sorted(self.folder.glob("step_*"))
+        return sorted(self.folder.glob("step_*"), key=number)
+
+    def newest(self):
+        """The newest complete checkpoint, or None."""
+        return max(self.folder.glob("step_*"), key=number, default=None)
 
     def save(self, step, tensors, record, write_rest=lambda folder: None):
         """Begin to save; a checkpoint that is still being saved is finished first. record: JSON; write_rest(folder): other files."""
@@ -65,9 +74,12 @@ class Checkpoints:
         if self.rank == 0:
             for left in self.folder.glob(".step_*"):                           # by a crash
                 shutil.rmtree(left)
-            aside.mkdir(parents=True)
-            write_rest(aside)
-            (aside / "record.json").write_text(json.dumps(record, indent=2))
+            try:
+                aside.mkdir(parents=True)
+                write_rest(aside)
+                (aside / "record.json").write_text(json.dumps(record, indent=2))
+            except OSError as error:
+                self.give_up(aside, error)
         self.barrier()
         written = dcp.async_save(tensors, checkpoint_id=aside, process_group=self.group, no_dist=self.world == 1)
         self.pending = aside, self.thread.submit(self.list_files, aside, written)
@@ -98,26 +110,50 @@ class Checkpoints:
         errors = self.gather([root_of(error)] if error else [])                # waits for the other ranks
         if not errors:
             self.poll()
-        elif self.rank == 0:
-            shutil.rmtree(self.pending[0], ignore_errors=True)
-        self.pending = None
+        pending, self.pending = self.pending, None
         self.barrier()
         if errors:
-            raise OSError(f"a checkpoint could not be saved in {self.folder}: {errors[0]}")
+            self.give_up(pending[0], errors[0])
 
-    def load(self, path, tensors):
-        """Fill the tensors from a checkpoint -> its record. ValueError that names what is damaged, missing or foreign."""
+    def give_up(self, aside, error):
+        if self.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume goes on from "
+                      f"{self.newest() or 'the beginning'}")
+
+    def load(self, path, module, optimizers):
+        """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError that names what is damaged, missing or foreign."""
+        self.verify(path)
+        make_room(path, module, optimizers)
+        self.fill(path, tensors_of(module, optimizers))
+        return read_record(path)
+
+    def load_policy(self, path, llama):
+        """Fill a Llama, sharded or whole, with the weights of the policy in a checkpoint of SFT or PPO. ValueError as in load."""
+        self.verify(path)
+        prefix = "model.policy." if any(name.startswith("model.policy.") for name in sizes_in(path)) else "model."
+        self.fill(path, {prefix + name: parameter.detach() for name, parameter in llama.named_parameters()}, whole=False)
+
+    def verify(self, path):
+        """ValueError on all ranks if a file of the checkpoint is not what was written; each rank reads its share of them."""
         problems = self.gather(damage(path, self.rank, self.world))
         if problems:
-            before = [other for other in self.complete() if other.name < Path(path).name]
+            before = [other for other in self.complete() if number(other) < number(path)]
             remedy = f"remove it, and --resume goes on from {before[-1]}" if before else "there is none before it"
             raise ValueError(f"{path}: damaged: {'; '.join(problems)}; {remedy}")
-        saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
-        if saved != set(tensors):
-            name = min(saved ^ set(tensors))
-            raise ValueError(f"{path}: of another model or optimizer: {name} is only in {'the checkpoint' if name in saved else 'this run'}")
+
+    def fill(self, path, tensors, whole=True):
+        """Read the tensors in place. whole: the checkpoint must hold no others."""
+        saved = sizes_in(path)
+        for name in sorted(set(tensors) | set(saved) if whole else tensors):
+            if name not in saved or name not in tensors:
+                what = f"is only in {'the checkpoint' if name in saved else 'this run'}"
+            elif saved[name] != tensors[name].shape:
+                what = f"has shape {list(saved[name])} there and {list(tensors[name].shape)} here"
+            else:
+                continue
+            raise ValueError(f"{path}: of another model or optimizer: {name} {what}")
         dcp.load(tensors, checkpoint_id=path, process_group=self.group, no_dist=self.world == 1)
-        return read_record(path)
 
     def barrier(self):
         if self.world > 1:
@@ -130,6 +166,22 @@ class Checkpoints:
         lists = [None] * self.world
         dist.all_gather_object(lists, items, group=self.group)
         return sum(lists, [])
+
+
+def number(path):
+    """The step of a checkpoint, from its name; -1 for a folder that is called otherwise."""
+    digits = Path(path).name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def sizes_in(path):
+    """The names of the tensors in a checkpoint, with their shapes."""
+    return {name: of.size for name, of in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
+
+
+def is_checkpoint(path):
+    """True for a folder that `Checkpoints.save` wrote."""
+    return (Path(path) / "record.json").exists()
 
 
 def read_record(path):
@@ -175,3 +227,28 @@ def root_of(error):
     """The innermost reason of an error that torch.distributed.checkpoint wraps."""
     causes = list(getattr(error, "failures", {}).values())
     return root_of(causes[0][0] if isinstance(causes[0], tuple) else causes[0]) if causes else str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A Hugging Face folder out of slices
+
+def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
+    """Write a sharded Llama as files of at most `max_shard_size` bytes, which the ranks take in turn. A rank gathers one weight at a time
+    and keeps those of its own file, so that none ever holds more than a file."""
+    weights = {to_released(name, llama.config): parameter for name, parameter in llama.named_parameters()}     # a tied one once
+    parts = split_shards(weights, max_shard_size)
+    files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    mine = {}
+    for i, names in enumerate(parts):
+        for name in names:
+            whole = weights[name].full_tensor()                                # a collective
+            if i % world == rank:
+                mine[name] = whole.detach().cpu()
+        if mine and (i % world == world - 1 or i == len(parts) - 1):           # all ranks write at the same time
+            save_file(mine, folder / files[i // world * world + rank], {"format": "pt"})
+            mine = {}
+    if rank == 0:
+        index = {"metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
+                 "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (folder / "config.json").write_text(json.dumps(llama.config.to_dict() | {"torch_dtype": "float32"}, indent=2))

@@ -510,7 +510,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=8, help="ranks (default: 8)")
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB of each (default: 80)")
     own, rest = parser.parse_known_args()
-    args, _ = train.parse(rest)
+    args, _, _ = train.parse(rest)
     show(args, train.apply_preset, own.gpus, own.gpu_memory)
     if args.algo == "ppo":
         show_flops(args, read_config(args.model, args.game))

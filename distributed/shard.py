@@ -9,16 +9,18 @@ that in training. In a rollout, where ranks finish at their own time, the weight
 
 import contextlib
 import warnings
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from distributed.checkpoint import Checkpoints, is_checkpoint
 from model import CrossLayer, Images, Llama, SelfLayer, VisionLayer, from_any_layout, to_released, weight_files
 
 BLOCKS = (SelfLayer, CrossLayer, VisionLayer)
@@ -28,7 +30,7 @@ BLOCKS = (SelfLayer, CrossLayer, VisionLayer)
 # Cutting a model into slices
 
 def shard(module, folder, device, world):
-    """Shard a Llama, or an ActorCritic around one or two; each Llama lies on the meta device and is filled from `folder`.
+    """Shard a Llama, or an ActorCritic around one or two; each Llama lies on the meta device and is filled from `folder` (see `fill`).
 
     The master weights are float32. On CUDA a Llama computes in bfloat16 and its gradients are summed in float32; the value head is
     float32 throughout. Each of them is a root of its own, because rollouts run the policy without its critic.
@@ -41,10 +43,7 @@ def shard(module, folder, device, world):
         for block in [part for part in llama.modules() if isinstance(part, BLOCKS)]:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(llama, mesh=mesh, mp_policy=policy)
-        llama.to_empty(device=device)
-        if llama.config.tie_word_embeddings:
-            llama.lm_head.weight = llama.embed_tokens.weight           # to_empty makes two of a tied weight
-        read_slices(llama, folder)
+        fill(llama, folder, device)
     if hasattr(module, "value_head"):
         fully_shard(module.value_head.to(device), mesh=mesh)
     for unit in units(module):
@@ -62,6 +61,19 @@ def rows(parameter):
     each = -(-parameter.shape[0] // parameter.device_mesh.size())
     first = parameter.device_mesh.get_local_rank() * each
     return slice(first, first + parameter.to_local().shape[0])
+
+
+def fill(llama, folder, device):
+    """Give a Llama on the meta device its memory and the weights of a Hugging Face folder or a checkpoint of training. folder None: they
+    come later."""
+    llama.to_empty(device=device)
+    if llama.config.tie_word_embeddings:
+        llama.lm_head.weight = llama.embed_tokens.weight               # to_empty makes two of a tied weight
+    if folder and is_checkpoint(folder):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        Checkpoints(Path(folder).parent, rank, world).load_policy(Path(folder), llama)
+    elif folder:
+        read_slices(llama, folder)
 
 
 @torch.no_grad()
@@ -183,31 +195,3 @@ def blank_image(vision):
     tiles, size = vision.max_num_tiles, vision.image_size
     return Images(torch.zeros(1, tiles, vision.num_channels, size, size), torch.ones(1, dtype=torch.int64),
                   (torch.arange(tiles) < 1).long()[None], torch.zeros(1, dtype=torch.int64))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-def whole(tree):
-    """A tree of state with its sharded tensors gathered, one at a time, on the host of the first rank; None on the others."""
-    def gather(tensor):
-        full = tensor.full_tensor()
-        return full.cpu() if tensor.device_mesh.get_rank() == 0 else None
-
-    return tree_map_only(DTensor, gather, tree)
-
-
-def sliced(tensor, parameter):
-    """This rank's rows of a whole tensor in the shape of a sharded parameter; any other as it is."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    local = tensor[rows(parameter)].to(parameter.to_local().device, copy=True)
-    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-                              stride=parameter.stride())
-
-
-def sliced_state(state, optimizer):
-    """A whole optimizer's state -> this rank's slices of it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {i: {name: sliced(tensor, parameters[i]) for name, tensor in own.items()} for i, own in state["state"].items()}
-    return state | {"state": moments}

@@ -277,7 +277,7 @@ def gradients(model, processor, episodes, critic="detached", **changes):
     for parameter in module.value_head[-1].parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     args = settings(**({"epochs": 1, "minibatches": 1, "critic": critic} | changes))
-    metrics = ppo.update(module, processor, copy.deepcopy(episodes), args, step=lambda: 0.0, seed=0)
+    metrics = ppo.update(module, processor, copy.deepcopy(episodes), args, step=lambda loss: 0.0, seed=0)
     return {name: p.grad for name, p in module.named_parameters()}, metrics
 
 
@@ -301,7 +301,7 @@ def test_where_the_value_gradient_flows(model, processor, critic):
     module = ppo.ActorCritic(model, critic)
     torch.nn.init.normal_(module.value_head[-1].weight, std=0.1)
     ppo.update(module, processor, play(model, processor), settings(epochs=1, minibatches=1, critic=critic),
-               step=lambda: 0.0, seed=0, train_policy=False)
+               step=lambda loss: 0.0, seed=0, train_policy=False)
     moved = lambda part: any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
     assert moved(module.value_head)
     assert moved(module.policy) == (critic == "shared")
@@ -339,7 +339,7 @@ def test_ppo_learns_what_is_rewarded(model, processor):
     module = ppo.ActorCritic(model, "detached")
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
 
-    def step():
+    def step(loss):
         optimizer.step()
         optimizer.zero_grad()
         return 0.0

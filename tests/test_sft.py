@@ -81,7 +81,7 @@ def test_loss_is_the_mean_over_target_tokens(model, processor, task):
     results = []
     for budget in (1, 10**6):
         copied = copy.deepcopy(model)
-        metrics = sft.update(copied, processor, examples, settings(token_budget=budget), step=lambda: 0.0)
+        metrics = sft.update(copied, processor, examples, settings(token_budget=budget), step=lambda loss: 0.0)
         results.append((metrics["nll"], torch.cat([p.grad.flatten() for p in copied.parameters() if p.grad is not None])))
     batch = collate(processor, [e.ids for e in examples], [e.sampled for e in examples], [e.image for e in examples])
     logits = model(batch.input_ids, lengths=batch.lengths, images=batch.images, logits="all").logits
@@ -109,7 +109,7 @@ def test_sft_learns(model, processor):
     examples = sft.make_batch(processor, [(GeneralPoints(), 1.0)], range(4), mistakes=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
-    def step():
+    def step(loss):
         optimizer.step()
         optimizer.zero_grad()
         return 0.0

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -42,8 +44,8 @@ ONLY_SHARDED = ("shared", "tied", "separate")
 
 
 def run(processes, *argv):
-    args, _ = train.parse([str(word) for word in argv])
-    (train.evaluate_only if args.algo == "eval" else train.train)(args, processes)
+    args, typed, _ = train.parse([str(word) for word in argv])
+    train.evaluate_only(args, processes) if args.algo == "eval" else train.train(args, processes, typed)
 
 
 def model_of(name, small):
@@ -59,7 +61,7 @@ def worker(folder, small):
         if name not in ONLY_SHARDED:
             run(processes, *common, "--shard", "off", "--out", folder / name / "whole")
         run(processes, *common, "--shard", "on", *differently, "--out", folder / name / "sharded")
-    for steps in ([], ["--steps", 1], ["--resume"]):                        # whole, then in two parts
+    for steps in ([], ["--steps", 1], ["--resume", "--override"]):          # whole, then in two parts
         common = ["--model", small, *COMMON, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
         run(processes, *common, *steps, "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
     run(processes, "--model", small, *COMMON, "--algo", "eval", "--eval-hands", 3, "--shard", "on", "--out", folder / "eval")
@@ -193,6 +195,14 @@ def one_rank(small, tmp_path_factory):
     return once
 
 
+def saved_tensors(path):
+    """All of a checkpoint's tensors, whole."""
+    like = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in like.items()}
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors
+
+
 @pytest.mark.parametrize("name, way", [(name, way) for name in CASES for way in ("whole", "sharded")[name in ONLY_SHARDED:]])
 def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
     """Losses, the norm of the gradients before clipping, weights, critic, after three clipped updates."""
@@ -204,10 +214,9 @@ def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
     start, a, b = (Llama.from_pretrained(folder).state_dict() for folder in (model_of(name, small[0]), one / "final", two / "final"))
     assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4                         # it did learn
     assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
-    a, b = (torch.load(folder / "checkpoints/step_000003/training.pt", weights_only=True) for folder in (one, two))
-    assert a["critic"].keys() == b["critic"].keys() and all(torch.allclose(a["critic"][n], b["critic"][n], atol=1e-5) for n in a["critic"])
-    for i, moments in a["optimizers"][0]["state"].items():
-        assert torch.allclose(moments["exp_avg"], b["optimizers"][0]["state"][i]["exp_avg"], atol=1e-5)
+    a, b = (saved_tensors(folder / "checkpoints/step_000003") for folder in (one, two))
+    assert a.keys() == b.keys() and {name.split(".")[-1] for name in a} >= {"weight", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
     assert records(one, "step")[0]["grad_norm"] > 0.1                                   # so that clipping had something to do
 
 
@@ -251,9 +260,8 @@ def test_evaluation_of_a_sharded_model(two_ranks):
                                                  ({"norm.weight": torch.ones(3)}, 0, "expected"), ({}, 10, "not a whole")])
 def test_broken_files_are_named(small, model, tmp_path, monkeypatch, changes, cut, words):
     """As Llama.from_pretrained does; on one rank, where everything is its own."""
-    state = model.state_dict() | changes
-    small[1].save_pretrained(tmp_path, state={name: tensor for name, tensor in state.items() if tensor is not None})
     file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in (model.state_dict() | changes).items() if tensor is not None}, file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size - cut])
     monkeypatch.setattr(shard, "rows", lambda p: slice(0, len(p)))
     monkeypatch.setattr(torch.nn.Parameter, "to_local", lambda p: p.data, raising=False)

@@ -1,0 +1,153 @@
+"""The processes of a run, as torchrun starts them: who this one is, what all agree on, and what stops them.
+
+One process needs no torchrun and makes no collective. Several decide together whether to skip a step or to stop, so that none acts alone and
+leaves the others waiting. One that dies or fails takes the others down at once; under `torchrun --max-restarts N` they all come back and
+resume.
+"""
+
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Processes:
+    """This process among all: rank, world size, device, and sums over ranks."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        self.device = torch.device(device)
+        if self.world > 1 and not dist.is_initialized():
+            store = fresh_store(self.rank) if "TORCHELASTIC_RUN_ID" in os.environ else None
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world)
+        # A name for this start of torchrun, which the workers that it starts again after a failure find, too; None without torchrun.
+        launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        self.launch = self.gather([f"{socket.gethostname()}:{os.getppid()}" if launch == "none" else launch])[0]
+        self.restarted = self.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0      # each node counts its own failures
+
+    def all_reduce(self, tensor):
+        """Sum over ranks, in place; returns the tensor."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number):
+        """The largest of all ranks' integers."""
+        tensor = torch.tensor(number)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def barrier(self):
+        """Wait for all ranks."""
+        self.all_reduce(torch.zeros(1))
+
+    def sum_gradients(self, parameters):
+        """Sum gradients over ranks, in one message. Returns the parameters that have a gradient on any rank."""
+        if self.world == 1:
+            return [p for p in parameters if p.grad is not None]
+        present = self.all_reduce(torch.tensor([float(p.grad is not None) for p in parameters])).tolist()
+        parameters = [p for p, ranks in zip(parameters, present) if ranks]
+        if parameters:
+            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+            dist.all_reduce(flat)
+            for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad = total.view_as(p).clone()
+        return parameters
+
+    def gather(self, items):
+        """The lists of all ranks as one; objects travel pickled, so few and small ones."""
+        if self.world == 1:
+            return items
+        lists = [None] * self.world
+        dist.all_gather_object(lists, items)
+        return sum(lists, [])
+
+    def share(self, items):
+        """This rank's share of a sequence that all ranks hold."""
+        return items[self.rank::self.world]
+
+    def print(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def memory(self):
+        """The most memory that this process has held, in bytes: of the GPU, else of the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    @property
+    def hardware(self):
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
+        return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+    def fail(self, message):
+        """End this process with one line. Among several it leaves at once, without a goodbye that would wait for the others."""
+        if self.world == 1:
+            sys.exit(f"train.py: error: {message}")
+        print(f"train.py: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def fresh_store(rank):
+    """A store for the ranks to meet in. torchrun's own one outlives the workers: after a restart they would find the addresses of the dead in
+    it (pytorch issues 135712, 167288). So the first rank opens a new one and says there where it is; the others ask until one answers."""
+    board, _, _ = next(dist.rendezvous("env://"))
+    if rank == 0:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
+        board.set("port", str(store.port))
+        return store
+    while True:
+        try:
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(board.get("port")), timeout=timedelta(seconds=5))
+            store.set_timeout(timedelta(minutes=30))
+            return store
+        except dist.DistNetworkError:                          # of the dead
+            time.sleep(0.5)
+
+
+def lost(error):
+    """Whether a RuntimeError says that another rank is gone."""
+    return bool(re.search(r"[Cc]onnection (closed|reset|refused)|Broken pipe|NCCL|Timed out waiting", str(error)))
+
+
+class Interrupt:
+    """While open, turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C quits at once."""
+
+    def __init__(self, processes):
+        self.raised, self.processes = False, processes
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+        self.processes.print("\nstopping after this step, then saving (Ctrl-C again quits at once)")
+
+    def agreed(self):
+        """True on all ranks if it was raised on any."""
+        return bool(self.processes.all_reduce(torch.tensor(float(self.raised))).item())
