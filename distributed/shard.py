@@ -35,7 +35,7 @@ def shard(module, folder, device, world):
     The master weights are float32. On CUDA a Llama computes in bfloat16 and its gradients are summed in float32; the value head is
     float32 throughout. Each of them is a root of its own, because rollouts run the policy without its critic.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .*CrossLayer.* returned a view")     # of its input, without an image
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")      # which nobody changes in place
     mesh = init_device_mesh(device.type, (world,))
     compute = torch.bfloat16 if device.type == "cuda" else None
     for llama in [part for part in module.modules() if isinstance(part, Llama)]:
