@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import torch.distributed as dist
 import ppo
 import sft
 from distributed import checkpoint, plan, shard
-from distributed.processes import Interrupt, Processes, lost
+from distributed.processes import Interrupt, Processes, leave, lost
 from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor, read_json
 
@@ -436,6 +437,28 @@ def sharding(args, size, processes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and logs
 
+def choose_out(args, processes):
+    """Fill in --out: runs/TASK-ALGO, with a number behind it when a run is there already, or the newest run there for --resume. Workers
+    that torchrun starts again resume the run that they began."""
+    base = Path(f"runs/{args.task}-{args.algo}")
+    names = [Path(args.out)] if args.out else [base] + [base.with_name(f"{base.name}-{k}") for k in range(2, 1000)]
+    taken = [name for name in names if (name / "log.jsonl").exists()]
+    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
+    if own:
+        args.resume = True
+        args.out = str(own[-1])
+    elif args.resume:
+        args.out = str((taken or names)[-1 if taken else 0])
+    else:
+        args.out = str(args.out or next(name for name in names if name not in taken))
+
+
+def launch_of(run):
+    """Which launch of torchrun began or resumed a run last."""
+    starts = [json.loads(line) for line in open(run / "log.jsonl") if '"event": "start"' in line and line.endswith("}\n")]
+    return starts[-1].get("launch") if starts else None
+
+
 class RunFolder:
     """runs/NAME: config.json, log.jsonl, transcripts/, checkpoints/step_N/ and at the end final/, an ordinary Hugging Face folder."""
 
@@ -831,7 +854,6 @@ def plot(runs, file="success.png"):
 
 def main(argv=None):
     args, typed, runs = parse(argv)
-    processes = None
     try:
         if runs:
             return plot(runs)
@@ -843,46 +865,25 @@ def main(argv=None):
             evaluate_only(args, processes)
         else:
             train(args, processes, typed)
-    except (UserError, OSError, ValueError, RuntimeError) as error:
-        if os.environ.get("DEBUG") or (isinstance(error, RuntimeError) and not lost(error)):
-            raise
-        fail(processes, args, error)
+    except Exception as error:
+        message = explain(error, args)
+        if message is None or os.environ.get("DEBUG"):
+            traceback.print_exc()
+        leave(message or f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def fail(processes, args, error):
-    """End with one line that says what happened and what to do."""
-    if isinstance(error, RuntimeError):
-        error = (f"lost another rank, which may have said why ({str(error).splitlines()[0][:200]}); torchrun --max-restarts goes on by itself from the last "
-                 f"checkpoint, else add --resume --out {args.out}")
-    if processes is None:
-        sys.exit(f"train.py: error: {error}")
-    processes.fail(error)
-
-
-def choose_out(args, processes):
-    """Fill in --out: runs/TASK-ALGO, with a number behind it when a run is there already, or the newest run there for --resume. Workers
-    that torchrun starts again resume the run that they began."""
-    base = Path(f"runs/{args.task}-{args.algo}")
-    names = [Path(args.out)] if args.out else [base] + [base.with_name(f"{base.name}-{k}") for k in range(2, 1000)]
-    taken = [name for name in names if (name / "log.jsonl").exists()]
-    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
-    if own:
-        args.resume = True
-        args.out = str(own[-1])
-    elif args.resume:
-        args.out = str((taken or names)[-1 if taken else 0])
-    else:
-        args.out = str(args.out or next(name for name in names if name not in taken))
-
-
-def launch_of(run):
-    """Which launch of torchrun began or resumed a run last."""
-    starts = [json.loads(line) for line in open(run / "log.jsonl") if '"event": "start"' in line and line.endswith("}\n")]
-    return starts[-1].get("launch") if starts else None
+def explain(error, args):
+    """What happened and what to do, in one line; None for an error that this program did not expect."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{str(error).splitlines()[0]} A smaller --rollout-batch or --token-budget, or --checkpoint-activations, takes less; --dry-run shows what takes it"
+    if isinstance(error, RuntimeError) and lost(error):
+        return (f"lost another rank, which may have said why ({str(error).splitlines()[0][:160]}); torchrun --max-restarts N goes on by itself from the last "
+                f"checkpoint, else add --resume --out {args.out}")
+    return str(error) if isinstance(error, (UserError, OSError, ValueError)) else None
 
 
 if __name__ == "__main__":

@@ -97,14 +97,6 @@ class Processes:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
         return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
-    def fail(self, message):
-        """End this process with one line. Among several it leaves at once, without a goodbye that would wait for the others."""
-        if self.world == 1:
-            sys.exit(f"train.py: error: {message}")
-        print(f"train.py: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
-
 
 def fresh_store(rank):
     """A store for the ranks to meet in. torchrun's own one outlives the workers: after a restart they would find the addresses of the dead in
@@ -121,6 +113,15 @@ def fresh_store(rank):
             return store
         except dist.DistNetworkError:                          # of the dead
             time.sleep(0.5)
+
+
+def leave(message):
+    """End this process with one line. One of several leaves at once, without a goodbye that would wait for the others."""
+    if not dist.is_initialized():
+        sys.exit(f"train.py: error: {message}")
+    print(f"train.py: error: rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def lost(error):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,12 +241,18 @@ def faulty_rank(fault, argv):
     train.main(argv)
 
 
+def start(fault, *argv, restarts=0):
+    """Two ranks."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", str(restarts),
+                             __file__, fault, *map(str, argv)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def torchrun(fault, *argv, restarts=0):
-    """Two ranks. Returns the exit code and what was said."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", str(restarts),
-                           __file__, fault, *map(str, argv)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout
+    """Exit code of two ranks, and what was said."""
+    process = start(fault, *argv, restarts=restarts)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
 
 
 def test_a_rank_that_dies_ends_the_job_and_a_restart_resumes(small, tmp_path):
@@ -261,6 +268,18 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_resumes(small, tmp_path):
     assert_same(tmp_path / "restarted", tmp_path / "whole")
     code, said = torchrun("none", *common, "--out", tmp_path / "whole", restarts=1)      # a restart does not resume another launch's run
     assert code != 0 and "holds a run already" in said and len(records(tmp_path / "whole", "start")) == 1
+
+
+def test_sigterm_to_torchrun_saves_the_last_step(small, tmp_path):
+    out = tmp_path / "run"
+    process = start("none", "--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--steps", 100_000, "--save-every", 50_000, "--out", out)
+    while not ((out / "log.jsonl").exists() and len(records(out, "step")) > 2):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert "continue with --resume" in said
+    assert checkpoint.Checkpoints(out / "checkpoints").newest().name == f"step_{records(out, 'step')[-1]['step']:06d}"
 
 
 @pytest.mark.parametrize("sharded", ["on", "off"])
