@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
 import sft
-from kernels import logprob
+from kernels import logits, logprob
 from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw, read_json
 
 HERE = Path(__file__).resolve().parent
@@ -127,7 +127,7 @@ class FusedLogprobs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
-def score(hidden, weight, targets, temperature=1.0, workspace=logprob.WORKSPACE):
+def score(hidden, weight, targets, temperature=1.0, workspace=logits.WORKSPACE):
     """token_logprobs as far as memory and FLOPs go."""
     asked = (targets >= 0).nonzero()[:, 0]
     found = FusedLogprobs.apply(hidden[asked], weight, workspace)

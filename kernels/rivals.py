@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import use_triton
-from kernels.attention import Visible, attention, attention_reference
+from kernels.attention import attention, attention_reference
 from kernels.logprob import token_logprobs, token_logprobs_reference
+from kernels.visible import Visible
 
 # Log-probs: (tokens, channels, vocabulary). Attention: (B, T, S, H, K, D), and the name's first word says who sees whom: `see_whom`.
 LARGE = {"logprob": (8192, 4096, 128256), "logprob-entropy": (8192, 4096, 128256),
@@ -42,6 +43,7 @@ class Case:
     exact: object              # dtype -> the output and all gradients for sets[0], computed in that type
     flops: int
     bytes: int
+    terms: int                 # of the longest sum: over keys, or the vocabulary
     real: torch.Tensor | None = None                           # (B, T) queries that are no padding: whose outputs count
 
     def begin(self, way, args):
@@ -131,7 +133,7 @@ def logprob_cases(name, sizes, device, dtype, compiling):
     ways |= {"naive": lambda: naive_loss, "naive compiled": partial(compiled, naive_loss, compiling)}
     for label in ("torch chunks", "liger", "cut-cross-entropy", "cut-cross-entropy, all gradients"):
         ways[label] = partial(fused_loss, label, entropy, device.type == "cuda")
-    yield Case(name, "both", sets, ways, partial(exact_loss, sets[0][0]), 6 * N * V * D, 2 * (N + V) * D * hidden.element_size())
+    yield Case(name, "both", sets, ways, partial(exact_loss, sets[0][0]), 6 * N * V * D, 2 * (N + V) * D * hidden.element_size(), V)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +247,6 @@ def attention_cases(name, sizes, device, dtype, compiling):
     pairs, keys = sum(int(x.sum()) for x in seen), sum(int(x.any(0).sum()) for x in seen)
     queries, exact = B * T if real is None else int(real.sum()), cache(partial(exact_attention, *sets[0][0], sets[0][2], masks))
     traffic = 2 * (H * queries + K * keys) * D * args[0].element_size()
-    yield Case(name, "forward", sets, ways, exact, 4 * D * H * pairs, traffic, real)
+    yield Case(name, "forward", sets, ways, exact, 4 * D * H * pairs, traffic, S, real)
     if kind != "decode":
-        yield Case(name, "backward", sets, ways, exact, 10 * D * H * pairs, 2 * traffic, real)
+        yield Case(name, "backward", sets, ways, exact, 10 * D * H * pairs, 2 * traffic, S, real)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels import attention as A
-from kernels.attention import Visible
+from kernels import decode
+from kernels.visible import Visible, dense_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"kernels": "triton", "twin": "torch"}
@@ -224,14 +225,14 @@ def test_one_query_a_row(backend, kind, B, S, H, K, D):
 
 @pytest.mark.parametrize("backend", ["kernels"])
 def test_decoding_splits_the_keys(backend, monkeypatch):
-    counts, inner = [], A.combine_kernel
+    counts, inner = [], decode.combine_kernel
     inputs, grad = problem(1, 1, 200, 2, 1, 16)
 
     class Spy:
         def __getitem__(self, grid):
             return lambda *args, **kw: (counts.append(args[3]), inner[grid](*args, **kw))
-    monkeypatch.setattr(A, "combine_kernel", Spy())
-    monkeypatch.setattr(A, "chip", lambda device: ("cpu", 4))
+    monkeypatch.setattr(decode, "combine_kernel", Spy())
+    monkeypatch.setattr(decode, "chip", lambda device: ("cpu", 4))
     with torch.no_grad():
         found = A.attention(*inputs)
     assert counts and counts[0] > 1
@@ -243,12 +244,12 @@ def test_decoding_splits_the_keys(backend, monkeypatch):
 
 @both
 def test_one_object_serves_all_layers(backend):
-    """The twin makes its dense mask once; another pass has another object."""
+    """The first makes the twin's dense mask or the kernels' table for all; another pass has another object."""
     inputs, grad = problem(2, 5, 9, 2, 1, 16)
     visible = Visible(causal=True, starts=torch.tensor([1, 4], device=DEVICE))
     first = A.attention(*inputs, visible)
     assert torch.equal(first, A.attention(*inputs, visible))
-    assert (visible.dense is not None) == (backend == "twin")
+    assert (visible.dense is not None, visible.table is not None) == (backend == "twin", backend == "kernels")
 
 
 def test_wrong_shapes_are_refused():
@@ -265,13 +266,13 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
-def learn(T, S, H, K, D, **seen):
-    q, k, v = meta(4, T, H, D), meta(4, S, K, D), meta(4, S, K, D)
+def learn(T, S, H, K, D, dtype=torch.bfloat16, **seen):
+    q, k, v = meta(4, T, H, D, dtype=dtype), meta(4, S, K, D, dtype=dtype), meta(4, S, K, D, dtype=dtype)
     A.attention(q, k.transpose(1, 2), v.transpose(1, 2), Visible(**seen)).sum().backward()
 
 
 def launches():
-    """All kernels at the sizes of the 11B model (text, text after a cache, cross-attention, vision, decoding) and with heads of 64."""
+    """All kernels at the sizes of the 11B model (text, text after a cache, cross-attention, vision, decoding), with heads of 64, in float32."""
     os.environ["KERNELS"] = "triton"                           # in a child of this process, see aot.compile_all
 
     def row(*shape, dtype=torch.int64):
@@ -280,7 +281,10 @@ def launches():
     learn(2048, 2048, 32, 8, 64, causal=True)                  # the heads of Llama-3.2-1B
     learn(2047, 6404, 32, 8, 128, key_mask=row(4, 6404, dtype=torch.bool), see_all=row(4, 2047, dtype=torch.bool))
     learn(6432, 6432, 16, 16, 80, key_mask=row(4, 6432, dtype=torch.bool), see_all=row(4, 6432, dtype=torch.bool))
+    for D in (32, 64, 80, 128):
+        learn(2048, 2048, 8, 8, D, torch.float32, causal=True)
     with torch.no_grad():
+        A.attention(*(meta(*shape, dtype=torch.float32) for shape in ((64, 1, 8, 128), (64, 8, 2048, 128), (64, 8, 2048, 128))))
         k, v = row(64, 2, 8, 4096, 128, dtype=torch.bfloat16)[:, :, :, :2050].unbind(1)
         A.attention(meta(64, 128, 32, 128), k, v, Visible(causal=True, starts=row(64), lengths=row(64)))
         A.attention(meta(64, 1, 32, 128), k, v, Visible(causal=True, starts=row(64)))
@@ -313,7 +317,7 @@ def test_no_worse_than_pytorch(dtype, kind, D):
     expected = dense(inputs, grad, **seen)
     q, k, v = (x.detach().float().requires_grad_() for x in inputs)
     visible = Visible(**seen)
-    mask = A.dense_mask(visible, q, 517, 1)
+    mask = dense_mask(visible, q, 517, 1)
     theirs = [x.detach().to(dtype).requires_grad_() for x in (inputs[0].transpose(1, 2), *(x.repeat_interleave(4, 1) for x in inputs[1:]))]
     out = F.scaled_dot_product_attention(*theirs, attn_mask=None if mask is None else mask.to(dtype)).nan_to_num()
     level = (out.transpose(1, 2).double() - expected[0]).abs().max() + torch.finfo(dtype).eps * expected[0].abs().max()

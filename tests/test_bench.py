@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import kernels
-from kernels import attention, bench, logprob, rivals
+from kernels import attention, bench, rivals
+from kernels.visible import Visible
 
 CPU, CEILINGS = torch.device("cpu"), {"flops": 1e11, "bytes": 1e10}
 TINY = {"causal": (2, 9, 9, 4, 2, 16), "ragged": (3, 8, 8, 4, 2, 16), "resumed": (3, 5, 12, 4, 2, 16), "cross": (4, 16, 4 * 10, 2, 1, 16),
@@ -49,19 +50,32 @@ def test_kernels_agree_with_the_exact_answers(kind, monkeypatch):
     """The masks mean the same to both."""
     monkeypatch.setenv("KERNELS", "triton")
     case, row = attention_cases(kind)[-1], {}
-    assert bench.examine(case, row, case.ways["ours"], case.exact(torch.float64), CPU)
-    assert row["error"] < 1e-5
+    assert bench.examine(case, row, case.ways["ours"], case.exact(torch.float64), CPU, 1e-5)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x * 1.001, lambda x: x.masked_fill(x == x.max(), torch.nan)], ids=["off", "nan"])
 def test_a_wrong_result_gets_no_time(spoil, capsys):
     case = attention_cases("causal")[0]
-    case.ways["naive"] = lambda: lambda q, k, v: spoil(attention.attention(q, k, v, attention.Visible(causal=True)))
+    case.ways["naive"] = lambda: lambda q, k, v: spoil(attention.attention(q, k, v, Visible(causal=True)))
     rows = run(case)
     assert rows["naive"]["no"] == "result is wrong" and "ms" not in rows["naive"] and "ms" in rows["ours"]
     bench.show(list(rows.values()))
     table = capsys.readouterr().out
     assert "| no: result is wrong" in table and "| ours " in table
+
+
+def test_errors_are_held_against_those_of_the_naive_form():
+    """Where PyTorch's own sums are off by more than BOUND, twice as much passes, three times does not; nor does a naive form that no sum explains."""
+    def off(by):
+        return lambda: lambda hidden, *rest: rivals.naive_loss(hidden, *rest) * (1 + by)
+
+    case = logprob_case()
+    case.ways = {"ours": off(3.8e-4), "naive": off(2e-4), "worse": off(6e-4)}
+    case.terms = 128256
+    rows = run(case)
+    assert [row.get("no") for row in rows.values()] == [None, None, "result is wrong"]
+    case.terms = 50
+    assert [row.get("no") for row in run(case).values()] == 3 * ["result is wrong"]
 
 
 def test_wrong_gradients_get_no_time():

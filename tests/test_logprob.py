@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import kernels
-from kernels import logprob
+from kernels import logits, logprob, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WAYS = {"kernels": (logprob.statistics, logprob.gradients), "twins": logprob.TWINS}
+WAYS = {"kernels": logprob.KERNELS, "twins": logprob.TWINS}
 both = pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
 
 
@@ -102,7 +102,7 @@ def test_twins_pass_gradcheck():
 @both
 def test_small_slabs_and_pieces_change_nothing(ways, monkeypatch):
     numbers = problem(37, 9, 300)
-    monkeypatch.setattr(logprob, "WORKSPACE", 37 * 4 * 96)                                    # slabs of 96: 4 of them
+    monkeypatch.setattr(logits, "WORKSPACE", 37 * 4 * 96)                                    # slabs of 96: 4 of them
     monkeypatch.setattr(logprob, "PIECE", (5, 7))
     assert_within(run(*numbers, 1.0, ways), *dense(*numbers, 1.0))
 
@@ -181,8 +181,8 @@ def test_sharp_distributions_keep_their_entropy(ways):
 
 def test_workspace_at_full_size(monkeypatch):
     calls = MagicMock()
-    monkeypatch.setattr(logprob, "dlogits_kernel", calls)
-    monkeypatch.setattr(logprob, "chip", lambda device: ("sm_90", 132))
+    monkeypatch.setattr(logits, "dlogits_kernel", calls)
+    monkeypatch.setattr(tiles, "chip", lambda device: ("sm_90", 132))
     slab_launches()
     written = [call.args[7] for call in calls.__getitem__.return_value.call_args_list]
     assert len({id(x) for x in written}) == 1 and len(written) == 26
@@ -211,21 +211,22 @@ def test_memory_of_the_twins():
 # ------------------------------------------------------------------------------------------------------------ compiled for GPUs
 
 
-def slab_launches():
-    hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (8192, 128256))
+def slab_launches(dtype=torch.bfloat16):
+    hidden, weight = (torch.empty(n, 4096, dtype=dtype, device="meta") for n in (8192, 128256))
     numbers = hidden, weight, torch.empty(8192, dtype=torch.int64, device="meta")
-    logprob.gradients(*numbers, *torch.empty(4, 8192, device="meta"), 1.0, (True, True))
+    logits.gradients(*numbers, *torch.empty(4, 8192, device="meta"), 1.0, (True, True))
     return numbers
 
 
 def launches():
-    """All kernels at the sizes of the 11B model."""
-    logprob.statistics(*slab_launches(), 1.0)
+    """All kernels at the sizes of the 11B model, in half precision and float32."""
+    for dtype in (torch.bfloat16, torch.float32):
+        logits.statistics(*slab_launches(dtype), 1.0)
 
 
 def greedy_launches():
     """Two warps have too few registers for 128 x 128 sums."""
-    logprob.BLOCKS["sm_80"] = (128, 128, 32, 2, 2)
+    tiles.LOGITS["sm_80"] = (128, 128, 32, 2, 2)
     slab_launches()
 
 

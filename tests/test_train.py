@@ -267,7 +267,8 @@ def test_imports_follow_the_map():
     """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
     allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "envs": {"numpy", "scenes"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers", "kernels"},
                "sft": {"torch", "model"}, "ppo": {"torch", "model"},
-               "kernels/__init__": {"torch", "triton"}, "kernels/attention": {"torch", "triton", "kernels"}, "kernels/logprob": {"torch", "triton", "kernels"},
+               "kernels/__init__": {"torch", "triton"},
+               **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
