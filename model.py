@@ -80,6 +80,17 @@ class Config:
     image_token_id: int | None = None
     vision: VisionConfig | None = None
 
+    def image_tokens(self, frozen):
+        """What an image adds to a forward and backward pass, in text tokens of about the same memory. frozen: its encoder is not trained.
+
+        A patch keeps as many numbers as a token does (11B: 16 a layer and channel) in the layers of the encoder, as far as it is
+        trained; and keys and values in those that look at it. Measured (distributed/plan.py) are 2221 for 11B, or 199 if frozen.
+        """
+        vision = self.vision
+        encoder = 0 if frozen else vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)
+        keys = self.num_key_value_heads * self.head_dim * len(self.cross_attention_layers)
+        return vision.max_num_tiles * vision.num_patches * (encoder + keys) // (self.hidden_size * self.num_hidden_layers)
+
     @classmethod
     def from_dict(cls, hf):
         """A parsed config.json of model_type llama or mllama -> Config. ValueError for anything this file does not compute."""
@@ -149,14 +160,16 @@ def read_rope_scaling(rope):
 @dataclass
 class Images:
     """The images of a batch, at most one a row."""
-    pixel_values: torch.Tensor              # (N, tiles, 3, size, size), normalised
+    pixel_values: torch.Tensor | None       # (N, tiles, 3, size, size), normalised; None where their features are known
     aspect_ratio_ids: torch.Tensor          # (N,) 1-based place in supported_aspect_ratios
     aspect_ratio_mask: torch.Tensor         # (N, tiles) 1 for real tiles, which come first, 0 for padding
     rows: torch.Tensor                      # (N,) the batch row of each, ascending
+    features: torch.Tensor | None = None    # (N, S, VisionConfig.output_size) what the vision encoder made of them, if known
 
     def to(self, device=None, dtype=None):
-        return Images(self.pixel_values.to(device, dtype), self.aspect_ratio_ids.to(device), self.aspect_ratio_mask.to(device),
-                      self.rows.to(device))
+        move = lambda x, dtype=None: None if x is None else x.to(device, dtype)
+        return Images(move(self.pixel_values, dtype), move(self.aspect_ratio_ids), move(self.aspect_ratio_mask), move(self.rows),
+                      move(self.features))
 
 
 @dataclass
@@ -166,10 +179,11 @@ class Output:
     logits: torch.Tensor | None = None      # (B, T, V) for "all", (B, V) for "last"
     logprobs: torch.Tensor | None = None    # (B, T) float32, 0 where no target was asked
     entropy: torch.Tensor | None = None     # (B, T) float32, nats
+    features: torch.Tensor | None = None    # (N, S, F) of the images given, before the projector
 
 
 class KVCache:
-    """Keys and values of B conversations. One tensor holds all layers, so growing, compacting and reordering are a line each.
+    """Keys and values of B conversations. A tensor a layer: growing then takes the memory of one layer beside, not of all.
 
     `lengths` (B,) lives on the host: nothing waits for the device to know how far a row has come.
     """
@@ -178,15 +192,17 @@ class KVCache:
         self_layers = config.num_hidden_layers - len(config.cross_attention_layers)
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.has_image = torch.zeros(rows, dtype=torch.bool)
-        self.kv = torch.zeros(self_layers, rows, 2, config.num_key_value_heads, 0, config.head_dim, device=device, dtype=dtype)
+        shape = rows, 2, config.num_key_value_heads, 0, config.head_dim                       # (B, 2, K, capacity, D)
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(self_layers)]
         self.cross = None                   # (cross layers, B, 2, K, S, D) once an image came
         self.cross_mask = None              # (B, S) bool: vision tokens of real tiles; None when all are
 
     def reserve(self, capacity):
         """Make room for `capacity` tokens a row."""
-        short = capacity - self.kv.shape[4]
+        short = capacity - self.kv[0].shape[3]
         if short > 0:
-            self.kv = F.pad(self.kv, (0, 0, 0, -(-short // 64) * 64))
+            for i in range(len(self.kv)):
+                self.kv[i] = F.pad(self.kv[i], (0, 0, 0, -(-short // 64) * 64))
 
     def move(self, to, source):
         """Row to[i] becomes what row source[i] was (lists). In place and layer by layer, so that little extra memory is needed."""
@@ -207,7 +223,7 @@ class KVCache:
     def first(self, n):
         """A cache of the first n rows that shares this one's memory."""
         view = KVCache.__new__(KVCache)
-        view.lengths, view.has_image, view.kv = self.lengths[:n], self.has_image[:n], self.kv[:, :n]
+        view.lengths, view.has_image, view.kv = self.lengths[:n], self.has_image[:n], [layer[:n] for layer in self.kv]
         view.cross = None if self.cross is None else self.cross[:, :n]
         view.cross_mask = None if self.cross_mask is None else self.cross_mask[:n]
         return view
@@ -224,6 +240,7 @@ class Step:
     fresh: bool = True                      # no cached positions: the new tokens attend to one another alone
     text: Visible = None                    # what the new tokens see of the text
     vision: torch.Tensor | None = None      # (N, S, D) projected image features, only when images are given
+    features: torch.Tensor | None = None    # (N, S, F) the same before projection
     looks: bool = False                     # does any row have an image?
     rows: torch.Tensor | None = None        # (N,) the rows that have, when not all do
     image: Visible = field(default_factory=Visible)            # and of their row's image
@@ -536,7 +553,7 @@ class Llama(nn.Module):
             self.remind(step, cache)
         for layer in self.layers:
             x = layer(x, step)
-        output = Output(self.norm(x))
+        output = Output(self.norm(x), features=step.features)
         if logits == "all":
             output.logits = self.lm_head(output.hidden)
         elif logits == "last":
@@ -556,7 +573,7 @@ class Llama(nn.Module):
         ends = cache.lengths.tolist()
         fresh, longest = max(ends) == 0, max(ends) + T
         cache.reserve(longest)
-        K, capacity = cache.kv.shape[3:5]                      # kv (layers, B, 2, K, capacity, D)
+        K, capacity = cache.kv[0].shape[2:4]                   # (B, 2, K, capacity, D)
         positions = cache.lengths.to(x.device)[:, None] + torch.arange(T, device=x.device)                        # (B, T)
         write = torch.arange(0, B * 2 * K * capacity, capacity, device=x.device).view(B, 1, 2, K) + positions[:, :, None, None]
         cache.lengths += T if lengths is None else lengths.cpu()
@@ -587,7 +604,8 @@ class Llama(nn.Module):
             raise ValueError(f"a conversation has one image and one <|image|> token, or none: found images {count.tolist()}, "
                              f"tokens {here.sum(1).tolist()}")
         step.looks, step.rows = True, None if len(images.rows) == len(here) else images.rows
-        step.vision = self.multi_modal_projector(self.vision_model(images))                   # (N, S, D)
+        step.features = self.vision_model(images) if images.features is None else images.features
+        step.vision = self.multi_modal_projector(step.features)                               # (N, S, D)
         sees = here[images.rows].cumsum(1) > 0                                                # (N, T)
         step.sees = sees[:, :, None].to(dtype)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)      # (N, S)
@@ -598,9 +616,9 @@ class Llama(nn.Module):
 
     def keep_images(self, cache, rows, real):
         """Room in the cache for the keys of the tiles that are real in some row, real (N, S)."""
-        B, _, K, _, D = cache.kv.shape[1:]
+        B, _, K, _, D = cache.kv[0].shape
         S = int(real.sum(1).max())
-        cache.cross = cache.kv.new_zeros(len(self.config.cross_attention_layers), B, 2, K, S, D)
+        cache.cross = cache.kv[0].new_zeros(len(self.config.cross_attention_layers), B, 2, K, S, D)
         cache.has_image[rows.cpu()] = True
         if not real[:, :S].all():
             cache.cross_mask = torch.zeros(B, S, dtype=torch.bool, device=real.device).index_copy_(0, rows, real[:, :S])
@@ -629,10 +647,9 @@ class Llama(nn.Module):
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
-    def save_pretrained(self, folder, *, state=None, max_shard_size=5 * 10**9):
-        """Write config.json and safetensors in the released layout, all or nothing. state: a full state dict to write instead of
-        this module's own (which may be sharded over processes)."""
-        tensors = {to_released(k, self.config): v for k, v in (state or self.state_dict()).items()
+    def save_pretrained(self, folder, *, max_shard_size=5 * 10**9):
+        """Write config.json and safetensors in the released layout, all or nothing."""
+        tensors = {to_released(k, self.config): v for k, v in self.state_dict().items()
                    if not (k == "lm_head.weight" and self.config.tie_word_embeddings)}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         files = {"config.json": json.dumps(self.config.to_dict() | {"torch_dtype": dtype}, indent=2)}
@@ -770,15 +787,19 @@ class Sample:
     ids: list                               # drawn ids, with the end token if it was drawn
     logprobs: list                          # of each, when it was drawn
     ended: bool = False                     # by a stop id, not by max_new_tokens
+    hidden: torch.Tensor | None = None      # (D,) state at the last token before them, after the final norm: what a critic reads
+    features: torch.Tensor | None = None    # (S, F) of the row's image, on the host; see `generate`
 
 
 @torch.no_grad()
-def generate(model, conversations, *, cache=None, images=None, max_new_tokens, temperature=1.0, stop_ids, seeds=None):
+def generate(model, conversations, *, cache=None, images=None, max_new_tokens, temperature=1.0, stop_ids, seeds=None,
+             keep_features=False):
     """Continue each conversation until a stop id or max_new_tokens (>= 1). -> (list of Sample, KVCache)
 
     conversations: the full token ids so far; row i of `cache` already holds the first cache.lengths[i] of them, only the rest is
     fed. images: with the first call only. temperature 0 is greedy (its log-probs are those of temperature 1). seeds: one a row;
-    a row's draws depend on its own seed and not on the rows around it (default: torch's global generator).
+    a row's draws depend on its own seed and not on the rows around it (default: torch's global generator). keep_features: hand out
+    what the vision encoder made of the images, for a model whose encoder is frozen to be trained on (see Images.features).
     To go on: append sample.ids and the next forced tokens to each list, cache.keep(rows that go on), call again.
     """
     if max_new_tokens < 1:
@@ -788,9 +809,12 @@ def generate(model, conversations, *, cache=None, images=None, max_new_tokens, t
     ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
     cache.reserve(int((cache.lengths + lengths).max()) + max(max_new_tokens, ids.shape[1]))
     uniform = draw_uniform(seeds, B, max_new_tokens).to(weight.device)
-    samples, rows, drawn = [Sample([], []) for _ in conversations], list(range(B)), []        # rows[slot]: whose it is
-    view = cache
-    logits = model(ids.to(weight.device), lengths=lengths, images=images, cache=view, logits="last").logits
+    out = model(ids.to(weight.device), lengths=lengths, images=images, cache=cache, logits="last")
+    samples = [Sample([], [], hidden=hidden) for hidden in out.hidden[torch.arange(B), lengths - 1]]
+    if keep_features and images is not None:
+        for row, features in zip(images.rows.tolist(), out.features.cpu()):
+            samples[row].features = features
+    rows, drawn, view, logits, out = list(range(B)), [], cache, out.logits, None              # rows[slot]: whose it is
     for t in range(max_new_tokens):
         tokens, logprobs = draw(logits, uniform[:, t], temperature)
         drawn.append((rows[:len(tokens)], logprobs))
@@ -992,22 +1016,26 @@ class Processor:
         start = self.decode(ids).find(text)
         return -1 if start < 0 else bisect_left(range(len(ids)), True, key=lambda i: len(self.decode(ids[:i + 1])) > start)
 
-    def images(self, images):
-        """One PIL image or None per batch row -> Images, or None if there is none."""
+    def images(self, images, features=None):
+        """One PIL image or None per batch row -> Images, or None if there is none. features: of each row's image, known already."""
         rows = [i for i, image in enumerate(images) if image is not None]
         if not rows:
             return None
         if self.image_config is None:
             raise ValueError("this checkpoint takes no images: it lacks preprocessor_config.json")
-        tiles, ids, mask = zip(*(tile_image(images[i], self.image_config) for i in rows))
-        return Images(torch.from_numpy(np.stack(tiles)), torch.tensor(ids), torch.from_numpy(np.stack(mask)), torch.tensor(rows))
+        size, max_tiles = self.image_config["size"]["height"], self.image_config["max_image_tiles"]
+        ids, layouts = zip(*(best_canvas(images[i].width, images[i].height, size, max_tiles) for i in rows))
+        real = torch.tensor([math.prod(layout) for layout in layouts])
+        return Images(None if features else torch.from_numpy(np.stack([tile_image(images[i], self.image_config) for i in rows])),
+                      torch.tensor(ids), (torch.arange(max_tiles) < real[:, None]).long(), torch.tensor(rows),
+                      torch.stack([features[i] for i in rows]) if features else None)
 
 
 def tile_image(image, config):
-    """PIL image -> tiles (max_tiles, 3, size, size) float32, aspect ratio id, tile mask (max_tiles,); as transformers' mllama processor."""
+    """PIL image -> tiles (max_tiles, 3, size, size) float32, black ones last; as transformers' mllama processor."""
     size, max_tiles = config["size"]["height"], config["max_image_tiles"]
     image = to_rgb(image)
-    id_, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
+    _, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
     image = image.resize(fit(image.width, image.height, columns * size, rows * size, size), config["resample"])
     canvas = np.zeros((rows * size, columns * size, 3), np.float32)
     canvas[:image.height, :image.width] = np.asarray(image)
@@ -1017,7 +1045,7 @@ def tile_image(image, config):
         canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
     tiles = np.zeros((max_tiles, 3, size, size), np.float32)
     tiles[:rows * columns] = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
-    return tiles, id_, (np.arange(max_tiles) < rows * columns).astype(np.int64)
+    return tiles
 
 
 def to_rgb(image):
@@ -1069,8 +1097,9 @@ class Batch:
                      self.images and self.images.to(device))
 
 
-def collate(processor, ids, asked, images):
-    """Conversations -> Batch. `asked[b][t]`: is the log-prob of token t wanted? The last token is a target only."""
+def collate(processor, ids, asked, images, features=None):
+    """Conversations -> Batch. `asked[b][t]`: is the log-prob of token t wanted? The last token is a target only. images, features: see
+    Processor.images."""
     width = max(len(row) for row in ids) - 1
     input_ids = torch.full((len(ids), width), processor.pad_id)
     targets = torch.full((len(ids), width), -100)
@@ -1079,14 +1108,15 @@ def collate(processor, ids, asked, images):
         following = torch.tensor(row[1:])
         targets[b, :len(row) - 1] = torch.where(torch.tensor(wanted[1:]), following, -100)
     lengths = torch.tensor([len(row) - 1 for row in ids])
-    return Batch(input_ids, lengths, targets, processor.images(images))
+    return Batch(input_ids, lengths, targets, processor.images(images, features))
 
 
-def bucket(lengths, token_budget):
-    """Group rows alike in length so that rows x longest <= token_budget (a row beyond it alone). Returns lists of indices."""
-    groups = []
+def bucket(lengths, token_budget, extra=None):
+    """Group rows alike in length so that rows x longest, and what each takes beside (`extra`, its image, in tokens), is at most
+    token_budget (a row beyond it alone). Returns lists of indices."""
+    groups, beside = [], [0] * len(lengths) if extra is None else extra
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= token_budget:
+        if groups and (len(groups[-1]) + 1) * lengths[i] + sum(beside[j] for j in [*groups[-1], i]) <= token_budget:
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -32,7 +32,8 @@ class Turn:
     end: int
     reward: float
     info: dict                 # what the environment said of this answer: verdict, recognized, ...
-    value: float = 0.0         # V(prompt of this turn), filled in by `score_values`
+    hidden: object = None      # (D,) the policy's state at the last token of the prompt, from which `read_values` makes
+    value: float = 0.0         # V(prompt of this turn); or `score_values` does
     advantage: float = 0.0     # filled in by an estimator
     target: float = 0.0        # what the value head is regressed on
 
@@ -45,6 +46,7 @@ class Conversation:
     logprobs: list[float] = field(default_factory=list)    # as drawn; 0 where forced
     weights: list[float] = field(default_factory=list)     # weight in the turn's log-prob; 0 where forced
     image: object = None                                   # PIL image or None
+    features: object = None                                # (S, F) what a frozen vision encoder made of it; None: not kept
 
     def tell(self, rendered):
         """Append forced tokens: a prompt or a verifier message."""
@@ -62,6 +64,8 @@ class Conversation:
         self.sampled += [True] * len(sample.ids)
         self.logprobs += sample.logprobs
         self.weights += weights
+        if sample.features is not None:
+            self.features = sample.features
 
 
 @dataclass
@@ -111,7 +115,7 @@ class Player:
         start = len(episode.conversations[-1].ids)
         episode.conversations[-1].add(sample, token_weights(self.processor, sample.ids, self.env.answer_key))
         observation, reward, terminated, truncated, info = self.env.step(text)
-        episode.turns.append(Turn(len(episode.conversations) - 1, start, start + len(sample.ids), reward, info))
+        episode.turns.append(Turn(len(episode.conversations) - 1, start, start + len(sample.ids), reward, info, sample.hidden))
         episode.transcript.append(("assistant", text))
         episode.transcript.append(("reward", f"{reward:+g} ({info['verdict']})"))
         if terminated or truncated:
@@ -129,12 +133,14 @@ def readable(content):
 
 
 @torch.inference_mode()
-def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, draws=None, batch=256, device="cpu"):
+def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, draws=None, batch=256, keep_features=False,
+            device="cpu"):
     """Play one episode per seed with the current policy, `batch` at a time.
 
     seeds: what the environments deal; draws: seeds of the sampling, one an episode (default: 0, 1, 2, ...). An episode
     depends on its own two seeds alone, never on who shares its batch or its rank. The conversations that continue keep
-    their KV cache from turn to turn, so that every prefix is prefilled once. Returns Episodes in the order of `seeds`.
+    their KV cache from turn to turn, so that every prefix is prefilled once. keep_features: for an update that does not
+    train the vision encoder, keep what it made of each image (11B: 98 MB of host memory). Returns Episodes in the order of `seeds`.
     """
     episodes = []
     draws = range(len(seeds)) if draws is None else draws
@@ -145,7 +151,7 @@ def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, d
         while groups:
             fresh, continuing = [], []
             for cache, group in groups:
-                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens, device)
+                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens, keep_features, device)
                 fresh += [group[i] for i in stay if group[i].fresh]
                 stay = [i for i in stay if not group[i].fresh]
                 if stay:
@@ -156,7 +162,7 @@ def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, d
     return episodes
 
 
-def play_turn(model, processor, cache, players, temperature, max_new_tokens, device):
+def play_turn(model, processor, cache, players, temperature, max_new_tokens, keep_features, device):
     """Every player answers once. Returns the cache and the indices of the players whose episodes go on."""
     open_conversations = [player.episode.conversations[-1] for player in players]
     images = None
@@ -165,7 +171,7 @@ def play_turn(model, processor, cache, players, temperature, max_new_tokens, dev
         images = images and images.to(device)
     samples, cache = generate(
         model, [c.ids for c in open_conversations], cache=cache, images=images, max_new_tokens=max_new_tokens,
-        temperature=temperature, stop_ids=processor.stop_ids,
+        temperature=temperature, stop_ids=processor.stop_ids, keep_features=keep_features,
         seeds=[player.draw * 1_009 + len(player.episode.turns) for player in players])
     return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]
 
@@ -269,13 +275,13 @@ class ActorCritic(nn.Module):
         self.trunk = copy.deepcopy(policy) if critic == "separate" else None
 
     def values(self, batch, turns):
-        """Values of the turns, (turns,). `turns` holds the row and the position of each turn's last prompt token."""
-        trunk = self.policy if self.trunk is None else self.trunk
-        hidden = trunk(batch.input_ids, lengths=batch.lengths, images=batch.images).hidden
-        return self.head(hidden, turns)
+        """Values of the turns, (turns,), by the separate network. `turns`: the row and the position of each turn's last prompt token."""
+        hidden = self.trunk(batch.input_ids, lengths=batch.lengths, images=batch.images).hidden
+        return self.head(hidden[turns.rows, turns.positions])
 
-    def head(self, hidden, turns):
-        return self.value_head(hidden[turns.rows, turns.positions].float()).squeeze(-1)
+    def head(self, hidden):
+        """States at last prompt tokens (turns, D) -> values (turns,)."""
+        return self.value_head(hidden.float()).squeeze(-1)
 
     def forward(self, batch, turns, temperature):
         """One forward pass for all turns of all conversations: log-probs (B, T), entropies (B, T), values (turns,)."""
@@ -284,7 +290,7 @@ class ActorCritic(nn.Module):
         if self.trunk is not None:
             return out.logprobs, out.entropy, self.values(batch, turns)
         hidden = out.hidden.detach() if self.critic == "detached" else out.hidden
-        return out.logprobs, out.entropy, self.head(hidden, turns)
+        return out.logprobs, out.entropy, self.head(hidden[turns.rows, turns.positions])
 
 
 @dataclass
@@ -300,11 +306,16 @@ class TurnTensors:
     targets: torch.Tensor          # (turns,)
 
 
+def kept_features(conversations):
+    """The features of each conversation's image if the rollout kept them, else None."""
+    return [c.features for c in conversations] if any(c.features is not None for c in conversations) else None
+
+
 def make_batch(processor, items, device):
     """items: list of (Conversation, [its Turns]). Returns (Batch for the model, TurnTensors, the turns in order)."""
     conversations = [conversation for conversation, _ in items]
     batch = collate(processor, [c.ids for c in conversations], [c.sampled for c in conversations],
-                    [c.image for c in conversations]).to(device)
+                    [c.image for c in conversations], kept_features(conversations)).to(device)
     shape = batch.input_ids.shape
     turn_of, weights = torch.full(shape, -1), torch.zeros(shape)
     old_logprobs, rows, turns = torch.zeros(shape), [], []
@@ -335,17 +346,26 @@ def conversations_of(episodes):
     return items
 
 
-def buckets_of(items, token_budget):
-    """Split items into batches of conversations alike in length, each of at most `token_budget` padded tokens."""
-    return [[items[i] for i in indices]
-            for indices in bucket([len(conversation.ids) for conversation, _ in items], token_budget)]
+def buckets_of(items, config, token_budget):
+    """Split items into batches of conversations alike in length, each of at most `token_budget` padded tokens, images included."""
+    conversations = [conversation for conversation, _ in items]
+    extra = [0 if c.image is None else config.image_tokens(frozen=c.features is not None) for c in conversations]
+    return [[items[i] for i in indices] for indices in bucket([len(c.ids) for c in conversations], token_budget, extra)]
+
+
+@torch.no_grad()
+def read_values(actor_critic, episodes):
+    """Fill in `turn.value` for all turns from the states that the rollout met, with a critic that reads the policy's."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    for turn, value in zip(turns, actor_critic.head(torch.stack([turn.hidden for turn in turns])).tolist()):
+        turn.value = value
 
 
 @torch.no_grad()
 def score_values(actor_critic, processor, episodes, token_budget, device, pace=alone):
-    """Fill in `turn.value` for all turns with the critic as it is before the update."""
+    """Fill in `turn.value` for all turns with a separate critic, as it is before the update: a pass over all conversations."""
     items = conversations_of(episodes)
-    for micro, weight in pace(buckets_of(items, token_budget), items[:1]):
+    for micro, weight in pace(buckets_of(items, actor_critic.policy.config, token_budget), items[:1]):
         batch, tensors, turns = make_batch(processor, micro, device)
         values = actor_critic.values(batch, tensors).tolist()
         for turn, value in zip(turns, values if weight else []):
@@ -400,7 +420,10 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
     With `train_policy` False only the critic learns (warm-up). `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
     """
     turns = [turn for episode in episodes for turn in episode.turns]
-    score_values(actor_critic, processor, episodes, args.token_budget, device, pace)
+    if actor_critic.trunk is None:
+        read_values(actor_critic, episodes)
+    else:
+        score_values(actor_critic, processor, episodes, args.token_budget, device, pace)
     ESTIMATORS[args.advantage](episodes, args)
     explained = explained_variance(turns, all_reduce)
     normalize_advantages(turns, all_reduce)
@@ -415,7 +438,7 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
             if not n_units:                                            # fewer conversations a rank than minibatches
                 continue
             sums = defaultdict(float)
-            for micro, weight in pace(buckets_of(chunk, args.token_budget), items[:1]):
+            for micro, weight in pace(buckets_of(chunk, actor_critic.policy.config, args.token_budget), items[:1]):
                 loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n_units, n_turns, device, train_policy)
                 (weight * loss).backward()
                 for name, value in numbers.items():

@@ -59,7 +59,8 @@ def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pa
     counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
     n_tokens, trained_tokens = all_reduce(counts).tolist()
     sums = torch.zeros(3, dtype=torch.float64)
-    for indices, weight in pace(bucket([len(e.ids) for e in examples], args.token_budget), [0]):
+    beside = [0 if e.image is None else model.config.image_tokens(args.tune != "all") for e in examples]
+    for indices, weight in pace(bucket([len(e.ids) for e in examples], args.token_budget, beside), [0]):
         micro = [examples[i] for i in indices]
         batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
         out = model(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets)

@@ -88,7 +88,8 @@ class Args:
     adam_eps: float = arg(None, "Adam epsilon")
     max_grad_norm: float = arg(None, "gradient norm to clip to")
     max_skipped: int = arg(5, "stop after so many steps in a row whose loss or gradient was not finite; such a step changes nothing")
-    token_budget: int = arg(None, "padded tokens of one forward and backward pass; gradients are accumulated over several")
+    token_budget: int = arg(None, "padded tokens of one forward and backward pass, an image as many as take its memory; "
+                                  "gradients are accumulated over several")
     tune: str = arg("all", "what SFT and PPO train", ("all", "no-vision", "no-vision-no-adapter"))
     # several ranks
     shard: str = arg("auto", "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 million weights on)",
@@ -129,7 +130,7 @@ class Args:
     eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
     save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
     transcript_every: int = arg(10, "steps between sample transcripts (PPO)")
-    rollout_batch: int = arg(256, "episodes played at once, a rank")
+    rollout_batch: int = arg(None, "episodes played at once, a rank")
 
     @property
     def game(self):
@@ -151,7 +152,7 @@ GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_
 PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
-                 lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
+                 rollout_batch=256, lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
         sft=dict(steps={"gp": 450, "virl-l": 221, "virl-vl": 230}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
                  eval_every={"gp": 150, "virl": 115}, save_every=150, warmup=0.03),
         ppo=dict(steps={"gp": 40, "virl": 30}, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
@@ -163,8 +164,8 @@ PRESETS = {
                       eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
     "paper": dict(
-        all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=8192, max_new_tokens=512, lr_schedule="cosine",
-                 eval_hands={"gp": 234, "virl": 48}),
+        all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=6144, max_new_tokens=512, lr_schedule="cosine",
+                 rollout_batch={"gp-l": 64, "gp-vl": 32, "virl": 40}, eval_hands={"gp": 234, "virl": 48}),
         sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7, "virl-l": 1e-6, "virl-vl": 5e-7}, batch_size=128, mistakes=0.0,
                  learn_prompts=False, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0, eval_every=50, save_every=100),
         ppo=dict(steps={"gp": 20, "virl": 15}, lr={"gp": 1e-6, "virl-l": 1e-6, "virl-vl": 1e-7}, betas=(0.9, 0.999), warmup=0.0,
@@ -632,7 +633,8 @@ class Trainer:
         with autocast(args, self.processes.device):
             with shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
                 episodes = ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
-                                       batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=self.processes.device)
+                                       batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, keep_features=args.tune != "all",
+                                       device=self.processes.device)
             rolled, self.batch = time.time(), episodes
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, pace=self.pace,

@@ -8,6 +8,7 @@ of what is alive. Nothing is multiplied out by hand but what FSDP does around th
 """
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import weakref
@@ -156,12 +157,20 @@ def make_module(config, args, dtype):
         return ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
 
 
-def make_images(config, rows):
-    """An image a row, with all tiles real."""
+def make_images(config, rows, features=None):
+    """An image a row, with all tiles real; features: their dtype, where they are kept instead of pixels."""
     vision = config.vision
-    pixels = torch.empty(rows, vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size, device="meta")
-    ones = torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
-    return Images(pixels, ones[:, 0], ones, torch.arange(rows))
+    tiles, ones = (rows, vision.max_num_tiles), torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
+    if features is None:
+        pixels = torch.empty(*tiles, vision.num_channels, vision.image_size, vision.image_size, device="meta")
+        return Images(pixels, ones[:, 0], ones, torch.arange(rows))
+    kept = torch.empty(rows, vision.max_num_tiles * vision.num_patches, vision.output_size, dtype=features, device="meta")
+    return Images(None, ones[:, 0], ones, torch.arange(rows), kept)
+
+
+def kept_dtype(module, args):
+    """The dtype of the images' features where PPO keeps them from the rollout to the update, else None."""
+    return next(module.parameters()).dtype if args.algo == "ppo" and args.image and args.tune != "all" else None
 
 
 def make_ids(config, rows, length, image):
@@ -171,10 +180,10 @@ def make_ids(config, rows, length, image):
     return ids
 
 
-def measure_update(module, shape, image, *, cuda=True, recompute=False):
+def measure_update(module, shape, image, *, features=None, cuda=True, recompute=False):
     """One micro-batch forward and backward -> bytes (kept by the forward pass, peak), without weights and gradients.
 
-    shape: a `Micro`. recompute: activation checkpointing, a block at a time.
+    shape: a `Micro`. features: see make_images. recompute: activation checkpointing, a block at a time.
     """
     policy = getattr(module, "policy", module)
     checkpointed = blocks(module) if recompute else []
@@ -184,7 +193,8 @@ def measure_update(module, shape, image, *, cuda=True, recompute=False):
     with Ledger() as ledger, fused(cuda):
         ids = make_ids(policy.config, shape.rows, shape.length, image)
         targets = torch.where(torch.arange(shape.length) >= shape.length - shape.targets, 0, -100).repeat(shape.rows, 1)
-        batch = Batch(ids, torch.full((shape.rows,), shape.length), targets, make_images(policy.config, shape.rows) if image else None)
+        batch = Batch(ids, torch.full((shape.rows,), shape.length), targets,
+                      make_images(policy.config, shape.rows, features) if image else None)
         loss = micro_loss(module, batch)
         kept = ledger.live
         loss.backward()
@@ -224,7 +234,7 @@ def measure_rollout(model, rows, lengths, image, *, cuda=True):
             cache.lengths += drawn - 1                                                        # all steps but the last, which is
             logits = model(make_ids(model.config, rows, 1, False), cache=cache, logits="last").logits      # the longest
             draw(logits, torch.empty(rows, device="meta"), 1.0)
-        return cache.kv.nbytes, 0 if cache.cross is None else cache.cross.nbytes, ledger.peak
+        return sum(layer.nbytes for layer in cache.kv), 0 if cache.cross is None else cache.cross.nbytes, ledger.peak
 
 
 def measure_optimizer(sizes, cuda=True):
@@ -269,6 +279,7 @@ class Sizes:
     rollout_rows: int
     rollout: list           # [forced, drawn, forced, drawn, ...] tokens: the longest prompt and replies, every answer --max-new-tokens long
     micro: Micro            # as many conversations, so as many images, as the token budget takes of the shortest
+    images: int             # of an update, whose features the host keeps where the encoder is frozen
 
 
 def recorded():
@@ -280,20 +291,27 @@ def recorded():
     return json.loads((HERE / "episodes.json").read_text())
 
 
-def sizes_of(args, gpus):
+def image_tokens(config, args):
+    """What an image takes of the token budget."""
+    return config.image_tokens(args.tune != "all") if args.image else 0
+
+
+def sizes_of(config, args, gpus):
     conversations = [c for episode in recorded()[args.task] for c in episode]
     prompt, reply = max(c[0] for c in conversations), max((n for c in conversations for n in c[2::2]), default=0)
     rollout = [prompt, args.max_new_tokens] + [reply, args.max_new_tokens] * (args.attempts - 1)
     if args.algo == "ppo":
         episodes, longest = -(-args.hands * args.samples // gpus), sum(rollout)
-        share = -(-episodes * max(map(len, recorded()[args.task])) // args.minibatches)        # conversations of an optimizer step
+        played = episodes * max(map(len, recorded()[args.task]))
+        share = -(-played // args.minibatches)                 # conversations of an optimizer step
     else:
-        episodes, share, longest = 0, -(-args.batch_size // gpus), max(sum(c if args.mistakes else c[:2]) for c in conversations)
+        episodes, played, share, longest = 0, 0, -(-args.batch_size // gpus), max(sum(c if args.mistakes else c[:2]) for c in conversations)
     shortest = min(c[0] + c[1] for c in conversations)
-    rows = max(1, min(args.token_budget // shortest, share))
-    length = max(shortest, min(args.token_budget // rows, longest))
+    beside = image_tokens(config, args)
+    rows = max(1, min(args.token_budget // (shortest + beside), share))
+    length = max(shortest, min(args.token_budget // rows - beside, longest))
     micro = Micro(rows, length, length - min(c[0] for c in conversations))
-    return Sizes(min(args.rollout_batch, max(episodes, -(-args.eval_hands // gpus))), rollout, micro)
+    return Sizes(min(args.rollout_batch, max(episodes, -(-args.eval_hands // gpus))), rollout, micro, played)
 
 
 def shards(parameters, gpus):
@@ -303,7 +321,7 @@ def shards(parameters, gpus):
 
 def memory(config, args, gpus):
     """{phase: {what: bytes}} on the fullest rank."""
-    module, sizes = make_module(config, args, torch.bfloat16), sizes_of(args, gpus)
+    module, sizes = make_module(config, args, torch.bfloat16), sizes_of(config, args, gpus)
     policy, count = getattr(module, "policy", module), lambda parameters: sum(p.numel() for p in parameters)
     own = lambda parameters: sum(map(math.prod, shards(parameters, gpus)))
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -320,7 +338,7 @@ def memory(config, args, gpus):
               "rollout, sharded": base | {"gathered weights": in_flight} | cache}
     logprobs = measure_logprobs(policy, sizes.micro.rows * sizes.micro.targets)
     for name, recompute in (("update", False), ("update, recomputing", True)):
-        kept, peak = measure_update(module, sizes.micro, args.image, recompute=recompute)
+        kept, peak = measure_update(module, sizes.micro, args.image, features=kept_dtype(module, args), recompute=recompute)
         phases[name] = base | gradients | {
             "gathered weights": in_flight,
             "gradients before reduction": 2 * (root + block) + 4 * block if gpus > 1 else 0,      # the block before is being reduced
@@ -349,11 +367,11 @@ class Costs:
         return new * self.token + self.pair * sum(range(past + 1, past + new + 1))
 
 
-def count_flops(model, image, length, targets, train):
-    """FLOPs of one conversation, counted operator by operator; train: with the backward pass."""
+def count_flops(model, image, length, targets, train, features=None):
+    """FLOPs of one conversation, counted operator by operator; train: with the backward pass; features: see make_images."""
     ids = make_ids(model.config, 1, length, image)
     asked = torch.where(torch.arange(length) >= length - targets, 0, -100)[None]
-    images = make_images(model.config, 1) if image else None
+    images = make_images(model.config, 1, features) if image else None
     with Ledger(), fused(False), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
         logprobs = model(ids, images=images, targets=asked).logprobs.sum()
         if train:
@@ -362,20 +380,13 @@ def count_flops(model, image, length, targets, train):
     return counter.get_total_flops()
 
 
-def costs(model, image, train):
+def costs(model, image, train, features=None):
     """From counts at three lengths and one more target: FLOPs are exactly image + token T + pair T^2 + target N."""
-    a, b, c = (count_flops(model, image, n, 1, train) for n in (64, 128, 192))
-    target = (count_flops(model, image, 64, 33, train) - a) / 32
+    a, b, c = (count_flops(model, image, n, 1, train, features) for n in (64, 128, 192))
+    target = (count_flops(model, image, 64, 33, train, features) - a) / 32
     pair = (a - 2 * b + c) / (2 * 64**2)
     token = (b - a) / 64 - pair * (64 + 128)
     return Costs(a - token * 64 - pair * 64**2 - target, token, pair, target)
-
-
-def encoder_flops(model):
-    """FLOPs of an image's forward pass through the vision encoder alone."""
-    with Ledger(), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.vision_model(make_images(model.config, 1))
-    return counter.get_total_flops()
 
 
 def turns(conversation):
@@ -386,23 +397,25 @@ def turns(conversation):
         past += forced + drawn
 
 
-def ours(conversations, args, forward, backward, kept=0.0):
-    """FLOPs of one update as this project does it: (rollout, values, epochs).
+def ours(conversations, args, beside, first, forward, backward):
+    """FLOPs of one update as this project does it: (rollout, values, epochs). first: Costs in the rollout; forward, backward: later,
+    when the images of a frozen encoder are known; beside: Config.image_tokens, or 0 without images.
 
-    A turn's prefix is in the cache, a conversation is one sequence, its image is encoded once a pass; with a frozen encoder that could
-    be once an update, which saves its FLOPs, `kept`, in all later passes. Micro-batches are padded as a rank pads them; what the
-    rollout pads is left out.
+    A turn's prefix is in the cache, a conversation is one sequence, its image is encoded once a pass, or once an update by a frozen
+    encoder. Values come from states of the rollout, or from a pass of a separate critic, which is trained beside the policy.
+    Micro-batches are padded as a rank pads them; what the rollout pads is left out.
     """
-    rollout = sum(forward.image + sum(forward.span(past, forced) + forward.decode(past + forced, drawn) + drawn * forward.target
-                                      for past, forced, drawn in turns(c)) for c in conversations)
+    rollout = sum(first.image + sum(first.span(past, forced) + first.decode(past + forced, drawn) + drawn * first.target
+                                    for past, forced, drawn in turns(c)) for c in conversations)
 
-    def padded(cost, target, items):
-        groups = bucket([sum(c) for c in items], args.token_budget)
-        return sum(len(group) * (cost.image - kept + cost.span(0, max(sum(items[i]) for i in group))) for group in groups) + \
-            target * sum(sum(c[1::2]) for c in items)
+    def padded(cost, items):
+        groups = bucket([sum(c) for c in items], args.token_budget, [beside] * len(items))
+        return sum(len(group) * (cost.image + cost.span(0, max(sum(items[i]) for i in group))) for group in groups)
 
-    epoch = sum(padded(backward, backward.target, conversations[k::args.minibatches]) for k in range(args.minibatches))
-    return rollout, padded(forward, 0.0, conversations), args.epochs * epoch
+    networks = 2 if args.critic == "separate" else 1
+    epoch = networks * sum(padded(backward, conversations[k::args.minibatches]) for k in range(args.minibatches)) + \
+        backward.target * sum(drawn for c in conversations for drawn in c[1::2])
+    return rollout, (networks - 1) * padded(forward, conversations), args.epochs * epoch
 
 
 def released(conversations, args, forward, backward):
@@ -473,34 +486,34 @@ def show(args, fill, gpus, gpu_memory=80.0):
     sizes, phases = memory(config, args, gpus)
     phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
     flags, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
-    micro = sizes.micro
+    micro, host = sizes.micro, ""
+    if args.image and args.tune != "all" and args.algo == "ppo":
+        size = sizes.images * make_images(config, 1, torch.bfloat16).features.nbytes / 1e9
+        host = f"host: {size:.1f} GB a rank for what the frozen vision encoder makes of at most {sizes.images} images\n"
     print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n{table(phases)}\n\n"
           f"rollout: {sizes.rollout_rows} conversations of at most {sum(sizes.rollout)} tokens; update: micro-batches of at most "
           f"{micro.rows} conversations{' with an image each' * args.image}, {micro.rows * micro.length} padded tokens\n"
-          f"{'does NOT fit' if changes else 'fits'} into {gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: "
+          f"{host}{'does NOT fit' if changes else 'fits'} into {gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: "
           f"at most {peak:.1f} GB{' with ' * bool(flags)}{' '.join(flags)}" + "".join(f"\n  change: {change}" for change in changes))
 
 
 def show_flops(args, config):
     """Print the FLOPs of one PPO update on each recorded set of the task, beside those of the released schedule."""
     sets = {name: episodes for name, episodes in recorded().items() if name.split()[0] == args.task}
-    model = make_module(config, args, torch.bfloat16).policy
-    forward = costs(model, args.image, train=False)
     for tune in ("all", "no-vision") if args.image else ("all",):
-        sft.freeze(model, tune)
-        backward = costs(model, args.image, train=True)
-        schedules = {"ours": ours, "released": released}
-        if tune == "no-vision":
-            schedules["ours, features kept"] = partial(ours, kept=encoder_flops(model))
+        tuned = dataclasses.replace(args, tune=tune)
+        model = make_module(config, tuned, torch.bfloat16).policy
+        features, beside = kept_dtype(model, tuned), image_tokens(config, tuned)
+        cost = {(train, kept): costs(model, args.image, train, kept) for train in (False, True) for kept in {None, features}}
         for name, episodes in sets.items():
             conversations = [c for episode in episodes for c in episode]
-            columns = {what: dict(zip(("rollout", "values, log-probs", "epochs"), (x / 1e15 for x in schedule(
-                conversations, args, forward, backward)))) for what, schedule in schedules.items()}
+            flops = {"ours": ours(conversations, tuned, beside, cost[False, None], cost[False, features], cost[True, features]),
+                     "released": released(conversations, tuned, cost[False, None], cost[True, None])}
+            columns = {what: dict(zip(("rollout", "values, log-probs", "epochs"), (x / 1e15 for x in each))) for what, each in flops.items()}
             total = {what: sum(column.values()) for what, column in columns.items()}
             rate = sum(map(len, conversations)) / 2 / len(conversations)
             print(f"\nPFLOPs of one PPO update, {name}, --tune {tune}: {len(episodes)} episodes, {rate:.2f} turns a conversation\n"
-                  f"{table(columns)}\n  fewer than released, times: "
-                  + ", ".join(f"{total['released'] / value:.2f} ({what})" for what, value in total.items() if what != "released"))
+                  f"{table(columns)}\n  {total['released'] / total['ours']:.2f} times fewer than released")
 
 
 def main():

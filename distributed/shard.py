@@ -1,6 +1,6 @@
 """One model over several processes: each keeps a slice of every weight (FSDP2; ZeRO-3, arXiv 1910.02054) and of its gradient and moments.
 
-    torchrun --nproc-per-node 8 train.py --task gp-vl --algo ppo --model Llama-3.2-11B-Vision-Instruct --checkpoint-activations
+    torchrun --nproc-per-node 8 train.py --task gp-vl --algo ppo --model Llama-3.2-11B-Vision-Instruct
 
 A block gathers its weights before it computes, frees them afterwards, and its gradients are summed slice by slice. So each forward and
 each backward pass is a collective: all ranks must make the same number of them, in the same order, with or without images. `pace` sees to

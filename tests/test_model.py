@@ -263,7 +263,7 @@ def test_autocast_reaches_the_kernels_and_the_cache(tiny, kernels, monkeypatch):
         found.sum().backward()
         samples, cache = M.generate(tiny, ids.tolist(), images=images, max_new_tokens=3, temperature=0, stop_ids=[])
     assert_close(found.detach(), expected, 0.05)
-    assert cache.kv.dtype == cache.cross.dtype == torch.float16 and all(len(sample.ids) == 3 for sample in samples)
+    assert cache.kv[0].dtype == cache.cross.dtype == torch.float16 and all(len(sample.ids) == 3 for sample in samples)
     assert all(p.grad.dtype == torch.float32 for p in tiny.parameters() if p.grad is not None)
     tiny.zero_grad()
 
@@ -385,6 +385,30 @@ def test_turns_continue_and_prefix_is_fed_once(tiny):
         scratch, _ = M.generate(tiny, [lists[r] for r in live], images=fresh, max_new_tokens=9, stop_ids=range(0, 9), seeds=seeds)
         assert [s.ids for s in scratch] == [s.ids for s in samples]
     handle.remove()
+
+
+def test_a_cache_grows_around_what_it_holds(tiny):
+    cache = M.KVCache(tiny.config, 2)
+    tiny(random_ids(2, 70), cache=cache)
+    before = [layer.clone() for layer in cache.kv]
+    cache.reserve(300)
+    for old, new in zip(before, cache.kv, strict=True):
+        assert old[:, :, :, :70].abs().min() > 0 and torch.equal(new[:, :, :, :70], old[:, :, :, :70])
+        assert new.shape[3] >= 300 and not new[:, :, :, 70:].any()
+
+
+def test_samples_hand_out_states_and_features(tiny):
+    """The state before an answer, and what the encoder made of the image, from which a later pass computes the same as from pixels."""
+    samples, _ = start(tiny, keep_features=True)
+    images = random_images([2, 6], rows=[0, 2])
+    assert [s.features is None for s in samples] == [False, True, False, True]
+    assert_close(torch.stack([samples[0].features, samples[2].features]), tiny.vision_model(images))
+    known = M.Images(None, images.aspect_ratio_ids, images.aspect_ratio_mask, images.rows, torch.stack([samples[0].features, samples[2].features]))
+    ids, lengths = M.pad(CONVERSATIONS)
+    for given in (images, known):
+        hidden = tiny(ids, lengths=lengths, images=given).hidden
+        assert_close(hidden[range(4), lengths - 1], torch.stack([s.hidden for s in samples]))
+    assert all(s.features is None for s in start(tiny)[0])
 
 
 def test_finished_rows_cost_nothing(tiny):
@@ -704,6 +728,9 @@ def test_image_tensors(llama3, their_images):
     scale = torch.tensor(PREPROCESSOR["image_std"])[:, None, None]
     assert_close(ours.pixel_values * scale, theirs["pixel_values"][:, 0] * scale, 1 / 255)
     assert llama3.images([None, None]) is None
+    known = llama3.images([None, *pictures, None], [None, *torch.arange(30), None])
+    assert known.pixel_values is None and known.features.tolist() == list(range(30))
+    assert all(torch.equal(getattr(known, name), getattr(ours, name)) for name in ("aspect_ratio_ids", "aspect_ratio_mask", "rows"))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "F"])

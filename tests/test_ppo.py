@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ppo
+import sft
 import train
-from envs import GeneralPoints
+from envs import GeneralPoints, Navigation
 from model import Sample
 
 GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56))}
@@ -254,11 +255,45 @@ def test_units_by_hand():
     assert new.tolist() == [-2.0, -4.0, -6.0] and old.tolist() == [-1.0, -2.0, -3.0] and advantages.tolist() == [1.0, 1.0, -1.0]
 
 
+def critic_of(model, critic):
+    """With a value head that is not zero."""
+    torch.manual_seed(0)
+    actor_critic = ppo.ActorCritic(model, critic)
+    torch.nn.init.normal_(actor_critic.value_head[-1].weight)
+    return actor_critic
+
+
+def values(episodes):
+    return [turn.value for episode in episodes for turn in episode.turns]
+
+
+@pytest.mark.parametrize("task", GP)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_values_read_in_the_rollout_are_those_scored(model, processor, task, batch):
+    """Of first turns and of continued ones, some rows alone by then: as a copy of the policy scores whole conversations."""
+    episodes = play(model, processor, task, hands=5, batch=batch)
+    scored = copy.deepcopy(episodes)
+    ppo.score_values(critic_of(model, "separate"), processor, scored, 10**6, "cpu")
+    ppo.read_values(critic_of(model, "shared"), episodes)
+    assert values(episodes) == pytest.approx(values(scored), abs=2e-5) and len(set(values(scored))) == len(values(scored)) > 10
+
+
+@pytest.mark.parametrize("critic", ["shared", "detached"])
+def test_only_a_separate_critic_needs_a_pass_for_values(model, processor, critic, monkeypatch):
+    """Each epoch passes every conversation once, and nothing else does."""
+    rows, forward = [], type(model).forward
+    episodes = play(model, processor)
+    monkeypatch.setattr(type(model), "forward", lambda self, ids, **kw: (rows.append(len(ids)), forward(self, ids, **kw))[1])
+    for each, passes in ((critic, 2), ("separate", 1 + 2 * 2)):
+        ppo.update(critic_of(model, each), processor, episodes, settings(epochs=2, minibatches=2, critic=each), step=lambda loss: 0.0, seed=0)
+        assert sum(rows) == passes * len(episodes)
+        rows.clear()
+
+
 @pytest.mark.parametrize("task", GP)
 def test_value_is_read_at_the_last_prompt_token(model, processor, task):
     """V of a turn equals V of the conversation cut off right before the turn: it sees nothing of the answer."""
-    actor_critic = ppo.ActorCritic(model, "detached")
-    torch.nn.init.normal_(actor_critic.value_head[-1].weight)
+    actor_critic = critic_of(model, "separate")
     episodes = play(model, processor, task, hands=2)
     ppo.score_values(actor_critic, processor, episodes, 10**6, "cpu")
     turn = episodes[1].turns[1]
@@ -279,6 +314,42 @@ def gradients(model, processor, episodes, critic="detached", **changes):
     args = settings(**({"epochs": 1, "minibatches": 1, "critic": critic} | changes))
     metrics = ppo.update(module, processor, copy.deepcopy(episodes), args, step=lambda loss: 0.0, seed=0)
     return {name: p.grad for name, p in module.named_parameters()}, metrics
+
+
+SEEING = {"gp-vl": GP["gp-vl"], "virl-vl": lambda: Navigation(image=True, size=112, after_failure="walk-on")}     # an image a point
+
+
+@pytest.mark.parametrize("task, critic, tune", [("gp-vl", "shared", "no-vision"), ("gp-vl", "separate", "no-vision-no-adapter"),
+                                                ("virl-vl", "separate", "no-vision")])
+def test_kept_features_give_the_gradients_of_pixels(model, processor, task, critic, tune, monkeypatch):
+    """With a frozen encoder. It sees each image once, in the rollout; what is drawn does not depend on whether that is kept."""
+    sft.freeze(model, tune)
+    kept, plain = (ppo.rollout(model, processor, SEEING[task], range(3), temperature=1.0, max_new_tokens=8, keep_features=keep)
+                   for keep in (True, False))
+    seen = [[(c.ids, c.logprobs) for e in episodes for c in e.conversations] for episodes in (kept, plain)]
+    assert seen[0] == seen[1] and all(c.features is not None for e in kept for c in e.conversations)
+    assert (max(len(e.conversations) for e in kept) > 1) == (task == "virl-vl")
+    expected, a = gradients(model, processor, plain, critic, token_budget=10**6)
+    monkeypatch.delattr(type(model.vision_model), "forward")
+    found, b = gradients(model, processor, kept, critic, token_budget=10**6)
+    assert a == pytest.approx(b, abs=1e-5)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (found[name] is None) and (gradient is None or torch.allclose(gradient, found[name], atol=1e-7)), name
+    assert (expected["policy.multi_modal_projector.weight"] is None) == (tune == "no-vision-no-adapter")
+    assert expected["policy.layers.1.cross_attn.k_proj.weight"].abs().max() > 0
+
+
+def test_buckets_count_images(model, processor):
+    """A budget of two conversations and of their images' tokens; a frozen encoder's images take less."""
+    items = ppo.conversations_of(play(model, processor, "gp-vl", hands=6))
+    config, longest = model.config, max(len(c.ids) for c, _ in items)
+    trained, frozen = (config.image_tokens(frozen) for frozen in (False, True))
+    #   4 tiles of 17 patches: 16 channels in 1 + 1 layers of the encoder; keys of 2 heads of 8 channels; a token: 32 channels in 3 layers
+    assert (trained, frozen) == (68 * (32 + 16) // 96, 68 * 16 // 96)
+    assert [len(group) for group in ppo.buckets_of(items, config, 2 * (longest + trained))] == [2, 2, 2]
+    for c, _ in items:
+        c.features = True
+    assert [len(group) for group in ppo.buckets_of(items, config, 3 * (longest + frozen))] == [3, 3]
 
 
 @pytest.mark.parametrize("unit", ["turn", "token"])

@@ -36,9 +36,10 @@ CASES = {                                                                   # na
     "gp-vl-ppo": (["--task", "gp-vl", "--algo", "ppo", "--eval-hands", "3", "--eval-every", "0"], ["--rollout-sharded"]),
     "uneven-sft": (["--task", "gp-vl", "--algo", "sft", *UNEVEN], []),
     "uneven-ppo": (["--task", "gp-vl", "--algo", "ppo", "--epochs", "2", *UNEVEN], []),
-    "shared": (["--task", "gp-vl", "--algo", "ppo", "--critic", "shared", "--tune", "no-vision"], ["--checkpoint-activations"]),
+    "shared": (["--task", "gp-vl", "--algo", "ppo", "--critic", "shared", "--tune", "no-vision"],
+               ["--checkpoint-activations", "--rollout-sharded"]),
     "tied": (["--task", "gp-l", "--algo", "sft"], []),
-    "separate": (["--task", "gp-vl", "--algo", "ppo", "--critic", "separate"], ["--checkpoint-activations"]),
+    "separate": (["--task", "gp-vl", "--algo", "ppo", "--critic", "separate", "--tune", "no-vision"], ["--checkpoint-activations"]),
 }
 ONLY_SHARDED = ("shared", "tied", "separate")
 
