@@ -129,6 +129,7 @@ class Args:
     eval_sets: str = arg(None, "comma-separated: id, rule-ood, visual-ood, also gp: id-face, virl: id-train (default: those of the task)")
     eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
     save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
+    keep: int = arg(2, "checkpoints to keep")
     transcript_every: int = arg(10, "steps between sample transcripts (PPO)")
     rollout_batch: int = arg(None, "episodes played at once, a rank")
 
@@ -143,7 +144,7 @@ class Args:
 
 
 # What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
-FREE = ("out", "resume", "override", "device", "shard", "checkpoint_activations", "rollout_sharded", "save_every", "max_skipped")
+FREE = ("out", "resume", "override", "device", "shard", "checkpoint_activations", "rollout_sharded", "save_every", "keep", "max_skipped")
 # Handed to the game, which knows some of them.
 GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure", "describe")
 
@@ -466,7 +467,7 @@ class RunFolder:
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
         self.log_file = self.path / "log.jsonl"
-        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world)
+        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world, args.keep)
         if self.log_file.exists() and not args.resume:
             raise UserError(f"{self.path} holds a run already; continue it with --resume or choose another --out")
         if args.resume and not self.log_file.exists():

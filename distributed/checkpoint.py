@@ -101,7 +101,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             self.pending = None
-            for old in self.complete()[:-self.keep]:
+            for old in self.complete()[:-max(1, self.keep)]:
                 shutil.rmtree(old)
 
     def finish(self):

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,14 +15,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import ppo  # noqa: E402
 import train  # noqa: E402
-from distributed import shard  # noqa: E402
+from distributed import checkpoint, shard  # noqa: E402
 from model import Config, Llama, from_any_layout, read_json  # noqa: E402
 
 COMMON = ["--steps", "3", "--lr", "1e-3", "--adam-eps", "1e-3", "--max-grad-norm", "0.1", "--minibatches", "1", "--hands", "4",
@@ -65,10 +66,17 @@ def worker(folder, small):
     for steps in ([], ["--steps", 1], ["--resume", "--override"]):          # whole, then in two parts
         common = ["--model", small, *COMMON, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
         run(processes, *common, *steps, "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
+    export(small, processes, folder / "export")
     run(processes, "--model", small, *COMMON, "--algo", "eval", "--eval-hands", 3, "--shard", "on", "--out", folder / "eval")
     torch.save({"slices": slices(small, processes), "rollouts": rollouts(small, processes), "norm": broken_norm(small, processes)},
                folder / f"rank{processes.rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def export(small, processes, folder):
+    """The small model from slices to a folder, in files of at most 40 kB."""
+    folder.mkdir(exist_ok=True)
+    checkpoint.export(sharded(small, processes), folder, processes.rank, processes.world, max_shard_size=40_000)
 
 
 class Spy:
@@ -224,6 +232,24 @@ def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
 def test_sharded_resumed_equals_uninterrupted(two_ranks):
     a, b = (Llama.from_pretrained(two_ranks / "resumed" / name / "final").state_dict() for name in ("uninterrupted", "parts"))
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, tmp_path):
+    source = two_ranks / "resumed" / "parts"
+    shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("step_000003", "final"))
+    run(train.Processes("cpu"), "--resume", "--steps", 3, "--override", "--out", tmp_path / "run")
+    a, b = (Llama.from_pretrained(folder / "final").state_dict() for folder in (two_ranks / "resumed/uninterrupted", tmp_path / "run"))
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_a_folder_of_many_files_is_written_from_slices(two_ranks, small):
+    files = sorted(path.name for path in (two_ranks / "export").glob("*.safetensors"))
+    assert len(files) > 4 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    sizes = {path.name: sum(tensor.nbytes for tensor in load_file(path).values()) for path in (two_ranks / "export").glob("*.safetensors")}
+    weights = [tensor.nbytes for tensor in small[1].state_dict().values()]
+    assert sum(sizes.values()) == sum(weights) and max(sizes.values()) <= max(40_000, *weights)
+    found = Llama.from_pretrained(two_ranks / "export").state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in small[1].state_dict().items())
 
 
 def test_a_rank_reads_its_own_rows_only(two_ranks, small):

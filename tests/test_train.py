@@ -195,8 +195,8 @@ def test_a_full_disk_leaves_nothing_half_written(small, tmp_path, monkeypatch):
 
 
 def test_old_checkpoints_go(small, tmp_path):
-    run("--algo", "sft", "--model", small[0], "--steps", 4, "--save-every", 1, "--out", tmp_path / "run")
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000003", "step_000004"]
+    run("--algo", "sft", "--model", small[0], "--steps", 4, "--save-every", 1, "--keep", 3, "--out", tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000002", "step_000003", "step_000004"]
 
 
 def test_eval_of_a_checkpoint(small, tmp_path):
