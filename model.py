@@ -564,6 +564,11 @@ class Llama(nn.Module):
             output.logprobs, output.entropy = (score.view_as(targets) for score in scores[:2])
         return output
 
+    @property
+    def vision_frozen(self):
+        """True if no weight of the vision encoder learns, so that its output for an image stays the same."""
+        return self.config.vision is not None and not any(weight.requires_grad for weight in self.vision_model.parameters())
+
     def place(self, x, cache, lengths):
         """Positions of the new tokens, where they go in the cache (which is then longer) and what they attend to there."""
         B, T, _ = x.shape

@@ -59,7 +59,7 @@ def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pa
     counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
     n_tokens, trained_tokens = all_reduce(counts).tolist()
     sums = torch.zeros(3, dtype=torch.float64)
-    beside = [0 if e.image is None else model.config.image_tokens(args.tune != "all") for e in examples]
+    beside = [0 if e.image is None else model.config.image_tokens(model.vision_frozen) for e in examples]
     for indices, weight in pace(bucket([len(e.ids) for e in examples], args.token_budget, beside), [0]):
         micro = [examples[i] for i in indices]
         batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
@@ -73,8 +73,29 @@ def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pa
     return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(loss), "trained_tokens": trained_tokens}
 
 
+# --tune -> does the parameter of this name learn? Cross-attention layers are the language model's: their projections and norms of queries and
+# keys count as attention, their MLP as mlp. Gates and the layers' norms belong to neither.
+VISION = ("vision_model.", "multi_modal_projector.")
+TUNE = {
+    "all": lambda name: True,
+    "no-vision": lambda name: not name.startswith("vision_model."),
+    "no-vision-no-adapter": lambda name: not name.startswith(VISION),
+    "text": lambda name: not name.startswith(VISION),          # the same by the name of what learns
+    "vision": lambda name: name.startswith(VISION),
+    "attention": lambda name: not name.startswith(VISION) and any(part in name for part in (".self_attn.", ".cross_attn.")),
+    "mlp": lambda name: not name.startswith(VISION) and ".mlp." in name,
+}
+
+
+def vision_frozen(tune):
+    """True if --tune leaves the vision encoder as it is."""
+    return not TUNE[tune]("vision_model.")
+
+
 def freeze(model, tune):
-    """Stop the gradients of what is not tuned. The paper's figure 16: all, vision frozen, vision and adapter frozen."""
-    frozen = {"all": (), "no-vision": ("vision_model.",), "no-vision-no-adapter": ("vision_model.", "multi_modal_projector.")}
+    """Stop the gradients of what is not tuned: a key of TUNE, the first three of which the paper compares in its figure 16. ValueError if
+    nothing is left."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in frozen[tune]))
+        parameter.requires_grad_(TUNE[tune](name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--tune {tune}: this model has no such weights")

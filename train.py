@@ -35,6 +35,7 @@ from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, leave, lost
 from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor, read_json
+from variants import lora
 
 HERE = Path(__file__).resolve().parent
 FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained weights, a folder a game; remade by --algo pretrain
@@ -90,7 +91,11 @@ class Args:
     max_skipped: int = arg(5, "stop after so many steps in a row whose loss or gradient was not finite; such a step changes nothing")
     token_budget: int = arg(None, "padded tokens of one forward and backward pass, an image as many as take its memory; "
                                   "gradients are accumulated over several")
-    tune: str = arg("all", "what SFT and PPO train", ("all", "no-vision", "no-vision-no-adapter"))
+    tune: str = arg("all", "what SFT and PPO train; text, attention and mlp are the language model's (with its cross-attention layers), vision is "
+                           "the tower and its projector", tuple(sft.TUNE))
+    lora_rank: int = arg(0, "train low-rank adapters of this rank beside frozen weights (see variants/lora.py); 0: the weights themselves")
+    lora_alpha: float = arg(16.0, "an adapter's update counts alpha / rank times")
+    lora_modules: str = arg("all", "which of the linear layers that --tune leaves get adapters: attention, mlp, all, or names as q_proj, by commas")
     # several ranks
     shard: str = arg("auto", "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 million weights on)",
                      ("auto", "on", "off"))
@@ -417,8 +422,14 @@ def load(args, processes, resumed=None):
     with torch.device("meta"):
         model = Llama(Config.from_dict(read_json(folder, "config.json")))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
+    trained = checkpoint.read_record(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
+    if trained.get("lora_rank"):
+        if args.shard == "on":
+            raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's final/, in which they are merged")
+        choose_what_learns(model, argparse.Namespace(**trained))
     if args.shard == "off" and checkpoint.is_checkpoint(folder):
         shard.fill(model, None if resumed else folder, processes.device)
+        lora.merge(model)
     elif args.shard == "off":
         model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
     if args.image and model.config.vision is None:
@@ -427,8 +438,19 @@ def load(args, processes, resumed=None):
     return model, Processor.from_pretrained(folder), None if resumed else folder
 
 
+def choose_what_learns(model, args):
+    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint afterwards."""
+    sft.freeze(model, args.tune)
+    if args.lora_rank:
+        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, args.seed)
+
+
 def sharding(args, size, processes):
     """What --shard comes to, on or off, for a model of `size` parameters."""
+    if args.lora_rank:
+        if args.shard == "on":
+            raise UserError("--lora-rank keeps whole copies of the weights, which do not change; leave out --shard on")
+        return "off"
     possible = processes.world > 1 and args.algo != "pretrain"           # Muon steps in whole matrices
     if args.shard == "on" and not possible:
         raise UserError("--shard on needs several ranks (torchrun --nproc-per-node 2) and an --algo other than pretrain")
@@ -506,7 +528,7 @@ class RunFolder:
         self.checkpoints.save(step, checkpoint.tensors_of(trainer.module, trainer.optimizers), trainer.record(step), model_and_tokenizer)
 
     def save_final(self, model, processor, sharded):
-        """Write final/ under a temporary name, then rename it."""
+        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and in `model`."""
         aside, final, first = self.path / ".final", self.path / "final", self.processes.rank == 0
         if first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -515,6 +537,7 @@ class RunFolder:
         if sharded:
             checkpoint.export(model, aside, self.processes.rank, self.processes.world)
         elif first:
+            lora.merge(model)
             model.save_pretrained(aside)
         self.processes.barrier()
         if first:
@@ -570,7 +593,11 @@ class Trainer:
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
         if (args.hands if args.algo == "ppo" else args.batch_size) < processes.world:
             raise UserError(f"{processes.world} ranks need at least as many --hands (PPO) or a --batch-size (SFT) as large")
-        sft.freeze(model, args.tune)
+        if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
+            raise UserError("--tune vision learns from pictures alone: it needs --task gp-vl or virl-vl, and --algo sft or ppo")
+        if args.algo == "pretrain" and args.lora_rank:
+            raise UserError("--algo pretrain makes all weights anew; --lora-rank is for --algo sft and ppo")
+        choose_what_learns(model, args)
         torch.manual_seed(args.seed)           # of the value head's first weights
         self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
         if args.shard == "on":
@@ -631,12 +658,12 @@ class Trainer:
         args, start = self.args, time.time()
         hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
         seeds, draws = zip(*[(hand, hand * args.samples + k) for hand in hands for k in range(args.samples)])
-        with autocast(args, self.processes.device):
-            with shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
-                episodes = ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
-                                       batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, keep_features=args.tune != "all",
-                                       device=self.processes.device)
-            rolled, self.batch = time.time(), episodes
+        with autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
+            episodes = ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
+                                   batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, keep_features=self.model.vision_frozen,
+                                   device=self.processes.device)
+        rolled, self.batch = time.time(), episodes
+        with autocast(args, self.processes.device):            # anew: what the rollout cast to bfloat16 can have no gradients
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, pace=self.pace,
                                  device=self.processes.device)
@@ -669,6 +696,7 @@ class Trainer:
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()               # of weights in bfloat16, which have just changed
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == self.args.max_skipped:
@@ -860,6 +888,8 @@ def main(argv=None):
     try:
         if runs:
             return plot(runs)
+        if args.dry_run and args.lora_rank:
+            raise UserError("--dry-run does not plan --lora-rank; python -m variants.lora says what it saves")
         if args.dry_run:
             return plan.show(args, apply_preset, args.dry_run)
         processes = Processes(args.device)

@@ -170,7 +170,7 @@ def make_images(config, rows, features=None):
 
 def kept_dtype(module, args):
     """The dtype of the images' features where PPO keeps them from the rollout to the update, else None."""
-    return next(module.parameters()).dtype if args.algo == "ppo" and args.image and args.tune != "all" else None
+    return next(module.parameters()).dtype if args.algo == "ppo" and args.image and sft.vision_frozen(args.tune) else None
 
 
 def make_ids(config, rows, length, image):
@@ -293,7 +293,7 @@ def recorded():
 
 def image_tokens(config, args):
     """What an image takes of the token budget."""
-    return config.image_tokens(args.tune != "all") if args.image else 0
+    return config.image_tokens(sft.vision_frozen(args.tune)) if args.image else 0
 
 
 def sizes_of(config, args, gpus):
@@ -487,7 +487,7 @@ def show(args, fill, gpus, gpu_memory=80.0):
     phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
     flags, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
     micro, host = sizes.micro, ""
-    if args.image and args.tune != "all" and args.algo == "ppo":
+    if args.image and sft.vision_frozen(args.tune) and args.algo == "ppo":
         size = sizes.images * make_images(config, 1, torch.bfloat16).features.nbytes / 1e9
         host = f"host: {size:.1f} GB a rank for what the frozen vision encoder makes of at most {sizes.images} images\n"
     print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n{table(phases)}\n\n"

@@ -82,6 +82,15 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo):
     assert learnt(tmp_path / "whole", "step") == learnt(tmp_path / "parts", "step")
 
 
+def test_in_bfloat16_every_step_sees_the_one_before(small, tmp_path, monkeypatch):
+    """As on CUDA, where autocast remembers what it cast; without its memory the same comes out."""
+    for remembers in (True, False):
+        monkeypatch.setattr(train, "autocast", lambda *args: torch.autocast("cpu", torch.bfloat16, cache_enabled=remembers))
+        run("--task", "gp-vl", "--algo", "ppo", "--model", small[0], "--steps", 2, "--lr", "1e-2", "--critic", "shared", "--out", tmp_path / str(remembers))
+    assert learnt(tmp_path / "True", "step") == learnt(tmp_path / "False", "step")
+    assert records(tmp_path / "True", "step")[0]["approx_kl"] > 1e-4              # over four minibatches the policy moved
+
+
 @pytest.mark.parametrize("task, algo", [("gp-vl", "sft"), ("gp-vl", "ppo"), ("virl-vl", "ppo")])
 def test_two_ranks_equal_one(small, tmp_path, working_folder, task, algo):
     """Same hands, same draws, same weights after three updates, whether one process learns or two."""
@@ -272,7 +281,8 @@ def test_imports_follow_the_map():
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
-               "train": {"torch", "envs", "model", "sft", "ppo", "distributed", "tokenizers", "matplotlib"}}
+               "variants/lora": {"torch", "model", "distributed"},
+               "train": {"torch", "envs", "model", "sft", "ppo", "distributed", "variants", "tokenizers", "matplotlib"}}
     for name, may in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,0 +1,1 @@
+"""Variants of the algorithms, a file each, beside what the paper does."""

@@ -1,0 +1,132 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): the weights stay as they are, and what is learnt beside each is a product of two thin matrices.
+
+    torchrun train.py --task gp-l --algo ppo --lora-rank 16    # --lora-alpha, --lora-modules; --tune says where
+    python -m variants.lora --rank 16                          # what it saves at 11B: the table below
+
+A linear layer with weight W (out, in) becomes
+
+    y = W x + (alpha / r) B A x,        A (r, in),  B (out, r),  r much smaller than in and out
+
+W is frozen. A starts normal and B at zero, so the model starts as what it was; and as d loss / d A = (alpha / r) B^T (d loss / d W) while
+d loss / d B = (alpha / r) (d loss / d W) A^T, the first step moves B alone. The factor alpha / r is there to spare a new
+learning rate when r changes (section 4.1). The presets' learning rates are those for all weights.
+
+What it saves. Learning a number takes it, its gradient and Adam's two moments, 16 bytes in float32; a frozen one takes its own 4. Counted on the
+meta device for Llama-3.2-11B-Vision, r = 16, adapters on every linear layer but the head:
+
+                              learnt    GB: all weights    gradients    moments
+    without           10,670,220,835               42.7         42.7       85.4
+    all                   67,362,816               43.0          0.3        0.5
+    attention             23,592,960               42.8          0.1        0.2
+    mlp                   43,581,440               42.9          0.2        0.3
+
+The products that make gradients of frozen weights fall away, too; the log counts FLOPs as if they did not (6 N a token). The activations that
+the backward pass needs stay: --checkpoint-activations.
+
+What it does not do. A rollout computes W x and B A x apart, as training does, and so draws from the very numbers that it is scored with;
+(W + B A) x would be faster, and differ in rounding. Only the exported weights are merged. And the model before training is still there,
+without a second copy: `disabled` switches the adapters off, which makes a frozen reference for a KL penalty.
+"""
+import argparse
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import Config, Linear, Llama
+
+# What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are computed from its weight.
+GROUPS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")}
+GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"] + ("multi_modal_projector",)
+
+
+class Adapted(nn.Module):
+    """A linear layer with its low-rank update beside it; called directly, as model.Linear."""
+
+    def __init__(self, base, rank, alpha, generator):
+        super().__init__()
+        out, inputs = base.weight.shape
+        self.base, self.scale, self.on = base, alpha / rank, True
+        A = torch.randn(rank, inputs, generator=generator) / inputs**0.5       # so that A x is as large as x; the paper leaves it open
+        self.lora_A = nn.Parameter(A.to(base.weight))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(out, rank))
+
+    def __call__(self, x):
+        y = self.base(x)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
+
+
+def adapt(llama, modules, rank, alpha, seed=0):
+    """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`sft.freeze`) the ones that `modules` names.
+
+    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and device. ValueError for an
+    unknown name and where nothing is left to adapt.
+    """
+    named = modules.split(",")
+    unknown = set(named) - set(GROUPS) - set(GROUPS["all"])
+    if unknown:
+        raise ValueError(f"--lora-modules: unknown '{min(unknown)}'; known are {', '.join([*GROUPS, *GROUPS['all']])}")
+    if rank < 1:
+        raise ValueError(f"--lora-rank {rank}: expected a positive number, or 0 for no adapters")
+    wanted = {name for group in named for name in GROUPS.get(group, [group])}
+    found = [(parent, name, child) for parent in llama.modules() for name, child in parent.named_children()
+             if name in wanted and isinstance(child, (Linear, nn.Linear)) and child.weight.requires_grad]
+    if not found:
+        raise ValueError(f"--lora-modules {modules}: there is no such layer in what --tune leaves to learn")
+    llama.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parent, name, child in found:
+        setattr(parent, name, Adapted(child, rank, alpha, generator))
+
+
+@torch.no_grad()
+def merge(llama):
+    """W + (alpha / r) B A in place of each adapted W: an ordinary Llama again, whose update cannot be taken out exactly any more."""
+    for parent in list(llama.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Adapted):
+                child.base.weight += child.scale * child.lora_B @ child.lora_A
+                setattr(parent, name, child.base)
+
+
+@contextlib.contextmanager
+def disabled(module):
+    """Inside, a Llama (or what holds one) computes what it did before training."""
+    adapted = [part for part in module.modules() if isinstance(part, Adapted) and part.on]
+    for part in adapted:
+        part.on = False
+    try:
+        yield
+    finally:
+        for part in adapted:
+            part.on = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it saves
+
+def cost(config, modules, rank):
+    """(numbers learnt, bytes of all weights, of gradients, of Adam's moments) in float32; modules None: without adapters."""
+    with torch.device("meta"):
+        llama = Llama(config)
+    if modules:
+        adapt(llama, modules, rank, alpha=rank)
+    learnt = sum(p.numel() for p in llama.parameters() if p.requires_grad)
+    return learnt, 4 * sum(p.numel() for p in llama.parameters()), 4 * learnt, 8 * learnt
+
+
+def table(config, rank):
+    lines = [f"{'':<16}{'learnt':>16}    GB: all weights    gradients    moments"]
+    for modules in (None, "all", "attention", "mlp"):
+        learnt, *sizes = cost(config, modules, rank)
+        weights, gradients, moments = (size / 1e9 for size in sizes)
+        lines.append(f"{modules or 'without':<16}{learnt:>16,}{weights:>19.1f}{gradients:>13.1f}{moments:>11.1f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from distributed.plan import LLAMA_11B
+    parser = argparse.ArgumentParser(prog="python -m variants.lora", description="What LoRA saves on Llama-3.2-11B-Vision.")
+    parser.add_argument("--rank", type=int, default=16)
+    print(table(Config.from_dict(LLAMA_11B), parser.parse_args().rank))
