@@ -1,0 +1,1 @@
+"""Many runs, and the figures and tables that are made of them."""
