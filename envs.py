@@ -17,6 +17,7 @@ import string
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import add, mul, sub, truediv
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,25 @@ REWARDS = {
 STEP_REWARDS = {"no_action": -1.0, "unknown_action": -1.0, "wrong_action": -1.0, "right_action": 1.0}    # appendix B
 MISREAD = -1.5      # on top: "cards" are not the dealt ones, in any order (image tasks only); "current observation" is untrue
 EXHAUSTED = -1.0    # on top, when the last attempt fails
+
+# Behaviours of the released code that `compat` brings back: name -> what it does, and why the default differs.
+_SIXTH = ("after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is trained on; here that -1 goes to "
+          "the answer that used up the attempts")
+COMPAT = {
+    "gp": {
+        "sixth-attempt": _SIXTH,
+        "added-penalties": "the penalties of all that is wrong with a formula add up, one a kind, down to -9; in the paper an answer has one verdict",
+        "misread-first": "misread cards (image tasks) cost 1.5 and the formula is not judged; in the paper they cost 1.5 more",
+        "iid-deck": "four independent draws of rank and suit, so that a card can be dealt twice, one of them from the face cards alone where "
+                    "a face is wanted; the paper deals from a deck",
+        "float-equality": "whether a formula makes the target is decided in floating point, and 8/(3-8/3)=24 is told that it gives 24, not 24; "
+                          "the default is exact",
+    },
+    "virl": {
+        "sixth-attempt": _SIXTH,
+        "unwrapped-angles": "a turn is named by new heading less old, from 350 to 10 degrees 'left'; it is slightly right",
+    },
+}
 
 TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
 # str.format templates; load_prompts() replaces any of them. A literal brace is doubled.
@@ -95,7 +115,10 @@ class Verdict:
     message: str        # one or two short sentences for the model
     recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
     translated: bool    # "number" are the dealt values; "current instruction" is the one to follow (never rewarded)
-    code: str           # a key of REWARDS or STEP_REWARDS
+    code: str           # a key of REWARDS or STEP_REWARDS; with compat also "misread" and "unjudged"
+
+
+UNJUDGED = Verdict(0.0, "", False, False, "unjudged")       # of the answer after the last attempt: see "sixth-attempt"
 
 
 # ---------------------------------------------------------------------------------------------------- prompts, rules
@@ -163,6 +186,13 @@ def arith(a, op, b):
         n, d = (n * m, d * e) if op == "*" else (n * e, d * m)
     g = math.gcd(n, d) if d > 0 else -math.gcd(n, d)
     return n // g, d // g
+
+
+def float_arith(a, op, b):
+    """What arith is in Python's own numbers, held as (value, 1): 8/(3-8/3) makes 23.99999999999999."""
+    if a is None or b is None or (op == "/" and b[0] == 0):
+        return None
+    return {"+": add, "-": sub, "*": mul, "/": truediv}[op](a[0], b[0]), 1
 
 
 # An expression is (kind, operands, inverse operands): kind "+" is a sum less its inverses, "*" a product over its
@@ -282,68 +312,76 @@ def read_answer(text):
     return cards, number, formula and formula.translate(_SIGNS).strip()
 
 
-def _evaluate(tokens, level=1):
-    """Take an expression off the end of `tokens` (last token first) by precedence climbing; its value as in arith.
+def _evaluate(tokens, level=1, arith=arith):
+    """Take an expression off the end of `tokens` (last token first) by precedence climbing; its value as in `arith`.
     ValueError if there is none. Nesting is bounded by MAX_FORMULA."""
     token = tokens.pop() if tokens else ""
     if token == "(":
-        value = _evaluate(tokens)
+        value = _evaluate(tokens, 1, arith)
         if not tokens or tokens.pop() != ")":
             raise ValueError("unbalanced parentheses")
     elif token == "-":      # a sign binds more tightly than any operation
-        value = arith((0, 1), "-", _evaluate(tokens, 3))
+        value = arith((0, 1), "-", _evaluate(tokens, 3, arith))
     elif token.isdecimal():
         value = (int(token), 1)
     else:
         raise ValueError(f"unexpected {token!r}")
     while tokens and _LEVELS.get(tokens[-1], 0) >= level:
         op = tokens.pop()
-        value = arith(value, op, _evaluate(tokens, _LEVELS[op] + 1))
+        value = arith(value, op, _evaluate(tokens, _LEVELS[op] + 1, arith))
     return value
 
 
-def _judge_formula(formula, numbers, target):
-    """(code, the number its message mentions or None) for a formula (None: there is none)."""
+def _judge_formula(formula, numbers, target, floats=False):
+    """What is wrong with a formula (None: there is none), or that it is right: [(code, the number its message mentions or
+    None)], never empty. The first is the paper's verdict. floats: "float-equality"."""
     if formula is None:
-        return "no_json", None
+        return [("no_json", None)]
     left, _, right = formula.rpartition("=")
     if not left or not right.strip().isdecimal():
-        return "no_target", None
-    if len(formula) > MAX_FORMULA:
-        return "unparsable", None
+        return [("no_target", None)]
+    if len(formula) > MAX_FORMULA or re.search(r"[^\d\s()*/+-]", left):     # other signs: nothing else is looked at
+        return [("unparsable", None)]
     tokens = re.findall(r"[0-9]+|\S", left)
-    rest = tokens[::-1]
+    rest, faults = tokens[::-1], []
     try:
         value = _evaluate(rest)
         if rest:
             raise ValueError("something follows the expression")
     except ValueError:
-        return "unparsable", None
+        faults.append(("unparsable", None))
     used, dealt = Counter(int(token) for token in tokens if token.isdecimal()), Counter(numbers)
-    for code, wrong in (("foreign_number", used.keys() - dealt.keys()), ("used_twice", used - dealt),
-                        ("left_out", dealt - used)):
+    foreign = used.keys() - dealt.keys()
+    for code, wrong in (("foreign_number", foreign), ("used_twice", not foreign and used - dealt), ("left_out", dealt - used)):
         if wrong:
-            return code, str(min(wrong))
+            faults.append((code, str(min(wrong))))
+    if faults:
+        return faults
     if value is None:
-        return "division_by_zero", None
-    if value != (target, 1):
-        return "wrong_value", f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0])
-    return ("correct", None) if int(right) == target else ("no_target", None)
+        return [("division_by_zero", None)]
+    if (_evaluate(tokens[::-1], arith=float_arith) if floats else value) != (target, 1):
+        return [("wrong_value", f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0]))]
+    return [("correct", None) if int(right) == target else ("no_target", None)]
 
 
-def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS):
+def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS, compat=frozenset()):
     """The verdict on any text whatever, never an exception.
 
-    cards: dealt ranks; numbers: their values; image: whether misread cards cost MISREAD. Rewards: see REWARDS."""
+    cards: dealt ranks; numbers: their values; image: whether misread cards cost MISREAD. Rewards: see REWARDS; compat:
+    names of COMPAT["gp"]."""
     read_cards, read_numbers, formula = read_answer(text)
-    code, number = _judge_formula(formula, numbers, target)
+    faults = _judge_formula(formula, numbers, target, "float-equality" in compat)
+    faults = faults if "added-penalties" in compat else faults[:1]
     recognized = sorted(read_cards or []) == sorted(cards)
     translated = sorted(read_numbers or []) == sorted(map(str, numbers))
-    if number and len(number) > 12:
-        number = number[:11] + "…"
-    reward, message = REWARDS[code], prompts[code].format(number=number, target=target)
+    short = lambda number: number if number is None or len(number) <= 12 else number[:11] + "…"
+    code, reward = faults[0][0], sum(REWARDS[code] for code, _ in faults)
+    message = " ".join(prompts[code].format(number=short(number), target=target) for code, number in faults)
     if image and not recognized:
-        reward, message = reward + MISREAD, f"{prompts['misread'].format(target=target)} {message}"
+        misread = prompts["misread"].format(target=target)
+        if "misread-first" in compat:
+            return Verdict(MISREAD, misread, recognized, translated, "misread")
+        reward, message = reward + MISREAD, f"{misread} {message}"
     return Verdict(reward, message, recognized, translated, code)
 
 
@@ -357,6 +395,14 @@ def _one_of(name, value, allowed):
 def _positive(name, value):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} {value!r}: expected a positive integer")
+
+
+def _switches(compat, known):
+    """The names in `compat`, a comma-separated string or a set, as a frozenset; ValueError for one that is not in `known`."""
+    names = frozenset(compat.replace(" ", "").split(",") if isinstance(compat, str) else compat) - {""}
+    if names - known.keys():
+        raise ValueError(f"compat {', '.join(sorted(names - known.keys()))}: expected one or more of {', '.join(known)}")
+    return names
 
 
 def _random_formula(numbers, target, rng):
@@ -391,7 +437,8 @@ class GeneralPoints:
 
     rule: what J, Q, K count as ("10", "11-12-13", ...); look: the suits dealt ("black", "red", "all"); deal: "any"
     hand or those with a "face" card (the paper's rule-OOD); target: a positive integer; attempts: answers judged an
-    episode; size: (width, height) of the image in pixels; prompts: see load_prompts. Bad values are ValueErrors."""
+    episode; size: (width, height) of the image in pixels; prompts: see load_prompts; compat: names of COMPAT["gp"], in a set
+    or separated by commas. Bad values are ValueErrors."""
     answer_key = "formula"      # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
     headline, recognition = "success", "cards read"             # what is plotted; what `recognized` means
     sizes = {"tiny": (224, 56), "paper": (1200, 1200)}
@@ -415,14 +462,15 @@ class GeneralPoints:
         return [(weight, dict(game, image=image, look="all")) for weight, game in games for image in (False, True)]
 
     def __init__(self, *, image=False, rule="10", look="black", target=24, deal="any", attempts=5, size=(1200, 1200),
-                 prompts=None):
+                 prompts=None, compat=()):
         _one_of("look", look, tuple(LOOKS))
         _one_of("deal", deal, ("any", "face"))
         for name, value in (("target", target), ("attempts", attempts), ("size", size[0]), ("size", size[1])):
             _positive(name, value)
         self.image, self.rule, self.look, self.deal = image, str(rule), look, deal
         self.target, self.attempts, self.size = int(target), int(attempts), tuple(size)
-        self.prompts = check_prompts(prompts or {})
+        self.prompts, self.compat = check_prompts(prompts or {}), _switches(compat, COMPAT["gp"])
+        self.answers = self.attempts + ("sixth-attempt" in self.compat)
         self.values = dict(zip(RANKS, card_values(RANKS, rule)))
         self.deck = [(rank, suit) for suit in LOOKS[look] for rank in RANKS]
         self.attempt = None     # judged so far; None: no episode is running
@@ -434,7 +482,7 @@ class GeneralPoints:
             raise ValueError(f"seed {seed!r}: expected an integer >= 0")
         self.rng = random.Random(int(seed))
         for _ in range(10_000):
-            self.hand = self.rng.sample(self.deck, 4)
+            self.hand = self._draw()
             self.cards = [rank for rank, _ in self.hand]
             self.numbers = [self.values[rank] for rank in self.cards]
             wanted = self.deal == "any" or set(FACES) & set(self.cards)
@@ -445,6 +493,13 @@ class GeneralPoints:
         self.pick, self.attempt = self.rng.random(), 0
         info = {"cards": self.cards, "suits": [suit for _, suit in self.hand], "numbers": self.numbers}
         return Observation([{"role": "user", "content": self._prompt()}], fresh=True), info
+
+    def _draw(self):
+        if "iid-deck" not in self.compat:
+            return self.rng.sample(self.deck, 4)
+        last = [card for card in self.deck if self.deal == "any" or card[0] in FACES]
+        hand = self.rng.choices(self.deck, k=3) + self.rng.choices(last)
+        return self.rng.sample(hand, 4)     # shuffled
 
     def _prompt(self):
         faces, target = {face: self.values[face] for face in FACES}, self.target
@@ -461,9 +516,10 @@ class GeneralPoints:
         if self.attempt is None:
             raise RuntimeError("no episode is running: call reset(seed) first")
         self.attempt += 1
-        verdict = judge(text, self.cards, self.numbers, self.target, self.image, self.prompts)
+        verdict = UNJUDGED if self.attempt > self.attempts else judge(
+            text, self.cards, self.numbers, self.target, self.image, self.prompts, self.compat)
         correct = verdict.code == "correct"
-        truncated = not correct and self.attempt == self.attempts
+        truncated = not correct and self.attempt == self.answers
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "attempt": self.attempt,
                 "recognized": verdict.recognized, "translated": verdict.translated}
         info["success"] = correct
@@ -525,19 +581,19 @@ class Point:
         return remark + "; You observe an intersection" * self.intersection
 
 
-def relative_turn(old, new):
+def relative_turn(old, new, wrap=True):
     """Word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to (-180, 180], which the
-    released code forgets; its limits are kept: beyond 45 degrees is left or right, 0 is slightly left."""
-    turn = 180 - (180 - (new - old)) % 360
+    released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left or right, 0 is slightly left."""
+    turn = 180 - (180 - (new - old)) % 360 if wrap else new - old
     return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
 
 
-def instructions(legs, heading, named=True):
+def instructions(legs, heading, named=True, wrap=True):
     """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move, with
-    or without the names of the landmarks."""
+    or without the names of the landmarks. wrap: see relative_turn."""
     sentences = []
     for i, leg in enumerate(legs):
-        turn, goal = relative_turn(heading, leg.heading), "destination" if leg is legs[-1] else "next intersection"
+        turn, goal = relative_turn(heading, leg.heading, wrap), "destination" if leg is legs[-1] else "next intersection"
         where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark and named else ""
         sentences += [f"{'Turn' if i else 'First, turn'} {turn} to face {leg.direction}.",
                       f"Move forward until you reach {goal}{where}."]
@@ -545,12 +601,12 @@ def instructions(legs, heading, named=True):
     return sentences
 
 
-def rail(route, heading, rule, rng, drop_rate):
+def rail(route, heading, rule, rng, drop_rate, wrap=True):
     """The Points of a route: its start, each candidate between two turning points with probability 1 - drop_rate,
     the turning points, the destination. A turn moves one on to the next point (released code)."""
     points, place, landmark, side = [], route.start, None, None
     for i, leg in enumerate(route.legs):
-        turn = leg.direction if rule == "absolute" else relative_turn(heading, leg.heading)
+        turn = leg.direction if rule == "absolute" else relative_turn(heading, leg.heading, wrap)
         points.append(Point(place.panorama, heading, landmark, side, i > 0, 2 * i, f"turn_direction({turn})"))
         heading, place, landmark, side = leg.heading, leg.end, leg.landmark, leg.side
         points += [Point(between.panorama, heading, None, None, False, 2 * i + 1, "forward()")
@@ -634,7 +690,7 @@ class Navigation:
     paper) or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
     intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes can tell;
     describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of the four views;
-    prompts: see load_prompts. Bad values are ValueErrors."""
+    prompts: see load_prompts; compat: names of COMPAT["virl"], in a set or separated by commas. Bad values are ValueErrors."""
     answer_key = "action"
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
@@ -656,7 +712,8 @@ class Navigation:
                         for look in ("new-york", "broad")]
 
     def __init__(self, *, image=False, rule="absolute", look="new-york", held_out=False, attempts=2, after_failure="end",
-                 drop_rate=0.5, hide_landmarks=False, describe=False, size=53, prompts=None, skip_bad_routes=False):
+                 drop_rate=0.5, hide_landmarks=False, describe=False, size=53, prompts=None, skip_bad_routes=False,
+                 compat=()):
         _one_of("rule", rule, tuple(SPACES))
         _one_of("after_failure", after_failure, ("end", "walk-on"))
         _positive("attempts", attempts)
@@ -665,6 +722,8 @@ class Navigation:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.image, self.rule, self.describe, self.attempts, self.after_failure = image, rule, describe, attempts, after_failure
         self.drop_rate, self.named, self.size, self.prompts = drop_rate, not hide_landmarks, size, check_prompts(prompts or {})
+        self.compat = _switches(compat, COMPAT["virl"])
+        self.answers = attempts + ("sixth-attempt" in self.compat)      # to a point
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
         self.distinct = len(self.routes)
         self.index = None       # of the point where one stands; None: no episode is running
@@ -674,9 +733,9 @@ class Navigation:
             raise ValueError(f"seed {seed!r}: expected an integer >= 0")
         self.rng = random.Random(int(seed))
         route = self.routes[seed % len(self.routes)]
-        heading = route.init_heading or self.rng.randrange(360)
-        self.sentences = instructions(route.legs, heading, self.named)
-        self.points = rail(route, heading, self.rule, self.rng, self.drop_rate)
+        heading, wrap = route.init_heading or self.rng.randrange(360), "unwrapped-angles" not in self.compat
+        self.sentences = instructions(route.legs, heading, self.named, wrap)
+        self.points = rail(route, heading, self.rule, self.rng, self.drop_rate, wrap)
         self.landmarks = {leg.landmark for leg in route.legs if leg.landmark}
         self.index, self.attempt, self.failed = 0, 0, False
         return {"route": route.name, "points": len(self.points), "instructions": self.sentences}
@@ -708,15 +767,18 @@ class Navigation:
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The right action
         leads to the next point, a wrong one leaves one where one is, with the verifier's message. The destination
-        terminates the episode, a point that stays wrong truncates it (see after_failure); after that RuntimeError."""
+        terminates the episode (with "sixth-attempt" an unjudged answer there does, too: the released code), a point that
+        stays wrong truncates it (see after_failure); after that RuntimeError."""
         if self.index is None:
             raise RuntimeError("no episode is running: call reset(seed) first")
         point, self.attempt = self.points[self.index], self.attempt + 1
-        verdict = judge_step(text, point, self.sentences[point.instruction], self.landmarks, self.rule, self.prompts)
+        verdict = UNJUDGED if self.attempt > self.attempts else judge_step(
+            text, point, self.sentences[point.instruction], self.landmarks, self.rule, self.prompts)
         correct, last = verdict.code == "right_action", self.index == len(self.points) - 1
-        exhausted = not correct and self.attempt == self.attempts
+        exhausted = not correct and self.attempt == self.answers
         self.failed |= exhausted
-        terminated, truncated = correct and last, exhausted and (last or self.after_failure == "end")
+        terminated = last and (correct or verdict is UNJUDGED)
+        truncated = exhausted and (last or self.after_failure == "end")
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "attempt": self.attempt,
                 "point": self.index, "landmark": point.landmark, "recognized": verdict.recognized, "translated": verdict.translated,
                 "success": terminated and not self.failed}

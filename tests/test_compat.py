@@ -1,0 +1,267 @@
+"""The released code's behaviours that a game's `compat` brings back, each worked by hand beside the default."""
+import itertools
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import envs
+from envs import COMPAT, GeneralPoints, Navigation, judge
+from scenes.routes import Leg, Route
+from test_envs import HOSTILE as HOSTILE_CARDS
+from test_envs import answer
+from test_navigation import HOSTILE as HOSTILE_STEPS
+from test_navigation import game, here, place    # noqa: F401 (here is a fixture)
+
+GAMES = [(GeneralPoints, "gp"), (Navigation, "virl")]
+
+
+@pytest.mark.parametrize("make, name", GAMES)
+def test_a_set_and_a_string_say_the_same_and_other_names_are_refused(make, name):
+    everything = frozenset(COMPAT[name])
+    assert make(compat=", ".join(everything)).compat == make(compat=everything).compat == everything
+    assert make().compat == make(compat="").compat == make(compat=set()).compat == frozenset()
+    for bad in ("sixth", "sixth-attempt,gae-leak", {"official"}):
+        with pytest.raises(ValueError, match="^compat (sixth|gae-leak|official): expected .*" + ", ".join(COMPAT[name])):
+            make(compat=bad)
+
+
+def test_each_game_knows_its_own():
+    with pytest.raises(ValueError, match="unwrapped-angles"):
+        GeneralPoints(compat="unwrapped-angles")
+    with pytest.raises(ValueError, match="iid-deck"):
+        Navigation(compat="iid-deck")
+
+
+# ------------------------------------------------------------------------------------------------------- sixth-attempt
+
+def test_the_answer_after_the_last_attempt_is_not_judged():
+    env = GeneralPoints(attempts=2, compat="sixth-attempt")
+    env.reset(0)
+    assert env.step("?")[1:4] == (-3, False, False)
+    observation, *outcome, _ = env.step("?")
+    assert outcome == [-3, False, False] and observation.messages == [{"role": "user", "content": "There is no JSON with a formula."}]
+    observation, *outcome, info = env.step(env.oracle())                     # right, but nobody looks
+    assert outcome == [-1, False, True] and observation.messages == []
+    assert info == {"verdict": "unjudged", "message": "", "correct": False, "attempt": 3, "recognized": False, "translated": False,
+                    "success": False}
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step("?")
+
+
+@pytest.mark.parametrize("compat, rewards", [((), [-3, -3, -3, -3, -4]), ("sixth-attempt", [-3, -3, -3, -3, -3, -1])])
+def test_a_failed_episode_costs_the_same_with_a_sixth_attempt(compat, rewards):
+    env = GeneralPoints(compat=compat)
+    env.reset(0)
+    outcomes = [env.step("?") for _ in rewards]
+    assert [outcome[1] for outcome in outcomes] == rewards and [outcome[3] for outcome in outcomes] == [False] * (len(rewards) - 1) + [True]
+
+
+def test_the_last_judged_attempt_may_be_right():
+    env = GeneralPoints(attempts=2, compat="sixth-attempt")
+    env.reset(0)
+    env.step("?")
+    assert env.step(env.oracle())[1:4] == (5, True, False)
+
+
+def test_the_third_answer_at_a_point_is_not_judged(here):    # noqa: F811
+    env, _ = game(compat="sixth-attempt")
+    env.step(env.oracle())
+    assert env.step("?")[1:4] == (-2.5, False, False)
+    observation, *outcome, _ = env.step('{"current observation": "", "action": "stop()"}')
+    assert outcome == [-1, False, False] and observation.messages == [{"role": "user", "content": "The action is wrong."}]
+    *outcome, info = env.step(env.oracle())[1:]
+    assert outcome == [-1, False, True]
+    assert (info["verdict"], info["correct"], info["point"], info["attempt"], info["success"]) == ("unjudged", False, 1, 3, False)
+
+
+def test_after_the_third_answer_one_walks_on(here):          # noqa: F811
+    env, _ = game(compat="sixth-attempt", after_failure="walk-on")
+    outcomes = [env.step("?") for _ in range(3)]
+    assert [outcome[1:4] for outcome in outcomes] == [(-2.5, False, False)] * 2 + [(-1, False, False)]
+    assert [outcome[0].fresh for outcome in outcomes] == [False, False, True] and env.index == 1
+    for _ in range(6):
+        *outcome, info = env.step(env.oracle())[1:]
+    assert outcome == [1, True, False] and info["attempt"] == 1 and not info["success"]
+
+
+@pytest.mark.parametrize("compat, outcomes", [((), [(-2.5, False, False), (-3.5, False, True)]),
+                                              ("sixth-attempt", [(-2.5, False, False), (-2.5, False, False), (-1, True, True)])])
+def test_at_the_destination(here, compat, outcomes):          # noqa: F811
+    env, _ = game(compat=compat)
+    for _ in range(6):
+        env.step(env.oracle())
+    for outcome in outcomes:
+        assert env.step("?")[1:4] == outcome
+
+
+# ------------------------------------------------------------------------------------------------- GeneralPoints' verdicts
+
+@pytest.mark.parametrize("formula, reward, added, message", [
+    ("1*2*3*4=24", 5, 5, "Correct."),
+    ("1+2+3+4=24", -1, -1, "The formula gives 10, not 24."),
+    ("4/(3-2-1)=24", -3, -3, "The formula divides by zero."),
+    ("1*2*3*4=25", -3, -3, "The formula must end in =24."),
+    ("7+2+3+4=24", -2, -2 - 3, "7 is not one of the numbers. 1 is left out."),
+    ("2*2*3*4=24", -3, -3 - 3, "2 is used too often. 1 is left out."),
+    ("7*2*2*3=24", -2, -2 - 3, "7 is not one of the numbers. 1 is left out."),            # one kind for a number too many
+    ("1*2*3*4*7=24", -2, -2, "7 is not one of the numbers."),
+    ("(1*2*3*4=24", -3, -3, "The formula cannot be read."),
+    ("(2*3*4=24", -3, -3 - 3, "The formula cannot be read. 1 is left out."),
+    ("7*2*3+=24", -3, -3 - 2 - 3, "The formula cannot be read. 7 is not one of the numbers. 1 is left out."),
+    ("2*2*3)=24", -3, -3 - 3 - 3, "The formula cannot be read. 2 is used too often. 1 is left out."),
+    ("A*2*3*4=24", -3, -3, "The formula cannot be read.")])                               # other signs: nothing else is looked at
+def test_penalties_add_up(formula, reward, added, message):
+    hand = ["A", "2", "3", "4"], [1, 2, 3, 4]
+    result = judge(answer(formula), *hand, compat={"added-penalties"})
+    default = judge(answer(formula), *hand)
+    assert (result.reward, result.message, default.reward) == (added, message, reward)
+    assert result.code == default.code and message.startswith(default.message)
+    assert judge(answer(formula, ["K"]), *hand, image=True, compat={"added-penalties"}).reward == added - 1.5
+
+
+@pytest.mark.parametrize("formula, reward", [("1*2*3*4=24", 5 - 1.5), ("1+2+3+4=24", -1 - 1.5), ("?", -3 - 1.5)])
+def test_misread_cards_replace_the_verdict(formula, reward):
+    hand = ["A", "2", "3", "4"], [1, 2, 3, 4]
+    misread = judge(answer(formula, ["A", "2", "3", "5"]), *hand, image=True, compat={"misread-first"})
+    assert (misread.reward, misread.code, misread.message, misread.recognized) == (-1.5, "misread", "The cards are misread.", False)
+    assert judge(answer(formula, ["A", "2", "3", "5"]), *hand, image=True).reward == reward
+    for image, cards in ((False, ["A", "2", "3", "5"]), (True, ["4", "3", "2", "A"])):    # in words, or read right: as ever
+        assert judge(answer(formula, cards), *hand, image=image, compat={"misread-first"}) == judge(answer(formula, cards), *hand, image=image)
+
+
+def test_a_misread_hand_is_not_solved():
+    env = GeneralPoints(image=True, size=(56, 14), attempts=1, compat="misread-first")
+    env.reset(0)
+    right = json.loads(env.oracle())
+    *outcome, info = env.step(json.dumps({**right, "cards": []}))[1:]
+    assert outcome == [-1.5 - 1, False, True] and not info["correct"] and info["verdict"] == "misread"
+
+
+def test_fractions_that_floats_miss():
+    hand = ["3", "3", "8", "8"], [3, 3, 8, 8]
+    result = judge(answer("8/(3-8/3)=24"), *hand, compat={"float-equality"})
+    assert (result.code, result.reward, result.message) == ("wrong_value", -1, "The formula gives 24, not 24.")
+    assert judge(answer("8/(3-8/3)=24"), *hand).code == "correct"
+    third = judge(answer("8/3-8*3=24"), *hand, compat={"float-equality"})                  # what is said stays exact
+    assert third == judge(answer("8/3-8*3=24"), *hand) and third.message == "The formula gives -64/3, not 24."
+
+
+def test_floats_decide_as_python_does():
+    rng, disagree = random.Random(0), 0
+    for _ in range(3000):
+        numbers = rng.choices(range(1, 14), k=4)
+        a, b, c, d = numbers
+        x, y, z = rng.choices("+-*/", k=3)
+        left = rng.choice([f"{a}{x}{b}{y}{c}{z}{d}", f"{a}{x}({b}{y}{c}{z}{d})", f"-({a}{x}{b}){y}({c}{z}{d})", f"{a}{x}({b}{y}{c}/{d})"])
+        try:
+            value = eval(left)                              # made two lines above
+        except ZeroDivisionError:
+            continue
+        target = max(1, round(value))
+        exact, floating = (judge(answer(f"{left}={target}"), [], numbers, target, compat=compat).code for compat in ((), {"float-equality"}))
+        assert floating == ("correct" if value == target else "wrong_value"), left
+        disagree += exact != floating
+    assert disagree >= 3
+
+
+# ------------------------------------------------------------------------------------------------------------------ deck
+
+def chances(deal, iid):
+    """(share of solvable hands with two cards of one rank, mean number of face cards) of black hands under the rule "10"."""
+    total = pair = faces = 0.0
+    for ranks in itertools.product(range(1, 14), repeat=4):
+        if not envs._solvable(tuple(sorted(min(rank, 10) for rank in ranks)), 24):
+            continue
+        weight = 1.0
+        if not iid:                                         # in how many ways four cards of these ranks lie in the deck
+            for count in Counter(ranks).values():
+                weight *= (1, 2, 2, 0, 0)[count]
+        n = sum(rank > 10 for rank in ranks)
+        if deal == "face":      # rejection: at least one; the released code: one of the four places is drawn from faces alone
+            weight *= n if iid else n > 0
+        total, pair, faces = total + weight, pair + weight * (len(set(ranks)) < 4), faces + weight * n
+    return pair / total, faces / total
+
+
+@pytest.mark.parametrize("deal", ["any", "face"])
+def test_independent_draws(deal):
+    expected, deck = chances(deal, True), chances(deal, False)
+    for compat, (pair, faces) in (("iid-deck", expected), ("", deck)):
+        env = GeneralPoints(deal=deal, compat=compat)
+        hands = [env.reset(seed)[1] for seed in range(4000)]
+        twice = sum(len(set(zip(hand["cards"], hand["suits"]))) < 4 for hand in hands)
+        assert twice > 300 if compat else twice == 0        # the same card twice
+        assert np.mean([len(set(hand["cards"])) < 4 for hand in hands]) == pytest.approx(pair, abs=0.03)       # 4 standard errors
+        counts = [sum(rank in envs.FACES for rank in hand["cards"]) for hand in hands]
+        assert np.mean(counts) == pytest.approx(faces, abs=0.055) and (deal == "any" or min(counts) == 1)
+        assert np.mean([hand["cards"][3] in envs.FACES for hand in hands]) == pytest.approx(faces / 4, abs=0.03)     # no place is special
+    assert expected[0] - deck[0] > 0.1
+
+
+def test_a_hand_of_four_equal_cards_can_be_shown_and_solved():
+    env = GeneralPoints(image=True, size=(56, 14), compat="iid-deck")
+    env.deck = [("6", "spades")]
+    env.reset(0)
+    assert env.cards == ["6"] * 4 and env.step(env.oracle())[1:4] == (5, True, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- angles
+
+@pytest.mark.parametrize("old, new, wrapped, unwrapped", [
+    (350, 10, "slightly right", "left"), (10, 350, "slightly left", "right"), (300, 30, "right", "left"), (30, 300, "left", "right"),
+    (0, 359, "slightly left", "right"), (0, 45, "slightly right", "slightly right"), (46, 0, "left", "left"),
+    (10, 10, "slightly left", "slightly left")])
+def test_turns_past_north(old, new, wrapped, unwrapped):
+    assert (envs.relative_turn(old, new), envs.relative_turn(old, new, wrap=False)) == (wrapped, unwrapped)
+
+
+@pytest.mark.parametrize("compat, words", [("", ["slightly right", "slightly left"]), ("unwrapped-angles", ["left", "right"])])
+def test_instructions_and_actions_agree(monkeypatch, compat, words):
+    route = Route("here", place("start"), 350, (Leg(10, "north", None, None, (), place("a")), Leg(340, "north", "Bar", "left", (), place("b"))))
+    monkeypatch.setattr(envs, "known_routes", lambda *_: [route])
+    env = Navigation(rule="relative", compat=compat)
+    sentences = env.reset(0)[1]["instructions"]
+    assert sentences[::2] == [f"First, turn {words[0]} to face north.", f"Turn {words[1]} to face north."]
+    assert [point.action for point in env.points] == [*(f"turn_direction({word})" for word in words), "stop()"]
+    absolute = Navigation(compat=compat)
+    assert absolute.reset(0)[1]["instructions"] == sentences and absolute.points[0].action == "turn_direction(north)"
+
+
+# ------------------------------------------------------------------------------------------------------- any text, any switch
+
+@pytest.mark.parametrize("compat", [*COMPAT["gp"], ",".join(COMPAT["gp"])])
+@pytest.mark.parametrize("image", [False, True])
+def test_hostile_answers_to_cards(image, compat):
+    env = GeneralPoints(image=image, size=(56, 14), compat=compat)
+    env.reset(1)
+    for text in HOSTILE_CARDS + ["9/(1-1/3-1/3-1/3)" + "*9/(1-1/3-1/3-1/3)" * 10 + "=24", "1/" * 90 + "0=24"]:
+        for wrapped in (text, answer(text)):
+            observation, reward, terminated, truncated, info = env.step(wrapped)
+            assert -10.5 <= reward < 0 and not terminated and not info["correct"]
+            assert truncated or 0 < len(observation.messages[0]["content"]) <= 160
+            if truncated:
+                env.reset(1)
+
+
+@pytest.mark.parametrize("text", [answer("9" * 180 + "/1=24"), answer("9" * 90 + "*" + "9" * 90 + "/7=24"),
+                                  answer("9/(1-1/3-1/3-1/3)" + "*9/(1-1/3-1/3-1/3)" * 9 + "=24"), answer("-" * 190 + "1=24"), answer("1/0*0=24"),
+                                  answer(f"24*{10**17 + 1}/({10**17 + 1}/1-{10**17}/1)=24"),              # over 1; in floats over 0
+                                  answer(f"1+2/(3/({10**17 + 1}/1-{10**17}/1))=24")])
+def test_floats_do_not_overflow_or_divide_by_zero(text):
+    """Every number was dealt as often as it is used, so the value is computed and looked at."""
+    left = envs.read_answer(text)[2].partition("=")[0]
+    numbers = [int(n) for n in "".join(c if c.isdigit() else " " for c in left).split()]
+    assert judge(text, [], numbers, compat=set(COMPAT["gp"])).code in ("wrong_value", "division_by_zero")
+
+
+@pytest.mark.parametrize("compat", [*COMPAT["virl"], ",".join(COMPAT["virl"])])
+def test_hostile_answers_on_a_route(here, compat):            # noqa: F811
+    env, _ = game(compat=compat)
+    for text, code in HOSTILE_STEPS:
+        env.reset(0)
+        outcomes = [env.step(text) for _ in range(env.answers)]
+        assert all(outcome[1] in (-1, -2.5, -2, -3.5) and not outcome[4]["correct"] for outcome in outcomes) and outcomes[-1][3]
+        assert outcomes[0][4]["verdict"] in (code, "wrong_action")
