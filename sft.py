@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from model import alone, bucket, collate
+from variants import sft_losses
+from variants.sft_losses import Loss
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Example:
     ids: list[int]
     sampled: list[bool]        # True: a token the model must produce, so a token with a loss
     image: object              # PIL image or None
+    before: object = None      # (targets,) log-probs by an earlier model, if the loss asks for them
 
 
 def make_example(processor, env, seed, mistakes=0, prompts=False):
@@ -43,30 +46,70 @@ def make_batch(processor, mixture, seeds, mistakes, prompts=False):
     return examples
 
 
-def nll(logprobs):
+def own_answers(episodes):
+    """The right answers of episodes (see ppo.Episode) as examples, each with the conversation that led to it (rejection sampling: RAFT, arXiv
+    2304.06767). Wrong answers before a right one are context."""
+    examples = []
+    for episode in episodes:
+        for k, conversation in enumerate(episode.conversations):
+            for turn in [turn for turn in episode.turns if turn.conversation == k and turn.info["correct"]]:
+                sampled = [turn.start <= i < turn.end for i in range(turn.end)]
+                examples.append(Example(conversation.ids[:turn.end], sampled, conversation.image))
+    return examples
+
+
+def nll(logprobs, before, rows, args):
     """Negative log-likelihood of each target token, (tokens,) -> (tokens,)."""
     return -logprobs
 
 
-LOSSES = {"nll": nll}
+LOSSES = {"nll": Loss(nll)} | sft_losses.LOSSES
+
+
+def passes(model, processor, examples, spare, args, pace, device):
+    """Forward passes over all examples, alike in length together: yields (examples, batch, model's output, weight). `spare` is one example, for
+    passes that others need (see `alone`)."""
+    beside = [0 if e.image is None else model.config.image_tokens(model.vision_frozen) for e in examples]
+    batches = [[examples[i] for i in indices] for indices in bucket([len(e.ids) for e in examples], args.token_budget, beside)]
+    for micro, weight in pace(batches, [spare]):
+        batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
+        yield micro, batch, model(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets), weight
+
+
+@torch.no_grad()
+def score(model, processor, examples, args, *, pace=alone, device="cpu"):
+    """Note in each example the log-probs that its targets have now, as `before`."""
+    for micro, batch, out, _ in passes(model, processor, examples, examples[0], args, pace, device):
+        for example, logprobs, targets in zip(micro, out.logprobs.cpu(), batch.targets.cpu()):
+            example.before = logprobs[targets >= 0]
 
 
 def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pace=alone, device="cpu"):
-    """One optimizer step on a batch of examples: the mean loss a target token, over all ranks.
+    """Learn from a batch of examples: one optimizer step on the mean loss a target token, over all ranks, or --epochs passes of --minibatches
+    steps each. Returns the metrics, means over the steps.
 
     `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. `pace`: see `alone`.
     """
+    if LOSSES[args.sft_loss].before == "step":
+        score(model, processor, examples, args, pace=pace, device=device)
+    metrics = []
+    for _ in range(args.epochs):
+        for k in range(args.minibatches):
+            metrics.append(one_step(model, processor, examples[k::args.minibatches], examples[0], args, step, all_reduce, pace, device))
+    means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+    return means | {"trained_tokens": sum(m["trained_tokens"] for m in metrics)}
+
+
+def one_step(model, processor, examples, spare, args, step, all_reduce, pace, device):
+    """One optimizer step; see `update`."""
     counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
     n_tokens, trained_tokens = all_reduce(counts).tolist()
     sums = torch.zeros(3, dtype=torch.float64)
-    beside = [0 if e.image is None else model.config.image_tokens(model.vision_frozen) for e in examples]
-    for indices, weight in pace(bucket([len(e.ids) for e in examples], args.token_budget, beside), [0]):
-        micro = [examples[i] for i in indices]
-        batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
-        out = model(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets)
+    for micro, batch, out, weight in passes(model, processor, examples, spare, args, pace, device):
         asked = batch.targets >= 0
-        logprobs = out.logprobs[asked]
-        loss = weight * LOSSES[args.sft_loss](logprobs).sum() / n_tokens
+        logprobs, rows = out.logprobs[asked], asked.nonzero()[:, 0]
+        before = torch.cat([e.before for e in micro]).to(device) if LOSSES[args.sft_loss].before else None
+        loss = weight * LOSSES[args.sft_loss].f(logprobs, before, rows, args).sum() / n_tokens
         loss.backward()
         sums += weight * torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
     nll_mean, loss, entropy = (all_reduce(sums) / n_tokens).tolist()

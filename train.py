@@ -108,6 +108,8 @@ class Args:
     describe: bool = arg(None, "virl-vl, for SFT and pre-training: learn to tell what is in the pictures rather than the way")
     learn_prompts: bool = arg(None, "also learn to predict the prompts, as pre-training does")
     sft_loss: str = arg("nll", "SFT loss", tuple(sft.LOSSES))
+    sft_data: str = arg("expert", "what SFT learns from: dialogues of an expert, or the model's own right answers of --batch-size episodes a step "
+                                  "(rejection sampling)", ("expert", "own"))
     # PPO
     hands: int = arg(None, "hands dealt (or routes begun) an update, over all ranks")
     samples: int = arg(None, "episodes played of each of them")
@@ -122,7 +124,7 @@ class Args:
     entropy_coef: float = arg(None, "weight of an entropy bonus")
     gamma: float = arg(0.9, "discount from turn to turn")
     lam: float = arg(0.95, "lambda of GAE, from turn to turn")
-    epochs: int = arg(None, "passes over each rollout")
+    epochs: int = arg(None, "passes over each rollout (or batch of SFT)")
     minibatches: int = arg(None, "optimizer steps a pass")
     critic: str = arg(None, "what the value head reads: shared, detached or separate (see ppo.ActorCritic)", ("shared", "detached", "separate"))
     critic_lr: float = arg(None, "learning rate of the value head (and of its own trunk)")
@@ -160,12 +162,13 @@ PRESETS = {
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
                  rollout_batch=256, lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
         sft=dict(steps={"gp": 450, "virl-l": 221, "virl-vl": 230}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
+                 epochs=1, minibatches=1, clip=0.1, temperature=1.0,
                  eval_every={"gp": 150, "virl": 115}, save_every=150, warmup=0.03),
         ppo=dict(steps={"gp": 40, "virl": 30}, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
                  temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
                  epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 15},
                  save_every={"gp": 20, "virl": 15}),
-        pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 40},
+        pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 40}, epochs=1, minibatches=1,
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
                       eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
         eval={}),
@@ -173,6 +176,7 @@ PRESETS = {
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=6144, max_new_tokens=512, lr_schedule="cosine",
                  rollout_batch={"gp-l": 64, "gp-vl": 32, "virl": 40}, eval_hands={"gp": 234, "virl": 48}),
         sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7, "virl-l": 1e-6, "virl-vl": 5e-7}, batch_size=128, mistakes=0.0,
+                 epochs=1, minibatches=1, clip=0.1, temperature=1.0,
                  learn_prompts=False, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0, eval_every=50, save_every=100),
         ppo=dict(steps={"gp": 20, "virl": 15}, lr={"gp": 1e-6, "virl-l": 1e-6, "virl-vl": 1e-7}, betas=(0.9, 0.999), warmup=0.0,
                  hands={"gp": 512, "virl": 320}, samples=1, temperature=0.2, advantage="gae", unit="turn", clip=0.1,
@@ -645,23 +649,37 @@ class Trainer:
         return range(first, first + n)
 
     def sft_update(self, i):
-        args = self.args
+        args, scored = self.args, 0
         seeds = self.processes.share(self.seeds(i, args.batch_size))
-        self.batch = examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
+        examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
+        if args.sft_data == "own":
+            episodes = self.play(seeds, seeds)
+            scored += sum(len(conversation.ids) for episode in episodes for conversation in episode.conversations)
+            nothing = dataclasses.replace(examples[0], sampled=[False] * len(examples[0].sampled))      # for a rank without a right answer
+            examples = sft.own_answers(episodes) or [nothing]
+        if sft.LOSSES[args.sft_loss].before:
+            scored += sum(len(example.ids) for example in examples)
+        self.batch = examples
         with autocast(args, self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
-        self.compute += 6 * self.policy_size * metrics["trained_tokens"]
+        scored = self.processes.all_reduce(torch.tensor(float(scored), dtype=torch.float64)).item()
+        self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         return metrics
+
+    def play(self, seeds, draws):
+        """A rollout of the training game."""
+        args = self.args
+        with autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
+            return ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature, batch=args.rollout_batch,
+                               max_new_tokens=args.max_new_tokens, keep_features=args.algo == "ppo" and self.model.vision_frozen,
+                               device=self.processes.device)
 
     def ppo_update(self, i):
         args, start = self.args, time.time()
         hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
         seeds, draws = zip(*[(hand, hand * args.samples + k) for hand in hands for k in range(args.samples)])
-        with autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
-            episodes = ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature,
-                                   batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, keep_features=self.model.vision_frozen,
-                                   device=self.processes.device)
+        episodes = self.play(seeds, draws)
         rolled, self.batch = time.time(), episodes
         with autocast(args, self.processes.device):            # anew: what the rollout cast to bfloat16 can have no gradients
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,

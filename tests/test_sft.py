@@ -1,10 +1,12 @@
 """SFT: loss on the expert's own tokens only, and what is frozen stays."""
 
 import copy
+import math
 
 import pytest
 import torch
 
+import ppo
 import sft
 import train
 from envs import GeneralPoints
@@ -116,3 +118,81 @@ def test_sft_learns(model, processor):
 
     losses = [sft.update(model, processor, examples, args, step=step)["nll"] for _ in range(30)]
     assert losses[-1] < losses[0] / 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other losses, other data
+
+def gradient(loss, logprobs, before=None, rows=None, **changes):
+    logprobs = torch.tensor(logprobs, requires_grad=True)
+    rows = torch.zeros(len(logprobs), dtype=torch.int64) if rows is None else torch.tensor(rows)
+    before = None if before is None else torch.tensor(before)
+    sft.LOSSES[loss].f(logprobs, before, rows, settings(clip=0.2, **changes)).sum().backward()
+    return logprobs.grad.tolist()
+
+
+def test_dft_weighs_a_token_by_its_probability():
+    assert gradient("dft", [math.log(0.25), math.log(0.5)]) == pytest.approx([-0.25, -0.5])
+    assert gradient("dft", [0.0]) == gradient("nll", [0.0]) == [-1.0]          # p = 1 is plain SFT
+
+
+def test_psft_stops_at_the_clip_range():
+    """d(-ratio)/d log p = -ratio, until the ratio leaves 1.2; a token that has become less likely is still pulled."""
+    now = [math.log(x) for x in (1.0, 1.1, 1.3, 0.5)]
+    assert gradient("psft", now, before=[0.0] * 4) == pytest.approx([-1.0, -1.1, 0.0, -0.5])
+
+
+def test_iw_weighs_a_dialogue_by_how_its_probability_changed():
+    """Two dialogues: ratios 1.1 * 1.1, and 0.9 * (2.0, clipped to 1.2)."""
+    now, rows = [math.log(x) for x in (1.1, 1.1, 0.9, 2.0)], [0, 0, 1, 1]
+    assert gradient("iw-sft", now, before=[0.0] * 4, rows=rows) == pytest.approx([-1.21, -1.21, -1.08, -1.08])
+    assert gradient("iw-sft", now, before=now, rows=rows) == pytest.approx([-1.0] * 4)     # nothing changed: plain SFT
+
+
+@pytest.mark.parametrize("task", GP)
+def test_scored_is_what_the_next_pass_finds(model, processor, task):
+    """So the ratios of a first minibatch are 1, and PSFT's gradient is that of plain SFT, whatever lies in a micro-batch together."""
+    examples, gradients = sft.make_batch(processor, [(GP[task](), 1.0)], range(5), mistakes=0.5), []
+    for loss, budget in (("nll", 10**6), ("psft", 100)):
+        copied = copy.deepcopy(model)
+        sft.update(copied, processor, examples, settings(sft_loss=loss, token_budget=budget), step=lambda loss: 0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in copied.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_minibatches_and_epochs(model, processor):
+    examples, losses = sft.make_batch(processor, [(GeneralPoints(), 1.0)], range(5), mistakes=0.0), []
+    metrics = sft.update(model, processor, examples, settings(epochs=2, minibatches=3), step=lambda loss: losses.append(loss) or 1.0)
+    assert len(losses) == 6 and metrics["loss"] == pytest.approx(sum(losses) / 6)
+    assert metrics["trained_tokens"] == 2 * sum(len(e.ids) for e in examples)
+
+
+def test_own_right_answers_become_examples():
+    conversations = [ppo.Conversation(ids=list(range(20)), image="a"), ppo.Conversation(ids=list(range(9)), image="b")]
+    turn = lambda k, start, end, correct: ppo.Turn(k, start, end, 0.0, {"correct": correct})
+    solved = ppo.Episode(0, conversations, [turn(0, 5, 8, False), turn(0, 12, 15, True), turn(1, 6, 9, False)])
+    failed = ppo.Episode(1, [ppo.Conversation(ids=[1, 2, 3])], [turn(0, 1, 3, False)])
+    [example] = sft.own_answers([solved, failed])
+    assert example.ids == list(range(15)) and example.image == "a"                 # the wrong answer before it is context
+    assert [i for i, learnt in enumerate(example.sampled) if learnt] == [12, 13, 14]
+
+
+def test_own_answers_through_the_trainer(model, processor, monkeypatch):
+    """Without a single right answer a step is skipped and counted; with some, it learns from them alone."""
+    args = train.apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny", batch_size=3, sft_data="own", max_new_tokens=4), 32)
+    trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
+    before = copy.deepcopy(model.state_dict())
+    trainer.update(0)                                                              # of a random model: none is right
+    assert trainer.skipped == 1 and all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    real = trainer.play
+
+    def lucky(seeds, draws):
+        episodes = real(seeds, draws)
+        episodes[0].turns[0].info["correct"] = True
+        return episodes
+
+    monkeypatch.setattr(trainer, "play", lucky)
+    metrics = trainer.update(1)
+    assert trainer.skipped == 1 and len(trainer.batch) == 1 and math.isfinite(metrics["nll"])
+    assert metrics["trained_tokens"] == len(trainer.batch[0].ids)
+    assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
