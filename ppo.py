@@ -8,7 +8,8 @@ whole turn (the paper's choice; `--unit token` makes it one token), and the adva
 verifier message is something the model was told, not something it did, so it takes no part in ratios, entropies,
 normalisation or the decay of an advantage.
 
-The file reads downwards: the record of an episode, the rollout that fills it, the advantages, the losses, the update.
+The file reads downwards: the record of an episode, the rollout that fills it, the advantages, the losses, the update. Other estimators and
+losses (over tokens, against groups of samples, with a KL penalty) and how to add one: variants/.
 """
 
 import copy
@@ -19,6 +20,9 @@ import torch
 from torch import nn
 
 from model import alone, bucket, collate, generate
+from variants import advantages, losses
+from variants.advantages import Estimator, earned
+from variants.losses import Loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,9 +37,10 @@ class Turn:
     reward: float
     info: dict                 # what the environment said of this answer: verdict, recognized, ...
     hidden: object = None      # (D,) the policy's state at the last token of the prompt, from which `read_values` makes
-    value: float = 0.0         # V(prompt of this turn); or `score_values` does
-    advantage: float = 0.0     # filled in by an estimator
+    value: float = 0.0         # V(prompt of this turn); or `score_values` does. For an estimator over tokens these three are
+    advantage: float = 0.0     # filled in by an estimator                       lists with a number for each token of the turn
     target: float = 0.0        # what the value head is regressed on
+    penalties: list[float] = field(default_factory=list)    # of each token, taken from the reward: --kl-in reward; else empty
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Conversation:
     sampled: list[bool] = field(default_factory=list)      # True: drawn by the model. False: forced (prompt, verifier)
     logprobs: list[float] = field(default_factory=list)    # as drawn; 0 where forced
     weights: list[float] = field(default_factory=list)     # weight in the turn's log-prob; 0 where forced
+    reference: list[float] = field(default_factory=list)   # log-probs by the reference policy; empty without a KL penalty
     image: object = None                                   # PIL image or None
     features: object = None                                # (S, F) what a frozen vision encoder made of it; None: not kept
 
@@ -189,7 +195,7 @@ def gae(episodes, args):
     for episode in episodes:
         next_value = next_advantage = 0.0
         for turn in reversed(episode.turns):
-            delta = args.reward_scale * turn.reward + args.gamma * next_value - turn.value
+            delta = earned(turn, args) + args.gamma * next_value - turn.value
             turn.advantage = delta + args.gamma * args.lam * next_advantage
             turn.target = turn.advantage + turn.value
             next_value, next_advantage = turn.value, turn.advantage
@@ -213,35 +219,47 @@ def gae_loo(episodes, args):
             turn.advantage -= (total - turn.advantage) / max(others, 1)      # a lone sample keeps its advantage
 
 
-ESTIMATORS = {"gae": gae, "gae-loo": gae_loo}
+ESTIMATORS = {"gae": Estimator(gae), "gae-loo": Estimator(gae_loo)} | advantages.ESTIMATORS
+
+
+def flat(turns, name):
+    """The values, advantages or targets of all turns as one list, whether they are one a turn or one a token."""
+    numbers = [getattr(turn, name) for turn in turns]
+    return [x for one in numbers for x in one] if numbers and isinstance(numbers[0], list) else numbers
+
+
+def fill_in(turns, name, numbers, per_token):
+    """The inverse of `flat`."""
+    rest = iter(numbers)
+    for turn in turns:
+        setattr(turn, name, [next(rest) for _ in range(turn.end - turn.start)] if per_token else next(rest))
 
 
 def normalize_advantages(turns, all_reduce=lambda x: x):
-    """Shift and scale the advantages of all turns of the rollout, over all ranks, to mean 0 and deviation 1, in place."""
-    a = torch.tensor([turn.advantage for turn in turns], dtype=torch.float64)
+    """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place."""
+    a = torch.tensor(flat(turns, "advantage"), dtype=torch.float64)
     n, total = all_reduce(torch.stack([torch.tensor(float(len(a)), dtype=torch.float64), a.sum()]))
     mean = total / n
     std = (all_reduce(((a - mean) ** 2).sum()) / n).sqrt()
-    for turn, value in zip(turns, ((a - mean) / (std + 1e-8)).tolist()):
-        turn.advantage = value
+    fill_in(turns, "advantage", ((a - mean) / (std + 1e-8)).tolist(), per_token=isinstance(turns[0].advantage, list))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: numbers in, one loss a unit out. A unit is a turn or a token; a variant is a function and a table entry.
 
-def ppo_clip(logprobs, old_logprobs, advantages, clip):
-    """The clipped surrogate (Schulman et al. 2017, eq. 7). All arguments and the returned loss have shape (units,)."""
+def ppo_clip(logprobs, old_logprobs, advantages, args):
+    """The clipped surrogate (Schulman et al. 2017, eq. 7). All tensors and the returned loss have shape (units,)."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - args.clip, 1 + args.clip) * advantages)
     metrics = {
         "approx_kl": (ratio - 1 - log_ratio).detach(),                # the k3 estimate of KL(old || new)
-        "clipfrac": ((ratio - 1).abs() > clip).float(),
+        "clipfrac": ((ratio - 1).abs() > args.clip).float(),
     }
     return loss, metrics
 
 
-LOSSES = {"ppo": ppo_clip}
+LOSSES = {"ppo": Loss(ppo_clip)} | losses.LOSSES
 
 
 def value_loss(values, old_values, targets, clip):
@@ -275,18 +293,21 @@ class ActorCritic(nn.Module):
         self.trunk = copy.deepcopy(policy) if critic == "separate" else None
 
     def values(self, batch, turns):
-        """Values of the turns, (turns,), by the separate network. `turns`: the row and the position of each turn's last prompt token."""
-        hidden = self.trunk(batch.input_ids, lengths=batch.lengths, images=batch.images).hidden
+        """Values of the turns, (turns,), in a pass of their own. `turns`: the row and the position of each turn's last prompt token."""
+        network = self.policy if self.trunk is None else self.trunk
+        hidden = network(batch.input_ids, lengths=batch.lengths, images=batch.images).hidden
         return self.head(hidden[turns.rows, turns.positions])
 
     def head(self, hidden):
         """States at last prompt tokens (turns, D) -> values (turns,)."""
         return self.value_head(hidden.float()).squeeze(-1)
 
-    def forward(self, batch, turns, temperature):
-        """One forward pass for all turns of all conversations: log-probs (B, T), entropies (B, T), values (turns,)."""
+    def forward(self, batch, turns, temperature, with_values=True):
+        """One forward pass for all turns of all conversations: log-probs (B, T), entropies (B, T), values (turns,) or None."""
         out = self.policy(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets,
                           temperature=temperature)
+        if not with_values:
+            return out.logprobs, out.entropy, None
         if self.trunk is not None:
             return out.logprobs, out.entropy, self.values(batch, turns)
         hidden = out.hidden.detach() if self.critic == "detached" else out.hidden
@@ -295,7 +316,8 @@ class ActorCritic(nn.Module):
 
 @dataclass
 class TurnTensors:
-    """The turns of one batch of conversations as tensors; (B, T) entries speak of the token *after* position t."""
+    """The turns of one batch of conversations as tensors; (B, T) entries speak of the token *after* position t. For an estimator over
+    tokens, what is (turns,) here is (tokens,), all the sampled ones in order, and values are read before each of them."""
     rows: torch.Tensor             # (turns,) batch row
     positions: torch.Tensor        # (turns,) last prompt token, where the value is read
     turn_of: torch.Tensor          # (B, T) index into `turns` of the sampled token that follows, -1 where it is forced
@@ -304,6 +326,7 @@ class TurnTensors:
     advantages: torch.Tensor       # (turns,)
     old_values: torch.Tensor       # (turns,)
     targets: torch.Tensor          # (turns,)
+    reference: torch.Tensor = None # (B, T) log-probs by the reference policy, 0 without one
 
 
 def kept_features(conversations):
@@ -311,27 +334,32 @@ def kept_features(conversations):
     return [c.features for c in conversations] if any(c.features is not None for c in conversations) else None
 
 
-def make_batch(processor, items, device):
-    """items: list of (Conversation, [its Turns]). Returns (Batch for the model, TurnTensors, the turns in order)."""
+def make_batch(processor, items, device, per="turn"):
+    """items: list of (Conversation, [its Turns]). per: what has an advantage, a "turn" or a "token". Returns (Batch for the model,
+    TurnTensors, the turns in order)."""
     conversations = [conversation for conversation, _ in items]
     batch = collate(processor, [c.ids for c in conversations], [c.sampled for c in conversations],
                     [c.image for c in conversations], kept_features(conversations)).to(device)
     shape = batch.input_ids.shape
     turn_of, weights = torch.full(shape, -1), torch.zeros(shape)
-    old_logprobs, rows, turns = torch.zeros(shape), [], []
+    old_logprobs, reference, rows, positions, turns = torch.zeros(shape), torch.zeros(shape), [], [], []
     for row, (conversation, own) in enumerate(items):
         n = len(conversation.ids) - 1
         weights[row, :n] = torch.tensor(conversation.weights[1:])
         old_logprobs[row, :n] = torch.tensor(conversation.logprobs[1:])
+        if conversation.reference:
+            reference[row, :n] = torch.tensor(conversation.reference[1:])
         for turn in own:
             turn_of[row, turn.start - 1:turn.end - 1] = len(turns)
-            rows.append(row)
+            before = range(turn.start - 1, turn.end - 1 if per == "token" else turn.start)
+            rows += [row] * len(before)
+            positions += before
             turns.append(turn)
-    column = lambda name: torch.tensor([getattr(turn, name) for turn in turns], dtype=torch.float32, device=device)
+    column = lambda name: torch.tensor(flat(turns, name), dtype=torch.float32, device=device)
     tensors = TurnTensors(
-        torch.tensor(rows, device=device), torch.tensor([turn.start - 1 for turn in turns], device=device),
+        torch.tensor(rows, device=device), torch.tensor(positions, device=device),
         turn_of.to(device), weights.to(device), old_logprobs.to(device),
-        column("advantage"), column("value"), column("target"))
+        column("advantage"), column("value"), column("target"), reference.to(device))
     return batch, tensors, turns
 
 
@@ -362,84 +390,157 @@ def read_values(actor_critic, episodes):
 
 
 @torch.no_grad()
-def score_values(actor_critic, processor, episodes, token_budget, device, pace=alone):
-    """Fill in `turn.value` for all turns with a separate critic, as it is before the update: a pass over all conversations."""
+def score_values(actor_critic, processor, episodes, token_budget, device, pace=alone, per="turn"):
+    """Fill in `turn.value` for all turns, or all their tokens, with the critic as it is before the update: a pass over all conversations."""
     items = conversations_of(episodes)
     for micro, weight in pace(buckets_of(items, actor_critic.policy.config, token_budget), items[:1]):
-        batch, tensors, turns = make_batch(processor, micro, device)
+        batch, tensors, turns = make_batch(processor, micro, device, per)
         values = actor_critic.values(batch, tensors).tolist()
-        for turn, value in zip(turns, values if weight else []):
-            turn.value = value
+        if weight:
+            fill_in(turns, "value", values, per_token=per == "token")
 
 
-def units(logprobs, tensors, unit):
-    """What a ratio is taken of: (new log-probs, old log-probs, advantages), each (units,).
+@torch.no_grad()
+def score_reference(actor_critic, processor, episodes, args, reference, device, pace=alone):
+    """Fill in the log-probs of all conversations by the reference policy and, with --kl-in reward, the penalties of all turns. Returns the
+    sum of the KL estimates over all sampled tokens."""
+    items, total = conversations_of(episodes), 0.0
+    with reference():
+        for micro, weight in pace(buckets_of(items, actor_critic.policy.config, args.token_budget), items[:1]):
+            batch, tensors, _ = make_batch(processor, micro, device)
+            logprobs = actor_critic(batch, tensors, args.temperature, with_values=False)[0].tolist()
+            for (conversation, _), row in zip(micro if weight else [], logprobs):
+                conversation.reference = [0.0] + row[:len(conversation.ids) - 1]
+    for conversation, turns in items:
+        for turn in turns:
+            drawn = slice(turn.start, turn.end)
+            kl = losses.KL[args.kl_estimator](torch.tensor(conversation.logprobs[drawn]), torch.tensor(conversation.reference[drawn]))
+            total += kl.sum().item()
+            if args.kl_in == "reward":
+                turn.penalties = (args.kl_coef * kl).tolist()
+    return total
+
+
+def units(logprobs, tensors, unit, per="turn"):
+    """What a ratio is taken of: (new log-probs, old log-probs, advantages), each (units,). per: what has an advantage.
 
     turn:  the weighted sum over the tokens of a turn        token: each sampled token on its own
+    sequence: the mean over the sampled tokens of a conversation
     """
     drawn = tensors.turn_of >= 0
-    turn_of = tensors.turn_of[drawn]
+    new, old, weights, turn_of = (x[drawn] for x in (logprobs, tensors.old_logprobs, tensors.weights, tensors.turn_of))
+    if unit == "turn":
+        return gather(weights * new, tensors, unit), gather(weights * old, tensors, unit), tensors.advantages
+    each = tensors.advantages if per == "token" else tensors.advantages[turn_of]
+    return tuple(gather(x, tensors, unit) for x in (new, old, each))
+
+
+def gather(x, tensors, unit):
+    """Numbers of all sampled tokens (tokens,) -> of the units (units,): a token's own, the sum over a turn, the mean over a conversation."""
+    drawn = tensors.turn_of >= 0
     if unit == "token":
-        return logprobs[drawn], tensors.old_logprobs[drawn], tensors.advantages[turn_of]
-    weights = tensors.weights[drawn]
-    total = lambda x: torch.zeros_like(tensors.advantages).index_add(0, turn_of, weights * x[drawn])
-    return total(logprobs), total(tensors.old_logprobs), tensors.advantages
+        return x
+    if unit == "turn":
+        return torch.zeros_like(tensors.advantages).index_add(0, tensors.turn_of[drawn], x)
+    return x.new_zeros(len(drawn)).index_add(0, drawn.nonzero()[:, 0], x) / drawn.sum(1)
 
 
 def count_units(items, unit):
-    """Number of turns or of sampled tokens in a list of items."""
+    """Number of turns, of sampled tokens or of conversations ("sequence") in a list of items."""
+    if unit == "sequence":
+        return len(items)
     return sum(turn.end - turn.start if unit == "token" else 1 for _, turns in items for turn in turns)
 
 
-def minibatch_loss(actor_critic, processor, items, args, n_units, n_turns, device, train_policy=True):
+def counts(tensors, unit, mean):
+    """What each unit counts in the mean: 1, or for a mean over sequences one over the units of its own, (units,)."""
+    if mean == "units":
+        return 1.0
+    row = (tensors.turn_of >= 0).nonzero()[:, 0] if unit == "token" else tensors.rows
+    return 1 / torch.bincount(row)[row]
+
+
+def unit_of(args):
+    """What a ratio is taken of, and what the mean is over (and divided by the number of)."""
+    loss = LOSSES[args.loss]
+    unit = loss.unit or args.unit
+    return unit, "sequence" if loss.mean == "sequences" else unit
+
+
+def minibatch_loss(actor_critic, processor, items, args, n_units, n_values, device, train_policy=True):
     """The loss of one micro-batch, scaled so that the micro-batches of a minibatch, over all ranks, add up to the mean.
 
-    Returns (loss, metrics), the metrics as sums over this micro-batch's units divided by the minibatch's count.
+    n_units: of what the policy loss is a mean over; n_values: turns, or tokens for an estimator over tokens. Returns (loss, metrics), the
+    metrics as sums over this micro-batch's units divided by the minibatch's count.
     """
-    batch, tensors, _ = make_batch(processor, items, device)
-    logprobs, entropy, values = actor_critic(batch, tensors, args.temperature)
-    new, old, advantages = units(logprobs, tensors, args.unit)
-    policy, metrics = LOSSES[args.loss](new, old, advantages, args.clip)
-    value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip).sum() / n_turns
-    drawn = tensors.turn_of >= 0
-    share = new.numel() / n_units                       # of the minibatch's units that lie in this micro-batch
-    policy, entropy = policy.sum() / n_units, entropy[drawn].mean() * share
+    estimator, (unit, over) = ESTIMATORS[args.advantage], unit_of(args)
+    batch, tensors, _ = make_batch(processor, items, device, estimator.per)
+    logprobs, entropy, values = actor_critic(batch, tensors, args.temperature, estimator.values)
+    new, old, advantages = units(logprobs, tensors, unit, estimator.per)
+    policy, metrics = LOSSES[args.loss].f(new, old, advantages, args)
+    value, drawn = torch.zeros((), device=device), tensors.turn_of >= 0
+    if estimator.values:
+        value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip).sum() / n_values
+    if args.kl_coef and args.kl_in == "loss":
+        kl = losses.KL[args.kl_estimator](logprobs[drawn], tensors.reference[drawn])
+        policy = policy + args.kl_coef * gather(kl, tensors, unit)     # of a turn the sum: its log-prob is a sum, too
+    count = counts(tensors, unit, LOSSES[args.loss].mean)
+    share = count_units(items, over) / n_units          # of the minibatch's units that lie in this micro-batch
+    policy, entropy = (count * policy).sum() / n_units, entropy[drawn].mean() * share
     loss = args.value_coef * value
     if train_policy:
         loss = loss + policy - args.entropy_coef * entropy
-    metrics = {name: x.sum() / n_units for name, x in metrics.items()}
+    metrics = {name: (count * x).sum() / n_units for name, x in metrics.items()}
     metrics |= {"policy_loss": policy, "value_loss": value, "entropy": entropy,
                 "drawn_vs_scored": (logprobs - tensors.old_logprobs)[drawn].abs().mean() * share}
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, all_reduce=lambda x: x, pace=alone, device="cpu"):
+def check(args):
+    """ValueError for settings of the algorithm that do not go together."""
+    estimator, (unit, _) = ESTIMATORS[args.advantage], unit_of(args)
+    if estimator.groups and args.samples < 2:
+        raise ValueError(f"--advantage {args.advantage} compares the samples of a hand: it needs --samples 2 or more")
+    if estimator.per == "token" and unit == "turn":
+        raise ValueError(f"--advantage {args.advantage} gives each token an advantage of its own: it needs --unit token, or a --loss over "
+                         "tokens or sequences")
+    if not estimator.values and (args.critic == "separate" or args.critic_warmup):
+        raise ValueError(f"--advantage {args.advantage} asks no critic: --critic separate and --critic-warmup do not go with it")
+
+
+def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, reference=None, all_reduce=lambda x: x, pace=alone,
+           device="cpu"):
     """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
 
     `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
-    With `train_policy` False only the critic learns (warm-up). `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
+    With `train_policy` False only the critic learns (warm-up). `reference`: what --kl-coef measures from, see variants/reference.py.
+    `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
     """
     turns = [turn for episode in episodes for turn in episode.turns]
-    if actor_critic.trunk is None:
+    estimator, (_, over) = ESTIMATORS[args.advantage], unit_of(args)
+    if args.kl_coef:
+        kl = score_reference(actor_critic, processor, episodes, args, reference, device, pace)
+    if estimator.values and (estimator.per == "token" or actor_critic.trunk is not None):
+        score_values(actor_critic, processor, episodes, args.token_budget, device, pace, estimator.per)
+    elif estimator.values:
         read_values(actor_critic, episodes)
-    else:
-        score_values(actor_critic, processor, episodes, args.token_budget, device, pace)
-    ESTIMATORS[args.advantage](episodes, args)
+    estimator.f(episodes, args)
     explained = explained_variance(turns, all_reduce)
-    normalize_advantages(turns, all_reduce)
+    if estimator.normalize:
+        normalize_advantages(turns, all_reduce)
     items, metrics = conversations_of(episodes), defaultdict(list)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(args.epochs):
         order = torch.randperm(len(items), generator=generator).tolist()
         for k in range(args.minibatches):
             chunk = [items[i] for i in order[k::args.minibatches]]
-            counts = torch.tensor([count_units(chunk, args.unit), count_units(chunk, "turn")], dtype=torch.float64)
-            n_units, n_turns = all_reduce(counts).tolist()
+            own = torch.tensor([count_units(chunk, over), count_units(chunk, estimator.per)], dtype=torch.float64)
+            n_units, n_values = all_reduce(own).tolist()
             if not n_units:                                            # fewer conversations a rank than minibatches
                 continue
             sums = defaultdict(float)
             for micro, weight in pace(buckets_of(chunk, actor_critic.policy.config, args.token_budget), items[:1]):
-                loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n_units, n_turns, device, train_policy)
+                loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n_units, n_values, device, train_policy)
                 (weight * loss).backward()
                 for name, value in numbers.items():
                     sums[name] += weight * value.double().cpu()
@@ -452,13 +553,14 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
                                       sum(turn.end - turn.start for turn in turns)], dtype=torch.float64)).tolist()
     return {name: sum(x) / len(x) for name, x in metrics.items()} | {
         "drawn_vs_scored": first, "explained_variance": explained, "rollout_tokens": tokens[0], "drawn_tokens": tokens[1],
-        "trained_tokens": args.epochs * tokens[0]}
+        "trained_tokens": args.epochs * tokens[0]} | (
+        {"kl_reference": (all_reduce(torch.tensor(kl, dtype=torch.float64)) / tokens[1]).item()} if args.kl_coef else {})
 
 
 def explained_variance(turns, all_reduce=lambda x: x):
-    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a perfect one."""
-    target = torch.tensor([turn.target for turn in turns], dtype=torch.float64)
-    error = target - torch.tensor([turn.value for turn in turns], dtype=torch.float64)
+    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a perfect one, NaN for none."""
+    target = torch.tensor(flat(turns, "target"), dtype=torch.float64)
+    error = target - torch.tensor(flat(turns, "value"), dtype=torch.float64)
     n, t, t2, e, e2 = all_reduce(torch.stack([torch.ones_like(target).sum(), target.sum(), (target**2).sum(), error.sum(), (error**2).sum()]))
     variance = t2 / n - (t / n) ** 2
     return (1 - (e2 / n - (e / n) ** 2) / variance).item() if variance > 1e-12 else float("nan")

@@ -35,7 +35,7 @@ from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, leave, lost
 from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor, read_json
-from variants import lora
+from variants import lora, losses, reference
 
 HERE = Path(__file__).resolve().parent
 FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained weights, a folder a game; remade by --algo pretrain
@@ -115,15 +115,23 @@ class Args:
     samples: int = arg(None, "episodes played of each of them")
     temperature: float = arg(None, "sampling temperature of the rollout")
     max_new_tokens: int = arg(None, "longest answer, in tokens")
-    advantage: str = arg(None, "advantage estimator", tuple(ppo.ESTIMATORS))
-    loss: str = arg("ppo", "policy loss", tuple(ppo.LOSSES))
-    unit: str = arg(None, "what a ratio is taken of: a whole turn (the paper) or a token", ("turn", "token"))
+    advantage: str = arg(None, "advantage estimator (see ppo.py and variants/advantages.py)", tuple(ppo.ESTIMATORS))
+    loss: str = arg("ppo", "policy loss (see ppo.py and variants/losses.py)", tuple(ppo.LOSSES))
+    unit: str = arg(None, "what a ratio is taken of, where --loss leaves it open: a whole turn (the paper) or a token", ("turn", "token"))
     clip: float = arg(None, "clip range of the ratio")
+    clip_high: float = arg(0.28, "clip range upwards, of --loss clip-higher and dapo")
+    dual_clip: float = arg(3.0, "of --loss dual-clip: largest ratio that counts against an answer worse than expected")
     value_clip: float = arg(None, "clip range of the value's change, 0 for none")
     value_coef: float = arg(None, "weight of the value loss")
     entropy_coef: float = arg(None, "weight of an entropy bonus")
     gamma: float = arg(0.9, "discount from turn to turn")
     lam: float = arg(0.95, "lambda of GAE, from turn to turn")
+    token_gamma: float = arg(1.0, "discount from token to token, of estimators over tokens")
+    token_lam: float = arg(0.95, "lambda of GAE from token to token")
+    kl_coef: float = arg(0.0, "weight of a penalty on the KL divergence from the policy that the run began with; 0 for none")
+    kl_in: str = arg("loss", "where that penalty goes", ("loss", "reward"))
+    kl_estimator: str = arg("k3", "how the divergence is estimated from a token; in the loss the gradient of k1 is zero in expectation",
+                            tuple(losses.KL))
     epochs: int = arg(None, "passes over each rollout (or batch of SFT)")
     minibatches: int = arg(None, "optimizer steps a pass")
     critic: str = arg(None, "what the value head reads: shared, detached or separate (see ppo.ActorCritic)", ("shared", "detached", "separate"))
@@ -422,7 +430,10 @@ def load(args, processes, resumed=None):
             if "gate" in name.split(".")[-1] and parameter.numel() == 1:
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
         return model.to(processes.device), processor, None
-    folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
+    if resumed and compares_with_start(args) and not args.lora_rank:           # load that; Trainer.restore does the rest
+        folder, resumed = Path(checkpoint.read_record(resumed)["began"]), None
+    else:
+        folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
     with torch.device("meta"):
         model = Llama(Config.from_dict(read_json(folder, "config.json")))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
@@ -440,6 +451,11 @@ def load(args, processes, resumed=None):
         raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task {args.game}-l")
     apply_preset(args, model.config.hidden_size)
     return model, Processor.from_pretrained(folder), None if resumed else folder
+
+
+def compares_with_start(args):
+    """Does the run need the policy that it began with, for a KL penalty or an SFT loss?"""
+    return bool(args.kl_coef) if args.algo == "ppo" else sft.LOSSES[args.sft_loss].before == "initial"
 
 
 def choose_what_learns(model, args):
@@ -601,6 +617,8 @@ class Trainer:
             raise UserError("--tune vision learns from pictures alone: it needs --task gp-vl or virl-vl, and --algo sft or ppo")
         if args.algo == "pretrain" and args.lora_rank:
             raise UserError("--algo pretrain makes all weights anew; --lora-rank is for --algo sft and ppo")
+        if args.algo == "ppo":
+            ppo.check(args)
         choose_what_learns(model, args)
         torch.manual_seed(args.seed)           # of the value head's first weights
         self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
@@ -611,6 +629,10 @@ class Trainer:
         if args.checkpoint_activations:
             shard.checkpoint_activations(self.module)
         self.pace = functools.partial(shard.pace, agree=processes.largest)
+        self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
+        self.reference = None                  # a context in which the model is the one that the run began with
+        if compares_with_start(args):
+            self.reference = functools.partial(lora.disabled, model) if args.lora_rank else reference.initial(model)
         policy = [p for p in model.parameters() if p.requires_grad]
         known = {id(p) for p in model.parameters()}
         critic = [p for p in self.module.parameters() if id(p) not in known and p.requires_grad]
@@ -657,9 +679,12 @@ class Trainer:
             scored += sum(len(conversation.ids) for episode in episodes for conversation in episode.conversations)
             nothing = dataclasses.replace(examples[0], sampled=[False] * len(examples[0].sampled))      # for a rank without a right answer
             examples = sft.own_answers(episodes) or [nothing]
+        self.batch = examples
         if sft.LOSSES[args.sft_loss].before:
             scored += sum(len(example.ids) for example in examples)
-        self.batch = examples
+        if self.reference:
+            with autocast(args, self.processes.device), self.reference():
+                sft.score(self.model, self.processor, examples, args, pace=self.pace, device=self.processes.device)
         with autocast(args, self.processes.device):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
@@ -683,10 +708,12 @@ class Trainer:
         rolled, self.batch = time.time(), episodes
         with autocast(args, self.processes.device):            # anew: what the rollout cast to bfloat16 can have no gradients
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
-                                 train_policy=i >= args.critic_warmup, all_reduce=self.processes.all_reduce, pace=self.pace,
-                                 device=self.processes.device)
+                                 train_policy=i >= args.critic_warmup, reference=self.reference, all_reduce=self.processes.all_reduce,
+                                 pace=self.pace, device=self.processes.device)
         self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
-        self.compute += (self.policy_size + self.critic_size) * (2 * metrics["rollout_tokens"] + 6 * metrics["trained_tokens"])
+        scored = metrics["rollout_tokens"] * ((self.reference is not None) + (ppo.ESTIMATORS[args.advantage].per == "token" and
+                                                                              ppo.ESTIMATORS[args.advantage].values))
+        self.compute += (self.policy_size + self.critic_size) * (2 * (metrics["rollout_tokens"] + scored) + 6 * metrics["trained_tokens"])
         summary = summarize(episodes, self.processes)
         return metrics | {name: summary[name] for name in ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
                           if name in summary} | {
@@ -724,12 +751,13 @@ class Trainer:
     def record(self, i):
         """What a checkpoint holds beside tensors. i: steps done. Of random numbers there is no state: those of a step derive from (seed, i)."""
         return {"step": i, "compute": self.compute, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
-                "config": dataclasses.asdict(self.args)}
+                "began": self.began, "config": dataclasses.asdict(self.args)}
 
     def restore(self, checkpoints, path):
         """Go on from a checkpoint. Returns the number of steps done."""
         record = checkpoints.load(path, self.module, self.optimizers)
-        self.compute, self.skipped, self.skipped_in_a_row = (record[name] for name in ("compute", "skipped", "skipped_in_a_row"))
+        self.compute, self.skipped, self.skipped_in_a_row, self.began = (
+            record[name] for name in ("compute", "skipped", "skipped_in_a_row", "began"))
         return record["step"]
 
 

@@ -90,7 +90,7 @@ def test_sft_steps(medium, processor, task):
     args, model = settings(task, "sft"), copy.deepcopy(medium)
     examples = sft.make_batch(processor, [(train.make_env(args)(), 1.0)], range(BATCH), 0)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    learn = lambda: [sft.update(model, processor, examples, args, step=lambda: optimizer.step() or 0.0) for _ in range(2)]
+    learn = lambda: [sft.update(model, processor, examples, args, step=lambda loss: optimizer.step() or 0.0) for _ in range(2)]
     most, left = real_bytes(learn)
     module, used = plan.make_module(medium.config, args, torch.float32), [p for p in model.parameters() if p.grad is not None]
     micro = plan.Micro(BATCH, max(len(e.ids) for e in examples) - 1, sum(sum(e.sampled) for e in examples) // BATCH)

@@ -91,7 +91,7 @@ def test_gae_loo_compares_the_same_point():
     assert [[t.advantage for t in e.turns] for e in (once, twice)] == [[2.0, -2.0], [-2.0, 1.0, 2.0]]
 
 
-@pytest.mark.parametrize("estimator", ppo.ESTIMATORS)
+@pytest.mark.parametrize("estimator", ["gae", "gae-loo"])
 def test_conversations_do_not_matter_to_advantages(estimator):
     """A route is one episode: five turns in one conversation, in two or in five give the same advantages and targets."""
     rng, results = random.Random(3), []
@@ -101,7 +101,7 @@ def test_conversations_do_not_matter_to_advantages(estimator):
         for one in episodes:
             for turn, conversation in zip(one.turns, conversations):
                 turn.conversation = conversation
-        ppo.ESTIMATORS[estimator](episodes, settings())
+        ppo.ESTIMATORS[estimator].f(episodes, settings())
         results.append([(turn.advantage, turn.target) for one in episodes for turn in one.turns])
     assert results[0] == results[1] == results[2] and len(set(results[0])) == 10
 
@@ -142,7 +142,7 @@ def test_explained_variance():
 def test_ppo_clip_by_hand():
     ratio = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5, 1.05])
     advantage = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0, 1.0])
-    loss, metrics = ppo.ppo_clip(ratio.log(), torch.zeros(6), advantage, 0.1)
+    loss, metrics = ppo.ppo_clip(ratio.log(), torch.zeros(6), advantage, settings(clip=0.1))
     #                            same; capped at 1.1; -1.5 is worse than -1.1; 0.5 is worse than 0.9; capped at 0.9; inside
     assert loss.tolist() == pytest.approx([-2.0, -1.1, 1.5, -0.5, 0.9, -1.05])
     assert metrics["clipfrac"].tolist() == [0, 1, 1, 1, 1, 0]

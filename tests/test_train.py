@@ -70,10 +70,12 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys, task, algo):
         assert steps[0]["drawn_vs_scored"] < 1e-4
 
 
-@pytest.mark.parametrize("task, algo", CASES)
-def test_resumed_equals_uninterrupted(small, tmp_path, task, algo):
-    """Bit for bit on CPU: the weights and what was logged."""
-    common = ["--task", task, "--algo", algo, "--model", small[0], "--lr-schedule", "constant", "--lr", "1e-3"]
+@pytest.mark.parametrize("task, algo, more", [(*case, []) for case in CASES] + [
+    ("gp-l", "sft", ["--sft-loss", "iw-sft"]), ("gp-l", "sft", ["--sft-loss", "psft", "--minibatches", 2]),
+    ("gp-l", "ppo", ["--kl-coef", 0.1, "--lora-rank", 2])])
+def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
+    """Bit for bit on CPU: the weights and what was logged. What is compared with the start of the run still is."""
+    common = ["--task", task, "--algo", algo, "--model", small[0], "--lr-schedule", "constant", "--lr", "1e-3", *more]
     run(*common, "--steps", 4, "--out", tmp_path / "whole")
     run(*common, "--steps", 2, "--out", tmp_path / "parts")
     run("--steps", 4, "--out", tmp_path / "parts", "--resume", "--override")
@@ -167,7 +169,7 @@ def test_help_explains_every_argument(capsys):
 
 def test_every_argument_is_used():
     """A key that nothing reads does not exist."""
-    text = "".join((HERE / f"{name}.py").read_text() for name in ("train", "ppo", "sft"))
+    text = "".join((HERE / f"{name}.py").read_text() for name in ("train", "ppo", "sft", "variants/advantages", "variants/losses"))
     for name in train.Args.__dataclass_fields__:
         assert f"args.{name}" in text or name in train.GAME_SETTINGS, name
     for name in train.GAME_SETTINGS:
@@ -275,13 +277,15 @@ def test_plot(small, tmp_path, monkeypatch):
 def test_imports_follow_the_map():
     """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
     allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "envs": {"numpy", "scenes"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers", "kernels"},
-               "sft": {"torch", "model"}, "ppo": {"torch", "model"},
+               "sft": {"torch", "model", "variants"}, "ppo": {"torch", "model", "variants"},
+               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/reference": {"torch"},
                "kernels/__init__": {"torch", "triton"},
                **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
                "variants/lora": {"torch", "model", "distributed"},
+               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
                "train": {"torch", "envs", "model", "sft", "ppo", "distributed", "variants", "tokenizers", "matplotlib"}}
     for name, may in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())

@@ -1,0 +1,166 @@
+"""Advantage estimators: what an action was worth, from the rewards and perhaps the values of an episode.
+
+    torchrun train.py --task gp-l --algo ppo --advantage grpo --loss grpo
+
+How to add one: write a function (episodes, args) that fills in `turn.advantage` of every turn, and enter it in ESTIMATORS with what
+it needs. It sees of a turn: `reward`, the verifier's; `penalties`, the KL penalty of each sampled token where that is part of the reward
+(else empty); `value`, the critic's; `info`. Of an episode: `turns`, in order, and `seed`, the hand that was dealt. What was told and not
+sampled (prompts, verifier messages) is in none of these, and so changes no advantage.
+
+Per turn, an advantage, a value and a target (what the critic learns) are one number a turn; per token, a list with one number
+for each sampled token, and a value is then V of the state before that token. `gae` and `gae-loo` are in ppo.py.
+"""
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An entry of the table."""
+    f: Callable
+    per: str = "turn"          # what has an advantage (and a value): a "turn" or a "token"
+    values: bool = True        # does it read values? If not, no critic is asked or trained
+    normalize: bool = True     # are its advantages shifted and scaled to mean 0 and deviation 1 over the whole rollout, or final?
+    groups: bool = False       # does it compare episodes of one hand? Then --samples must be 2 or more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What estimators are made of
+
+def earned(turn, args):
+    """r_k, what a turn earned by itself: the scaled reward less the KL penalties of its tokens."""
+    return args.reward_scale * turn.reward - sum(turn.penalties)
+
+
+def token_rewards(turn, args):
+    """The same, token by token: a penalty comes where it arises, the verifier's reward with the last token."""
+    rewards = [-x for x in turn.penalties] or [0.0] * (turn.end - turn.start)
+    rewards[-1] += args.reward_scale * turn.reward
+    return rewards
+
+
+def chain(rewards, values, gamma, lam):
+    """Generalized advantage estimation over a chain of steps (arXiv 1506.02438, eq. 16), whatever a step is; V = A = 0 after the last."""
+    advantages, next_value, advantage = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = reward + gamma * next_value - value + gamma * lam * advantage
+        advantages.append(advantage)
+        next_value = value
+    return advantages[::-1]
+
+
+def returns(episode, args):
+    """G_k = r_k + gamma G_{k+1} of each turn. The first is the return of the episode."""
+    return chain([earned(turn, args) for turn in episode.turns], [0.0] * len(episode.turns), args.gamma, 1.0)
+
+
+def groups_of(episodes):
+    """The episodes of each hand."""
+    groups = defaultdict(list)
+    for episode in episodes:
+        groups[episode.seed].append(episode)
+    return groups.values()
+
+
+def give(episode, per_token):
+    """Hand out a chain of numbers to the tokens of an episode's turns, as their advantages."""
+    rest = iter(per_token)
+    for turn in episode.turns:
+        turn.advantage = [next(rest) for _ in range(turn.end - turn.start)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a critic
+
+def gae_token(episodes, args):
+    """GAE where every sampled token is a step (arXiv 1506.02438):
+
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}   with --token-gamma and --token-lam.
+
+    The step after a turn's last token is the next turn's first: what the verifier says in between is the environment's move.
+    """
+    for episode in episodes:
+        rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]
+        values = [value for turn in episode.turns for value in turn.value]
+        give(episode, chain(rewards, values, args.token_gamma, args.token_lam))
+        for turn in episode.turns:
+            turn.target = [a + v for a, v in zip(turn.advantage, turn.value)]
+
+
+def gae_two_level(episodes, args):
+    """GAE over turns, then over the tokens inside each turn (the bi-level GAE of VAGEN, arXiv 2510.16907):
+
+        A_k by --gamma and --lam from turn to turn;   inside turn k, by --token-gamma and --token-lam, V = 0 after the last token and
+        r_t = the token's own reward, and with the last token also A_k + V_k - r_k: what the later turns bring.
+
+    V_k is read before the turn's first token, as in `gae`; VAGEN reads it before the last.
+    """
+    for episode in episodes:
+        over_turns = chain([earned(turn, args) for turn in episode.turns], [turn.value[0] for turn in episode.turns], args.gamma, args.lam)
+        for turn, advantage in zip(episode.turns, over_turns):
+            rewards = token_rewards(turn, args)
+            rewards[-1] += advantage + turn.value[0] - earned(turn, args)
+            turn.advantage = chain(rewards, turn.value, args.token_gamma, args.token_lam)
+            turn.target = [a + v for a, v in zip(turn.advantage, turn.value)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a critic
+
+def monte_carlo(episodes, args):
+    """The return from a turn on (Williams 1992):   A_k = G_k = r_k + gamma G_{k+1}. It is GAE with lambda 1 plus V_k."""
+    for episode in episodes:
+        for turn, value in zip(episode.turns, returns(episode, args)):
+            turn.advantage = value
+
+
+def rloo(episodes, args):
+    """REINFORCE, leave one out (arXiv 2402.14740): an episode's return less the mean return of the hand's n - 1 other samples,
+
+        A_i = R_i - 1/(n-1) sum_{j != i} R_j   for each of its turns;   R = G_1.
+    """
+    for group in groups_of(episodes):
+        scores = [returns(episode, args)[0] for episode in group]
+        for episode, score in zip(group, scores):
+            for turn in episode.turns:
+                turn.advantage = score - (sum(scores) - score) / (len(scores) - 1)
+
+
+def grpo(episodes, args, divide=True):
+    """Group-relative advantages (arXiv 2402.03300, section 4.1.2):   A_i = (R_i - mean R) / std R   over the n samples of a hand.
+
+    divide=False leaves the division out, which favours hands that are nearly always or nearly never solved (Dr. GRPO, arXiv 2503.20783).
+    The other thing that paper leaves out, the division by an answer's length, is a matter of the loss: see `mean` in losses.py.
+    """
+    for group in groups_of(episodes):
+        scores = [returns(episode, args)[0] for episode in group]
+        mean = statistics.mean(scores)                             # exact, so that equal scores are worth exactly 0
+        scale = statistics.pstdev(scores) + 1e-6 if divide else 1.0
+        for episode, score in zip(group, scores):
+            for turn in episode.turns:
+                turn.advantage = (score - mean) / scale
+
+
+def reinforce_pp(episodes, args):
+    """REINFORCE++ (arXiv 2501.03262): the return from a token on, KL penalties included, normalised over all tokens of the rollout,
+
+        A_t = sum_{i >= t} gamma^(i-t) r_i   with --token-gamma;   then (A - mean) / std, which is `normalize` in the table.
+    """
+    for episode in episodes:
+        rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]
+        give(episode, chain(rewards, [0.0] * len(rewards), args.token_gamma, 1.0))
+
+
+ESTIMATORS = {
+    "gae-token": Estimator(gae_token, per="token"),
+    "gae-two-level": Estimator(gae_two_level, per="token"),
+    "monte-carlo": Estimator(monte_carlo, values=False),
+    "rloo": Estimator(rloo, values=False, normalize=False, groups=True),
+    "grpo": Estimator(grpo, values=False, normalize=False, groups=True),
+    "grpo-no-std": Estimator(partial(grpo, divide=False), values=False, normalize=False, groups=True),
+    "reinforce++": Estimator(reinforce_pp, per="token", values=False),
+}
