@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class Args:
     device: str = arg("auto", "cuda, mps, cpu, or auto", ("auto", "cuda", "mps", "cpu"))
     resume: bool = arg(False, "continue the run in --out from its newest checkpoint, with its settings")
     override: bool = arg(False, "with --resume: take settings from the command line that differ from the run's")
+    custom: str = arg(None, "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, --loss and --sft-loss (see README.md)")
     prompts: str = arg(None, "JSON file of templates that replace the built-in prompts and verifier messages")
     # the game; None means the game's own default
     rule: str = arg(None, "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number or three joined by '-'; "
@@ -107,7 +109,7 @@ class Args:
     mistakes: float = arg(None, "share of SFT dialogues with wrong answers and verifier messages before the right answer")
     describe: bool = arg(None, "virl-vl, for SFT and pre-training: learn to tell what is in the pictures rather than the way")
     learn_prompts: bool = arg(None, "also learn to predict the prompts, as pre-training does")
-    sft_loss: str = arg("nll", "SFT loss", tuple(sft.LOSSES))
+    sft_loss: str = arg("nll", "SFT loss (see sft.py and variants/sft_losses.py)", sft.LOSSES)
     sft_data: str = arg("expert", "what SFT learns from: dialogues of an expert, or the model's own right answers of --batch-size episodes a step "
                                   "(rejection sampling)", ("expert", "own"))
     # PPO
@@ -115,8 +117,8 @@ class Args:
     samples: int = arg(None, "episodes played of each of them")
     temperature: float = arg(None, "sampling temperature of the rollout")
     max_new_tokens: int = arg(None, "longest answer, in tokens")
-    advantage: str = arg(None, "advantage estimator (see ppo.py and variants/advantages.py)", tuple(ppo.ESTIMATORS))
-    loss: str = arg("ppo", "policy loss (see ppo.py and variants/losses.py)", tuple(ppo.LOSSES))
+    advantage: str = arg(None, "advantage estimator (see ppo.py and variants/advantages.py)", ppo.ESTIMATORS)
+    loss: str = arg("ppo", "policy loss (see ppo.py and variants/losses.py)", ppo.LOSSES)
     unit: str = arg(None, "what a ratio is taken of, where --loss leaves it open: a whole turn (the paper) or a token", ("turn", "token"))
     clip: float = arg(None, "clip range of the ratio")
     clip_high: float = arg(0.28, "clip range upwards, of --loss clip-higher and dapo")
@@ -199,6 +201,14 @@ def parse(argv=None):
     cannot drift from what is used."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--custom")
+    args, _ = first.parse_known_args(argv)
+    if args.custom:                                            # before the choices are read
+        try:
+            load_custom(args.custom)
+        except UserError as error:
+            parser.error(str(error))
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="print the table and draw success against compute (success.png) of these run folders")
     for f in dataclasses.fields(Args):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
@@ -209,16 +219,34 @@ def parse(argv=None):
         elif f.type is tuple:
             parser.add_argument(flag, type=lambda text: tuple(float(x) for x in text.split(",")), metavar="A,B", help=help)
         else:
-            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=help)
+            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"] and tuple(f.metadata["choices"]), help=help)
     typed = vars(parser.parse_args(argv))
     runs = typed.pop("plot", None)
     return Args(**typed), frozenset(typed), runs
+
+
+def load_custom(file):
+    """Run a user's file; its ESTIMATORS, LOSSES and SFT_LOSSES join the tables. UserError that names the file and what is wrong with it."""
+    try:
+        names = runpy.run_path(file)
+    except Exception as error:
+        raise UserError(f"--custom {file}: {type(error).__name__}: {error}") from error
+    found = [(table, names[name]) for name, table in (("ESTIMATORS", ppo.ESTIMATORS), ("LOSSES", ppo.LOSSES), ("SFT_LOSSES", sft.LOSSES)) if name in names]
+    if not found:
+        raise UserError(f"--custom {file}: expected a dict ESTIMATORS, LOSSES or SFT_LOSSES in it")
+    for table, own in found:
+        for name, entry in own.items():
+            if not isinstance(entry, type(next(iter(table.values())))):
+                raise UserError(f"--custom {file}: '{name}' is {entry!r}; expected {type(next(iter(table.values()))).__name__}(function, ...)")
+            table[name] = entry
 
 
 def resumed(args, typed, config, source):
     """The settings of a run that goes on: those it had (`config`), and of the `typed` ones those that it may set anew. UserError for one
     that contradicts, without --override."""
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    if config.get("custom"):
+        load_custom(config["custom"])
     unknown = set(config) ^ {f.name for f in dataclasses.fields(Args)}
     if unknown:
         raise UserError(f"{source}: written by another version of this program, which differs in the setting {min(unknown)}")

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -292,3 +293,25 @@ def test_imports_follow_the_map():
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert found - set(sys.stdlib_module_names) <= may, name
+
+
+def test_the_readmes_own_estimator_runs(small, tmp_path, monkeypatch):
+    """The example as printed."""
+    readme = (HERE / "README.md").read_text().split("## Change it")[1].split("\n## ")[0]
+    code, command = re.findall(r"```(?:python|bash)\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(tmp_path)
+    Path(re.search(r"# (\S+)", code)[1]).write_text(code)
+    monkeypatch.setitem(train.ppo.ESTIMATORS, "best-to-come", None)                # so that it is gone again after this test
+    run(*command.split()[2:], "--model", small[0], "--steps", 2, "--out", tmp_path / "run")
+    assert records(tmp_path / "run", "start")[0]["config"]["advantage"] == "best-to-come"
+    run("--resume", "--out", tmp_path / "run")                                     # it finds the file again
+
+
+@pytest.mark.parametrize("code, words", [("1 +", "SyntaxError"), ("x = 1", "ESTIMATORS"), ("LOSSES = {'mine': print}", "'mine'"), (None, "No such file")])
+def test_a_custom_file_that_is_none(tmp_path, capsys, code, words):
+    file = tmp_path / "mine.py"
+    if code:
+        file.write_text(code)
+    with pytest.raises(SystemExit):
+        run("--custom", file)
+    assert str(file) in (said := capsys.readouterr().err) and words in said
