@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from model import alone, bucket, collate, generate
-from variants import advantages, losses
+from variants import advantages, losses, official
 from variants.advantages import Estimator, earned
 from variants.losses import Loss
 
@@ -81,6 +81,7 @@ class Episode:
     conversations: list[Conversation] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     success: bool = False
+    terminated: bool = True    # by its end, not for want of attempts
     transcript: list[tuple[str, str]] = field(default_factory=list)   # (who, text), for people to read
 
 
@@ -125,7 +126,7 @@ class Player:
         episode.transcript.append(("assistant", text))
         episode.transcript.append(("reward", f"{reward:+g} ({info['verdict']})"))
         if terminated or truncated:
-            episode.success = info["success"]
+            episode.success, episode.terminated = info["success"], terminated
             return False
         self.listen(observation, ended=sample.ended)
         return True
@@ -192,8 +193,10 @@ def gae(episodes, args):
 
     An episode that ran out of attempts is as terminal as a solved one: nothing leaks in from the next hand.
     """
-    for episode in episodes:
-        next_value = next_advantage = 0.0
+    next_value = next_advantage = 0.0
+    for episode in reversed(episodes):
+        if episode.terminated or "leaking-gae" not in official.switches(args.compat):
+            next_value = next_advantage = 0.0
         for turn in reversed(episode.turns):
             delta = earned(turn, args) + args.gamma * next_value - turn.value
             turn.advantage = delta + args.gamma * args.lam * next_advantage
@@ -252,6 +255,8 @@ def ppo_clip(logprobs, old_logprobs, advantages, args):
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - args.clip, 1 + args.clip) * advantages)
+    if "ratio-10" in official.switches(args.compat) and (ratio > 10).any():
+        loss = -ratio.clamp(1 - args.clip, 1 + args.clip) * advantages
     metrics = {
         "approx_kl": (ratio - 1 - log_ratio).detach(),                # the k3 estimate of KL(old || new)
         "clipfrac": ((ratio - 1).abs() > args.clip).float(),
@@ -476,6 +481,8 @@ def minibatch_loss(actor_critic, processor, items, args, n_units, n_values, devi
     estimator, (unit, over) = ESTIMATORS[args.advantage], unit_of(args)
     batch, tensors, _ = make_batch(processor, items, device, estimator.per)
     logprobs, entropy, values = actor_critic(batch, tensors, args.temperature, estimator.values)
+    if "bf16-logprobs" in official.switches(args.compat):
+        logprobs, tensors.old_logprobs = logprobs.bfloat16().float(), tensors.old_logprobs.bfloat16().float()
     new, old, advantages = units(logprobs, tensors, unit, estimator.per)
     policy, metrics = LOSSES[args.loss].f(new, old, advantages, args)
     value, drawn = torch.zeros((), device=device), tensors.turn_of >= 0
@@ -518,6 +525,10 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
     """
     turns = [turn for episode in episodes for turn in episode.turns]
     estimator, (_, over) = ESTIMATORS[args.advantage], unit_of(args)
+    if "first-token-unscored" in official.switches(args.compat):
+        for conversation, own in conversations_of(episodes):
+            for turn in own:
+                conversation.weights[turn.start] = 0.0
     if args.kl_coef:
         kl = score_reference(actor_critic, processor, episodes, args, reference, device, pace)
     if estimator.values and (estimator.per == "token" or actor_critic.trunk is not None):
@@ -527,7 +538,7 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
     estimator.f(episodes, args)
     explained = explained_variance(turns, all_reduce)
     if estimator.normalize:
-        normalize_advantages(turns, all_reduce)
+        normalize_advantages(turns, (lambda x: x) if "rank-advantages" in official.switches(args.compat) else all_reduce)
     items, metrics = conversations_of(episodes), defaultdict(list)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(args.epochs):

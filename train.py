@@ -36,7 +36,7 @@ from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, leave, lost
 from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor, read_json
-from variants import lora, losses, reference
+from variants import lora, losses, official, reference
 
 HERE = Path(__file__).resolve().parent
 FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained weights, a folder a game; remade by --algo pretrain
@@ -66,6 +66,7 @@ class Args:
     device: str = arg("auto", "cuda, mps, cpu, or auto", ("auto", "cuda", "mps", "cpu"))
     resume: bool = arg(False, "continue the run in --out from its newest checkpoint, with its settings")
     override: bool = arg(False, "with --resume: take settings from the command line that differ from the run's")
+    compat: str = arg("", "behaviours of the released code, by name, joined by commas, or official: all (python -m variants.official lists them)")
     custom: str = arg(None, "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, --loss and --sft-loss (see README.md)")
     prompts: str = arg(None, "JSON file of templates that replace the built-in prompts and verifier messages")
     # the game; None means the game's own default
@@ -303,7 +304,8 @@ def make_env(args, **changes):
     """A factory of environments with the run's settings and `changes` to them."""
     game = GAMES[args.game]
     settings = {name: getattr(args, name) for name in GAME_SETTINGS if getattr(args, name) is not None}
-    settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None) | changes
+    settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None,
+                     compat=official.of_game(args.compat, args.game)) | changes
     return lambda: game(**settings)
 
 
@@ -344,8 +346,9 @@ def evaluate(model, processor, args, processes, progress=""):
 
 def summarize(episodes, processes):
     """Rates over all episodes of all ranks."""
-    turns = [turn for episode in episodes for turn in episode.turns]
-    right = [(sum(turn.info["correct"] for turn in episode.turns), len(episode.turns)) for episode in episodes]
+    judged = [[turn for turn in episode.turns if turn.info["verdict"] != "unjudged"] for episode in episodes]      # see envs.COMPAT
+    turns = [turn for turns in judged for turn in turns]
+    right = [(sum(turn.info["correct"] for turn in turns), len(turns)) for turns in judged]
     sums = lambda width, rows: [sum(column) for column in zip([0.0] * width, *rows)]          # a rank may have no episode
     counts = sums(3, [(1, e.success, e.success and k == m) for e, (k, m) in zip(episodes, right)])
     counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])

@@ -279,14 +279,14 @@ def test_imports_follow_the_map():
     """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
     allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "envs": {"numpy", "scenes"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers", "kernels"},
                "sft": {"torch", "model", "variants"}, "ppo": {"torch", "model", "variants"},
-               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/reference": {"torch"},
+               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/reference": {"torch"},
                "kernels/__init__": {"torch", "triton"},
                **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
                "variants/lora": {"torch", "model", "distributed"},
-               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
+               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
                "train": {"torch", "envs", "model", "sft", "ppo", "distributed", "variants", "tokenizers", "matplotlib"}}
     for name, may in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())

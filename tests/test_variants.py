@@ -460,3 +460,62 @@ def test_two_ranks_equal_one(small, tmp_path, working_folder, shard, extra):
         names = ["reward", "policy_loss", "value_loss", "kl_reference"]
         assert [x[name] for name in names] == pytest.approx([y[name] for name in names], abs=1e-4)
     assert records(tmp_path / "two", "step")[2]["kl_reference"] > 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- as the released code does
+
+def test_leaking_gae_by_hand():
+    """The first episode used up its attempts: V and A of the second's first turn, 1 and -3.375, flow into its last.
+
+    A_1 of the second: -1 - 2/2 - 1 - 1.5/4;   of the first: A_3 = 4 + 1/2 - 2 - 3.375/4, A_2 = 0 + A_3/4, A_1 = -2 + A_2/4.
+    """
+    episodes = example()
+    episodes[0].terminated, episodes[1].turns[0].value = False, 1.0
+    assert estimate("gae", episodes=episodes, compat="leaking-gae") == [[-1.896484375, 0.4140625, 1.65625], [-3.375, -1.5, -2]]
+    assert estimate("gae", episodes=episodes)[0] == [-1.875, 0.5, 2]
+
+
+def test_ratio_10_by_hand():
+    """A = -1 at a ratio of 11 and A = 1 at 1/2, clip range 0.1: -min(-11, -1.1) and -min(0.5, 0.9); clipped alone 1.1 and -0.9."""
+    new, old, advantages = torch.tensor([math.log(11), math.log(0.5)]), torch.zeros(2), torch.tensor([-1.0, 1.0])
+    loss = lambda new, compat: ppo.ppo_clip(new, old, advantages, settings(clip=0.1, compat=compat))[0].tolist()
+    assert loss(new, "") == pytest.approx([11, -0.5]) and loss(new, "ratio-10") == pytest.approx([1.1, -0.9])
+    assert loss(new - 0.1, "ratio-10") == loss(new - 0.1, "")                  # 9.95: as ever
+
+
+def test_bf16_logprobs_and_unscored_first_tokens(model, processor, monkeypatch):
+    seen = []
+    spy = lambda new, old, advantages, args: seen.append((new.detach(), old)) or ppo.ppo_clip(new, old, advantages, args)
+    monkeypatch.setitem(ppo.LOSSES, "ppo", losses.Loss(spy))
+    for compat in ("", "bf16-logprobs,first-token-unscored"):
+        episodes = play(model, processor)
+        ppo.update(critic_of(model, "detached"), processor, episodes, settings(compat=compat, unit="token"), step=lambda loss: 0.0, seed=0)
+        first = [episode.conversations[turn.conversation].weights[turn.start] for episode in episodes for turn in episode.turns]
+        assert set(first) == {0.0} if compat else 0.0 not in first
+        for x in torch.cat([torch.stack(pair, 1) for pair in seen]).T:
+            assert torch.equal(x, x.bfloat16().float()) == bool(compat)
+        seen.clear()
+
+
+def test_rank_advantages_need_no_other_rank(model, processor):
+    """Two sums over ranks fewer: of the advantages and of their squares."""
+    counts = []
+    for compat in ("", "rank-advantages"):
+        calls = []
+        ppo.update(critic_of(model, "detached"), processor, play(model, processor), settings(compat=compat), step=lambda loss: 0.0, seed=0,
+                   all_reduce=lambda x: calls.append(1) or x)
+        counts.append(len(calls))
+    assert counts[0] - counts[1] == 2
+
+
+@pytest.mark.parametrize("task", ["gp-l", "virl-l"])
+def test_all_of_it_runs(small, tmp_path, task):
+    """The answer that nobody judges is trained on and counted nowhere: five judged ones a hand, two at the first point of a route."""
+    run("--task", task, "--algo", "ppo", "--model", small[0], "--steps", 1, "--out", tmp_path / "run", "--compat", "official")
+    [step], evals = records(tmp_path / "run", "step"), records(tmp_path / "run", "eval")
+    assert evals[0]["eval"]["id"]["turns"] == {"gp-l": 5, "virl-l": 2}[task] == step["turns"]
+
+
+def test_an_unknown_switch_is_named(small, tmp_path):
+    with pytest.raises(SystemExit, match="--compat: unknown 'sixth'; known are official, added-penalties"):
+        run("--model", small[0], "--compat", "sixth", "--out", tmp_path / "run")

@@ -1,0 +1,40 @@
+"""What the released code does differently, by name, to be switched on again: --compat sixth-attempt,leaking-gae or --compat official.
+
+    torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
+
+The games' switches are in envs.COMPAT, PPO's here, each with what it does and why the default differs. `python -m variants.official` lists all.
+"""
+
+from functools import lru_cache
+
+from envs import COMPAT
+
+PPO = {
+    "leaking-gae": "an episode that used up its attempts does not end the chain: the value and the advantage of the next, unrelated hand "
+                   "flow into it (GAE over turns); nothing of the next hand can be due to this one",
+    "first-token-unscored": "the first token of an answer counts neither in its log-prob nor in its gradient; it was sampled like all others",
+    "bf16-logprobs": "log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to 0.1 against a clip range of 0.1",
+    "ratio-10": "if a ratio in a micro-batch exceeds 10, all of it takes the clipped surrogate alone, whose gradient is zero outside of the "
+                "range even where it would lead back (--loss ppo)",
+    "rank-advantages": "each rank normalises the advantages of its own episodes; the mean and deviation of a rank depend on how many there are",
+}
+
+
+@lru_cache
+def switches(text):
+    """The names in --compat. "official": all. ValueError for an unknown one."""
+    known = set(PPO).union(*COMPAT.values())
+    names = frozenset(known if text == "official" else filter(None, text.split(",")))
+    if names - known:
+        raise ValueError(f"--compat: unknown '{min(names - known)}'; known are official, {', '.join(sorted(known))}")
+    return names
+
+
+def of_game(text, game):
+    """Those that are for a game."""
+    return switches(text) & COMPAT[game].keys()
+
+
+if __name__ == "__main__":
+    for part, table in {**{f"--task {game}-*": table for game, table in COMPAT.items()}, "--algo ppo": PPO}.items():
+        print(part, *(f"  {name}\n      {line}" for name, line in table.items()), sep="\n")
