@@ -33,8 +33,8 @@ COMMON = ["--task", "gp-l", "--hands", "4", "--samples", "1", "--batch-size", "4
 
 MOMENTS = {                                    # name: (object, attribute, calls in the whole run, of SFT and of PPO)
     "in a rollout": ("ppo", "generate", 0, 20),
-    "before the optimizer steps": ("torch.optim.AdamW", "step", 4, 8),
-    "in a backward pass": ("torch.Tensor", "backward", 4, 8),
+    "before the optimizer steps": ("torch.optim.AdamW", "step", 8, 8),
+    "in a backward pass": ("torch.Tensor", "backward", 8, 8),
     "as a checkpoint's slices are written": ("torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data", 4, 4),
     "as its files are listed": ("distributed.checkpoint", "fingerprint", 24, 24),
     "before it gets its name": ("pathlib.Path", "rename", 4, 4),
@@ -123,7 +123,7 @@ def test_killed_and_resumed_equals_uninterrupted(small, tmp_path, uninterrupted,
 def test_a_full_disk_stops_a_run_that_can_go_on(small, tmp_path, uninterrupted):
     """Files cannot grow beyond 40 kB: the log can be written, a checkpoint's slices cannot."""
     argv = ["--algo", "sft", "--model", small[0], *COMMON, "--out", tmp_path / "run"]
-    assert child(argv, tmp_path / "output", moment="before the optimizer steps", n=3) == -signal.SIGKILL
+    assert child(argv, tmp_path / "output", moment="before the optimizer steps", n=5) == -signal.SIGKILL
     before = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
     assert before and child([*argv, "--resume"], tmp_path / "output", limit=40_000) == 1
     said = (tmp_path / "output").read_text()
@@ -196,15 +196,15 @@ def broken(when):
     """An SFT loss that is NaN in some steps."""
     calls = []
 
-    def loss(logprobs):
+    def loss(logprobs, *_):
         calls.append(None)
         return -logprobs * (float("nan") if len(calls) in when else 1.0)
-    return loss
+    return sft.Loss(loss)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sft.LOSSES, "nll", broken({1}))
-    common = ["--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--lr-schedule", "constant", "--warmup", 0]
+    common = ["--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--lr-schedule", "constant", "--warmup", 0, "--minibatches", 1]
     train.main(list(map(str, [*common, "--steps", 1, "--out", tmp_path / "one"])))
     start = weights(small[0])
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(tmp_path / "one/final").items())
@@ -231,11 +231,11 @@ def test_many_in_a_row_stop_the_run_and_show_the_batch(small, tmp_path, monkeypa
 # Several ranks. As a script this file is what torchrun starts: FAULT runs `train.py` with a fault on the second rank.
 
 def faulty_rank(fault, argv):
-    """die: the second rank is killed at its third optimizer step, once. nan: its second loss is not a number."""
+    """die: the second rank is killed at its fifth optimizer step (two an update), once. nan: its second loss is not a number."""
     second, first_life = os.environ["RANK"] == "1", os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     torch.set_num_threads(1)
     if fault == "die" and second and first_life:
-        work(argv, os.devnull, "before the optimizer steps", 3)
+        work(argv, os.devnull, "before the optimizer steps", 5)
     if fault == "nan":
         sft.LOSSES["nll"] = broken({2} if second else {})
     train.main(argv)
@@ -284,7 +284,7 @@ def test_sigterm_to_torchrun_saves_the_last_step(small, tmp_path):
 
 @pytest.mark.parametrize("sharded", ["on", "off"])
 def test_all_ranks_skip_the_step_of_one(small, tmp_path, sharded):
-    code, said = torchrun("nan", "--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--shard", sharded, "--out", tmp_path / "run")
+    code, said = torchrun("nan", "--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--minibatches", 1, "--shard", sharded, "--out", tmp_path / "run")
     assert code == 0, said
     assert [r["skipped"] for r in records(tmp_path / "run", "step")] == [0, 1, 1, 1]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run/final").values())
