@@ -111,7 +111,7 @@ def fresh_store(rank):
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(board.get("port")), timeout=timedelta(seconds=5))
             store.set_timeout(timedelta(minutes=30))
             return store
-        except dist.DistNetworkError:                          # of the dead
+        except dist.DistError:                                 # of the dead
             time.sleep(0.5)
 
 
