@@ -162,6 +162,9 @@ class Args:
         return self.task.endswith("vl")
 
 
+# The first setting of each group in --help.
+GROUPS = {"task": "the run", "rule": "the game", "steps": "learning", "shard": "several ranks", "batch_size": "SFT", "hands": "PPO",
+          "eval_every": "evaluation and logs"}
 # What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
 FREE = ("out", "resume", "override", "device", "shard", "checkpoint_activations", "rollout_sharded", "save_every", "keep", "max_skipped")
 # Handed to the game, which knows some of them.
@@ -201,7 +204,7 @@ PRESETS = {
 def parse(argv=None):
     """Command line -> (Args, names of the settings that were typed, run folders to plot). Options come from the dataclass, so `--help`
     cannot drift from what is used."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="train.py", usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--custom")
@@ -213,15 +216,16 @@ def parse(argv=None):
             parser.error(str(error))
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="print the table and draw success against compute (success.png) of these run folders")
     for f in dataclasses.fields(Args):
+        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.default not in (None, False):
             help += f" (default: {f.default})"
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
+            group.add_argument(flag, action="store_true", help=help)
         elif f.type is tuple:
-            parser.add_argument(flag, type=lambda text: tuple(float(x) for x in text.split(",")), metavar="A,B", help=help)
+            group.add_argument(flag, type=lambda text: tuple(float(x) for x in text.split(",")), metavar="A,B", help=help)
         else:
-            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"] and tuple(f.metadata["choices"]), help=help)
+            group.add_argument(flag, type=f.type, choices=f.metadata["choices"] and tuple(f.metadata["choices"]), help=help)
     typed = vars(parser.parse_args(argv))
     runs = typed.pop("plot", None)
     return Args(**typed), frozenset(typed), runs
