@@ -812,8 +812,9 @@ def describe(i, args, metrics, seconds_left):
     """The line a person reads."""
     if args.algo == "ppo":
         m = metrics
+        ev = "" if math.isnan(m["explained_variance"]) else f"ev {m['explained_variance']:+.2f}  "          # an estimator may ask no critic
         body = (f"reward {m['reward']:+6.2f}  success {100 * m['success']:5.1f} %  per step {100 * m['per_step']:5.1f} %  kl {m['approx_kl']:.1e}  "
-                f"clip {100 * m['clipfrac']:4.1f} %  ev {m['explained_variance']:+.2f}  entropy {m['entropy']:.2f}  "
+                f"clip {100 * m['clipfrac']:4.1f} %  {ev}entropy {m['entropy']:.2f}  "
                 f"grad {m['grad_norm']:.2f}  {m['rollout_tokens_per_second']:,.0f} tok/s")
     else:
         body = f"nll {metrics['nll']:.4f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
