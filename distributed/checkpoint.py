@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from distributed.processes import gather
 from model import split_shards, to_released
 
 BLOCK = 2**24       # bytes read at a time
@@ -107,7 +108,7 @@ class Checkpoints:
     def finish(self):
         """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not write its part."""
         error = self.pending and self.pending[1].exception()                   # waits
-        errors = self.gather([root_of(error)] if error else [])                # waits for the other ranks
+        errors = gather([root_of(error)] if error else [], self.group)                # waits for the other ranks
         if not errors:
             self.poll()
         pending, self.pending = self.pending, None
@@ -136,7 +137,7 @@ class Checkpoints:
 
     def verify(self, path):
         """ValueError on all ranks if a file of the checkpoint is not what was written; each rank reads its share of them."""
-        problems = self.gather(damage(path, self.rank, self.world))
+        problems = gather(damage(path, self.rank, self.world), self.group)
         if problems:
             before = [other for other in self.complete() if number(other) < number(path)]
             remedy = f"remove it, and --resume goes on from {before[-1]}" if before else "there is none before it"
@@ -158,14 +159,6 @@ class Checkpoints:
     def barrier(self):
         if self.world > 1:
             dist.barrier(self.group)
-
-    def gather(self, items):
-        """The lists of all ranks as one."""
-        if self.world == 1:
-            return items
-        lists = [None] * self.world
-        dist.all_gather_object(lists, items, group=self.group)
-        return sum(lists, [])
 
 
 def number(path):

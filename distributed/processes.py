@@ -37,7 +37,7 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world)
         # A name for this start of torchrun, which the workers that it starts again after a failure find, too; None without torchrun.
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        self.launch = self.gather([f"{socket.gethostname()}:{os.getppid()}" if launch == "none" else launch])[0]
+        self.launch = gather([f"{socket.gethostname()}:{os.getppid()}" if launch == "none" else launch])[0]
         self.restarted = self.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0      # each node counts its own failures
 
     def all_reduce(self, tensor):
@@ -70,14 +70,6 @@ class Processes:
                 p.grad = total.view_as(p).clone()
         return parameters
 
-    def gather(self, items):
-        """The lists of all ranks as one; objects travel pickled, so few and small ones."""
-        if self.world == 1:
-            return items
-        lists = [None] * self.world
-        dist.all_gather_object(lists, items)
-        return sum(lists, [])
-
     def share(self, items):
         """This rank's share of a sequence that all ranks hold."""
         return items[self.rank::self.world]
@@ -96,6 +88,15 @@ class Processes:
     def hardware(self):
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
         return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def gather(items, group=None):
+    """The lists of all ranks as one; objects travel pickled, so few and small ones."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size(group)
+    dist.all_gather_object(lists, items, group=group)
+    return sum(lists, [])
 
 
 def fresh_store(rank):

@@ -121,7 +121,7 @@ def test_killed_and_resumed_equals_uninterrupted(small, tmp_path, uninterrupted,
 
 
 def test_a_full_disk_stops_a_run_that_can_go_on(small, tmp_path, uninterrupted):
-    """Files cannot grow beyond 40 kB: the log can be written, a checkpoint's slices cannot."""
+    """Files cannot grow beyond 40 kB: the log can be written, a checkpoint cannot."""
     argv = ["--algo", "sft", "--model", small[0], *COMMON, "--out", tmp_path / "run"]
     assert child(argv, tmp_path / "output", moment="before the optimizer steps", n=5) == -signal.SIGKILL
     before = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]

@@ -282,7 +282,7 @@ def test_imports_follow_the_map():
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/reference": {"torch"},
                "kernels/__init__": {"torch", "triton"},
                **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
-               "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model"},
+               "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model", "distributed"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
                "study/figures": {"envs", "matplotlib"}, "study/runner": set(), "variants/lora": {"torch", "model", "distributed"},
