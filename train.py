@@ -33,7 +33,7 @@ import torch.distributed as dist
 import ppo
 import sft
 from distributed import checkpoint, plan, shard
-from distributed.processes import Interrupt, Processes, leave, lost
+from distributed.processes import Interrupt, Processes, gather, leave, lost
 from envs import GAMES, TASKS, load_prompts
 from model import Config, Llama, Processor, read_json
 from study import figures
@@ -145,6 +145,7 @@ class Args:
     # evaluation and logs
     eval_every: int = arg(None, "steps between evaluations (also before and after training); 0: only before and after")
     eval_hands: int = arg(None, "hands (or routes) an evaluation set")
+    skip_first_eval: bool = arg(False, "leave out the evaluation before training, which is the same for all runs from one model")
     eval_sets: str = arg(None, "comma-separated: id, rule-ood, visual-ood, also gp: id-face, virl: id-train (default: those of the task)")
     eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
     save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
@@ -327,7 +328,8 @@ def evaluation_sets(args):
 
 
 def evaluate(model, processor, args, processes, progress=""):
-    """Play the fixed hands (or routes) of every evaluation set. Returns {set: {success, first, per_step, recognized, reward, n, ...}}.
+    """Play the fixed hands (or routes) of every evaluation set. Returns {set: {success, first, per_step, recognized, reward, n, ..., and of each
+    hand: solved (0 or 1), right and answers (how many)}}.
 
     success: solved, a route with every point right, within the attempts; first: without one wrong answer; both with the binomial
     standard error sqrt(P(1-P)/N). per_step: share of all answers that are right; its error counts episodes, not answers, as
@@ -340,7 +342,9 @@ def evaluate(model, processor, args, processes, progress=""):
         with autocast(args, processes.device), shard.for_rollout(model, processes.largest, args.rollout_sharded) as player:
             episodes = ppo.rollout(player, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
                                    batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
-        results[name] = r = summarize(episodes, processes)
+        r = summarize(episodes, processes)
+        of_each = sorted(gather([(episode.seed, int(episode.success), *right_answers(episode)) for episode in episodes]))
+        results[name] = r | dict(zip(("solved", "right", "answers"), list(zip(*of_each))[1:]))
         rates = "   ".join(f"{what} {100 * r[key]:5.1f} ± {100 * r[key + '_se']:.1f} %" for what, key in (
             ("success", "success"), ("first try", "first"), ("per step", "per_step")))
         at_landmarks = f" (at landmarks {100 * r['landmarks']:.1f} %)" if "landmarks" in r else ""
@@ -349,11 +353,20 @@ def evaluate(model, processor, args, processes, progress=""):
     return results
 
 
+def judged(episode):
+    """Its turns but for those that --compat leaves without a verdict."""
+    return [turn for turn in episode.turns if turn.info["verdict"] != "unjudged"]
+
+
+def right_answers(episode):
+    """(right answers, all answers) of an episode."""
+    return sum(turn.info["correct"] for turn in judged(episode)), len(judged(episode))
+
+
 def summarize(episodes, processes):
     """Rates over all episodes of all ranks."""
-    judged = [[turn for turn in episode.turns if turn.info["verdict"] != "unjudged"] for episode in episodes]      # see envs.COMPAT
-    turns = [turn for turns in judged for turn in turns]
-    right = [(sum(turn.info["correct"] for turn in turns), len(turns)) for turns in judged]
+    turns = [turn for episode in episodes for turn in judged(episode)]
+    right = [right_answers(episode) for episode in episodes]
     sums = lambda width, rows: [sum(column) for column in zip([0.0] * width, *rows)]          # a rank may have no episode
     counts = sums(3, [(1, e.success, e.success and k == m) for e, (k, m) in zip(episodes, right)])
     counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])
@@ -836,7 +849,7 @@ def train(args, processes, typed=frozenset()):
     folder.start(args, start)
     processes.print(f"{args.task} {args.algo}: {sum(p.numel() for p in model.parameters()):,} parameters on {processes.hardware}; "
                     f"steps {start} to {args.steps}; log in {folder.path}")
-    if start == 0:
+    if start == 0 and not args.skip_first_eval:
         trainer.evaluate(folder, 0)
     with Interrupt(processes) as interrupt:
         done = loop(trainer, folder, start, interrupt)

@@ -1,7 +1,8 @@
 """Does a list of runs, as many at once as there are cores, each on one thread; goes on where it was stopped; says what is left.
 
-A run is a command line of train.py and the name of its folder. What was done lies in the folders: nothing else is remembered, so that stopping
-(Ctrl-C saves each run) and starting again, or with other runs, does only what is missing.
+A run is a command line of train.py and the name of its folder. What is left of it is its folder and a line in the file of records. Nothing else is
+remembered, so that stopping (Ctrl-C saves each run) and starting again, or with other runs, does only what is missing; and with the records
+alone, as they come from git, nothing is done again.
 """
 
 import os
@@ -13,15 +14,19 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from study import records
+
 TRAIN = (sys.executable, str(Path(__file__).resolve().parents[1] / "train.py"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """name: of its folder, ending in -SEED; argv: what train.py is given but for --out; after: names of runs that it needs."""
+    """name: of its folder, ending in -SEED; argv: what train.py is given but for --out, {root} for the folder of all runs; after: names of runs
+    that it needs; ranks: processes, by torchrun."""
     name: str
     argv: tuple
     after: tuple = ()
+    ranks: int = 1
 
     @property
     def kind(self):
@@ -31,31 +36,52 @@ class Run:
 
 @dataclass
 class Runner:
-    """Where runs lie, and what is under way."""
+    """Where runs lie, and what is under way. Of runs in `runs` that others need and that come before them, the weights are needed, too."""
     runs: list
     root: Path
+    file: Path                                         # of records
     workers: int = os.cpu_count()
     command: tuple = TRAIN
     going: dict = field(default_factory=dict)          # name: (process, when it was started)
     failed: set = field(default_factory=set)
     seconds: dict = field(default_factory=dict)        # kind: [seconds that its runs took]
 
+    def __post_init__(self):
+        self.recorded = set(records.read(self.file))
+        for run in self.runs:
+            self.note(run)
+
     def done(self, name):
         """A run has ended well if its last file is there."""
         return (self.root / name / "final").exists() or (self.root / name / "eval.json").exists()
 
+    def note(self, run):
+        """Record a run that has ended well."""
+        if self.done(run.name) and run.name not in self.recorded:
+            records.append(self.file, records.of_run(run.name, self.root / run.name))
+            self.recorded.add(run.name)
+
+    def missing(self):
+        """Runs that have no record, and those whose weights they need and that are not there."""
+        needed = set()
+        for run in reversed(self.runs):
+            if run.name not in self.recorded or (run.name in needed and not self.done(run.name)):
+                needed |= {run.name, *run.after}
+        return [run for run in self.runs if run.name in needed and not self.done(run.name)]
+
     def ready(self):
         """Runs that can start now, in order. One whose needs failed never can."""
-        return [run for run in self.runs if run.name not in self.going and run.name not in self.failed and not self.done(run.name)
-                and all(map(self.done, run.after))]
+        return [run for run in self.missing() if run.name not in self.going and run.name not in self.failed and all(map(self.done, run.after))]
 
     def start(self, run):
         folder = self.root / run.name
         folder.parent.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (folder / "log.jsonl").exists() else []
         with open(f"{folder}.output", "a") as output:
-            process = subprocess.Popen([*self.command, *run.argv, "--out", str(folder), *resume], stdout=output, stderr=subprocess.STDOUT,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            python, script = self.command
+            torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)) if run.ranks > 1 else ()
+            process = subprocess.Popen([python, *torchrun, script, *(word.format(root=self.root) for word in run.argv), "--out", str(folder), *resume],
+                                       stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.going[run.name] = process, time.time()
 
     def collect(self):
@@ -63,6 +89,7 @@ class Runner:
         for run in self.runs:
             if run.name in self.going and self.going[run.name][0].poll() is not None:
                 _, began = self.going.pop(run.name)
+                self.note(run)
                 if self.done(run.name):
                     self.seconds.setdefault(run.kind, []).append(time.time() - began)
                 else:
@@ -75,13 +102,13 @@ class Runner:
         if not self.seconds:
             return None
         usual = lambda run: mean(self.seconds.get(run.kind) or [mean(times) for times in self.seconds.values()])
-        waiting = sum(usual(run) for run in self.runs if run.name not in self.going and run.name not in self.failed and not self.done(run.name))
+        waiting = sum(usual(run) for run in self.missing() if run.name not in self.going and run.name not in self.failed)
         under_way = sum(max(0.0, usual(run) - time.time() + self.going[run.name][1]) for run in self.runs if run.name in self.going)
         return (waiting + under_way) / self.workers
 
     def report(self):
         left = self.left()
-        print(f"{sum(self.done(run.name) for run in self.runs)} of {len(self.runs)} runs done; now {', '.join(self.going) or 'none'}"
+        print(f"{len(self.runs) - len(self.missing())} of {len(self.runs)} runs done; now {', '.join(self.going) or 'none'}"
               + (f"; about {int(left) // 3600}:{int(left) // 60 % 60:02d} hours left" if left is not None else ""), flush=True)
 
     def work(self, pause=1.0):
@@ -98,4 +125,4 @@ class Runner:
                 process.send_signal(signal.SIGTERM)
             for process, _ in self.going.values():
                 process.wait()
-        return [run.name for run in self.runs if not self.done(run.name)]
+        return [run.name for run in self.missing()]

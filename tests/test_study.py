@@ -1,11 +1,13 @@
-"""The runner: what is missing, in the right order, no more at once than allowed, on after a stop."""
+"""The runner: what is missing, in the right order, no more at once than allowed, on after a stop. Records, and the errors of their rates."""
 
 import json
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from study import compat, records, variants
 from study.runner import Run, Runner
 
 # Stands for train.py: notes when it ran, and leaves what its first argument says.
@@ -14,7 +16,9 @@ import json, os, sys, time
 how, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
 begin = time.time()
 os.makedirs(out, exist_ok=True)
-open(out + "/log.jsonl", "a").write("{}\\n")
+lines = [dict(event="start", config={}, commit="c", hardware="h"), dict(event="step", step=1, tflops=2.0, seconds=3.0, memory_gb=4.0),
+         dict(event="eval", step=1, tflops=2.0, eval={"id": {}})]
+open(out + "/log.jsonl", "a").write("".join(json.dumps(line) + "\\n" for line in lines))
 time.sleep(0.2)
 if how == "fail":
     sys.exit(1)
@@ -33,7 +37,7 @@ os.mkdir(out + "/final")
 @pytest.fixture
 def runner(tmp_path):
     (tmp_path / "fake.py").write_text(SCRIPT)
-    return lambda runs, workers=2: Runner(runs, tmp_path / "runs", workers, (sys.executable, str(tmp_path / "fake.py")))
+    return lambda runs, workers=2: Runner(runs, tmp_path / "runs", tmp_path / "records.jsonl", workers, (sys.executable, str(tmp_path / "fake.py")))
 
 
 def times(runner, name):
@@ -56,6 +60,26 @@ def test_what_is_done_is_not_done_again(runner):
     before = times(work, "a-0")
     again = runner([Run("a-0", ("ok",)), Run("c-0", ("ok",))])
     assert again.work(0.02) == [] and times(again, "a-0") == before and again.done("c-0")
+
+
+def test_what_is_recorded_is_not_done_again_without_its_folder_unless_its_weights_are_needed(runner):
+    first = runner([Run("a-0", ("ok",)), Run("b-0", ("ok",), after=("a-0",))])
+    first.work(0.02)
+    assert list(records.read(first.file)) == ["a-0", "b-0"]
+    assert records.read(first.file)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "seconds": 3.0,
+                                               "memory_gb": 4.0, "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
+    first.root.rename(first.root.with_name("elsewhere"))
+    assert [run.name for run in runner(first.runs).missing()] == []
+    more = runner([*first.runs, Run("c-0", ("ok",), after=("b-0",))])
+    assert [run.name for run in more.missing()] == ["a-0", "b-0", "c-0"]
+    assert more.work(0.02) == [] and list(records.read(first.file)) == ["a-0", "b-0", "c-0"]
+
+
+def test_a_folder_name_in_a_command_line_is_filled_in(runner):
+    work = runner([Run("a-0", ("ok", "{root}/b-0/final"))])
+    work.start(work.runs[0])
+    process, _ = work.going["a-0"]
+    assert process.wait() == 0 and process.args[3] == f"{work.root}/b-0/final"
 
 
 def test_one_that_fails_stops_only_those_that_need_it(runner, capsys):
@@ -87,3 +111,63 @@ def test_time_left_is_from_runs_of_the_same_kind(runner):
     assert work.left() is None
     work.seconds = {"fast": [10.0, 20.0], "slow": [100.0]}
     assert work.left() == pytest.approx((15 + 15 + 100 + (15 + 100) / 2) / 2)
+
+
+def test_error_of_a_mean_over_seeds_and_hands():
+    """Against the spread of means that are drawn again and again, each from new seeds and new hands."""
+    rng = np.random.default_rng(0)
+
+    def scores(seeds, hands, of_seed, of_hand):
+        return of_seed * rng.normal(size=(seeds, 1)) + of_hand * rng.normal(size=(1, hands)) + rng.normal(size=(seeds, hands))
+
+    for of_seed, of_hand in ((0.0, 1.0), (0.3, 1.0), (0.3, 0.0)):
+        drawn = [scores(8, 60, of_seed, of_hand) for _ in range(400)]
+        true = np.std([x.mean() for x in drawn])
+        assert np.sqrt(np.mean([records.error_of_mean(x) ** 2 for x in drawn])) == pytest.approx(true, rel=0.12)
+    one = scores(1, 60, 0, 1)
+    assert records.error_of_mean(one) == pytest.approx(one.std(ddof=1) / 60**0.5)
+    assert records.error_of_mean(np.ones((3, 5))) == 0
+
+
+def results(solved, right, answers):
+    return {"solved": solved, "right": right, "answers": answers}
+
+
+def test_rates_by_hand():
+    a = results([1, 1, 0, 0], [1, 1, 0, 0], [1, 2, 5, 4])
+    assert records.rate([a], "success")[0] == 50 and records.rate([a], "first")[0] == 25 and records.rate([a], "per_step")[0] == pytest.approx(100 * 2 / 12)
+    assert records.rate([a], "success")[1] == pytest.approx(100 * (0.25 / 3) ** 0.5)            # P(1-P)/(N-1)
+    b = results([1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 5])
+    assert records.rate([a, b], "success")[0] == 62.5
+    assert records.change([b], [a], "success") == (25, pytest.approx(25))                       # one hand of four differs: 0.5 / sqrt(4)
+    assert records.change([b, b], [a], "success")[0] == 25                                      # all against one
+    assert records.change([a, b], [a, b], "per_step") == (0, 0)
+
+
+def evaluation(rate, seed):
+    rng = np.random.default_rng(seed)
+    solved = (rng.random(50) < rate).astype(int).tolist()
+    return {name: results(solved, solved, [2] * 50) for name in ("id", "rule-ood")}
+
+
+@pytest.mark.parametrize("experiment", [variants, compat])
+def test_every_run_of_an_experiment_is_in_its_table(experiment, tmp_path):
+    runs = experiment.runs([0, 1])
+    assert len({run.name for run in runs}) == len(runs)
+    assert {name for run in runs for name in run.after} <= {run.name for run in runs}
+    found = {run.name: {"tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0, "curve": [{"step": 1, "tflops": 8.0, "eval": evaluation(0.5, k)}]}
+             for k, run in enumerate(runs)}
+    text = experiment.table(found)
+    for name, record in found.items():
+        other = {"curve": [{"step": 1, "tflops": 8.0, "eval": evaluation(1.0, 0)}]}
+        assert experiment.table(found | {name: record | other}) != text, f"{name} is not in the table"
+    half = {name: record for name, record in found.items() if not name.endswith("-1") and "virl-l-ppo" not in name}
+    assert len(experiment.table(half).splitlines()) > 10                                       # what is there so far
+
+
+def test_the_figure_of_variants(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = {run.name: {"tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0, "curve": [{"step": 1, "tflops": 8.0, "eval": evaluation(0.5, k)}]}
+             for k, run in enumerate(variants.runs([0]))}
+    variants.plot(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -1,0 +1,78 @@
+"""What is kept of a run, a line of JSON; and how sure a rate is that comes from several seeds playing the same hands."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def read(file):
+    """Records by name; of a file that is not there: none."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def of_run(name, folder):
+    """The record of a run that has ended: how it was called and what it ran on, its evaluations in order (an evaluation alone has one, after 0
+    steps and FLOPs), what it took."""
+    folder, record = Path(folder), {"name": name}
+    if (folder / "eval.json").exists():
+        only = json.loads((folder / "eval.json").read_text())
+        return record | {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": [{"step": 0, "tflops": 0.0, "eval": only["eval"]}]}
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    start = next(line for line in lines if line["event"] == "start")
+    steps = [line for line in lines if line["event"] == "step"]
+    return record | {key: start[key] for key in ("config", "commit", "hardware")} | {
+        "tflops": steps[-1]["tflops"], "seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps),
+        "curve": [{key: line[key] for key in ("step", "tflops", "eval")} for line in lines if line["event"] == "eval"]}
+
+
+def append(file, record):
+    """Add a record, whole or not at all."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as out:
+        out.write(json.dumps(record) + "\n")
+
+
+def error_of_mean(scores):
+    """Standard error of the mean of scores, (seeds, hands), where each seed is one training run and all of them play the same hands.
+
+    Both are samples, and crossed: Var = (MS_seeds + MS_hands - MS_rest) / (seeds hands), by analysis of variance with two random factors. As the
+    three mean squares are estimates, and of few seeds poor ones, the sum is taken to be no less than the larger of the first two. Of one
+    seed's runs nothing tells how seeds differ: the error is that of the hands.
+    """
+    seeds, hands = scores.shape
+    mean, of_seed, of_hand = scores.mean(), scores.mean(1, keepdims=True), scores.mean(0, keepdims=True)
+    ms_hands = seeds * ((of_hand - mean) ** 2).sum() / (hands - 1)
+    if seeds == 1:
+        return np.sqrt(ms_hands / hands)
+    ms_seeds = hands * ((of_seed - mean) ** 2).sum() / (seeds - 1)
+    ms_rest = ((scores - of_seed - of_hand + mean) ** 2).sum() / (seeds - 1) / (hands - 1)
+    return np.sqrt(max(ms_seeds, ms_hands, ms_seeds + ms_hands - ms_rest) / (seeds * hands))
+
+
+def outcomes(results, metric):
+    """Numerator and denominator of a metric, (2, hands), from one evaluation of one set (see train.evaluate)."""
+    solved, right, answers = (np.array(results[key], dtype=float) for key in ("solved", "right", "answers"))
+    return {"success": lambda: np.stack([solved, np.ones_like(solved)]),
+            "first": lambda: np.stack([solved * (right == answers), np.ones_like(solved)]),
+            "per_step": lambda: np.stack([right, answers])}[metric]()
+
+
+def rate(evaluations, metric):
+    """(rate, standard error) in % over the evaluations of several seeds on the same hands. A ratio of sums is linearised for its error."""
+    above, below = np.stack([outcomes(results, metric) for results in evaluations], axis=1)
+    p = above.sum() / below.sum()
+    return 100 * p, 100 * error_of_mean((above - p * below) / below.mean())
+
+
+def change(evaluations, others, metric):
+    """(difference of the rates, its standard error) in points, of two groups of evaluations on the same hands, hand by hand. `others` are as many
+    (seed by seed), or one that all are compared with."""
+    scores, rates = [], []
+    for group in (evaluations, others):
+        above, below = np.stack([outcomes(results, metric) for results in group], axis=1)
+        rates.append(above.sum() / below.sum())
+        scores.append((above - rates[-1] * below) / below.mean())
+    return 100 * (rates[0] - rates[1]), 100 * error_of_mean(scores[0] - scores[1])
