@@ -471,7 +471,7 @@ def load(args, processes, resumed=None):
     if args.algo == "pretrain" and args.model == "tiny" and not resumed:
         apply_preset(args, 0)
         args.shard = sharding(args, 0, processes)
-        config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=False))
+        config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=None))
         processor = Processor(train_tokenizer(everything, config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
         model = Llama(config)
         model.init_weights(seed=args.seed)

@@ -227,6 +227,13 @@ def test_tiny_makes_its_init_once(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in Path("runs").glob("gp-*")) == ["gp-vl-sft", "gp-vl-sft-2", "gp-vl-sft-3"]
 
 
+@pytest.mark.parametrize("task", ["gp-vl", "virl-l"])
+def test_a_foundation_is_made_from_nothing(tmp_path, task):
+    train.main(["--task", task, "--algo", "pretrain", "--steps", "1", "--batch-size", "2", "--eval-hands", "0", "--eval-every", "0",
+                "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert Llama.from_pretrained(tmp_path / "run/final").config.hidden_size == 128
+
+
 def test_a_text_model_cannot_see(small, tmp_path):
     from model import Config
     config = Config.from_dict({"model_type": "llama", **{k: v for k, v in train.TINY["text_config"].items()
@@ -279,13 +286,14 @@ def test_imports_follow_the_map():
     """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
     allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "envs": {"numpy", "scenes"}, "model": {"torch", "numpy", "PIL", "safetensors", "tokenizers", "kernels"},
                "sft": {"torch", "model", "variants"}, "ppo": {"torch", "model", "variants"},
-               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/reference": {"torch"},
                "kernels/__init__": {"torch", "triton"},
                **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model", "distributed"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
-               "study/figures": {"envs", "matplotlib"}, "study/runner": set(), "variants/lora": {"torch", "model", "distributed"},
+               "study/figures": {"envs", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy"}, "study/variants": {"study", "matplotlib"},
+               "study/compat": {"study", "variants"}, "study/experiments": {"envs", "numpy", "study", "matplotlib"}, "study/__main__": {"study"},
+               "variants/lora": {"torch", "model", "distributed"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
                "train": {"torch", "envs", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}
     for name, may in allowed.items():
