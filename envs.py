@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from scenes import cities, routes, views
-from scenes.cards import FACES, LOOKS, RANKS, draw_hand
+from scenes.cards import FACES, LOOKS, RANKS, STYLES, draw_hand
 
 # The verdicts, in the order in which they are tried: the first that applies is the only one (paper, appendix A).
 REWARDS = {
@@ -60,17 +60,18 @@ COMPAT = {
     },
 }
 
+COUNTS = {3: "three", 4: "four", 5: "five"}      # {count} of cards, in words
 TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
 # str.format templates; load_prompts() replaces any of them. A literal brace is doubled.
-_ANSWER = ('Answer with one JSON object: {{"cards": [the four ranks, as in "A", "10", "Q"], "number": [their values], '
+_ANSWER = ('Answer with one JSON object: {{"cards": [the {count} ranks, as in "A", "10", "Q"], "number": [their values], '
            '"formula": "an equation that ends in ={target}"}}')
 _RULE = " with + - * / and parentheses, to make {target}. A counts as 1. {rule} Other cards count as printed.\n"
 _ACTIONS = "Actions: forward(), stop() and {actions}.\nObservations (O) and actions (A) so far:\n{history}\n"
 _STEP = ('Answer with one JSON object: {{"current observation": what is seen here, "current instruction": the sentence to '
          'follow now, "action": the action to take}}')
 PROMPTS = {
-    "gp-l": "Use the values of the four cards, each exactly once," + _RULE + "Cards: {cards}\n" + _ANSWER,
-    "gp-vl": "The image shows four playing cards. Use their values, each exactly once," + _RULE + _ANSWER,
+    "gp-l": "Use the values of the {count} cards, each exactly once," + _RULE + "Cards: {cards}\n" + _ANSWER,
+    "gp-vl": "The image shows {count} playing cards. Use their values, each exactly once," + _RULE + _ANSWER,
     "rule_same": "J, Q and K all count as {J}.",                    # {rule}, when the three are worth the same
     "rule_each": "J counts as {J}, Q as {Q} and K as {K}.",         # {rule}, otherwise
     "no_json": "There is no JSON with a formula.",
@@ -129,13 +130,14 @@ def _fields(template):
 
 def check_prompts(prompts, source="prompts"):
     """PROMPTS with some templates replaced. ValueError that names `source` and the key: an unknown key, not a
-    template, a field that its default has not, or a task prompt ("gp-l", ...) that lacks a field of its default."""
+    template, a field that its default has not, or a task prompt ("gp-l", ...) that lacks a field of its default but {count}, which may be
+    said in so many words."""
     for key, template in prompts.items():
         if key not in PROMPTS:
             raise ValueError(f"{source}: unknown key {key!r}, expected one of {', '.join(PROMPTS)}")
         fields = _fields(PROMPTS[key])
         try:
-            missing = fields - _fields(template) if key in TASKS else None
+            missing = fields - _fields(template) - {"count"} if key in TASKS else None
             template.format(**dict.fromkeys(fields | {"target"}, ""))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: {key!r} is not a template with fields {sorted(fields | {'target'})} "
@@ -435,10 +437,11 @@ def _answer(cards, numbers, formula):
 class GeneralPoints:
     """The card game of the paper's section 4.1: gp-l, or gp-vl with `image=True`.
 
-    rule: what J, Q, K count as ("10", "11-12-13", ...); look: the suits dealt ("black", "red", "all"); deal: "any"
-    hand or those with a "face" card (the paper's rule-OOD); target: a positive integer; attempts: answers judged an
-    episode; size: (width, height) of the image in pixels; prompts: see load_prompts; compat: names of COMPAT["gp"], in a set
-    or separated by commas. Bad values are ValueErrors."""
+    rule: what J, Q, K count as ("10", "11-12-13", ...); judged_rule: what they count for the verifier and the expert, if
+    that is not what the prompt says; look: the suits dealt ("black", "red", "all"); style: how the cards are drawn
+    (cards.STYLES); deal: "any" hand or those with a "face" card (the paper's rule-OOD); cards: how many, of COUNTS; target:
+    a positive integer; attempts: answers judged an episode; size: (width, height) of the image in pixels; prompts: see
+    load_prompts; compat: names of COMPAT["gp"], in a set or separated by commas. Bad values are ValueErrors."""
     answer_key = "formula"      # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
     headline, recognition = "success", "cards read"             # what is plotted; what `recognized` means
     sizes = {"tiny": (224, 56), "paper": (1200, 1200)}
@@ -446,12 +449,21 @@ class GeneralPoints:
     distinct = 10**9                                            # how many seeds start something new
 
     @staticmethod
-    def shifts(rule, look):
+    def shifts(rule, look, image):
         """Evaluation sets: name -> what differs from training. Rule-OOD hands hold a face card, so the rule matters in
-        each (the paper); id-face is the same deal under the training rule, to tell a harder deal from a new rule."""
+        each (the paper); id-face is the same deal under the training rule, to tell a harder deal from a new rule.
+
+        fake-rule says what rule-ood says and judges by the training rule: a model that fails rule-ood ignores the new rule
+        where it succeeds here, and fails at its arithmetic where it fails here, too. Look at the first try, as the
+        verifier's messages speak of the numbers by which it judges. The rest are shifts beyond the paper's; the tiny
+        model's pre-training knows face-5, face-7, target-12 and target-20 (see `broad`), the others are new to it."""
         other = {"rule": "10" if rule == "11-12-13" else "11-12-13", "deal": "face"}
-        return {"id": {}, "id-face": {"deal": "face"}, "rule-ood": other,
-                "visual-ood": {"look": "black" if look == "red" else "red"}}
+        sets = {"id": {}, "id-face": {"deal": "face"}, "rule-ood": other,
+                "visual-ood": {"look": "black" if look == "red" else "red"},
+                "fake-rule": {**other, "judged_rule": rule}, "five-cards": {"cards": 5},
+                **{f"face-{value}": {"rule": value, "deal": "face"} for value in ("5", "7")},
+                **{f"target-{target}": {"target": target} for target in (12, 20, 36)}}
+        return sets | ({style: {"style": style} for style in STYLES[1:]} if image else {})
 
     @staticmethod
     def broad():
@@ -461,54 +473,61 @@ class GeneralPoints:
         games += [(0.04, dict(rule=rule, deal="face")) for rule in ("5", "7")]
         return [(weight, dict(game, image=image, look="all")) for weight, game in games for image in (False, True)]
 
-    def __init__(self, *, image=False, rule="10", look="black", target=24, deal="any", attempts=5, size=(1200, 1200),
-                 prompts=None, compat=()):
+    def __init__(self, *, image=False, rule="10", judged_rule=None, look="black", style="plain", target=24, deal="any", cards=4,
+                 attempts=5, size=(1200, 1200), prompts=None, compat=()):
         _one_of("look", look, tuple(LOOKS))
+        _one_of("style", style, STYLES)
         _one_of("deal", deal, ("any", "face"))
+        _one_of("cards", cards, tuple(COUNTS))
         for name, value in (("target", target), ("attempts", attempts), ("size", size[0]), ("size", size[1])):
             _positive(name, value)
-        self.image, self.rule, self.look, self.deal = image, str(rule), look, deal
+        if style != "plain" and not image:
+            raise ValueError(f"style {style!r}: no card is drawn for a text task; expected image=True")
+        self.image, self.rule, self.look, self.style, self.deal, self.count = image, str(rule), look, style, deal, cards
         self.target, self.attempts, self.size = int(target), int(attempts), tuple(size)
         self.prompts, self.compat = check_prompts(prompts or {}), _switches(compat, COMPAT["gp"])
         self.answers = self.attempts + ("sixth-attempt" in self.compat)
-        self.values = dict(zip(RANKS, card_values(RANKS, rule)))
+        self.stated, self.values = (dict(zip(RANKS, card_values(RANKS, r))) for r in (rule, judged_rule or rule))
         self.deck = [(rank, suit) for suit in LOOKS[look] for rank in RANKS]
         self.attempt = None     # judged so far; None: no episode is running
 
     def reset(self, seed):
-        """Deal the hand that belongs to `seed` (an int >= 0): (observation, info about the hand). RuntimeError if
-        hand after hand is unsolvable."""
+        """Deal the hand that belongs to `seed` (an int >= 0): (observation, info about the hand). It can be solved by the
+        rule that is judged and by the one that is stated, so that a model has an answer whichever it goes by. RuntimeError
+        if hand after hand is unsolvable."""
         if seed < 0:    # random.Random would take it for -seed
             raise ValueError(f"seed {seed!r}: expected an integer >= 0")
         self.rng = random.Random(int(seed))
         for _ in range(10_000):
             self.hand = self._draw()
             self.cards = [rank for rank, _ in self.hand]
-            self.numbers = [self.values[rank] for rank in self.cards]
             wanted = self.deal == "any" or set(FACES) & set(self.cards)
-            if wanted and _solvable(tuple(sorted(self.numbers)), self.target):
+            if wanted and all(_solvable(tuple(sorted(values[rank] for rank in self.cards)), self.target)
+                              for values in (self.values, self.stated)):
                 break
         else:
             raise RuntimeError(f"no solvable hand in 10000: rule {self.rule}, look {self.look}, target {self.target}")
+        self.numbers = [self.values[rank] for rank in self.cards]
         self.pick, self.attempt = self.rng.random(), 0
         info = {"cards": self.cards, "suits": [suit for _, suit in self.hand], "numbers": self.numbers}
         return Observation([{"role": "user", "content": self._prompt()}], fresh=True), info
 
     def _draw(self):
         if "iid-deck" not in self.compat:
-            return self.rng.sample(self.deck, 4)
+            return self.rng.sample(self.deck, self.count)
         last = [card for card in self.deck if self.deal == "any" or card[0] in FACES]
-        hand = self.rng.choices(self.deck, k=3) + self.rng.choices(last)
-        return self.rng.sample(hand, 4)     # shuffled
+        hand = self.rng.choices(self.deck, k=self.count - 1) + self.rng.choices(last)
+        return self.rng.sample(hand, self.count)        # shuffled
 
     def _prompt(self):
-        faces, target = {face: self.values[face] for face in FACES}, self.target
+        faces, target = {face: self.stated[face] for face in FACES}, self.target
         rule = "rule_same" if len(set(faces.values())) == 1 else "rule_each"
         rule = self.prompts[rule].format(**faces, target=target)
-        text = self.prompts["gp-vl" if self.image else "gp-l"].format(target=target, rule=rule, cards=self.cards)
+        text = self.prompts["gp-vl" if self.image else "gp-l"].format(target=target, rule=rule, cards=self.cards,
+                                                                      count=COUNTS[self.count])
         if not self.image:
             return text
-        return [{"type": "image", "image": draw_hand(self.hand, self.size)}, {"type": "text", "text": text}]
+        return [{"type": "image", "image": draw_hand(self.hand, self.size, self.style)}, {"type": "text", "text": text}]
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. A right answer
@@ -544,13 +563,13 @@ class GeneralPoints:
         card misread (image tasks), an answer cut short."""
         rng, cards = self.rng, list(self.cards)
         if self.image and rng.random() < 0.25:
-            cards[rng.randrange(4)] = rng.choice(RANKS)
+            cards[rng.randrange(self.count)] = rng.choice(RANKS)
         numbers = [self.values[rank] for rank in cards]
         used, kind = list(numbers), rng.random()
         if kind < 0.12:         # one number gives way to another: mostly one that was not dealt, at times a second use
-            used[rng.randrange(4)] = rng.randint(1, 13)
+            used[rng.randrange(self.count)] = rng.randint(1, 13)
         elif kind < 0.17:
-            used.pop(rng.randrange(4))
+            used.pop(rng.randrange(self.count))
         answer = _answer(cards, numbers, _random_formula(used, self.target, rng))
         return answer[:rng.randrange(1, len(answer))] if kind > 0.98 else answer
 
@@ -588,16 +607,24 @@ def relative_turn(old, new, wrap=True):
     return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
 
 
-def instructions(legs, heading, named=True, wrap=True):
+def instructions(legs, heading, named=True, wrap=True, wording="both"):
     """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move, with
-    or without the names of the landmarks. wrap: see relative_turn."""
-    sentences = []
+    or without the names of the landmarks. wrap: see relative_turn.
+
+    wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what angle to turn,
+    in steps of the compass's 45 degrees, as "right" alone may lead in any of several directions. Later headings follow from the
+    turns before, which under the absolute rule are in the prompt's history."""
+    sentences, facing = [], cities.word(heading)
     for i, leg in enumerate(legs):
         turn, goal = relative_turn(heading, leg.heading, wrap), "destination" if leg is legs[-1] else "next intersection"
         where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark and named else ""
-        sentences += [f"{'Turn' if i else 'First, turn'} {turn} to face {leg.direction}.",
+        steps = cities.COMPASS.index(leg.direction) - cities.COMPASS.index(facing)
+        angle = (-steps if "left" in turn else steps) % 8 * 45
+        start = "" if i or wording == "both" else f"You face {facing}. "
+        whither = f"to face {leg.direction}" if wording == "both" else f"by {angle} degrees"
+        sentences += [f"{start}{'Turn' if i else 'First, turn'} {turn} {whither}.",
                       f"Move forward until you reach {goal}{where}."]
-        heading = leg.heading
+        heading, facing = leg.heading, leg.direction
     return sentences
 
 
@@ -684,24 +711,28 @@ def judge_step(text, point, sentence, landmarks, rule, prompts=PROMPTS):
 class Navigation:
     """The navigation of the paper's section 4.2, on rails: virl-l, or virl-vl with `image=True`.
 
-    rule: what turn_direction takes, "absolute" (compass) or "relative" (left, right, slightly ...); look: a folder of
-    routes in the released format or a built-in city (see known_routes); held_out: routes that training never walks, where
-    the city has them; attempts: answers judged a point; after_failure: when a point stays wrong, "end" the episode (the
-    paper) or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
-    intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes can tell;
-    describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of the four views;
-    prompts: see load_prompts; compat: names of COMPAT["virl"], in a set or separated by commas. Bad values are ValueErrors."""
+    rule: what turn_direction takes, "absolute" (compass) or "relative" (left, right, slightly ...); judged_rule: what it
+    takes for the verifier and the expert, if that is not what the prompt says; wording: of the turns, "both" or "relative"
+    (see instructions); look: a folder of routes in the released format or a built-in city (see known_routes); held_out:
+    routes that training never walks, where the city has them; attempts: answers judged a point; after_failure: when a
+    point stays wrong, "end" the episode (the paper) or "walk-on" to the next point, the route failed (the released code);
+    drop_rate: of points between intersections; hide_landmarks: the instructions do not name them, so that with pictures
+    only one's eyes can tell; describe: demonstrations tell what is in the picture rather than the way; size: pixels of one
+    of the four views; prompts: see load_prompts; compat: names of COMPAT["virl"], in a set or separated by commas. Bad
+    values are ValueErrors."""
     answer_key = "action"
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
     looks = {False: "new-york", True: "new-york"}
 
     @staticmethod
-    def shifts(rule, look):
-        """Evaluation sets: name -> what differs from training."""
-        return {"id": {"held_out": True}, "id-train": {},
-                "rule-ood": {"rule": "absolute" if rule == "relative" else "relative", "held_out": True},
-                "visual-ood": {"look": "others"}}
+    def shifts(rule, look, image):
+        """Evaluation sets: name -> what differs from training. fake-rule offers the actions that rule-ood offers and judges
+        by the training rule, to tell who ignores the offer; after the first turn the history shows the actions that were
+        right. relative-wording: the turns are worded relatively alone, so that the absolute rule has to be worked out."""
+        other = {"rule": "absolute" if rule == "relative" else "relative", "held_out": True}
+        return {"id": {"held_out": True}, "id-train": {}, "rule-ood": other, "visual-ood": {"look": "others"},
+                "fake-rule": {**other, "judged_rule": rule}, "relative-wording": {"wording": "relative", "held_out": True}}
 
     @staticmethod
     def broad():
@@ -711,16 +742,19 @@ class Navigation:
         return looks + [(weight, dict(way, rule=rule, look=look)) for weight, way in ways for rule in SPACES
                         for look in ("new-york", "broad")]
 
-    def __init__(self, *, image=False, rule="absolute", look="new-york", held_out=False, attempts=2, after_failure="end",
-                 drop_rate=0.5, hide_landmarks=False, describe=False, size=53, prompts=None, skip_bad_routes=False,
-                 compat=()):
-        _one_of("rule", rule, tuple(SPACES))
+    def __init__(self, *, image=False, rule="absolute", judged_rule=None, wording="both", look="new-york", held_out=False,
+                 attempts=2, after_failure="end", drop_rate=0.5, hide_landmarks=False, describe=False, size=53, prompts=None,
+                 skip_bad_routes=False, compat=()):
+        for name, value in (("rule", rule), ("judged_rule", judged_rule or rule)):
+            _one_of(name, value, tuple(SPACES))
+        _one_of("wording", wording, ("both", "relative"))
         _one_of("after_failure", after_failure, ("end", "walk-on"))
         _positive("attempts", attempts)
         _positive("size", size)
         if describe and not image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
-        self.image, self.rule, self.describe, self.attempts, self.after_failure = image, rule, describe, attempts, after_failure
+        self.image, self.rule, self.judged_rule, self.wording = image, rule, judged_rule or rule, wording
+        self.describe, self.attempts, self.after_failure = describe, attempts, after_failure
         self.drop_rate, self.named, self.size, self.prompts = drop_rate, not hide_landmarks, size, check_prompts(prompts or {})
         self.compat = _switches(compat, COMPAT["virl"])
         self.answers = attempts + ("sixth-attempt" in self.compat)      # to a point
@@ -734,8 +768,8 @@ class Navigation:
         self.rng = random.Random(int(seed))
         route = self.routes[seed % len(self.routes)]
         heading, wrap = route.init_heading or self.rng.randrange(360), "unwrapped-angles" not in self.compat
-        self.sentences = instructions(route.legs, heading, self.named, wrap)
-        self.points = rail(route, heading, self.rule, self.rng, self.drop_rate, wrap)
+        self.sentences = instructions(route.legs, heading, self.named, wrap, self.wording)
+        self.points = rail(route, heading, self.judged_rule, self.rng, self.drop_rate, wrap)
         self.landmarks = {leg.landmark for leg in route.legs if leg.landmark}
         self.index, self.attempt, self.failed = 0, 0, False
         return {"route": route.name, "points": len(self.points), "instructions": self.sentences}
@@ -773,7 +807,7 @@ class Navigation:
             raise RuntimeError("no episode is running: call reset(seed) first")
         point, self.attempt = self.points[self.index], self.attempt + 1
         verdict = UNJUDGED if self.attempt > self.attempts else judge_step(
-            text, point, self.sentences[point.instruction], self.landmarks, self.rule, self.prompts)
+            text, point, self.sentences[point.instruction], self.landmarks, self.judged_rule, self.prompts)
         correct, last = verdict.code == "right_action", self.index == len(self.points) - 1
         exhausted = not correct and self.attempt == self.answers
         self.failed |= exhausted
@@ -812,12 +846,35 @@ class Navigation:
         """A plausible wrong answer: another action, mostly with the observation and the instruction of another point."""
         point, other = self.points[self.index], self.rng.choice(self.points)
         seen = self.rng.choice([point, other])
-        action = self.rng.choice([action for action in SPACES[self.rule] if action != point.action])
+        action = self.rng.choice([action for action in SPACES[self.judged_rule] if action != point.action])
         return _step_answer(seen.observation, self.sentences[other.instruction], action)
 
 
 def _step_answer(observation, instruction, action):
     return json.dumps({"current observation": observation, "current instruction": instruction, "action": action})
+
+
+class Mixed:
+    """Several instances of a game as one: the seed chooses which of them is played, so that all samples of a hand agree. A rule
+    each mixes the rules of training evenly."""
+
+    def __init__(self, games):
+        self.games, self.game = games, games[0]
+
+    def _choose(self, seed):
+        # By a string: the game's own generator starts from the number itself, and the first card would go with the choice.
+        self.game = random.Random(f"game {seed}").choice(self.games)
+        return self.game
+
+    def reset(self, seed):
+        return self._choose(seed).reset(seed)
+
+    def demonstrate(self, seed, mistakes=0):
+        return self._choose(seed).demonstrate(seed, mistakes)
+
+    def __getattr__(self, name):
+        """All else, from step() to answer_key, is that of the game being played."""
+        return getattr(self.game, name)
 
 
 GAMES = {"gp": GeneralPoints, "virl": Navigation}       # a task is a game and "-l" (in words) or "-vl" (with pictures)

@@ -34,7 +34,7 @@ import ppo
 import sft
 from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, gather, leave, lost
-from envs import GAMES, TASKS, load_prompts
+from envs import GAMES, TASKS, Mixed, load_prompts
 from model import Config, Llama, Processor, read_json
 from study import figures
 from variants import lora, losses, official, reference
@@ -73,6 +73,8 @@ class Args:
     # the game; None means the game's own default
     rule: str = arg(None, "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number or three joined by '-'; "
                           "virl: what turn_direction takes, absolute (default) or relative")
+    rules: str = arg(None, "rules that training mixes, one a seed, in place of --rule, by commas: 10,11-12-13,5; --rule still says what the init "
+                           "checkpoint, id and rule-ood are about")
     look: str = arg(None, "look in training. gp: suits dealt, black (default for gp-vl), red or all (default for gp-l); "
                           "virl: a built-in city (default new-york), 'others' (nine cities) or 'broad' (those of pre-training)")
     attempts: int = arg(None, "judged attempts (default: 5 a hand, 2 a point of a route)")
@@ -146,7 +148,9 @@ class Args:
     eval_every: int = arg(None, "steps between evaluations (also before and after training); 0: only before and after")
     eval_hands: int = arg(None, "hands (or routes) an evaluation set")
     skip_first_eval: bool = arg(False, "leave out the evaluation before training, which is the same for all runs from one model")
-    eval_sets: str = arg(None, "comma-separated: id, rule-ood, visual-ood, also gp: id-face, virl: id-train (default: those of the task)")
+    eval_sets: str = arg(None, "comma-separated: id, rule-ood, visual-ood (default: those of the task); also fake-rule; gp: id-face, five-cards, "
+                               "face-5, face-7, target-12, target-20, target-36; gp-vl: mirrored, recoloured; virl: id-train, relative-wording "
+                               "(see `shifts` in envs.py)")
     eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
     save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
     keep: int = arg(2, "checkpoints to keep")
@@ -315,15 +319,23 @@ def make_env(args, **changes):
     return lambda: game(**settings)
 
 
+def training_env(args):
+    """The factory of the game that is learnt from: with --rules one rule a seed, else make_env's."""
+    if not args.rules:
+        return make_env(args)
+    factories = [make_env(args, rule=rule) for rule in args.rules.split(",")]
+    return lambda: Mixed([make() for make in factories])
+
+
 def evaluation_sets(args):
     """Name -> factory of the sets in --eval-sets; they are the game's own `shifts` of the training environment."""
-    known = GAMES[args.game].shifts(args.rule, args.look)
+    known = GAMES[args.game].shifts(args.rule, args.look, args.image)
     if args.ood_routes:
         known["visual-ood"] = {"look": args.ood_routes}
     names = args.eval_sets.split(",")
     for name in names:
         if name not in known:
-            raise UserError(f"--eval-sets: unknown set '{name}'; known are {', '.join(known)}")
+            raise UserError(f"--eval-sets: no set '{name}' for --task {args.task}; known are {', '.join(known)}")
     return {name: make_env(args, **known[name]) for name in names}
 
 
@@ -664,6 +676,8 @@ class Trainer:
             raise UserError(f"{processes.world} ranks need at least as many --hands (PPO) or a --batch-size (SFT) as large")
         if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
             raise UserError("--tune vision learns from pictures alone: it needs --task gp-vl or virl-vl, and --algo sft or ppo")
+        if args.algo == "pretrain" and args.rules:
+            raise UserError("--algo pretrain mixes rules as it is; --rules is for --algo sft and ppo")
         if args.algo == "pretrain" and args.lora_rank:
             raise UserError("--algo pretrain makes all weights anew; --lora-rank is for --algo sft and ppo")
         if args.algo == "ppo":
@@ -692,7 +706,7 @@ class Trainer:
         if muon:
             group = dict(params=muon, peak=args.lr)
             self.optimizers.append(torch.optim.Muon([group], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
-        self.env = make_env(args)
+        self.env = training_env(args)
         self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
         self.policy_size = count_parameters(model, args.task)
         self.critic_size = self.policy_size if args.algo == "ppo" and args.critic == "separate" else 0

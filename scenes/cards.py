@@ -25,6 +25,8 @@ def _bar(x, y, width, height):
 COLORS = {"table": (0x35, 0x65, 0x4D), "paper": (253, 253, 250), "line": (40, 40, 60), "edge": (150, 150, 150),
           "gold": (244, 196, 72), "skin": (248, 218, 188), "steel": (196, 206, 216), "wood": (150, 100, 60),
           "leaf": (70, 130, 80), "lip": (190, 60, 60), "J": (206, 150, 66), "Q": (124, 70, 34), "K": (110, 100, 94)}
+STYLES = ("plain", "mirrored", "recoloured")     # how a card is drawn: left and right exchanged; rank and suit in colours no deck has
+RECOLOURED = {"spades": (20, 60, 205), "clubs": (0, 130, 60), "hearts": (235, 120, 0), "diamonds": (150, 40, 180)}
 BLACK, RED = {"ink": (16, 16, 20), "robe": (48, 76, 150)}, {"ink": (206, 18, 32), "robe": (178, 38, 46)}
 # rank: (rows of the two side columns, rows of the middle column), from -1, the highest, to 1, the lowest
 PIPS = {"A": ((), (0,)), "2": ((), (-1, 1)), "3": ((), (-1, 0, 1)), "4": ((-1, 1), ()), "5": ((-1, 1), (0,)),
@@ -110,9 +112,11 @@ def _draw_face(card, rank, mark, colors):
 
 
 @lru_cache(maxsize=256)
-def draw_card(rank, suit, height):
-    """One card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round corners."""
+def draw_card(rank, suit, height, style="plain"):
+    """One card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round corners. style: of STYLES."""
     colors, mark = {**COLORS, **(RED if suit in LOOKS["red"] else BLACK)}, _suit_shapes(suit)
+    if style == "recoloured":
+        colors["ink"] = RECOLOURED[suit]
     card, corners = Image.new("RGB", (1000, 1400), colors["paper"]), Image.new("L", (1000, 1400))
     if height < INDEX_ONLY:
         _glyph(card, rank, colors["ink"], 500, 90, 860, 660)
@@ -122,15 +126,19 @@ def draw_card(rank, suit, height):
         ImageDraw.Draw(card).rounded_rectangle((0, 0, 999, 1399), 70, None, colors["edge"], 6)
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, 999, 1399), 70, 255)
     card.putalpha(corners)
-    return card.resize((round(height / 1.4), height), Image.Resampling.BOX)
+    card = card.resize((round(height / 1.4), height), Image.Resampling.BOX)
+    return card.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if style == "mirrored" else card
 
 
-def draw_hand(hand, size):
-    """A hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width, height) pixels."""
+def draw_hand(hand, size, style="plain"):
+    """A hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width, height) pixels, whose width
+    the cards share evenly. Five at (224, 56) are as large as four (the height is what limits both), but no longer one to a
+    56-pixel tile; a wider picture would not help, as the model scales it down to its four tiles. At (1200, 1200) they are
+    4/5 as large. style: of STYLES; a mirrored hand keeps its order, each card is mirrored where it lies."""
     width, height = size
     card_height = max(7, int(min(0.96 * height, 1.4 * 0.9 * width / len(hand))))
     canvas = Image.new("RGB", (width, height), COLORS["table"])
     for i, (rank, suit) in enumerate(hand):
-        card = draw_card(rank, suit, card_height)
+        card = draw_card(rank, suit, card_height, style)
         canvas.paste(card, (round((i + 0.5) * width / len(hand) - card.width / 2), (height - card.height) // 2), card)
     return canvas
