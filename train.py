@@ -37,6 +37,7 @@ from distributed.processes import Interrupt, Processes, gather, leave, lost
 from envs import GAMES, TASKS, Mixed, load_prompts
 from model import Config, Llama, Processor, read_json
 from study import figures
+from study.flops import Ledger
 from variants import lora, losses, official, reference
 
 HERE = Path(__file__).resolve().parent
@@ -691,7 +692,8 @@ class Trainer:
             self.module.to(processes.device)
         if args.checkpoint_activations:
             shard.checkpoint_activations(self.module)
-        self.pace = functools.partial(shard.pace, agree=processes.largest)
+        self.ledger = Ledger()                 # FLOPs counted, beside self.compute
+        self.pace = self.ledger.paced(functools.partial(shard.pace, agree=processes.largest))
         self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
         self.reference = None                  # a context in which the model is the one that the run began with
         if compares_with_start(args):
@@ -726,7 +728,9 @@ class Trainer:
             scale *= 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.groups:
             group["lr"] = group["peak"] * scale
-        return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
+        metrics = self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
+        self.ledger.settle(self.processes.all_reduce)
+        return metrics
 
     def seeds(self, i, n):
         """n seeds of step i: this run's own, disjoint from the evaluation's (which start at 0)."""
@@ -746,9 +750,9 @@ class Trainer:
         if sft.LOSSES[args.sft_loss].before:
             scored += sum(len(example.ids) for example in examples)
         if self.reference:
-            with autocast(args, self.processes.device), self.reference():
+            with autocast(args, self.processes.device), self.reference(), self.ledger.phase("update", self.model):
                 sft.score(self.model, self.processor, examples, args, pace=self.pace, device=self.processes.device)
-        with autocast(args, self.processes.device):
+        with autocast(args, self.processes.device), self.ledger.phase("update", self.model):
             metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
         scored = self.processes.all_reduce(torch.tensor(float(scored), dtype=torch.float64)).item()
@@ -758,7 +762,8 @@ class Trainer:
     def play(self, seeds, draws):
         """A rollout of the training game."""
         args = self.args
-        with autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player:
+        with (autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
+              self.ledger.phase("rollout", player)):
             return ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature, batch=args.rollout_batch,
                                max_new_tokens=args.max_new_tokens, keep_features=args.algo == "ppo" and self.model.vision_frozen,
                                device=self.processes.device)
@@ -769,7 +774,8 @@ class Trainer:
         seeds, draws = zip(*[(hand, hand * args.samples + k) for hand in hands for k in range(args.samples)])
         episodes = self.play(seeds, draws)
         rolled, self.batch = time.time(), episodes
-        with autocast(args, self.processes.device):            # anew: what the rollout cast to bfloat16 can have no gradients
+        # autocast anew: what the rollout cast to bfloat16 can have no gradients
+        with autocast(args, self.processes.device), self.ledger.phase("update", self.module):
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
                                  train_policy=i >= args.critic_warmup, reference=self.reference, all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
@@ -787,7 +793,7 @@ class Trainer:
         """Evaluate after i steps, print and log."""
         if self.args.eval_hands:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
-            folder.log(event="eval", step=i, tflops=self.compute / 1e12, eval=results)
+            folder.log(event="eval", step=i, tflops=self.compute / 1e12, counted_tflops=self.ledger.tflops, eval=results)
 
     def step(self, loss):
         """Sum gradients over ranks, clip, step; policy and critic are clipped apart. Returns the policy's gradient norm.
@@ -813,14 +819,14 @@ class Trainer:
 
     def record(self, i):
         """What a checkpoint holds beside tensors. i: steps done. Of random numbers there is no state: those of a step derive from (seed, i)."""
-        return {"step": i, "compute": self.compute, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+        return {"step": i, "compute": self.compute, "flops": self.ledger.total, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
                 "began": self.began, "config": dataclasses.asdict(self.args)}
 
     def restore(self, checkpoints, path):
         """Go on from a checkpoint. Returns the number of steps done."""
         record = checkpoints.load(path, self.module, self.optimizers)
-        self.compute, self.skipped, self.skipped_in_a_row, self.began = (
-            record[name] for name in ("compute", "skipped", "skipped_in_a_row", "began"))
+        self.compute, self.ledger.total, self.skipped, self.skipped_in_a_row, self.began = (
+            record[name] for name in ("compute", "flops", "skipped", "skipped_in_a_row", "began"))
         return record["step"]
 
 
@@ -889,7 +895,7 @@ def loop(trainer, folder, start, interrupt):
         metrics |= {"seconds": time.time() - before, "skipped": trainer.skipped, "memory_gb": processes.memory() / 1e9}
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
         processes.print(describe(i, args, metrics, (time.time() - begun) / (i - start) * (args.steps - i)))
-        folder.log(event="step", step=i, tflops=trainer.compute / 1e12, lr=trainer.groups[0]["lr"], **metrics)
+        folder.log(event="step", step=i, tflops=trainer.compute / 1e12, **trainer.ledger.summary(), lr=trainer.groups[0]["lr"], **metrics)
         if args.algo == "ppo" and i % args.transcript_every == 0:
             folder.transcript(i, trainer.sample)
         last, stop = i == args.steps, interrupt.agreed()

@@ -18,13 +18,13 @@ def of_run(name, folder):
     folder, record = Path(folder), {"name": name}
     if (folder / "eval.json").exists():
         only = json.loads((folder / "eval.json").read_text())
-        return record | {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": [{"step": 0, "tflops": 0.0, "eval": only["eval"]}]}
+        return record | {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": [{"step": 0, "eval": only["eval"]}]}
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
     start = next(line for line in lines if line["event"] == "start")
     steps = [line for line in lines if line["event"] == "step"]
     return record | {key: start[key] for key in ("config", "commit", "hardware")} | {
-        "tflops": steps[-1]["tflops"], "seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps),
-        "curve": [{key: line[key] for key in ("step", "tflops", "eval")} for line in lines if line["event"] == "eval"]}
+        **{key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}, "seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps),
+        "curve": [{key: line[key] for key in ("step", "tflops", "counted_tflops", "eval", "probe") if key in line} for line in lines if line["event"] == "eval"]}
 
 
 def append(file, record):

@@ -219,6 +219,7 @@ def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
     names = ["nll", "entropy", "grad_norm"] if "sft" in CASES[name][0] else ["reward", "policy_loss", "value_loss", "entropy", "grad_norm"]
     for x, y in zip(records(one, "step"), records(two, "step"), strict=True):
         assert [x[n] for n in names] == pytest.approx([y[n] for n in names], abs=1e-4)
+        assert x["flops"] == y["flops"] and x["counted_tflops"] == y["counted_tflops"]      # empty passes, and what is passed again, are no one's
     assert [record["eval"] for record in records(one, "eval")] == [record["eval"] for record in records(two, "eval")]
     start, a, b = (Llama.from_pretrained(folder).state_dict() for folder in (model_of(name, small[0]), one / "final", two / "final"))
     assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4                         # it did learn

@@ -16,7 +16,7 @@ import json, os, sys, time
 how, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
 begin = time.time()
 os.makedirs(out, exist_ok=True)
-lines = [dict(event="start", config={}, commit="c", hardware="h"), dict(event="step", step=1, tflops=2.0, seconds=3.0, memory_gb=4.0),
+lines = [dict(event="start", config={}, commit="c", hardware="h"), dict(event="step", step=1, tflops=2.0, counted_tflops=1.5, flops={}, seconds=3.0, memory_gb=4.0),
          dict(event="eval", step=1, tflops=2.0, eval={"id": {}})]
 open(out + "/log.jsonl", "a").write("".join(json.dumps(line) + "\\n" for line in lines))
 time.sleep(0.2)
@@ -66,7 +66,7 @@ def test_what_is_recorded_is_not_done_again_without_its_folder_unless_its_weight
     first = runner([Run("a-0", ("ok",)), Run("b-0", ("ok",), after=("a-0",))])
     first.work(0.02)
     assert list(records.read(first.file)) == ["a-0", "b-0"]
-    assert records.read(first.file)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "seconds": 3.0,
+    assert records.read(first.file)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5, "flops": {}, "seconds": 3.0,
                                                "memory_gb": 4.0, "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
     first.root.rename(first.root.with_name("elsewhere"))
     assert [run.name for run in runner(first.runs).missing()] == []

@@ -112,6 +112,7 @@ def test_two_ranks_equal_one(small, tmp_path, working_folder, task, algo):
     for x, y in zip(records(tmp_path / "one", "step"), records(tmp_path / "two", "step"), strict=True):
         assert [x[n] for n in names] == pytest.approx([y[n] for n in names], abs=1e-4)
         assert x["tflops"] == pytest.approx(y["tflops"])
+        assert x["flops"] == y["flops"] and x["counted_tflops"] == y["counted_tflops"]             # also where a rank passes for the other's sake
 
 
 def test_sigterm_saves_and_ends_cleanly(small, tmp_path):
@@ -295,6 +296,7 @@ def test_imports_follow_the_map():
                "study/compat": {"study", "variants"}, "study/experiments": {"envs", "numpy", "study", "matplotlib"}, "study/__main__": {"study"},
                "variants/lora": {"torch", "model", "distributed"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
+               "study/flops": {"torch", "model", "variants", "distributed", "train"},
                "train": {"torch", "envs", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}
     for name, may in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
