@@ -37,6 +37,7 @@ from distributed.processes import Interrupt, Processes, gather, leave, lost
 from envs import GAMES, TASKS, Mixed, load_prompts
 from model import Config, Llama, Processor, read_json
 from study import figures
+from study.explain import Probe
 from study.flops import Ledger
 from variants import lora, losses, official, reference
 
@@ -153,6 +154,9 @@ class Args:
                                "face-5, face-7, target-12, target-20, target-36; gp-vl: mirrored, recoloured; virl: id-train, relative-wording "
                                "(see `shifts` in envs.py)")
     eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
+    probe_hands: int = arg(None, "with every evaluation, fixed hands (or routes) to measure KL to the run's start, pass@k, entropy and changed weights on "
+                                 "(see study/explain.py); 0: do not")
+    probe_samples: int = arg(8, "episodes of each of them, at temperature 1")
     save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
     keep: int = arg(2, "checkpoints to keep")
     transcript_every: int = arg(10, "steps between sample transcripts (PPO)")
@@ -181,7 +185,7 @@ GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_
 PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
-                 rollout_batch=256, lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}),
+                 rollout_batch=256, lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}, probe_hands={"gp": 32, "virl": 16}),
         sft=dict(steps={"gp": 450, "virl-l": 221, "virl-vl": 230}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
                  epochs=1, minibatches=1, clip=0.1, temperature=1.0,
                  eval_every={"gp": 150, "virl": 115}, save_every=150, warmup=0.03),
@@ -191,11 +195,11 @@ PRESETS = {
                  save_every={"gp": 20, "virl": 15}),
         pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 40}, epochs=1, minibatches=1,
                       mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True}, warmup=0.05, lr_schedule="cosine",
-                      eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98)),
+                      eval_every={"gp": 150, "virl": 280}, save_every=150, weight_decay=0.01, betas=(0.9, 0.98), probe_hands=0),
         eval={}),
     "paper": dict(
         all=dict(weight_decay=0.0, adam_eps=1e-7, token_budget=6144, max_new_tokens=512, lr_schedule="cosine",
-                 rollout_batch={"gp-l": 64, "gp-vl": 32, "virl": 40}, eval_hands={"gp": 234, "virl": 48}),
+                 rollout_batch={"gp-l": 64, "gp-vl": 32, "virl": 40}, eval_hands={"gp": 234, "virl": 48}, probe_hands=0),
         sft=dict(steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7, "virl-l": 1e-6, "virl-vl": 5e-7}, batch_size=128, mistakes=0.0,
                  epochs=1, minibatches=1, clip=0.1, temperature=1.0,
                  learn_prompts=False, betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0, eval_every=50, save_every=100),
@@ -492,7 +496,7 @@ def load(args, processes, resumed=None):
             if "gate" in name.split(".")[-1] and parameter.numel() == 1:
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
         return model.to(processes.device), processor, None
-    if resumed and compares_with_start(args) and not args.lora_rank:           # load that; Trainer.restore does the rest
+    if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:           # load that; Trainer.restore does the rest
         folder, resumed = Path(checkpoint.read_record(resumed)["began"]), None
     else:
         folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
@@ -681,6 +685,8 @@ class Trainer:
             raise UserError("--algo pretrain mixes rules as it is; --rules is for --algo sft and ppo")
         if args.algo == "pretrain" and args.lora_rank:
             raise UserError("--algo pretrain makes all weights anew; --lora-rank is for --algo sft and ppo")
+        if args.algo == "pretrain" and args.probe_hands:
+            raise UserError("--algo pretrain makes all weights anew; --probe-hands compares with those that --algo sft and ppo begin with")
         if args.algo == "ppo":
             ppo.check(args)
         choose_what_learns(model, args)
@@ -695,9 +701,12 @@ class Trainer:
         self.ledger = Ledger()                 # FLOPs counted, beside self.compute
         self.pace = self.ledger.paced(functools.partial(shard.pace, agree=processes.largest))
         self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
-        self.reference = None                  # a context in which the model is the one that the run began with
-        if compares_with_start(args):
-            self.reference = functools.partial(lora.disabled, model) if args.lora_rank else reference.initial(model)
+        self.reference = self.probe = None
+        if compares_with_start(args) or args.probe_hands:      # a context in which the model is the one that the run began with
+            start = functools.partial(lora.disabled, model) if args.lora_rank else reference.initial(model)
+            self.reference = start if compares_with_start(args) else None
+            sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
+            self.probe = Probe(args, model, processor, processes, sets, start, args.probe_hands, args.probe_samples) if args.probe_hands else None
         policy = [p for p in model.parameters() if p.requires_grad]
         known = {id(p) for p in model.parameters()}
         critic = [p for p in self.module.parameters() if id(p) not in known and p.requires_grad]
@@ -793,7 +802,9 @@ class Trainer:
         """Evaluate after i steps, print and log."""
         if self.args.eval_hands:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
-            folder.log(event="eval", step=i, tflops=self.compute / 1e12, counted_tflops=self.ledger.tflops, eval=results)
+            with autocast(self.args, self.processes.device):
+                probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
+            folder.log(event="eval", step=i, tflops=self.compute / 1e12, counted_tflops=self.ledger.tflops, eval=results, **probe)
 
     def step(self, loss):
         """Sum gradients over ranks, clip, step; policy and critic are clipped apart. Returns the policy's gradient norm.

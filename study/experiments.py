@@ -87,7 +87,7 @@ class Experiment:
                 lines.append(f"| {arm.task} | {name} | {arm.name} | {len(group)} | " + " | ".join([
                     "{:.1f} ± {:.1f}".format(*records.rate(before, metric(arm))), "{:.1f} ± {:.1f}".format(*records.rate(after, metric(arm))),
                     "{:+.1f} ± {:.1f}".format(*records.change(after, before, metric(arm))),
-                    f"{np.mean([record['tflops'] for record in group]):.1f}", theirs]) + " |")
+                    f"{np.mean([record['counted_tflops'] for record in group]):.1f}", theirs]) + " |")
         return "\n".join(lines)
 
     def plot(self, found, file):
@@ -107,7 +107,7 @@ class Experiment:
                 if name in group[0]["curve"][0]["eval"]:
                     axis.set_visible(True)
                     self.curve(axis, group, name, metric(arm), color[arm.name], f"{arm.name} ({len(group)} seeds)")
-                    axis.set(title=f"{arm.task}: {name}", xlabel="training compute (TFLOPs)")
+                    axis.set(title=f"{arm.task}: {name}", xlabel="training compute (TFLOPs, counted)")
         for task, row in zip(tasks, axes):
             row[0].set_ylabel(f"{metric(task).replace('_', '-')} (%)")
             row[0].legend(fontsize=7)
@@ -116,10 +116,10 @@ class Experiment:
 
     def curve(self, axis, group, name, metric, color, label):
         for record in group:
-            points = [(point["tflops"], records.rate([point["eval"][name]], metric)[0]) for point in record["curve"]]
+            points = [(point["counted_tflops"], records.rate([point["eval"][name]], metric)[0]) for point in record["curve"]]
             axis.plot(*zip(*points), color=color, lw=0.7, alpha=0.45, marker=".", ms=3)
         length = min(len(record["curve"]) for record in group)
-        x = [np.mean([record["curve"][k]["tflops"] for record in group]) for k in range(length)]
+        x = [np.mean([record["curve"][k]["counted_tflops"] for record in group]) for k in range(length)]
         y, error = zip(*[records.rate([record["curve"][k]["eval"][name] for record in group], metric) for k in range(length)])
         axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=label)
         axis.grid(alpha=0.3)

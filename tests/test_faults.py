@@ -25,7 +25,7 @@ from test_shard import saved_tensors  # noqa: E402
 from test_train import learnt, records, weights  # noqa: E402
 
 COMMON = ["--task", "gp-l", "--hands", "4", "--samples", "1", "--batch-size", "4", "--minibatches", "2", "--attempts", "2", "--max-new-tokens", "8",
-          "--eval-hands", "4", "--eval-every", "3", "--save-every", "1", "--lr", "1e-3", "--steps", "4", "--device", "cpu"]
+          "--eval-hands", "4", "--eval-every", "3", "--save-every", "1", "--lr", "1e-3", "--steps", "4", "--probe-hands", "0", "--device", "cpu"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

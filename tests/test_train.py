@@ -23,15 +23,15 @@ from scenes import cities, routes
 
 HERE = Path(train.__file__).parent
 QUICK = ["--eval-hands", "4", "--max-new-tokens", "8", "--hands", "4", "--samples", "1", "--batch-size", "4", "--device", "cpu",
-         "--eval-every", "0"]
+         "--eval-every", "0", "--probe-hands", "0"]
 
 
 def run(*argv):
-    train.main([str(word) for word in argv] + QUICK)
+    train.main(QUICK + [str(word) for word in argv])
 
 
 def command(*argv, launcher=(sys.executable,), **kwargs):
-    return subprocess.Popen([*launcher, str(HERE / "train.py"), *map(str, argv), *QUICK], stdout=subprocess.PIPE,
+    return subprocess.Popen([*launcher, str(HERE / "train.py"), *QUICK, *map(str, argv)], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 
 
@@ -292,7 +292,7 @@ def test_imports_follow_the_map():
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model", "distributed"},
                "distributed/processes": {"torch"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
-               "study/figures": {"envs", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy"}, "study/variants": {"study", "matplotlib"},
+               "study/figures": {"envs", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
                "study/compat": {"study", "variants"}, "study/experiments": {"envs", "numpy", "study", "matplotlib"}, "study/__main__": {"study"},
                "variants/lora": {"torch", "model", "distributed"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},

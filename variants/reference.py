@@ -1,4 +1,4 @@
-"""The frozen policy that a KL penalty (or an SFT loss) is measured from, without a second copy of it on the device.
+"""The frozen policy that a KL penalty, an SFT loss or a probe measures from, without a second copy of it on the device.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft
@@ -8,8 +8,10 @@ one that swaps the weights that are trained. With adapters, `lora.disabled` is o
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -17,19 +19,25 @@ from torch.distributed.tensor import DTensor
 def initial(policy):
     """The policy as it is now. The weights that are trained (of sharded ones: this rank's slices) are kept in host memory, and while they
     are swapped in, the trained ones are there, too."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    remembered = on_host(parameters)
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return Snapshot(policy, list(trained.values()), dict(zip(trained, on_host(trained.values()))))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A reference from weights as they once were."""
+    policy: nn.Module
+    parameters: list
+    remembered: dict           # name: what a parameter held, on the host
 
     @contextmanager
-    def swapped_in():
-        trained = on_host(parameters)
-        write(policy, parameters, remembered)
+    def __call__(self):
+        trained = on_host(self.parameters)
+        write(self.policy, self.parameters, self.remembered.values())
         try:
             yield
         finally:
-            write(policy, parameters, trained)
-
-    return swapped_in
+            write(self.policy, self.parameters, trained)
 
 
 def local(parameter):
@@ -46,7 +54,12 @@ def write(policy, parameters, tensors):
     """Fill the parameters in place, and forget what was computed from their old content: gathered weights, autocast's copies."""
     for parameter, tensor in zip(parameters, tensors):
         local(parameter).copy_(tensor)
+    reshard(policy)
+    torch.clear_autocast_cache()
+
+
+def reshard(policy):
+    """Forget gathered weights, which a forward pass may have left in place of this rank's slices."""
     for unit in policy.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
-    torch.clear_autocast_cache()
