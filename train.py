@@ -185,12 +185,12 @@ GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_
 PRESETS = {
     "tiny": dict(
         all=dict(weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096, max_new_tokens={"gp": 48, "virl": 64},
-                 rollout_batch=256, lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}, probe_hands={"gp": 32, "virl": 16}),
+                 rollout_batch=256, lr_schedule="constant", eval_hands={"gp": 500, "virl": 200}, probe_hands={"gp": 16, "virl": 8}),
         sft=dict(steps={"gp": 450, "virl-l": 221, "virl-vl": 230}, lr=3e-4, batch_size=64, mistakes=0.0, learn_prompts=False,
                  epochs=1, minibatches=1, clip=0.1, temperature=1.0,
                  eval_every={"gp": 150, "virl": 115}, save_every=150, warmup=0.03),
         ppo=dict(steps={"gp": 40, "virl": 30}, lr=1e-4, lr_schedule="cosine", warmup=0.1, hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4},
-                 temperature=1.0, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
+                 temperature=0.5, advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
                  epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0, reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 15},
                  save_every={"gp": 20, "virl": 15}),
         pretrain=dict(steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, batch_size={"gp": 64, "virl": 40}, epochs=1, minibatches=1,

@@ -1,8 +1,8 @@
 """Do the runs of an experiment, as many at once as there are cores, then print its table and draw its figure.
 
-    python -m study variants                 # go on where it was stopped; with the records in git nothing is missing, and it only draws
-    python -m study variants --plan          # what is there, what is missing
-    python -m study variants --records runs/mine.jsonl --seeds 0     # measure anew
+    python -m study main                     # go on where it was stopped; with the records in git nothing is missing, and it only draws
+    python -m study main --plan              # what is there, what is missing
+    python -m study main --records runs/mine.jsonl --seeds 0         # measure anew
 """
 
 import argparse
@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 from study import compat, records, variants
+from study.experiments import ARMS, Experiment
 from study.runner import Runner
 
-EXPERIMENTS = {"variants": variants, "compat": compat}
+EXPERIMENTS = {name: Experiment(arms) for name, arms in ARMS.items()} | {"variants": variants, "compat": compat}
 
 
 def main(argv=None):
