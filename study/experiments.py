@@ -44,9 +44,29 @@ def metric(arm_or_task):
 
 SFT, PPO = "--algo sft", "--algo ppo"
 MAIN = [Arm(task, algo, f"--algo {algo}") for task in TASKS for algo in ("sft", "ppo")]
+main_of = {(arm.task, arm.name): arm for arm in MAIN}
 ARMS = {
+    # Figures 5 to 7. Figure 8, recognition against success, is drawn from the same runs.
     "main": MAIN,
+    # Figure 9: RL without SFT before it. The tiny foundation knows the game's format already, so beside it one that has hardly begun to learn.
+    "no-sft": [main_of["gp-l", "ppo"], Arm("gp-l", "ppo-from-foundation", PPO, "docs/tiny/gp"), Arm("gp-l", "ppo-from-young", PPO, "young")],
+    # Figure 10: attempts in training and in its evaluation; as many updates as take the compute of 40 with five attempts.
+    "attempts": [Arm("gp-l", f"ppo-{attempts}-attempts", f"{PPO} --attempts {attempts} --steps {steps} --eval-every {-(-steps // 2)}")
+                 for attempts, steps in ((1, 66), (3, 47))] + [main_of["gp-l", "ppo"],
+                 Arm("gp-l", "ppo-10-attempts", f"{PPO} --attempts 10 --steps 31 --eval-every 16")],
+    # Figure 15: expert dialogues in which wrong answers and the verifier's replies come before the right one.
+    "suboptimal": [arm for task in ("gp-l", "virl-l") for arm in (main_of[task, "sft"], Arm(task, "sft-suboptimal", f"{SFT} --mistakes 1"))],
+    # Figure 16: learning rates, and what is frozen.
+    "freeze": [Arm("gp-vl", f"sft-{lr}-{tune}", f"{SFT} --lr {lr} --tune {tune}") for tune in ("all", "no-vision", "no-vision-no-adapter")
+               for lr in ("1e-4", "3e-4", "1e-3")],
+    # Figure 19: RL from where SFT ended.
+    "overfitted": [arm for task in ("gp-l", "virl-l") for arm in (main_of[task, "sft"], Arm(task, "ppo-after-sft", PPO, "sft"))],
+    # SFT given its best chance: several rules, a small learning rate, weights for tokens, an early end.
+    "best-sft": [main_of["gp-l", "sft"], Arm("gp-l", "sft-rules", f"{SFT} --rules 10,5,7"), Arm("gp-l", "sft-small-lr", f"{SFT} --lr 3e-5"),
+                 Arm("gp-l", "sft-dft", f"{SFT} --sft-loss dft"), Arm("gp-l", "sft-early", f"{SFT} --steps 90 --eval-every 15"),
+                 main_of["gp-l", "ppo"]],
 }
+STARTS = [Arm("gp-l", "young", "--algo pretrain --steps 60 --eval-hands 0")]           # begun with, but no arm of an experiment
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,7 @@ class Experiment:
         """The init checkpoints first (their evaluation makes them), then seed by seed, what is begun with before what begins with it."""
         tasks = list(dict.fromkeys(arm.task for arm in self.arms))
         found = [Run(f"{task}-init-0", ("--task", task, "--algo", "eval")) for task in tasks]
-        known = {(arm.task, arm.name): arm for arms in ARMS.values() for arm in arms}
+        known = {(arm.task, arm.name): arm for arms in [*ARMS.values(), STARTS] for arm in arms}
         for seed in seeds:
             for arm in self.arms:
                 chain = [arm]
