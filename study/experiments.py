@@ -6,17 +6,10 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from envs import GAMES, TASKS
-from study import records
+from envs import TASKS
+from study import figures
+from study.figures import Group
 from study.runner import Run
-
-# The paper's own results, %: (task, set) -> init, RL, SFT at equal compute (PAPER: figures 5 to 7).
-PAPER = {
-    ("gp-l", "rule-ood"): (11.5, 15.0, 3.4), ("gp-vl", "rule-ood"): (11.2, 14.2, 5.6), ("gp-vl", "visual-ood"): (23.6, 41.2, 13.7),
-    ("virl-l", "rule-ood"): (80.8, 91.8, 1.3), ("virl-vl", "rule-ood"): (35.7, 45.0, 2.5), ("virl-vl", "visual-ood"): (16.7, 77.8, 11.1)}
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")      # told apart by the colour-blind, too (Okabe and Ito)
 
 
 @dataclass(frozen=True)
@@ -35,11 +28,6 @@ class Arm:
         if not self.start:
             return ()
         return "--model", self.start if "/" in self.start else f"{{root}}/{self.task}-{self.start}-{seed}/final"
-
-
-def metric(arm_or_task):
-    """The game's headline: success of cards, per-step accuracy of navigation, as in the paper's figures."""
-    return GAMES[getattr(arm_or_task, "task", arm_or_task).split("-")[0]].headline
 
 
 SFT, PPO = "--algo sft", "--algo ppo"
@@ -92,54 +80,12 @@ class Experiment:
         return found
 
     def groups(self, found):
-        """(arm, its records, a seed each) of all arms that have any."""
-        groups = [(arm, [found[arm.run(seed)] for seed in range(100) if arm.run(seed) in found]) for arm in self.arms]
-        return [(arm, group) for arm, group in groups if group]
+        """A group an arm that has any records."""
+        groups = [Group(arm.task, arm.name, [found[arm.run(seed)] for seed in range(100) if arm.run(seed) in found]) for arm in self.arms]
+        return [group for group in groups if group.records]
 
     def table(self, found):
-        """Markdown: a row an arm and set; before, after, the change hand by hand, and the paper's numbers where it has them."""
-        lines = ["| task | tested on | arm | seeds | before | after | change | TFLOPs | paper: before, after |", "|---|---|---|---|---|---|---|---|---|"]
-        for arm, group in self.groups(found):
-            for name in group[0]["curve"][0]["eval"]:
-                before, after = ([record["curve"][k]["eval"][name] for record in group] for k in (0, -1))
-                init, rl, sft = PAPER.get((arm.task, name), (None,) * 3)
-                theirs = f"{init}, {rl if arm.name == 'ppo' else sft}" if init and arm in MAIN else ""
-                lines.append(f"| {arm.task} | {name} | {arm.name} | {len(group)} | " + " | ".join([
-                    "{:.1f} ± {:.1f}".format(*records.rate(before, metric(arm))), "{:.1f} ± {:.1f}".format(*records.rate(after, metric(arm))),
-                    "{:+.1f} ± {:.1f}".format(*records.change(after, before, metric(arm))),
-                    f"{np.mean([record['counted_tflops'] for record in group]):.1f}", theirs]) + " |")
-        return "\n".join(lines)
+        return (figures.headline if self.arms is MAIN else figures.table)(self.groups(found))
 
     def plot(self, found, file):
-        """The headline metric against training compute: a row a task, a column a set; seeds thin, their mean thick with its standard error."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        groups = self.groups(found)
-        tasks = list(dict.fromkeys(arm.task for arm, _ in groups))
-        names = list(dict.fromkeys(name for _, group in groups for name in group[0]["curve"][0]["eval"]))
-        color = dict(zip(dict.fromkeys(arm.name for arm, _ in groups), COLORS * 3))
-        figure, axes = plt.subplots(len(tasks), len(names), figsize=(3.6 * len(names), 2.3 * len(tasks)), squeeze=False, sharey="row")
-        for axis in axes.flat:
-            axis.set_visible(False)
-        for arm, group in groups:
-            for axis, name in zip(axes[tasks.index(arm.task)], names):
-                if name in group[0]["curve"][0]["eval"]:
-                    axis.set_visible(True)
-                    self.curve(axis, group, name, metric(arm), color[arm.name], f"{arm.name} ({len(group)} seeds)")
-                    axis.set(title=f"{arm.task}: {name}", xlabel="training compute (TFLOPs, counted)")
-        for task, row in zip(tasks, axes):
-            row[0].set_ylabel(f"{metric(task).replace('_', '-')} (%)")
-            row[0].legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(file, dpi=150)
-
-    def curve(self, axis, group, name, metric, color, label):
-        for record in group:
-            points = [(point["counted_tflops"], records.rate([point["eval"][name]], metric)[0]) for point in record["curve"]]
-            axis.plot(*zip(*points), color=color, lw=0.7, alpha=0.45, marker=".", ms=3)
-        length = min(len(record["curve"]) for record in group)
-        x = [np.mean([record["curve"][k]["counted_tflops"] for record in group]) for k in range(length)]
-        y, error = zip(*[records.rate([record["curve"][k]["eval"][name] for record in group], metric) for k in range(length)])
-        axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=label)
-        axis.grid(alpha=0.3)
+        figures.draw(self.groups(found), file)

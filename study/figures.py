@@ -1,88 +1,130 @@
-"""Tables and figures of runs, from their logs.
+"""Tables and figures of groups of runs: what one way to learn made of one task, a record a seed (study/records.py).
 
     python train.py --plot runs/gp-l-sft runs/gp-l-ppo
 """
 
-import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from envs import GAMES
+from study import records
+
+# The paper's own results, %: (task, set) -> init, SFT, RL at equal compute (its figures 5 to 7).
+PAPER = {
+    ("gp-l", "rule-ood"): (11.5, 3.4, 15.0), ("gp-vl", "rule-ood"): (11.2, 5.6, 14.2), ("gp-vl", "visual-ood"): (23.6, 13.7, 41.2),
+    ("virl-l", "rule-ood"): (80.8, 1.3, 91.8), ("virl-vl", "rule-ood"): (35.7, 2.5, 45.0), ("virl-vl", "visual-ood"): (16.7, 11.1, 77.8)}
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")   # the colour-blind tell them apart (Okabe, Ito)
 
 
-def read_runs(runs):
-    """Run folders -> {(task, algo): [curve of each seed]}; a curve is a list of (TFLOPs, {set: results})."""
-    curves = {}
-    for run in map(Path, runs):
-        if not (run / "log.jsonl").exists():
-            raise ValueError(f"--plot: {run} holds no log.jsonl; give folders that train.py wrote")
-        records = [json.loads(line) for line in open(run / "log.jsonl")]
-        config = next(r["config"] for r in records if r["event"] == "start")
-        curve = [(r["tflops"], r["eval"]) for r in records if r["event"] == "eval" and r["eval"]]
-        curves.setdefault((config["task"], config["algo"]), []).append(curve)
-    return curves
+@dataclass(frozen=True)
+class Group:
+    task: str
+    name: str                  # of the way to learn
+    records: list
+
+    @property
+    def sets(self):
+        return list(self.records[0]["curve"][0]["eval"])
+
+    @property
+    def metric(self):
+        """The game's headline: success of cards, per-step accuracy of navigation, as in the paper's figures."""
+        return GAMES[self.task.split("-")[0]].headline
+
+    def at(self, k, name):
+        """The k-th evaluations of all seeds on one set."""
+        return [record["curve"][k]["eval"][name] for record in self.records]
 
 
-def pooled(curves, k, name, metric):
-    """Over the seeds of one algorithm, at their k-th evaluation: (mean TFLOPs, rate in %, standard error in %).
-
-    All seeds play the same hands, so more seeds do not make more hands: the error is that of a single seed's hands, or
-    that of the mean of the seeds if it is larger.
-    """
-    points = [curve[k] for curve in curves if k < len(curve)]
-    rates = [results[name][metric] for _, results in points]
-    mean, error = sum(rates) / len(rates), sum(results[name][metric + "_se"] for _, results in points) / len(points)
-    if len(rates) > 1:
-        error = max(error, math.sqrt(sum((r - mean) ** 2 for r in rates) / (len(rates) - 1) / len(rates)))
-    return sum(x for x, _ in points) / len(points), 100 * mean, 100 * error
+def read_runs(folders):
+    """Groups of the run folders, by task and algorithm."""
+    groups = {}
+    for folder in map(Path, folders):
+        if not (folder / "log.jsonl").exists():
+            raise ValueError(f"--plot: {folder} holds no log.jsonl; give folders that train.py wrote")
+        record = records.of_run(folder.name, folder)
+        groups.setdefault((record["config"]["task"], record["config"]["algo"]), []).append(record)
+    return [Group(task, algo, found) for (task, algo), found in sorted(groups.items())]
 
 
-def table(curves):
-    """Markdown, a table a game: init and the end of each algorithm; success, and (per answer) per-step accuracy or success at the first try."""
-    lines = []
-    for game in sorted({task.split("-")[0] for task, _ in curves}):
-        other = {"gp": "first", "virl": "per_step"}[game]
-        lines += ["", "| task | tested on | " + " | ".join(f"{what}: success ({other.replace('_', '-')})" for what in ("init", "SFT", "PPO")) + " |", "|---|---|---|---|---|"]
-        for task in sorted({task for task, _ in curves if task.startswith(game)}):
-            known = {algo: curves[task, algo] for algo in ("sft", "ppo") if (task, algo) in curves}
-            cell = lambda c, k, name: "{:.1f} ± {:.1f} ({:.1f} ± {:.1f})".format(*pooled(c, k, name, "success")[1:], *pooled(c, k, name, other)[1:])
-            for name in next(iter(known.values()))[0][0][1]:
-                cells = [cell(next(iter(known.values())), 0, name)]
-                cells += [cell(known[algo], min(map(len, known[algo])) - 1, name) if algo in known else "-" for algo in ("sft", "ppo")]
-                lines.append(f"| {task} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines[1:])
+def with_error(numbers, sign=""):
+    return "{:{sign}.1f} ± {:.1f}".format(*numbers, sign=sign)
 
 
-def plot(runs, file="success.png"):
-    """The game's headline metric against training compute: a row a task, a column an evaluation set. Seeds thin, their mean thick. Prints
-    the table, too."""
-    curves = read_runs(runs)
-    print(table(curves))
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("--plot needs matplotlib for the figure: pip install -e '.[plot]'") from None
-    tasks = sorted({task for task, _ in curves})
-    columns = list(dict.fromkeys(name for group in curves.values() for name in group[0][0][1]))
-    figure, axes = plt.subplots(len(tasks), len(columns), figsize=(3.6 * len(columns), 2.3 * len(tasks)), squeeze=False, sharey=True)
-    for (task, algo), group in sorted(curves.items()):
-        color = {"ppo": "#0072B2", "sft": "#D55E00"}.get(algo, "#666666")           # told apart by the colour-blind, too
-        metric = GAMES[task.split("-")[0]].headline
-        for axis, name in zip(axes[tasks.index(task)], columns):
-            if name not in group[0][0][1]:
-                axis.set_visible(False)
-                continue
-            for curve in group:
-                axis.plot([x for x, _ in curve], [100 * r[name][metric] for _, r in curve], color=color, lw=0.7, alpha=0.45)
-            x, y, error = zip(*[pooled(group, k, name, metric) for k in range(min(map(len, group)))])
-            axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2, label=f"{algo.upper()} ({len(group)} seeds)")
-            axis.set(title=f"{task}: {name}", xlabel="training compute (TFLOPs)")
-            axis.grid(alpha=0.3)
+def headline(groups):
+    """Markdown: a row a task and set; init, then SFT and PPO with the change from init, hand by hand, and the paper's own numbers."""
+    lines = ["| task, tested on | what | init | SFT (change) | PPO (change) | paper: init, SFT, RL |", "|---|---|---|---|---|---|"]
+    for task in dict.fromkeys(group.task for group in groups):
+        known = {group.name: group for group in groups if group.task == task}
+        any_one = next(iter(known.values()))
+        for name in any_one.sets:
+            for metric in {"success": ("success", "first"), "per_step": ("per_step", "success")}[any_one.metric]:
+                cells = [with_error(records.rate(any_one.at(0, name)[:1], metric))]
+                for algo in ("sft", "ppo"):
+                    cells.append("-" if algo not in known else with_error(records.rate(known[algo].at(-1, name), metric)) + " ("
+                                 + with_error(records.change(known[algo].at(-1, name), known[algo].at(0, name), metric), "+") + ")")
+                theirs = ", ".join(map(str, PAPER.get((task, name), ()))) if metric == any_one.metric else ""
+                lines.append(f"| {task}, {name} | {metric.replace('_', '-')} | " + " | ".join(cells) + f" | {theirs} |")
+    return "\n".join(lines)
+
+
+def table(groups):
+    """Markdown: a row a group and set; before, after, the change hand by hand, and what it took."""
+    lines = ["| task, tested on | arm | seeds | before | after | change | TFLOPs |", "|---|---|---|---|---|---|---|"]
+    for task, name in dict.fromkeys((group.task, name) for group in groups for name in group.sets):
+        for group in groups:
+            if group.task == task and name in group.sets:
+                before, after, metric = group.at(0, name), group.at(-1, name), group.metric
+                lines.append(f"| {task}, {name} | {group.name} | {len(group.records)} | " + " | ".join([
+                    with_error(records.rate(before, metric)), with_error(records.rate(after, metric)),
+                    with_error(records.change(after, before, metric), "+"), f"{np.mean([r['counted_tflops'] for r in group.records]):.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def draw(groups, file):
+    """The headline metric against training compute: a row a task, a column a set; seeds thin, their mean thick with its standard error."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    tasks, names = (list(dict.fromkeys(found)) for found in ([group.task for group in groups], [name for group in groups for name in group.sets]))
+    color = {"sft": COLORS[0], "ppo": COLORS[1]}
+    color |= dict(zip([name for name in dict.fromkeys(group.name for group in groups) if name not in color], COLORS[2:] + COLORS[:2]))
+    figure, axes = plt.subplots(len(tasks), len(names), figsize=(3.6 * len(names), 2.3 * len(tasks)), squeeze=False, sharey="row")
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for group in groups:
+        for axis, name in zip(axes[tasks.index(group.task)], names):
+            if name in group.sets:
+                axis.set_visible(True)
+                axis.set(title=f"{group.task}: {name}", xlabel="training compute (TFLOPs)")
+                axis.grid(alpha=0.3)
+                curve(axis, group, name, color[group.name])
     for task, row in zip(tasks, axes):
-        row[0].set_ylabel(f"{GAMES[task.split('-')[0]].headline.replace('_', '-')} (%)")
+        row[0].set_ylabel(GAMES[task.split("-")[0]].headline.replace("_", "-") + " (%)")
         row[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
+
+
+def curve(axis, group, name, color):
+    for record in group.records:
+        points = [(point["counted_tflops"], records.rate([point["eval"][name]], group.metric)[0]) for point in record["curve"]]
+        axis.plot(*zip(*points), color=color, lw=0.7, alpha=0.45, marker=".", ms=3)
+    steps = range(min(len(record["curve"]) for record in group.records))
+    x = [np.mean([record["curve"][k]["counted_tflops"] for record in group.records]) for k in steps]
+    y, error = zip(*[records.rate(group.at(k, name), group.metric) for k in steps])
+    axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2,
+                  label=f"{group.name} ({len(group.records)} seed{'s' * (len(group.records) > 1)})")
+
+
+def plot(folders, file="success.png"):
+    """--plot: the table and the figure of run folders."""
+    groups = read_runs(folders)
+    print(headline(groups))
+    try:
+        draw(groups, file)
+    except ImportError:
+        raise ValueError("--plot needs matplotlib for the figure: pip install -e '.[plot]'") from None
     print(f"wrote {file}")
