@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
+
 
 def read(file):
     """Records by name; of a file that is not there: none."""
@@ -22,17 +25,38 @@ def of_run(name, folder):
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
     start = next(line for line in lines if line["event"] == "start")
     steps = [line for line in lines if line["event"] == "step"]
-    return record | {key: start[key] for key in ("config", "commit", "hardware")} | {
-        **{key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}, "seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps),
-        "curve": [{key: line[key] for key in ("step", "tflops", "counted_tflops", "eval", "probe") if key in line} for line in lines if line["event"] == "eval"]}
+    took = {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
+    took |= {"seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps)}
+    return record | {key: start[key] for key in ("config", "commit", "hardware")} | took | {
+        "curve": [point(line) for line in lines if line["event"] == "eval"]}
+
+
+def point(line):
+    """What is kept of an evaluation: of its probe (study/explain.py) only what is not told hand by hand."""
+    kept = {key: line[key] for key in ("step", "tflops", "counted_tflops", "eval") if key in line}
+    if "probe" in line:
+        kept["probe"] = {name: {key: x for key, x in found.items() if not isinstance(x, list)} if isinstance(found, dict) else found
+                         for name, found in line["probe"].items() if not name.endswith("_hands")}
+    return kept
 
 
 def append(file, record):
-    """Add a record, whole or not at all."""
+    """Add a record as one line, with a character for each number of a hand."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
+    curve = [point | {"eval": {name: results | {key: pack(results[key]) for key in OF_EACH if key in results}
+                               for name, results in point["eval"].items()}} for point in record["curve"]]
     with open(file, "a") as out:
-        out.write(json.dumps(record) + "\n")
+        out.write(json.dumps(record | {"curve": curve}, separators=(",", ":")) + "\n")
+
+
+def pack(numbers):
+    """Whole numbers as one string, where all are below 36."""
+    return "".join(DIGITS[n] for n in numbers) if max(numbers) < 36 else numbers
+
+
+def unpack(numbers):
+    return [DIGITS.index(digit) for digit in numbers] if isinstance(numbers, str) else numbers
 
 
 def error_of_mean(scores):
@@ -54,7 +78,7 @@ def error_of_mean(scores):
 
 def outcomes(results, metric):
     """Numerator and denominator of a metric, (2, hands), from one evaluation of one set (see train.evaluate)."""
-    solved, right, answers = (np.array(results[key], dtype=float) for key in ("solved", "right", "answers"))
+    solved, right, answers = (np.array(unpack(results[key]), dtype=float) for key in OF_EACH)
     return {"success": lambda: np.stack([solved, np.ones_like(solved)]),
             "first": lambda: np.stack([solved * (right == answers), np.ones_like(solved)]),
             "per_step": lambda: np.stack([right, answers])}[metric]()

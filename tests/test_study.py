@@ -179,3 +179,12 @@ def test_figures_are_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")
     EXPERIMENTS[name].plot(made_up(EXPERIMENTS[name].runs([0])), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_hands_are_kept_a_character_each(tmp_path):
+    many = [0, 35, 10, 1]
+    assert records.pack(many) == "0za1" and records.unpack("0za1") == many
+    assert records.unpack(records.pack([36, 1])) == [36, 1]
+    point = {"step": 0, "eval": {"id": results([1, 0], [3, 2], [3, 40])}}
+    records.append(tmp_path / "of.jsonl", {"name": "a", "curve": [point]})
+    assert records.rate([records.read(tmp_path / "of.jsonl")["a"]["curve"][0]["eval"]["id"]], "per_step")[0] == pytest.approx(100 * 5 / 43)
