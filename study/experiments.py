@@ -88,4 +88,8 @@ class Experiment:
         return (figures.headline if self.arms is MAIN else figures.table)(self.groups(found))
 
     def plot(self, found, file):
-        figures.draw(self.groups(found), file)
+        groups = self.groups(found)
+        figures.draw(groups, file)
+        if self.arms is MAIN:
+            figures.scatter(groups, file.with_stem(f"{file.stem}-recognition"), "cards or observations read right (%)", lambda point, name: 100 * point["eval"][name]["recognized"])
+            figures.scatter(groups, file.with_stem(f"{file.stem}-kl"), "KL(init || policy) on the training game (nats an answer)", lambda point, name: point["probe"]["forward_kl_answer"])

@@ -85,6 +85,19 @@ def table(groups):
 
 def draw(groups, file):
     """The headline metric against training compute: a row a task, a column a set; seeds thin, their mean thick with its standard error."""
+    panels(groups, file, "training compute (TFLOPs)", curve)
+
+
+def scatter(groups, file, label, x):
+    """The headline metric against something else that was measured at the same time, x(point of a curve, set): every evaluation of every seed."""
+    def points(axis, group, name, color):
+        found = [(x(point, name), records.rate([point["eval"][name]], group.metric)[0]) for record in group.records for point in record["curve"]]
+        axis.scatter(*zip(*found), s=[12 + 12 * k for record in group.records for k in range(len(record["curve"]))], color=color, alpha=0.6, lw=0, label=group.name)
+    panels(groups, file, label, points)
+
+
+def panels(groups, file, label, fill):
+    """A row a task, a column a set, each filled by fill(axis, group, set, color)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -98,14 +111,15 @@ def draw(groups, file):
         for axis, name in zip(axes[tasks.index(group.task)], names):
             if name in group.sets:
                 axis.set_visible(True)
-                axis.set(title=f"{group.task}: {name}", xlabel="training compute (TFLOPs)")
+                axis.set(title=f"{group.task}: {name}", xlabel=label)
                 axis.grid(alpha=0.3)
-                curve(axis, group, name, color[group.name])
+                fill(axis, group, name, color[group.name])
     for task, row in zip(tasks, axes):
         row[0].set_ylabel(GAMES[task.split("-")[0]].headline.replace("_", "-") + " (%)")
         row[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def curve(axis, group, name, color):

@@ -148,12 +148,12 @@ def test_rates_by_hand():
 def evaluation(rate, seed):
     rng = np.random.default_rng(seed)
     solved = (rng.random(50) < rate).astype(int).tolist()
-    return {name: results(solved, solved, [2] * 50) for name in ("id", "rule-ood")}
+    return {name: results(solved, solved, [2] * 50) | {"recognized": 0.9} for name in ("id", "rule-ood")}
 
 
 def made_up(runs):
     """A record of each run."""
-    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k} for k in range(2)]
+    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k, "probe": {"forward_kl_answer": 0.1 * k}} for k in range(2)]
     return {run.name: {"tflops": 8.0, "counted_tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0,
                        "curve": [point | {"eval": evaluation(0.5, 2 * k + j)} for j, point in enumerate(points)]} for k, run in enumerate(runs)}
 
