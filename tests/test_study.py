@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from study import compat, records, variants
-from study.__main__ import EXPERIMENTS
+from study.__main__ import EXPERIMENTS, at_scale, chosen
 from study.runner import Run, Runner
 
 # Stands for train.py: notes when it ran, and leaves what its first argument says.
@@ -188,3 +188,14 @@ def test_hands_are_kept_a_character_each(tmp_path):
     point = {"step": 0, "eval": {"id": results([1, 0], [3, 2], [3, 40])}}
     records.append(tmp_path / "of.jsonl", {"name": "a", "curve": [point]})
     assert records.rate([records.read(tmp_path / "of.jsonl")["a"]["curve"][0]["eval"]["id"]], "per_step")[0] == pytest.approx(100 * 5 / 43)
+
+
+def test_a_real_model_stands_in_for_the_tiny_one():
+    runs = [at_scale(run, "Llama", 8) for run in EXPERIMENTS["overfitted"].runs([0])]
+    models = {run.name: run.argv[run.argv.index("--model") + 1] for run in runs}
+    assert models["gp-l-sft-0"] == models["gp-l-init-0"] == "Llama" and models["gp-l-ppo-after-sft-0"] == "{root}/gp-l-sft-0/final"
+    assert {run.ranks for run in runs} == {8}
+
+
+def test_what_chosen_runs_need_is_chosen_too():
+    assert [run.name for run in chosen(EXPERIMENTS["no-sft"].runs([0, 1]), "from-young-1")] == ["gp-l-init-0", "gp-l-young-1", "gp-l-ppo-from-young-1"]
