@@ -38,12 +38,15 @@ ARMS = {
     "main": MAIN,
     # Figure 9: RL without SFT before it. The tiny foundation knows the game's format already, so beside it one that has hardly begun to learn.
     "no-sft": [main_of["gp-l", "ppo"], Arm("gp-l", "ppo-from-foundation", PPO, "docs/tiny/gp"), Arm("gp-l", "ppo-from-young", PPO, "young")],
-    # Figure 10: attempts in training and in its evaluation; as many updates as take the compute of 40 with five attempts.
-    "attempts": [Arm("gp-l", f"ppo-{attempts}-attempts", f"{PPO} --attempts {attempts} --steps {steps} --eval-every {-(-steps // 2)}")
-                 for attempts, steps in ((1, 66), (3, 47))] + [main_of["gp-l", "ppo"],
-                 Arm("gp-l", "ppo-10-attempts", f"{PPO} --attempts 10 --steps 31 --eval-every 16")],
-    # Figure 15: expert dialogues in which wrong answers and the verifier's replies come before the right one.
-    "suboptimal": [arm for task in ("gp-l", "virl-l") for arm in (main_of[task, "sft"], Arm(task, "sft-suboptimal", f"{SFT} --mistakes 1"))],
+    # Figure 10: attempts in training and in its evaluation; as many updates as take the compute of 40 with five attempts (80, 119, 146 and 198
+    # tokens an episode).
+    "attempts": [Arm("gp-l", f"ppo-{attempts}-attempts", f"{PPO} --attempts {attempts} --steps {steps} --eval-every {(steps + 1) // 2}")
+                 for attempts, steps in ((1, 73), (3, 49))] + [main_of["gp-l", "ppo"],
+                 Arm("gp-l", "ppo-10-attempts", f"{PPO} --attempts 10 --steps 30 --eval-every 15")],
+    # Figure 15: expert dialogues in which wrong answers and the verifier's replies come before the right one: 185 tokens instead of 79 (gp-l), 134
+    # instead of 112 (virl-l), and so fewer steps.
+    "suboptimal": [arm for task, steps in (("gp-l", 193), ("virl-l", 186))
+                   for arm in (main_of[task, "sft"], Arm(task, "sft-suboptimal", f"{SFT} --mistakes 1 --steps {steps} --eval-every {(steps + 1) // 2}"))],
     # Figure 16: learning rates, and what is frozen.
     "freeze": [Arm("gp-vl", f"sft-{lr}-{tune}", f"{SFT} --lr {lr} --tune {tune}") for tune in ("all", "no-vision", "no-vision-no-adapter")
                for lr in ("1e-4", "3e-4", "1e-3")],
