@@ -5,8 +5,8 @@
     python -m study main --records runs/mine.jsonl --seeds 0         # measure anew
     python -m study main --model Llama-3.2-11B-Vision-Instruct --ranks 8 --seeds 0         # the same questions to a real model
 
-With --model the paper's presets hold, runs go one after the other, each on --ranks GPUs, and everything lies under runs/study-MODEL. Arms with numbers in their
-flags (steps, learning rates: study/experiments.py) are meant for the tiny model.
+With --model the paper's presets hold, runs go one after the other, each on --ranks GPUs, and everything lies under runs/study-MODEL. Arms
+with numbers in their flags (steps, learning rates: study/experiments.py) are meant for the tiny model.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv=None):
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, by torchrun (default: %(default)s)")
     parser.add_argument("--records", type=Path, help="file of records, a line a run (default: docs/study/EXPERIMENT.jsonl)")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/study)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, each on one thread (default: the number of cores, %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, each on one thread (default: all cores, %(default)s)")
     parser.add_argument("--only", default="", help="runs whose name holds this, and what they need")
     parser.add_argument("--plan", action="store_true", help="say what is missing, do nothing")
     args = parser.parse_args(argv)

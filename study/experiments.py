@@ -40,13 +40,13 @@ ARMS = {
     "no-sft": [main_of["gp-l", "ppo"], Arm("gp-l", "ppo-from-foundation", PPO, "docs/tiny/gp"), Arm("gp-l", "ppo-from-young", PPO, "young")],
     # Figure 10: attempts in training and in its evaluation; as many updates as take the compute of 40 with five attempts (80, 119, 146 and 198
     # tokens an episode).
-    "attempts": [Arm("gp-l", f"ppo-{attempts}-attempts", f"{PPO} --attempts {attempts} --steps {steps} --eval-every {(steps + 1) // 2}")
-                 for attempts, steps in ((1, 73), (3, 49))] + [main_of["gp-l", "ppo"],
+    "attempts": [Arm("gp-l", "ppo-1-attempt", f"{PPO} --attempts 1 --steps 73 --eval-every 37"),
+                 Arm("gp-l", "ppo-3-attempts", f"{PPO} --attempts 3 --steps 49 --eval-every 25"), main_of["gp-l", "ppo"],
                  Arm("gp-l", "ppo-10-attempts", f"{PPO} --attempts 10 --steps 30 --eval-every 15")],
     # Figure 15: expert dialogues in which wrong answers and the verifier's replies come before the right one: 185 tokens instead of 79 (gp-l), 134
     # instead of 112 (virl-l), and so fewer steps.
-    "suboptimal": [arm for task, steps in (("gp-l", 193), ("virl-l", 186))
-                   for arm in (main_of[task, "sft"], Arm(task, "sft-suboptimal", f"{SFT} --mistakes 1 --steps {steps} --eval-every {(steps + 1) // 2}"))],
+    "suboptimal": [main_of["gp-l", "sft"], Arm("gp-l", "sft-suboptimal", f"{SFT} --mistakes 1 --steps 193 --eval-every 97"),
+                   main_of["virl-l", "sft"], Arm("virl-l", "sft-suboptimal", f"{SFT} --mistakes 1 --steps 186 --eval-every 93")],
     # Figure 16: learning rates, and what is frozen.
     "freeze": [Arm("gp-vl", f"sft-{lr}-{tune}", f"{SFT} --lr {lr} --tune {tune}") for tune in ("all", "no-vision", "no-vision-no-adapter")
                for lr in ("1e-4", "3e-4", "1e-3")],
@@ -94,5 +94,7 @@ class Experiment:
         groups = self.groups(found)
         figures.draw(groups, file)
         if self.arms is MAIN:
-            figures.scatter(groups, file.with_stem(f"{file.stem}-recognition"), "cards or observations read right (%)", lambda point, name: 100 * point["eval"][name]["recognized"])
-            figures.scatter(groups, file.with_stem(f"{file.stem}-kl"), "KL(init || policy) on the training game (nats an answer)", lambda point, name: point["probe"]["forward_kl_answer"])
+            figures.scatter(groups, file.with_stem(f"{file.stem}-recognition"), "cards or observations read right (%)",
+                            lambda point, name: 100 * point["eval"][name]["recognized"])
+            figures.scatter(groups, file.with_stem(f"{file.stem}-kl"), "KL(init || policy) on the training game (nats an answer)",
+                            lambda point, name: point["probe"]["forward_kl_answer"])

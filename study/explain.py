@@ -96,7 +96,8 @@ class Probe:
         stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: torch.zeros(len(COLUMNS), dtype=torch.float64))
         for episode, (logprobs, entropy), (other, _) in zip(episodes, scored, others or scored):
             right = all(turn.info["correct"] for turn in episode.turns if turn.info["verdict"] != "unjudged")
-            cut = [turn.end - turn.start == longest and episode.conversations[turn.conversation].ids[turn.end - 1] not in stop for turn in episode.turns]
+            cut = [turn.end - turn.start == longest and episode.conversations[turn.conversation].ids[turn.end - 1] not in stop
+                   for turn in episode.turns]
             sums[episode.seed] += torch.tensor([episode.success, episode.success and right, len(cut), len(logprobs), sum(cut), entropy.sum(),
                                                 (logprobs - other).sum()], dtype=torch.float64)
         rows = sorted(gather([(seed, row.tolist()) for seed, row in sums.items()]))

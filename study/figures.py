@@ -15,7 +15,8 @@ from study import records
 PAPER = {
     ("gp-l", "rule-ood"): (11.5, 3.4, 15.0), ("gp-vl", "rule-ood"): (11.2, 5.6, 14.2), ("gp-vl", "visual-ood"): (23.6, 13.7, 41.2),
     ("virl-l", "rule-ood"): (80.8, 1.3, 91.8), ("virl-vl", "rule-ood"): (35.7, 2.5, 45.0), ("virl-vl", "visual-ood"): (16.7, 11.1, 77.8)}
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")   # the colour-blind tell them apart (Okabe, Ito)
+# Okabe and Ito's, which the colour-blind tell apart.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,12 @@ def draw(groups, file):
 
 
 def scatter(groups, file, label, x):
-    """The headline metric against something else that was measured at the same time, x(point of a curve, set): every evaluation of every seed."""
+    """The headline metric against something else that was measured at the same time, x(point of a curve, set): every evaluation of every
+    seed, the later the larger."""
     def points(axis, group, name, color):
-        found = [(x(point, name), records.rate([point["eval"][name]], group.metric)[0]) for record in group.records for point in record["curve"]]
-        axis.scatter(*zip(*found), s=[12 + 12 * k for record in group.records for k in range(len(record["curve"]))], color=color, alpha=0.6, lw=0, label=group.name)
+        known = [(k, point) for record in group.records for k, point in enumerate(record["curve"])]
+        axis.scatter([x(point, name) for _, point in known], [records.rate([point["eval"][name]], group.metric)[0] for _, point in known],
+                     s=[12 + 12 * k for k, _ in known], color=color, alpha=0.6, lw=0, label=group.name)
     panels(groups, file, label, points)
 
 

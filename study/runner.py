@@ -80,8 +80,9 @@ class Runner:
         with open(f"{folder}.output", "a") as output:
             python, script = self.command
             torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)) if run.ranks > 1 else ()
-            process = subprocess.Popen([python, *torchrun, script, *(word.format(root=self.root) for word in run.argv), "--out", str(folder), *resume],
-                                       stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            argv = [word.format(root=self.root) for word in run.argv]
+            process = subprocess.Popen([python, *torchrun, script, *argv, "--out", str(folder), *resume], stdout=output, stderr=subprocess.STDOUT,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.going[run.name] = process, time.time()
 
     def collect(self):

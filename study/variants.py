@@ -59,7 +59,7 @@ def runs(seeds):
     both = [Run(f"{task}-init-0", ("--task", task, "--algo", "eval")) for task in GAMES]
     return both + [Run(f"{name_of(task, algo, variant)}-{seed}",
                        ("--task", task, "--algo", algo, "--seed", str(seed), "--steps", str(round(STEPS[task, algo] / cost)), "--eval-every", "0",
-                        "--skip-first-eval", "--keep", "1", *flags.split()), after=(f"{task}-init-0",))
+                        "--skip-first-eval", "--probe-hands", "0", "--keep", "1", *flags.split()), after=(f"{task}-init-0",))
                    for seed in seeds for task in GAMES for algo, _, variant, flags, cost in VARIANTS]
 
 

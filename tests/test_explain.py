@@ -111,7 +111,8 @@ def test_divergences_of_all_answers_enumerated(model, processor):
     result = probe()
     ids = ppo.Player(probe.sets["id"](), 0, 0, processor).episode.conversations[0].ids
     expected, tokens = exact(policy, model, ids, processor.stop_ids)
-    for name, p, q, episodes, kl, length in zip(("reverse_kl", "forward_kl"), (policy, model), (model, policy), played, expected, tokens, strict=True):
+    for name, p, q, episodes, kl, length in zip(("reverse_kl", "forward_kl"), (policy, model), (model, policy), played, expected, tokens,
+                                                strict=True):
         ratios = torch.tensor([sum(log_ratios(p, q, episode)) for episode in episodes])
         error = ratios.std().item() / math.sqrt(len(ratios))
         assert result[f"{name}_answer"] == pytest.approx(ratios.mean().item(), abs=1e-4)
@@ -168,7 +169,8 @@ def test_changed_weights_by_hand():
     toy.layers[1]["mlp"].weight[0, 0] -= 1
     found, small, large = explain.changed(toy, start), 2**-9, 2**-6
     assert found["changed"] == {"all": 0.3, "embedding": 0.5, "mlp": 0.0, "cross-attention": 0.5, "head": 0.0}
-    assert found["distance"] == pytest.approx({"all": math.sqrt((small**2 + 2 * large**2 + 1) / 10), "embedding": math.sqrt((small**2 + 2 * large**2) / 4),
+    assert found["distance"] == pytest.approx({"all": math.sqrt((small**2 + 2 * large**2 + 1) / 10),
+                                               "embedding": math.sqrt((small**2 + 2 * large**2) / 4),
                                                "mlp": 0.0, "cross-attention": math.sqrt(1 / 2), "head": 0.0})
 
 
@@ -180,7 +182,8 @@ def test_every_weight_is_of_a_kind(model):
     plain = {kind: sum(p.numel() for layer in (0, 2) for p in getattr(model.layers[layer], part).parameters())
              for kind, part in (("attention", "self_attn"), ("mlp", "mlp"))}
     assert counts == plain | {"cross-attention": sum(p.numel() for p in model.layers[1].parameters()), "norm": 5 * 32, "embedding": 1032 * 32,
-                              "head": 1024 * 32, "vision": sum(p.numel() for part in (model.vision_model, model.multi_modal_projector) for p in part.parameters())}
+                              "head": 1024 * 32,
+                               "vision": sum(p.numel() for part in (model.vision_model, model.multi_modal_projector) for p in part.parameters())}
 
 
 @torch.no_grad()
@@ -222,7 +225,8 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
 @pytest.mark.parametrize("algo, more", [("sft", []), ("sft", ["--sft-loss", "iw-sft"]), ("ppo", [])])
 def test_a_run_learns_the_same_without_probes(small, tmp_path, algo, more):
     for hands in (3, 0):
-        run("--task", "gp-l", "--algo", algo, "--model", small[0], *SMALL, *more, "--steps", 2, "--probe-hands", hands, "--out", tmp_path / str(hands))
+        run("--task", "gp-l", "--algo", algo, "--model", small[0], *SMALL, *more, "--steps", 2, "--probe-hands", hands,
+            "--out", tmp_path / str(hands))
     a, b = weights(tmp_path / "3/final"), weights(tmp_path / "0/final")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert learnt(tmp_path / "3", "step") == learnt(tmp_path / "0", "step")             # the training compute, too

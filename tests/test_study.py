@@ -17,7 +17,8 @@ import json, os, sys, time
 how, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
 begin = time.time()
 os.makedirs(out, exist_ok=True)
-lines = [dict(event="start", config={}, commit="c", hardware="h"), dict(event="step", step=1, tflops=2.0, counted_tflops=1.5, flops={}, seconds=3.0, memory_gb=4.0),
+lines = [dict(event="start", config={}, commit="c", hardware="h"),
+         dict(event="step", step=1, tflops=2.0, counted_tflops=1.5, flops={}, seconds=3.0, memory_gb=4.0),
          dict(event="eval", step=1, tflops=2.0, eval={"id": {}})]
 open(out + "/log.jsonl", "a").write("".join(json.dumps(line) + "\\n" for line in lines))
 time.sleep(0.2)
@@ -67,8 +68,8 @@ def test_what_is_recorded_is_not_done_again_without_its_folder_unless_its_weight
     first = runner([Run("a-0", ("ok",)), Run("b-0", ("ok",), after=("a-0",))])
     first.work(0.02)
     assert list(records.read(first.file)) == ["a-0", "b-0"]
-    assert records.read(first.file)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5, "flops": {}, "seconds": 3.0,
-                                               "memory_gb": 4.0, "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
+    assert records.read(first.file)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5,
+                                               "flops": {}, "seconds": 3.0, "memory_gb": 4.0, "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
     first.root.rename(first.root.with_name("elsewhere"))
     assert [run.name for run in runner(first.runs).missing()] == []
     more = runner([*first.runs, Run("c-0", ("ok",), after=("b-0",))])
@@ -136,7 +137,8 @@ def results(solved, right, answers):
 
 def test_rates_by_hand():
     a = results([1, 1, 0, 0], [1, 1, 0, 0], [1, 2, 5, 4])
-    assert records.rate([a], "success")[0] == 50 and records.rate([a], "first")[0] == 25 and records.rate([a], "per_step")[0] == pytest.approx(100 * 2 / 12)
+    assert records.rate([a], "success")[0] == 50 and records.rate([a], "first")[0] == 25
+    assert records.rate([a], "per_step")[0] == pytest.approx(100 * 2 / 12)
     assert records.rate([a], "success")[1] == pytest.approx(100 * (0.25 / 3) ** 0.5)            # P(1-P)/(N-1)
     b = results([1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 5])
     assert records.rate([a, b], "success")[0] == 62.5
@@ -198,4 +200,5 @@ def test_a_real_model_stands_in_for_the_tiny_one():
 
 
 def test_what_chosen_runs_need_is_chosen_too():
-    assert [run.name for run in chosen(EXPERIMENTS["no-sft"].runs([0, 1]), "from-young-1")] == ["gp-l-init-0", "gp-l-young-1", "gp-l-ppo-from-young-1"]
+    found = chosen(EXPERIMENTS["no-sft"].runs([0, 1]), "from-young-1")
+    assert [run.name for run in found] == ["gp-l-init-0", "gp-l-young-1", "gp-l-ppo-from-young-1"]
