@@ -17,7 +17,7 @@ GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True
 
 
 def settings(**changes):
-    args = train.apply_preset(train.Args(task="gp-l", algo="ppo", preset="tiny"), 32)
+    args = train.apply_preset(train.Args(task="gp-l", algo="ppo", preset="tiny", temperature=1.0), 32)     # that of `play`
     for name, value in changes.items():
         assert hasattr(args, name)
         setattr(args, name, value)

@@ -98,7 +98,7 @@ def test_in_bfloat16_every_step_sees_the_one_before(small, tmp_path, monkeypatch
 def test_two_ranks_equal_one(small, tmp_path, working_folder, task, algo):
     """Same hands, same draws, same weights after three updates, whether one process learns or two."""
     common = ["--task", task, "--algo", algo, "--model", small[0], "--steps", 3, "--lr", "1e-3", "--adam-eps", "1e-3",
-              "--minibatches", 1]               # a large eps: no step out of rounding noise
+              "--minibatches", 1, "--temperature", 1]           # a large eps: no step out of rounding noise
     run(*common, "--out", tmp_path / "one")
     two = command(*common, "--out", tmp_path / "two", cwd=working_folder,
                   launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
