@@ -11,7 +11,8 @@ TITLES = {"id": "ID", "rule-ood": "rule-OOD"}
 STEPS = {("gp-l", "ppo"): 20, ("gp-l", "sft"): 225, ("virl-l", "ppo"): 15, ("virl-l", "sft"): 110}       # half of the presets'
 
 # (what differs, name, flags beside the preset, training FLOPs of a step against the preset's by the ledger of train.py: 2 a token for each
-# pass that only scores, 6 for one that learns). Steps are fewer by as much. Numbers in flags are the papers', unless they do not learn here.
+# pass that only scores, 6 for one that learns). Steps are fewer by as much. Learning rates of LoRA and the
+# weight of the KL penalty were not tuned.
 SCORED = 10 / 8                # PPO's rollout, a scoring pass and the update, against rollout and update
 PPO = [
     ("advantage", "gae-loo (preset)", "", 1),

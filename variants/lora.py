@@ -20,7 +20,7 @@ meta device for Llama-3.2-11B-Vision, r = 16, adapters on every linear layer but
     attention             23,592,960               42.8          0.1        0.2
     mlp                   43,581,440               42.9          0.2        0.3
 
-The products that make gradients of frozen weights fall away, too; the log counts FLOPs as if they did not (6 N a token). The activations that
+The products that make gradients of frozen weights fall away, too; `counted_tflops` in the log knows that, `tflops` (6 N a token) does not. The activations that
 the backward pass needs stay: --checkpoint-activations.
 
 What it does not do. A rollout computes W x and B A x apart, as training does, and so draws from the very numbers that it is scored with;
