@@ -11,8 +11,8 @@ TITLES = {"id": "ID", "rule-ood": "rule-OOD"}
 STEPS = {("gp-l", "ppo"): 20, ("gp-l", "sft"): 225, ("virl-l", "ppo"): 15, ("virl-l", "sft"): 110}       # half of the presets'
 
 # (what differs, name, flags beside the preset, training FLOPs of a step against the preset's by the ledger of train.py: 2 a token for each
-# pass that only scores, 6 for one that learns). Steps are fewer by as much. Learning rates of LoRA and the
-# weight of the KL penalty were not tuned.
+# pass that only scores, 6 for one that learns; a number, or one a game). Steps are fewer by as much. Learning rates of LoRA and the weight of the
+# KL penalty were not tuned.
 SCORED = 10 / 8                # PPO's rollout, a scoring pass and the update, against rollout and update
 PPO = [
     ("advantage", "gae-loo (preset)", "", 1),
@@ -43,7 +43,7 @@ SFT = [
     ("SFT", "dft", "--sft-loss dft", 1),
     ("SFT", "psft", "--sft-loss psft --minibatches 4", 8 / 6),
     ("SFT", "iw-sft", "--sft-loss iw-sft", 8 / 6),
-    ("SFT", "own right answers", "--sft-data own", 1),
+    ("SFT", "own right answers", "--sft-data own", {"gp-l": 1.28, "virl-l": 7.1}),            # as counted: it plays a batch to keep what came out right
     ("SFT", "attention", "--tune attention", 1),
     ("SFT", "mlp", "--tune mlp", 1),
     ("SFT", "LoRA", "--lora-rank 16 --lr 3e-3", 1),
@@ -55,11 +55,16 @@ def name_of(task, algo, variant):
     return f"{task}-{algo}-" + "".join(c if c.isalnum() or c in "-+" else "" for c in variant.replace(" ", "-"))
 
 
+def steps(task, algo, cost):
+    """As many as take the compute of the preset's."""
+    return round(STEPS[task, algo] / (cost[task] if isinstance(cost, dict) else cost))
+
+
 def runs(seeds):
     """Seed by seed, so that the table grows evenly; both games' init checkpoints first."""
     both = [Run(f"{task}-init-0", ("--task", task, "--algo", "eval")) for task in GAMES]
     return both + [Run(f"{name_of(task, algo, variant)}-{seed}",
-                       ("--task", task, "--algo", algo, "--seed", str(seed), "--steps", str(round(STEPS[task, algo] / cost)), "--eval-every", "0",
+                       ("--task", task, "--algo", algo, "--seed", str(seed), "--steps", str(steps(task, algo, cost)), "--eval-every", "0",
                         "--skip-first-eval", "--probe-hands", "0", "--keep", "1", *flags.split()), after=(f"{task}-init-0",))
                    for seed in seeds for task in GAMES for algo, _, variant, flags, cost in VARIANTS]
 
