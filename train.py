@@ -306,10 +306,10 @@ def autocast(args, device):
 
 
 def git_commit():
-    """The commit this run's code comes from, with a + where files differ from it; None outside a git checkout."""
+    """The commit this run's code comes from, with a + where its Python differs; None outside a git checkout."""
     run = lambda *command: subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True).stdout.strip()
     commit = shutil.which("git") and run("rev-parse", "--short", "HEAD")
-    return commit + ("+" if run("status", "--porcelain", "--untracked-files=no") else "") if commit else None
+    return commit + ("+" if run("status", "--porcelain", "--untracked-files=no", "--", "*.py") else "") if commit else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,25 +1,28 @@
 """Do the runs of an experiment, as many at once as there are cores, then print its table and draw its figure.
 
     python -m study main                     # go on where it was stopped; with the records in git nothing is missing, and it only draws
-    python -m study main --plan              # what is there, what is missing
-    python -m study main --records runs/mine.jsonl --seeds 0         # measure anew
+    python -m study all --plan               # what is there, what is missing, how long that will take
+    python -m study main --records runs/mine --seeds 0               # measure anew
     python -m study main --model Llama-3.2-11B-Vision-Instruct --ranks 8 --seeds 0         # the same questions to a real model
 
-With --model the paper's presets hold, runs go one after the other, each on --ranks GPUs, and everything lies under runs/study-MODEL. Arms
-with numbers in their flags (steps, learning rates: study/experiments.py) are meant for the tiny model.
+The folder of records gets a page, README.md, with all experiments that were begun. With --model the paper's presets hold, runs go one after the
+other, each on --ranks GPUs, and everything lies under runs/study-MODEL. Arms with numbers in their flags (steps, learning rates:
+study/experiments.py) are meant for the tiny model.
 """
 
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 
-from study import compat, records, variants
+from study import compat, records, shifts, variants
 from study.experiments import ARMS, Experiment
 from study.runner import Runner
 
-EXPERIMENTS = {name: Experiment(arms) for name, arms in ARMS.items()} | {"variants": variants, "compat": compat}
+EXPERIMENTS = {name: Experiment(*what) for name, what in ARMS.items()} | {"shifts": shifts, "variants": variants, "compat": compat}
+DOCS = Path("docs/study")
 
 
 def at_scale(run, model, ranks):
@@ -37,40 +40,65 @@ def chosen(runs, only):
     return [run for run in runs if run.name in names]
 
 
+def page(folder):
+    """All experiments that were begun, as Markdown: question, figures, table, and what it was measured on."""
+    found, parts = records.read(folder), ["# The study\n\nEach part is written by the command above it, from the records beside this page. "
+                                          "± is one standard error for which seeds and hands are both samples (study/records.py)."]
+    for name, experiment in EXPERIMENTS.items():
+        if (folder / f"{name}.jsonl").exists():
+            mine = [found[run.name] for run in experiment.runs(range(100)) if run.name in found]
+            seeds, commits, hardware = (sorted({what(record) for record in mine}) for what in (
+                lambda record: record["config"]["seed"], lambda record: record["commit"], lambda record: record["hardware"]))
+            figures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
+            parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *figures, experiment.table(found),
+                                      f"*Seeds {', '.join(map(str, seeds))}; {'; '.join(hardware)}; commit {', '.join(commits)}.*"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def do(name, args, folder, root):
+    """One experiment. Returns the names of runs that failed."""
+    experiment = EXPERIMENTS[name]
+    runs = [at_scale(run, args.model, args.ranks) for run in experiment.runs([int(seed) for seed in args.seeds.split(",")])]
+    runner = Runner(chosen(runs, args.only), root, folder / f"{name}.jsonl", 1 if args.ranks > 1 else args.workers)
+    if args.plan:
+        missing = runner.missing()
+        print(*(f"{'missing' if run in missing else 'there  '}  {run.name}  train.py {' '.join(run.argv)}" for run in runner.runs), sep="\n")
+        runner.report()
+        return []
+    failed, found = runner.work(), records.read(folder)
+    print(experiment.table(found))
+    if hasattr(experiment, "plot"):
+        try:
+            experiment.plot(found, folder / f"{name}.png")
+        except ImportError:
+            sys.exit("the figure needs matplotlib: pip install -e '.[plot]'")
+    (folder / "README.md").write_text(page(folder))
+    print(f"wrote {folder}: README.md" + f", {name}.png" * hasattr(experiment, "plot"))
+    return failed
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    questions = "\n".join(f"    {name:12}{experiment.question}" for name, experiment in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(prog="python -m study", description=f"{__doc__}\nexperiments:\n{questions}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=("all", *EXPERIMENTS))
     parser.add_argument("--seeds", default="0,1,2", help="of training, joined by commas (default: %(default)s)")
     parser.add_argument("--model", help="init checkpoint to begin with instead of the tiny model's")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, by torchrun (default: %(default)s)")
-    parser.add_argument("--records", type=Path, help="file of records, a line a run (default: docs/study/EXPERIMENT.jsonl)")
+    parser.add_argument("--records", type=Path, help=f"folder of the records, a file an experiment and a line a run, with figures and page (default: {DOCS})")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/study)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, each on one thread (default: all cores, %(default)s)")
     parser.add_argument("--only", default="", help="runs whose name holds this, and what they need")
-    parser.add_argument("--plan", action="store_true", help="say what is missing, do nothing")
+    parser.add_argument("--plan", action="store_true", help="say what is missing and how long it will take, do nothing")
     args = parser.parse_args(argv)
-    experiment, own = EXPERIMENTS[args.experiment], args.model and Path("runs") / f"study-{Path(args.model).name}"
-    file = args.records or (own or Path("docs/study")) / f"{args.experiment}.jsonl"
-    runs = [at_scale(run, args.model, args.ranks) for run in experiment.runs([int(seed) for seed in args.seeds.split(",")])]
-    runner = Runner(chosen(runs, args.only), args.runs or own or Path("runs/study"), file, 1 if args.ranks > 1 else args.workers)
-    if args.plan:
-        print(*(f"{'missing' if run in runner.missing() else 'there  '}  {run.name}  train.py {' '.join(run.argv)}" for run in runner.runs), sep="\n")
-        return
+    own = args.model and Path("runs") / f"study-{Path(args.model).name}"
+    folder, root = args.records or own or DOCS, args.runs or own or Path("runs/study")
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # which a shell's & turns off
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = runner.work()
+        failed = [run for name in (EXPERIMENTS if args.experiment == "all" else [args.experiment]) for run in do(name, args, folder, root)]
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
-    found = records.read(file)
-    text = experiment.table(found)
-    print(text)
-    file.with_suffix(".md").write_text(text + "\n")
-    print(f"wrote {file.with_suffix('.md')}")
-    if hasattr(experiment, "plot"):
-        try:
-            experiment.plot(found, file.with_suffix(".png"))
-        except ImportError:
-            sys.exit("the figure needs matplotlib: pip install -e '.[plot]'")
-        print(f"wrote {file.with_suffix('.png')}")
     if failed:
         sys.exit(f"without {len(failed)} runs that failed: {', '.join(failed)}")
 

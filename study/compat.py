@@ -12,6 +12,7 @@ from study.variants import GAMES, STEPS, TITLES, last
 from variants import official
 from variants.official import COMPAT
 
+question = "What each behaviour of the released code does to PPO with GAE, as its own judge reports it and in the default game."
 SWITCHES = {"gp-l": ["", *COMPAT["gp"], *official.PPO, "official"], "virl-l": ["", *COMPAT["virl"], "official"]}
 
 

@@ -54,9 +54,17 @@ def with_error(numbers, sign=""):
     return "{:{sign}.1f} ± {:.1f}".format(*numbers, sign=sign)
 
 
+def pyplot():
+    """matplotlib's, drawing into files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def headline(groups):
     """Markdown: a row a task and set; init, then SFT and PPO with the change from init, hand by hand, and the paper's own numbers."""
-    lines = ["| task, tested on | what | init | SFT (change) | PPO (change) | paper: init, SFT, RL |", "|---|---|---|---|---|---|"]
+    groups, rows = list(groups), [["task, tested on", "what", "init", "SFT (change)", "PPO (change)", "paper: init, SFT, RL"], ["---"] * 6]
     for task in dict.fromkeys(group.task for group in groups):
         known = {group.name: group for group in groups if group.task == task}
         any_one = next(iter(known.values()))
@@ -67,7 +75,45 @@ def headline(groups):
                     cells.append("-" if algo not in known else with_error(records.rate(known[algo].at(-1, name), metric)) + " ("
                                  + with_error(records.change(known[algo].at(-1, name), known[algo].at(0, name), metric), "+") + ")")
                 theirs = ", ".join(map(str, PAPER.get((task, name), ()))) if metric == any_one.metric else ""
-                lines.append(f"| {task}, {name} | {metric.replace('_', '-')} | " + " | ".join(cells) + f" | {theirs} |")
+                rows.append([f"{task}, {name}", metric.replace("_", "-"), *cells, theirs])
+    width = 6 if any(row[-1] for row in rows[2:]) else 5            # the paper has nothing to say on other shifts
+    return "\n".join("| " + " | ".join(row[:width]) + " |" for row in rows)
+
+
+def verdict(groups):
+    """One line: on how many of the paper's shifts SFT falls and PPO rises, as the paper's do, beyond two standard errors of the change."""
+    found = {"as in the paper": [], "within two standard errors of no change": [], "the other way": []}
+    for group in groups:
+        for name in group.sets:
+            if (group.task, name) in PAPER and group.name in ("sft", "ppo"):
+                change, error = records.change(group.at(-1, name), group.at(0, name), group.metric)
+                along = change * (1 if group.name == "ppo" else -1) / error
+                how = list(found)[1 if abs(along) <= 2 else 0 if along > 0 else 2]
+                found[how].append(f"{group.name.upper()} on {group.task} {name}")
+    total = sum(map(len, found.values()))
+    return f"Of the paper's {total} directions (SFT falls, RL rises), " + "; ".join(
+        f"{len(which)} {how}" + (f" ({', '.join(which)})" if which else "") for how, which in found.items()) + "."
+
+
+def explained(groups):
+    """Markdown: what a probe (study/explain.py) measured before and after, on the training game but for the last column; of several seeds
+    the mean, and in brackets the lowest and the highest."""
+    columns = {
+        "KL(init ∥ policy), nats an answer": lambda probe: probe["forward_kl_answer"], "KL(policy ∥ init)": lambda probe: probe["reverse_kl_answer"],
+        "weights changed, %": lambda probe: 100 * probe["weights"]["changed"]["all"], "entropy, nats a token": lambda probe: probe["id"]["entropy"],
+        "tokens an answer": lambda probe: probe["id"]["length"], "pass@1, %": lambda probe: 100 * probe["id"]["pass@1"],
+        "pass@8, %": lambda probe: 100 * probe["id"]["pass@8"], "pass@8 on rule-ood, %": lambda probe: 100 * probe["rule-ood"]["pass@8"]}
+
+    def cell(probes, of):
+        values = [of(probe) for probe in probes]
+        return f"{np.mean(values):.3g}" + (f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else "")
+
+    lines = ["| task | | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
+    for task in dict.fromkeys(group.task for group in groups):
+        known = [group for group in groups if group.task == task]
+        rows = [("init", [known[0].records[0]["curve"][0]])] + [(group.name, [record["curve"][-1] for record in group.records]) for group in known]
+        lines += [f"| {task} | {name} | " + " | ".join(cell([point["probe"] for point in points], of) for of in columns.values()) + " |"
+                  for name, points in rows]
     return "\n".join(lines)
 
 
@@ -101,9 +147,7 @@ def scatter(groups, file, label, x):
 
 def panels(groups, file, label, fill):
     """A row a task, a column a set, each filled by fill(axis, group, set, color)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     tasks, names = (list(dict.fromkeys(found)) for found in ([group.task for group in groups], [name for group in groups for name in group.sets]))
     color = {"sft": COLORS[0], "ppo": COLORS[1]}
     color |= dict(zip([name for name in dict.fromkeys(group.name for group in groups) if name not in color], COLORS[2:] + COLORS[:2]))
@@ -134,6 +178,36 @@ def curve(axis, group, name, color):
     y, error = zip(*[records.rate(group.at(k, name), group.metric) for k in steps])
     axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2,
                   label=f"{group.name} ({len(group.records)} seed{'s' * (len(group.records) > 1)})")
+
+
+def finals(groups, file):
+    """Bars, a panel a task: init, SFT and PPO at the end on each set, with standard errors, each seed as a point, and as a line what the paper has."""
+    plt, groups = pyplot(), list(groups)
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 0.5 + 0.6 * max(len(group.sets) for group in groups)), squeeze=False)
+    for task, axis in zip(tasks, axes[0]):
+        known = {group.name: group for group in groups if group.task == task}
+        any_one = next(iter(known.values()))
+        bars = [("init", "#999999", {name: any_one.at(0, name)[:1] for name in any_one.sets})]
+        bars += [(algo, COLORS[k], {name: known[algo].at(-1, name) for name in any_one.sets}) for k, algo in enumerate(("sft", "ppo")) if algo in known]
+        for k, (label, color, evaluations) in enumerate(bars):
+            rows = [row + 0.27 * (k - 1) for row in range(len(evaluations))]
+            rates, errors = zip(*[records.rate(of_set, any_one.metric) for of_set in evaluations.values()])
+            axis.barh(rows, rates, 0.25, xerr=errors, color=color, label=label, error_kw={"lw": 1, "capsize": 2})
+            for row, (name, of_set) in zip(rows, evaluations.items()):
+                seeds = [records.rate([one], any_one.metric)[0] for one in of_set]
+                axis.plot(seeds, [row] * len(seeds), ".", color="black", ms=3, alpha=0.6)
+                if (task, name) in PAPER:
+                    paper, = axis.plot(2 * [PAPER[task, name][k]], [row - 0.12, row + 0.12], color="black", ls=":", lw=1.5)
+                    paper.set_label("the paper's" if label == bars[-1][0] else None)
+        axis.set_yticks(range(len(any_one.sets)), any_one.sets, fontsize=8)
+        axis.set(title=task, xlabel=f"{any_one.metric.replace('_', '-')} (%)", xlim=(0, 100), ylim=(len(any_one.sets) - 0.5, -0.5))
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
 
 
 def plot(folders, file="success.png"):

@@ -9,10 +9,9 @@ DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
 
 
-def read(file):
-    """Records by name; of a file that is not there: none."""
-    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
-    return {record["name"]: record for record in map(json.loads, lines)}
+def read(folder):
+    """Records by name, from all files of a folder; none if it is not there."""
+    return {record["name"]: record for file in sorted(Path(folder).glob("*.jsonl")) for record in map(json.loads, file.open())}
 
 
 def of_run(name, folder):

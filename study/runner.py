@@ -1,6 +1,6 @@
 """Does a list of runs, as many at once as there are cores, each on one thread; goes on where it was stopped; says what is left.
 
-A run is a command line of train.py and the name of its folder. What is left of it is its folder and a line in the file of records. Nothing else is
+A run is a command line of train.py and the name of its folder. What is left of it is its folder and a line in a file of records. Nothing else is
 remembered, so that stopping (Ctrl-C saves each run) and starting again, or with other runs, does only what is missing; and with the records
 alone, as they come from git, nothing is done again.
 """
@@ -30,8 +30,12 @@ class Run:
 
     @property
     def kind(self):
-        """The name without the seed: runs of a kind take about the same time."""
-        return re.sub(r"-\d+$", "", self.name)
+        return kind(self.name)
+
+
+def kind(name):
+    """A run's name without the seed: runs of a kind take about the same time."""
+    return re.sub(r"-\d+$", "", name)
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Runner:
     """Where runs lie, and what is under way. Of runs in `runs` that others need and that come before them, the weights are needed, too."""
     runs: list
     root: Path
-    file: Path                                         # of records
+    file: Path                                         # of records; what others in its folder hold is known, too
     workers: int = os.cpu_count()
     command: tuple = TRAIN
     going: dict = field(default_factory=dict)          # name: (process, when it was started)
@@ -47,7 +51,11 @@ class Runner:
     seconds: dict = field(default_factory=dict)        # kind: [seconds that its runs took]
 
     def __post_init__(self):
-        self.recorded = set(records.read(self.file))
+        known = records.read(self.file.parent)
+        self.recorded = set(known)
+        for name, record in known.items():
+            if "seconds" in record:                    # of an evaluation alone nothing is told
+                self.seconds.setdefault(kind(name), []).append(record["seconds"])
         for run in self.runs:
             self.note(run)
 

@@ -3,9 +3,10 @@
     python -m study variants
 """
 
-from study import records
+from study import figures, records
 from study.runner import Run
 
+question = "Every variant on both games: what it does to success, and what it costs. Presets and variants at equal compute, half of main's."
 GAMES = {"gp-l": "success", "virl-l": "per_step"}      # task: its headline metric
 TITLES = {"id": "ID", "rule-ood": "rule-OOD"}
 STEPS = {("gp-l", "ppo"): 20, ("gp-l", "sft"): 225, ("virl-l", "ppo"): 15, ("virl-l", "sft"): 110}       # half of the presets'
@@ -111,10 +112,7 @@ def table(found):
 
 def plot(found, file):
     """A row a variant, a column a game and set: each seed a point, their mean with its standard error, init and the presets as lines."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    entries = list(rows(found))
+    plt, entries = figures.pyplot(), list(rows(found))
     columns = [(task, metric, name) for task, metric in GAMES.items() for name in TITLES]
     figure, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 0.24 * len(entries) + 1), sharey=True, squeeze=False)
     colors = {"ppo": "#0072B2", "sft": "#D55E00"}

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from study import compat, records, variants
-from study.__main__ import EXPERIMENTS, at_scale, chosen
+from study import figures, records, variants
+from study.__main__ import EXPERIMENTS, at_scale, chosen, page
+from study.figures import Group
 from study.runner import Run, Runner
 
 # Stands for train.py: notes when it ran, and leaves what its first argument says.
@@ -67,14 +68,14 @@ def test_what_is_done_is_not_done_again(runner):
 def test_what_is_recorded_is_not_done_again_without_its_folder_unless_its_weights_are_needed(runner):
     first = runner([Run("a-0", ("ok",)), Run("b-0", ("ok",), after=("a-0",))])
     first.work(0.02)
-    assert list(records.read(first.file)) == ["a-0", "b-0"]
-    assert records.read(first.file)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5,
+    assert list(records.read(first.file.parent)) == ["a-0", "b-0"]
+    assert records.read(first.file.parent)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5,
                                                "flops": {}, "seconds": 3.0, "memory_gb": 4.0, "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
     first.root.rename(first.root.with_name("elsewhere"))
     assert [run.name for run in runner(first.runs).missing()] == []
     more = runner([*first.runs, Run("c-0", ("ok",), after=("b-0",))])
     assert [run.name for run in more.missing()] == ["a-0", "b-0", "c-0"]
-    assert more.work(0.02) == [] and list(records.read(first.file)) == ["a-0", "b-0", "c-0"]
+    assert more.work(0.02) == [] and list(records.read(first.file.parent)) == ["a-0", "b-0", "c-0"]
 
 
 def test_a_folder_name_in_a_command_line_is_filled_in(runner):
@@ -105,6 +106,12 @@ def test_after_ctrl_c_runs_are_saved_and_resumed(runner, monkeypatch):
     monkeypatch.undo()
     again = runner([Run("a-0", ("stop",))])
     assert again.work(0.02) == []
+
+
+def test_what_others_in_the_folder_recorded_is_known_and_tells_how_long_it_takes(runner):
+    records.append(runner([]).file.with_name("other.jsonl"), {"name": "a-0", "seconds": 30.0, "curve": []})
+    work = runner([Run("a-0", ("ok",)), Run("a-1", ("ok",))])
+    assert [run.name for run in work.missing()] == ["a-1"] and work.left() == 15
 
 
 def test_time_left_is_from_runs_of_the_same_kind(runner):
@@ -153,11 +160,24 @@ def evaluation(rate, seed):
     return {name: results(solved, solved, [2] * 50) | {"recognized": 0.9} for name in ("id", "rule-ood")}
 
 
+def probe(k):
+    return {"forward_kl_answer": 0.1 * k, "reverse_kl_answer": 0.2 * k, "weights": {"changed": {"all": 0.3 * k}},
+            **{name: {"entropy": 0.5, "length": 30.0, "pass@1": 0.4, "pass@8": 0.5 + 0.1 * k} for name in ("id", "rule-ood")}}
+
+
 def made_up(runs):
     """A record of each run."""
-    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k, "probe": {"forward_kl_answer": 0.1 * k}} for k in range(2)]
-    return {run.name: {"tflops": 8.0, "counted_tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0,
+    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k, "probe": probe(k)} for k in range(2)]
+    return {run.name: {"name": run.name, "tflops": 8.0, "counted_tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0, "config": {"seed": int(run.name[-1])},
+                       "commit": "abc", "hardware": "a laptop",
                        "curve": [point | {"eval": evaluation(0.5, 2 * k + j)} for j, point in enumerate(points)]} for k, run in enumerate(runs)}
+
+
+def test_a_name_means_one_command_line():
+    known = {}
+    for experiment in EXPERIMENTS.values():
+        for run in experiment.runs([0, 1]):
+            assert known.setdefault(run.name, run) == run
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -171,7 +191,8 @@ def test_every_run_of_an_experiment_is_in_its_table(name):
     for run, record in found.items():
         other = {"curve": [point | {"eval": evaluation(1.0, 0)} for point in record["curve"]]}
         shown = experiment.table(found | {run: record | other}) != text
-        assert shown or run.endswith("-init-0") or "-young-" in run, f"{run} is not in the table"      # curves begin with init's evaluation, too
+        # Curves begin with init's evaluation, too; shifts judges again what main's runs end with.
+        assert shown or run.endswith("-init-0") or "-young-" in run or (name == "shifts" and "-shifts-" not in run), f"{run} is not in the table"
     half = {run: record for run, record in found.items() if not run.endswith("-1") and "virl-l-ppo" not in run}
     assert len(experiment.table(half).splitlines()) > 5                                        # what is there so far
 
@@ -183,13 +204,41 @@ def test_figures_are_drawn(name, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_page_holds_what_was_begun(tmp_path):
+    runs = EXPERIMENTS["attempts"].runs([0, 2])
+    for name, record in made_up(runs).items():
+        records.append(tmp_path / "attempts.jsonl", record)
+    (tmp_path / "attempts.png").touch()
+    text = page(tmp_path)
+    assert "## attempts" in text and "## main" not in text and "![attempts](attempts.png)" in text
+    assert "*Seeds 0, 2; a laptop; commit abc.*" in text and "| gp-l, id | ppo-1-attempt | 2 |" in text
+
+
+def test_verdict_counts_directions_by_their_errors():
+    def group(name, before, after):
+        hands = lambda right: results([1] * right + [0] * (100 - right), [1] * 100, [1] * 100)
+        return Group("gp-l", name, [{"curve": [{"eval": {"id": hands(50), "rule-ood": hands(of)}} for of in (before, after)]}])
+
+    assert figures.verdict([group("sft", 50, 30), group("ppo", 50, 70)]).startswith(
+        "Of the paper's 2 directions (SFT falls, RL rises), 2 as in the paper (SFT on gp-l rule-ood, PPO on gp-l rule-ood); 0 within")
+    text = figures.verdict([group("sft", 50, 70), group("ppo", 50, 51)])
+    assert "1 within two standard errors of no change (PPO on gp-l rule-ood); 1 the other way (SFT on gp-l rule-ood)" in text
+
+
+def test_what_explains_it_is_averaged_over_seeds():
+    group = Group("gp-l", "ppo", [{"curve": [{"probe": probe(0)}, {"probe": probe(k)}]} for k in (1, 2)])
+    init, ppo = figures.explained([group]).splitlines()[2:]
+    assert init.startswith("| gp-l | init | 0 | 0 | 0 |")
+    assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] |") and ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
+
+
 def test_hands_are_kept_a_character_each(tmp_path):
     many = [0, 35, 10, 1]
     assert records.pack(many) == "0za1" and records.unpack("0za1") == many
     assert records.unpack(records.pack([36, 1])) == [36, 1]
     point = {"step": 0, "eval": {"id": results([1, 0], [3, 2], [3, 40])}}
     records.append(tmp_path / "of.jsonl", {"name": "a", "curve": [point]})
-    assert records.rate([records.read(tmp_path / "of.jsonl")["a"]["curve"][0]["eval"]["id"]], "per_step")[0] == pytest.approx(100 * 5 / 43)
+    assert records.rate([records.read(tmp_path)["a"]["curve"][0]["eval"]["id"]], "per_step")[0] == pytest.approx(100 * 5 / 43)
 
 
 def test_a_real_model_stands_in_for_the_tiny_one():
