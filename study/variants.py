@@ -104,7 +104,7 @@ def table(found):
                     cell += " ({:+.1f} ± {:.1f})".format(*records.change(last(of[task], name), last(preset[algo][task], name), metric))
                 cells.append(cell)
         mean = lambda key, task: sum(record[key] for record in of[task]) / len(of[task]) if of[task] else float("nan")
-        for key, scale, digits in (("tflops", 1, 1), ("seconds", 60, 1), ("memory_gb", 1, 2)):
+        for key, scale, digits in (("counted_tflops", 1, 1), ("seconds", 60, 1), ("memory_gb", 1, 2)):
             cost.append(" / ".join(f"{mean(key, task) / scale:.{digits}f}" for task in GAMES if of[task]))
         lines.append(f"| {family if family != 'SFT' else ''} | {'SFT ' if algo == 'sft' else ''}{variant} | " + " | ".join(cells + cost) + " |")
     return "\n".join(lines)
