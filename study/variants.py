@@ -15,11 +15,12 @@ STEPS = {("gp-l", "ppo"): 20, ("gp-l", "sft"): 225, ("virl-l", "ppo"): 15, ("vir
 # pass that only scores, 6 for one that learns; a number, or one a game). Steps are fewer by as much. Learning rates of LoRA and the weight of the
 # KL penalty were not tuned.
 SCORED = 10 / 8                # PPO's rollout, a scoring pass and the update, against rollout and update
+VALUED = 1.54                  # as counted, with a critic at every token as well
 PPO = [
     ("advantage", "gae-loo (preset)", "", 1),
     ("advantage", "gae", "--advantage gae", 1),
-    ("advantage", "gae-token", "--advantage gae-token --unit token", SCORED),
-    ("advantage", "gae-two-level", "--advantage gae-two-level --unit token", SCORED),
+    ("advantage", "gae-token", "--advantage gae-token --unit token", VALUED),
+    ("advantage", "gae-two-level", "--advantage gae-two-level --unit token", VALUED),
     ("advantage", "monte-carlo", "--advantage monte-carlo", 1),
     ("advantage", "rloo", "--advantage rloo", 1),
     ("advantage", "grpo", "--advantage grpo", 1),
