@@ -127,6 +127,7 @@ TUNE = {
     "vision": lambda name: name.startswith(VISION),
     "attention": lambda name: not name.startswith(VISION) and any(part in name for part in (".self_attn.", ".cross_attn.")),
     "mlp": lambda name: not name.startswith(VISION) and ".mlp." in name,
+    "no-embeddings": lambda name: not name.startswith(("embed_tokens.", "lm_head.")),         # of tokens, at either end
 }
 
 

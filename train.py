@@ -100,7 +100,7 @@ class Args:
     token_budget: int = arg(None, "padded tokens of one forward and backward pass, an image as many as take its memory; "
                                   "gradients are accumulated over several")
     tune: str = arg("all", "what SFT and PPO train; text, attention and mlp are the language model's (with its cross-attention layers), vision is "
-                           "the tower and its projector", tuple(sft.TUNE))
+                           "the tower and its projector, no-embeddings all but the embedding and the head", tuple(sft.TUNE))
     lora_rank: int = arg(0, "train low-rank adapters of this rank beside frozen weights (see variants/lora.py); 0: the weights themselves")
     lora_alpha: float = arg(16.0, "an adapter's update counts alpha / rank times")
     lora_modules: str = arg("all", "which of the linear layers that --tune leaves get adapters: attention, mlp, all, or names as q_proj, by commas")

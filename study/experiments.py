@@ -36,7 +36,7 @@ MAIN = [Arm(task, algo, f"--algo {algo}") for task in TASKS for algo in ("sft", 
 main_of = {(arm.task, arm.name): arm for arm in MAIN}
 ARMS = {                   # experiment: (its question, its arms)
     "main": ("Figures 5 to 8: SFT and PPO from one init checkpoint, tested on the rule and look of training and on others.", MAIN),
-    "no-sft": ("Figure 9: RL without SFT before it. The tiny foundation knows the game's format already, so beside it one that has hardly begun to learn.",
+    "no-sft": ("Figure 9: RL without SFT before it. The tiny foundation knows the game's format already; beside it one that has hardly begun to learn.",
                [main_of["gp-l", "ppo"], Arm("gp-l", "ppo-from-foundation", PPO, "docs/tiny/gp"), Arm("gp-l", "ppo-from-young", PPO, "young")]),
     # As many updates as take the compute of 40 with five attempts (80, 119, 146 and 198 tokens an episode).
     "attempts": ("Figure 10: how many attempts, in training and in the evaluation, at equal compute.",
@@ -48,14 +48,15 @@ ARMS = {                   # experiment: (its question, its arms)
                    [main_of["gp-l", "sft"], Arm("gp-l", "sft-suboptimal", f"{SFT} --mistakes 1 --steps 193 --eval-every 97 {FROM_INIT}"),
                     main_of["virl-l", "sft"], Arm("virl-l", "sft-suboptimal", f"{SFT} --mistakes 1 --steps 186 --eval-every 93 {FROM_INIT}")]),
     "freeze": ("Figure 16: SFT's learning rate, and what is frozen.",
-               [Arm("gp-vl", f"sft-{lr}-{tune}", f"{SFT} --lr {lr} --tune {tune} --steps 150 {FROM_INIT}") for tune in ("all", "no-vision", "no-vision-no-adapter")
-                for lr in ("1e-4", "3e-4", "1e-3")]),
+               [Arm("gp-vl", f"sft-{lr}-{tune}", f"{SFT} --lr {lr} --tune {tune} --steps 150 {FROM_INIT}")
+                for tune in ("all", "no-vision", "no-vision-no-adapter") for lr in ("1e-4", "3e-4", "1e-3")]),
     "overfitted": ("Figure 19: RL from where SFT ended.",
                    [arm for task in ("gp-l", "virl-l") for arm in (main_of[task, "sft"], Arm(task, "ppo-after-sft", PPO, "sft"))]),
-    "best-sft": ("SFT given its best chance: several rules, a small learning rate, weights for tokens, an early end.",
-                 [main_of["gp-l", "sft"], Arm("gp-l", "sft-rules", f"{SFT} --rules 10,5,7 {FROM_INIT}"), Arm("gp-l", "sft-small-lr", f"{SFT} --lr 3e-5 {FROM_INIT}"),
-                  Arm("gp-l", "sft-dft-weights", f"{SFT} --sft-loss dft {FROM_INIT}"), Arm("gp-l", "sft-early", f"{SFT} --steps 90 --eval-every 15 {FROM_INIT}"),
-                  main_of["gp-l", "ppo"]]),
+    "best-sft": ("SFT given its best chance: several rules, a small learning rate, weights for tokens, an early end, embedding and head left alone.",
+                 [main_of["gp-l", "sft"], Arm("gp-l", "sft-rules", f"{SFT} --rules 10,5,7 {FROM_INIT}"),
+                  Arm("gp-l", "sft-small-lr", f"{SFT} --lr 3e-5 {FROM_INIT}"), Arm("gp-l", "sft-dft-weights", f"{SFT} --sft-loss dft {FROM_INIT}"),
+                  Arm("gp-l", "sft-early", f"{SFT} --steps 90 --eval-every 15 {FROM_INIT}"),
+                  Arm("gp-l", "sft-no-embeddings", f"{SFT} --tune no-embeddings {FROM_INIT}"), main_of["gp-l", "ppo"]]),
 }
 STARTS = [Arm("gp-l", "young", "--algo pretrain --steps 60 --eval-hands 0")]           # begun with, but no arm of an experiment
 

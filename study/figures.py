@@ -96,11 +96,13 @@ def verdict(groups):
 
 
 def explained(groups):
-    """Markdown: what a probe (study/explain.py) measured before and after, on the training game but for the last column; of several seeds
-    the mean, and in brackets the lowest and the highest."""
+    """Markdown: what a probe (study/explain.py) measured before and after, on the training game but for the last column; a way is the distance
+    from init by init's norm. Of several seeds the mean, and in brackets the lowest and the highest."""
     columns = {
         "KL(init ∥ policy), nats an answer": lambda probe: probe["forward_kl_answer"], "KL(policy ∥ init)": lambda probe: probe["reverse_kl_answer"],
-        "weights changed, %": lambda probe: 100 * probe["weights"]["changed"]["all"], "entropy, nats a token": lambda probe: probe["id"]["entropy"],
+        "weights changed, %": lambda probe: 100 * probe["weights"]["changed"]["all"],
+        "way of the head, %": lambda probe: 100 * probe["weights"]["distance"]["head"],
+        "way of attention, %": lambda probe: 100 * probe["weights"]["distance"]["attention"], "entropy, nats a token": lambda probe: probe["id"]["entropy"],
         "tokens an answer": lambda probe: probe["id"]["length"], "pass@1, %": lambda probe: 100 * probe["id"]["pass@1"],
         "pass@8, %": lambda probe: 100 * probe["id"]["pass@8"], "pass@8 on rule-ood, %": lambda probe: 100 * probe["rule-ood"]["pass@8"]}
 

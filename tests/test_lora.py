@@ -150,7 +150,7 @@ def parts(model):
     text = [model.embed_tokens.weight, *model.layers.parameters(), *model.norm.parameters(), *model.lm_head.parameters()]
     attention = [p for layer in model.layers for p in (layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn).parameters()]
     return {"all": text + vision, "no-vision": text + [*model.multi_modal_projector.parameters()], "no-vision-no-adapter": text, "text": text,
-            "vision": vision, "attention": attention, "mlp": [p for layer in model.layers for p in layer.mlp.parameters()]}
+            "no-embeddings": [*model.layers.parameters(), *model.norm.parameters()] + vision, "vision": vision, "attention": attention, "mlp": [p for layer in model.layers for p in layer.mlp.parameters()]}
 
 
 @pytest.mark.parametrize("tune", sft.TUNE)

@@ -161,7 +161,7 @@ def evaluation(rate, seed):
 
 
 def probe(k):
-    return {"forward_kl_answer": 0.1 * k, "reverse_kl_answer": 0.2 * k, "weights": {"changed": {"all": 0.3 * k}},
+    return {"forward_kl_answer": 0.1 * k, "reverse_kl_answer": 0.2 * k, "weights": {"changed": {"all": 0.3 * k}, "distance": {"head": 0.01 * k, "attention": 0.1 * k}},
             **{name: {"entropy": 0.5, "length": 30.0, "pass@1": 0.4, "pass@8": 0.5 + 0.1 * k} for name in ("id", "rule-ood")}}
 
 
@@ -228,8 +228,8 @@ def test_verdict_counts_directions_by_their_errors():
 def test_what_explains_it_is_averaged_over_seeds():
     group = Group("gp-l", "ppo", [{"curve": [{"probe": probe(0)}, {"probe": probe(k)}]} for k in (1, 2)])
     init, ppo = figures.explained([group]).splitlines()[2:]
-    assert init.startswith("| gp-l | init | 0 | 0 | 0 |")
-    assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] |") and ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
+    assert init.startswith("| gp-l | init | 0 | 0 | 0 | 0 | 0 |")
+    assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] | 1.5 [1, 2] | 15 [10, 20] |") and ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
 
 
 def test_hands_are_kept_a_character_each(tmp_path):
