@@ -14,7 +14,7 @@ STEPS = {("gp-l", "ppo"): 20, ("gp-l", "sft"): 225, ("virl-l", "ppo"): 15, ("vir
 # (what differs, name, flags beside the preset, training FLOPs of a step against the preset's as train.py counts them, a number or one a game).
 # Steps are fewer or more by as much. Learning rates of LoRA and the weight of the KL penalty were not tuned.
 SCORED = 10 / 8                # a rollout takes 2 a weight and token, an update 6, and a pass that scores 2 more
-VALUED = 1.54                  # with a critic at every token as well
+VALUED = {"gp-l": 1.54, "virl-l": 1.32}                # with a critic at every token as well
 PPO = [
     ("advantage", "gae-loo (preset)", "", 1),
     ("advantage", "gae", "--advantage gae", 1),
