@@ -45,13 +45,14 @@ def page(folder):
     found, parts = records.read(folder), ["# The study\n\nEach part is written by the command above it, from the records beside this page. "
                                           "± is one standard error for which seeds and hands are both samples (study/records.py)."]
     for name, experiment in EXPERIMENTS.items():
-        if (folder / f"{name}.jsonl").exists():
-            mine = [found[run.name] for run in experiment.runs(range(100)) if run.name in found]
-            seeds, commits, hardware = (sorted({what(record) for record in mine}) for what in (
-                lambda record: record["config"]["seed"], lambda record: record["commit"], lambda record: record["hardware"]))
-            figures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
-            parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *figures, experiment.table(found),
-                                      f"*Seeds {', '.join(map(str, seeds))}; {'; '.join(hardware)}; commit {', '.join(commits)}.*"]))
+        if not (folder / f"{name}.jsonl").exists():
+            continue
+        mine = [found[run.name] for run in experiment.runs(range(100)) if run.name in found]
+        seeds, commits, hardware = (", ".join(sorted({str(what) for what in whats})) for whats in zip(*(
+            (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
+        pictures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
+        parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *pictures, experiment.table(found),
+                                  f"*Seeds {seeds}; {hardware}; commit {commits}.*"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -71,9 +72,9 @@ def do(name, args, folder, root):
         try:
             experiment.plot(found, folder / f"{name}.png")
         except ImportError:
-            sys.exit("the figure needs matplotlib: pip install -e '.[plot]'")
+            print("no figure, which needs matplotlib: pip install -e '.[plot]'")
     (folder / "README.md").write_text(page(folder))
-    print(f"wrote {folder}: README.md" + f", {name}.png" * hasattr(experiment, "plot"))
+    print(f"wrote {folder / 'README.md'}")
     return failed
 
 

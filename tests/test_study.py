@@ -214,6 +214,12 @@ def test_page_holds_what_was_begun(tmp_path):
     assert "*Seeds 0, 2; a laptop; commit abc.*" in text and "| gp-l, id | ppo-1-attempt | 2 |" in text
 
 
+def test_page_outside_a_git_checkout_says_that_the_commit_is_unknown(tmp_path):
+    for record in made_up(EXPERIMENTS["attempts"].runs([0])).values():
+        records.append(tmp_path / "attempts.jsonl", record | {"commit": None})
+    assert "a laptop; commit unknown.*" in page(tmp_path)
+
+
 def test_verdict_counts_directions_by_their_errors():
     def group(name, before, after):
         hands = lambda right: results([1] * right + [0] * (100 - right), [1] * 100, [1] * 100)
