@@ -111,7 +111,7 @@ def table(found):
 
 
 def plot(found, file):
-    """A row a variant, a column a game and set: each seed a point, their mean with its standard error, init and the presets as lines."""
+    """A row a variant, a column a game and set."""
     plt, entries = figures.pyplot(), list(rows(found))
     columns = [(task, metric, name) for task, metric in GAMES.items() for name in TITLES]
     figure, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 0.24 * len(entries) + 1), sharey=True, squeeze=False)
@@ -121,12 +121,13 @@ def plot(found, file):
         for k, (algo, _, _, of) in enumerate(entries):
             if of[task]:
                 seeds = [records.rate([one], metric)[0] for one in last(of[task], name)]
-                axis.plot(seeds, [k] * len(seeds), "o", color=colors[algo], ms=3, alpha=0.35, mew=0)
+                axis.plot(seeds, [k + 0.3] * len(seeds), "o", color=colors[algo], ms=3.5, alpha=0.6, mew=0)
                 mean, error = records.rate(last(of[task], name), metric)
                 axis.errorbar(mean, k, xerr=error, color=colors[algo], marker="D", ms=4, capsize=2, lw=1.2)
         axis.set(title=f"{task}: {TITLES[name]}", xlabel=f"{metric.replace('_', '-')} (%)")
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(entries)), [f"{variant}  {algo.upper()}" for algo, _, variant, _ in entries], fontsize=7)
     axes[0][0].set_ylim(len(entries) - 0.5, -0.5)
+    figure.supxlabel("mean and standard error, below it a point a seed; dotted: init", fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
