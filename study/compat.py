@@ -8,16 +8,16 @@ default game, so that what training made of the model stands apart from what the
 
 from study import records
 from study.runner import Run
-from study.variants import TITLES, last
+from study.variants import GAMES, STEPS, TITLES, last
 from variants import official
 from variants.official import COMPAT
 
 question = "What each behaviour of the released code does to PPO with GAE, as its own judge reports it and in the default game."
-PICTURES = ["misread-first"]                           # what does nothing without them
+PICTURES = ["misread-first"]                           # does nothing without them
 SWITCHES = {"gp-l": ["", *(switch for switch in COMPAT["gp"] if switch not in PICTURES), *official.PPO, "official"],
             "gp-vl": ["", *PICTURES], "virl-l": ["", *COMPAT["virl"], "official"]}
-METRICS = {"gp-l": "success", "gp-vl": "success", "virl-l": "per_step"}
-STEPS = {"gp-l": 20, "gp-vl": 20, "virl-l": 15}        # half of the presets', as in `variants`
+METRICS = GAMES | {"gp-vl": "success"}
+UPDATES = STEPS | {("gp-vl", "ppo"): 20}
 
 
 def name_of(task, switch, seed):
@@ -32,7 +32,7 @@ def runs(seeds):
                 name = name_of(task, switch, seed)
                 ranks = 2 if switch == "rank-advantages" else 1                # of one there is nothing to see
                 found += [
-                    Run(name, ("--task", task, "--advantage", "gae", "--seed", str(seed), "--steps", str(STEPS[task]), "--eval-every", "0",
+                    Run(name, ("--task", task, "--advantage", "gae", "--seed", str(seed), "--steps", str(UPDATES[task, "ppo"]), "--eval-every", "0",
                                "--skip-first-eval", "--probe-hands", "0", "--keep", "1", "--compat", switch), after=(f"{task}-init-0",), ranks=ranks),
                     Run(f"judged-{name}", ("--task", task, "--algo", "eval", "--model", f"{{root}}/{name}/final"), after=(name,))]
     return found

@@ -1,4 +1,4 @@
-"""Every variant on both games, at equal compute, three seeds: what it does to success in and out of distribution, and what it costs.
+"""Every variant on both games, at equal compute: what it does to success in and out of distribution, and what it costs.
 
     python -m study variants
 """
