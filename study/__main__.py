@@ -41,7 +41,7 @@ def chosen(runs, only):
 
 
 def page(folder):
-    """All experiments that were begun, as Markdown: question, figures, table, and what it was measured on."""
+    """All experiments that were begun, as Markdown: question, what was found (NAME.md, written by hand), figures, table, what it was measured on."""
     found, parts = records.read(folder), ["# The study\n\nEach part is written by the command above it, from the records beside this page. "
                                           "± is one standard error for which seeds and hands are both samples (study/records.py)."]
     for name, experiment in EXPERIMENTS.items():
@@ -50,8 +50,10 @@ def page(folder):
         mine = [found[run.name] for run in experiment.runs(range(100)) if run.name in found]
         seeds, commits, hardware = (", ".join(sorted({str(what) for what in whats})) for whats in zip(*(
             (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
+        says = folder / f"{name}.md"
+        findings = [says.read_text().strip()] if says.exists() else []
         pictures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
-        parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *pictures, experiment.table(found),
+        parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *findings, *pictures, experiment.table(found),
                                   f"*Seeds {seeds}; {hardware}; commit {commits}.*"]))
     return "\n\n".join(parts) + "\n"
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from study import figures, records, variants
+from study import faces, figures, records, variants
 from study.__main__ import EXPERIMENTS, at_scale, chosen, page
 from study.figures import Group
 from study.runner import Run, Runner
@@ -209,9 +209,21 @@ def test_page_holds_what_was_begun(tmp_path):
     for name, record in made_up(runs).items():
         records.append(tmp_path / "attempts.jsonl", record)
     (tmp_path / "attempts.png").touch()
+    (tmp_path / "attempts.md").write_text("More help.\n")
     text = page(tmp_path)
-    assert "## attempts" in text and "## main" not in text and "![attempts](attempts.png)" in text
+    assert "## attempts" in text and "## main" not in text and "`python -m study attempts`\n\nMore help.\n\n![attempts](attempts.png)" in text
     assert "*Seeds 0, 2; a laptop; commit abc.*" in text and "| gp-l, id | ppo-1-attempt | 2 |" in text
+
+
+@pytest.mark.parametrize("formula, uses", [("(13-7)*8/2", True), ("(10-7)*8/2", False), ("13*13-7", True), ("113-7", False), (None, False)])
+def test_faces_tell_a_formula_without_the_values_that_its_answer_lists(formula, uses):
+    said = '{"cards": ["K", "7", "8", "2"], "number": [13, 7, 8, 2]' + (f', "formula": "{formula}=24"' if formula else "") + "}"
+    assert faces.uses_them(said) is uses
+
+
+def test_faces_of_an_answer_that_lists_none_are_not_counted():
+    assert faces.uses_them('{"cards": ["K", "7", "8", "2"], "number": [10, 7, 8, 2], "formula": "7*8-2=24"}') is None
+    assert faces.uses_them("no JSON") is None
 
 
 def test_page_outside_a_git_checkout_says_that_the_commit_is_unknown(tmp_path):

@@ -1,0 +1,65 @@
+"""Does a model that fails GeneralPoints' new rule ignore it, or can it not act on it? What its first answers make of J, Q and K.
+
+    python -m study.faces runs/study/gp-l-sft-0/final runs/study/gp-l-ppo-0/final
+
+Under rule-ood they count 11, 12 and 13. An answer first lists the values of its cards, then writes a formula, so the two can be told apart: a model
+that ignores the rule lists 10s; one that lists what the prompt says and then writes a formula without it has lost the use of these numbers.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+
+import ppo
+import train
+from distributed.processes import Processes
+from envs import read_answer
+
+VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")
+HEAD = ("model", "values listed right", "all over 10 in the formula", *(name.replace("_", " ") for name in VERDICTS))
+
+
+def over_10(numbers):
+    """{number: how often}, of strings."""
+    return Counter(number for number in numbers if number.isdecimal() and int(number) > 10)
+
+
+def uses_them(said):
+    """Does the formula of an answer hold every value over 10 that the same answer lists? None where it lists none, or cannot be read."""
+    _, listed, formula = read_answer(said)
+    if not over_10(listed or []):
+        return None
+    return not over_10(listed) - over_10(re.findall(r"\d+", (formula or "").rpartition("=")[0]))
+
+
+def row(folder, task, hands):
+    """Cells of one model's line: shares in % of all first answers, the second of those that list a number over 10."""
+    args, _, _ = train.parse(["--task", task, "--algo", "eval", "--attempts", "1", "--model", folder])
+    processes = Processes(args.device)
+    model, processor, _ = train.load(args, processes)
+    episodes = ppo.rollout(model, processor, train.evaluation_sets(args)["rule-ood"], range(hands), draws=range(hands), batch=args.rollout_batch,
+                           temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, device=processes.device)
+    infos = [episode.turns[0].info for episode in episodes]
+    used = [uses for episode in episodes if (uses := uses_them(next(said for who, said in episode.transcript if who == "assistant"))) is not None]
+    verdicts = Counter(info["verdict"] for info in infos)
+    shares = [sum(info["translated"] for info in infos) / hands, sum(used) / max(len(used), 1), *(verdicts[name] / hands for name in VERDICTS)]
+    return [folder, *(f"{100 * share:.1f}" for share in shares)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m study.faces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folders of checkpoints")
+    parser.add_argument("--task", default="gp-l", choices=("gp-l", "gp-vl"), help="(default: %(default)s)")
+    parser.add_argument("--hands", type=int, default=500, help="of rule-ood (default: %(default)s)")
+    args = parser.parse_args(argv)
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
+    for folder in args.models:
+        try:
+            print(f"| {' | '.join(row(folder, args.task, args.hands))} |", flush=True)
+        except (train.UserError, OSError) as error:
+            sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
