@@ -56,7 +56,8 @@ ARMS = {                   # experiment: (its question, its arms)
                  [main_of["gp-l", "sft"], Arm("gp-l", "sft-rules", f"{SFT} --rules 10,5,7 {FROM_INIT}"),
                   Arm("gp-l", "sft-small-lr", f"{SFT} --lr 3e-5 {FROM_INIT}"), Arm("gp-l", "sft-dft-weights", f"{SFT} --sft-loss dft {FROM_INIT}"),
                   Arm("gp-l", "sft-early", f"{SFT} --steps 90 --eval-every 15 {FROM_INIT}"),
-                  Arm("gp-l", "sft-no-embeddings", f"{SFT} --tune no-embeddings {FROM_INIT}"), main_of["gp-l", "ppo"]]),
+                  Arm("gp-l", "sft-no-embeddings", f"{SFT} --tune no-embeddings {FROM_INIT}"), main_of["gp-l", "ppo"],
+                  main_of["virl-l", "sft"], Arm("virl-l", "sft-small-lr", f"{SFT} --lr 3e-5 {FROM_INIT}"), main_of["virl-l", "ppo"]]),
 }
 STARTS = [Arm("gp-l", "young", "--algo pretrain --steps 60 --eval-hands 0")]           # begun with, but no arm of an experiment
 
@@ -104,6 +105,7 @@ class Experiment:
     def plot(self, found, file):
         groups = self.groups(found)
         figures.draw(groups, file)
+        figures.tradeoff(groups, file.with_stem(f"{file.stem}-tradeoff"))
         if self.arms is MAIN:
             figures.finals(groups, file.with_stem(f"{file.stem}-final"))
             figures.scatter(groups, file.with_stem(f"{file.stem}-recognition"), "cards or observations read right (%)",

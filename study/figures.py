@@ -147,10 +147,24 @@ def scatter(groups, file, label, x):
     panels(groups, file, label, points)
 
 
-def panels(groups, file, label, fill):
+def tradeoff(groups, file):
+    """The headline metric on each other set against the same on ID: what is lost, or gained, there by the time so much is learnt here."""
+    def path(axis, group, name, color):
+        rates = lambda of: [[records.rate([point["eval"][of]], group.metric)[0] for point in record["curve"]] for record in group.records]
+        for x, y in zip(rates("id"), rates(name)):
+            axis.plot(x[-1], y[-1], color=color, marker=".", ms=5, alpha=0.5, lw=0)
+        steps = range(min(len(record["curve"]) for record in group.records))
+        (x, dx), (y, dy) = (zip(*[records.rate(group.at(k, of), group.metric) for k in steps]) for of in ("id", name))
+        axis.plot(x, y, color=color, lw=1.2, alpha=0.7)
+        axis.errorbar(x[-1], y[-1], xerr=dx[-1], yerr=dy[-1], color=color, marker="o", ms=5, capsize=2, label=group.name)
+    panels(groups, file, "the same on ID (%)", path, leave_out="id")
+
+
+def panels(groups, file, label, fill, leave_out=""):
     """A row a task, a column a set, each filled by fill(axis, group, set, color)."""
     plt = pyplot()
-    tasks, names = (list(dict.fromkeys(found)) for found in ([group.task for group in groups], [name for group in groups for name in group.sets]))
+    tasks, names = (list(dict.fromkeys(found)) for found in (
+        [group.task for group in groups], [name for group in groups for name in group.sets if name != leave_out]))
     color = {"sft": COLORS[0], "ppo": COLORS[1]}
     color |= dict(zip([name for name in dict.fromkeys(group.name for group in groups) if name not in color], COLORS[2:] + COLORS[:2]))
     figure, axes = plt.subplots(len(tasks), len(names), figsize=(3.6 * len(names), 2.3 * len(tasks)), squeeze=False, sharey="row")
@@ -163,11 +177,14 @@ def panels(groups, file, label, fill):
                 axis.set(title=f"{group.task}: {name}", xlabel=label)
                 axis.grid(alpha=0.3)
                 fill(axis, group, name, color[group.name])
+    legends = []
     for task, row in zip(tasks, axes):
         row[0].set_ylabel(GAMES[task.split("-")[0]].headline.replace("_", "-") + " (%)")
-        row[0].legend(fontsize=7)
+        last = [axis for axis in row if axis.get_visible()][-1]
+        legends.append(last.legend(*row[0].get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0)))
+        legends[-1].set_in_layout(False)                            # beside the panels, none of which moves for it
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, bbox_inches="tight", bbox_extra_artists=legends)
     plt.close(figure)
 
 
