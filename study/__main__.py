@@ -48,13 +48,13 @@ def page(folder):
         if not (folder / f"{name}.jsonl").exists():
             continue
         mine = [found[run.name] for run in experiment.runs(range(100)) if run.name in found]
-        seeds, commits, hardware = (", ".join(sorted({str(what) for what in whats})) for whats in zip(*(
+        seeds, commits, hardware = (sorted({str(what) for what in whats}) for whats in zip(*(
             (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
         says = folder / f"{name}.md"
         findings = [says.read_text().strip()] if says.exists() else []
         pictures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
         parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *findings, *pictures, experiment.table(found),
-                                  f"*Seeds {seeds}; {hardware}; commit {commits}.*"]))
+                                  f"*Seeds {', '.join(seeds)}; {' and '.join(hardware)}; commit {', '.join(commits)}.*"]))
     return "\n\n".join(parts) + "\n"
 
 
