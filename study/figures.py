@@ -150,9 +150,9 @@ def scatter(groups, file, label, x):
 def tradeoff(groups, file):
     """The headline metric on each other set against the same on ID: what is lost, or gained, there by the time so much is learnt here."""
     def path(axis, group, name, color):
-        rates = lambda of: [[records.rate([point["eval"][of]], group.metric)[0] for point in record["curve"]] for record in group.records]
-        for x, y in zip(rates("id"), rates(name)):
-            axis.plot(x[-1], y[-1], color=color, marker=".", ms=5, alpha=0.5, lw=0)
+        for record in group.records:
+            x, y = (records.rate([record["curve"][-1]["eval"][of]], group.metric)[0] for of in ("id", name))
+            axis.plot(x, y, ".", color=color, ms=5, alpha=0.5)
         steps = range(min(len(record["curve"]) for record in group.records))
         (x, dx), (y, dy) = (zip(*[records.rate(group.at(k, of), group.metric) for k in steps]) for of in ("id", name))
         axis.plot(x, y, color=color, lw=1.2, alpha=0.7)
@@ -161,7 +161,7 @@ def tradeoff(groups, file):
 
 
 def panels(groups, file, label, fill, leave_out=""):
-    """A row a task, a column a set, each filled by fill(axis, group, set, color)."""
+    """A row a task, a column a set but the one to leave out, each filled by fill(axis, group, set, color)."""
     plt = pyplot()
     tasks, names = (list(dict.fromkeys(found)) for found in (
         [group.task for group in groups], [name for group in groups for name in group.sets if name != leave_out]))
