@@ -143,23 +143,27 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from distributed.checkpoint import Checkpoints, tensors_of
 import test_checkpoint as t
 dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-module, optimizers = t.learner(0)
-fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
-module.set_gradient_divide_factor(1.0)
-module.set_force_sum_reduction_for_comms(True)
-optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1)]
-checkpoints = Checkpoints({folder!r}, rank, world)
-if {save}:
-    t.advance(module, optimizers)
-    checkpoints.save(1, tensors_of(module, optimizers), {{}})
-    checkpoints.finish()
-else:
-    path = checkpoints.complete()[-1]
-    checkpoints.load(path, module, optimizers)
-sums = {{name: (x.full_tensor() if hasattr(x, "full_tensor") else x).double().sum().item() for name, x in tensors_of(module, optimizers).items()}}
-if rank == 0:
-    print("SUMS", sorted(sums.items()))
+
+def work():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    module, optimizers = t.learner(0)
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1)]
+    checkpoints = Checkpoints({folder!r}, rank, world)
+    if {save}:
+        t.advance(module, optimizers)
+        checkpoints.save(1, tensors_of(module, optimizers), {{}})
+        checkpoints.finish()
+    else:
+        path = checkpoints.complete()[-1]
+        checkpoints.load(path, module, optimizers)
+    sums = {{name: (x.full_tensor() if hasattr(x, "full_tensor") else x).double().sum().item() for name, x in tensors_of(module, optimizers).items()}}
+    if rank == 0:
+        print("SUMS", sorted(sums.items()))
+
+work()                       # whose groups are gone before the interpreter ends, as in train.py: a thread of theirs must not outlive it
 dist.destroy_process_group()
 """
 
