@@ -1,0 +1,1 @@
+"""What is around the learning: the settings of a run."""
