@@ -30,7 +30,7 @@ import torch.distributed as dist
 import ppo
 import sft
 from distributed import checkpoint, plan, shard
-from distributed.processes import Interrupt, Processes, gather, leave, lost
+from distributed.processes import Interrupt, Processes, first, gather, leave, lost
 from envs import GAMES, Mixed, load_prompts
 from harness.settings import (  # noqa: F401
     GAME_SETTINGS, PRESETS, Args, UserError, apply_preset, parse, resumed)
@@ -247,6 +247,8 @@ def load(args, processes, resumed=None):
         folder, resumed = Path(checkpoint.read_record(resumed)["began"]), None
     else:
         folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
+    if checkpoint.is_checkpoint(folder) and not resumed:       # `train` has looked at the other
+        checkpoint.Checkpoints(folder.parent, processes.rank, processes.world).verify(folder)
     with torch.device("meta"):
         model = Llama(Config.from_dict(read_json(folder, "config.json")))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
@@ -617,7 +619,9 @@ def describe(i, args, metrics, seconds_left):
 def train(args, processes, typed=frozenset()):
     """One run, from loading to the final folder. typed: names of the settings that the user gave."""
     folder = RunFolder(args, processes)
-    newest = folder.checkpoints.newest() if args.resume else None
+    newest = first(folder.checkpoints.newest) if args.resume else None
+    if newest:
+        folder.checkpoints.verify(newest)      # before anything of it is read
     if args.resume:
         args = folder.settings(args, typed)
     processes.barrier()                        # nobody writes before all have looked

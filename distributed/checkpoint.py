@@ -1,225 +1,296 @@
-"""Checkpoints that survive a crash at any byte and load on any number of ranks.
+"""Checkpoints that survive a crash at any byte, load on any number of ranks, and run nothing that they hold.
 
-    runs/NAME/checkpoints/step_000120/     weights and optimizer state in slices, record.json, config.json and the tokenizer
+    runs/NAME/checkpoints/step_000120/     weights and optimizer state in slices, record.json, config.json
+                                           and the tokenizer
 
-Every rank writes its own slices (torch.distributed.checkpoint) into `.step_000120`, from a copy in memory and in the background: training goes
-on. A rank that is done writes down the size and the SHA-256 of its files; once all have, the first rank takes the dot off the name. So a
-folder without a dot is complete, whatever was killed when; and one that was damaged later is known by its sums.
+Every rank writes its own slices (rank_K.safetensors) into `.step_000120`, from a copy in memory and in the
+background: training goes on. Then it writes down the size and the SHA-256 of its files (rank_K.json). Once
+all have, the first rank takes the dot off the name. So a folder without a dot is complete, whatever was
+killed when, and the sums tell later damage. There is JSON and safetensors in it, and no pickle.
 """
 
 import hashlib
 import json
+import re
 import shutil
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
-from distributed.processes import gather
+from distributed.processes import first, gather
 from model import split_shards, to_released
 
 BLOCK = 2**24       # bytes read at a time
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")       # one process is no fault
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is saved: a flat dict of tensors, sharded or not
 
 def tensors_of(module, optimizers):
-    """Weights as "model.NAME", the state an optimizer keeps of them as "optimizer.NAME.KEY". Loading fills them in place."""
+    """Name the weights "model.NAME" and the state that an optimizer keeps of them "optimizer.NAME.KEY"."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     state = {f"optimizer.{names[parameter]}.{key}": tensor for optimizer in optimizers
              for parameter, own in optimizer.state.items() for key, tensor in own.items()}
     return {f"model.{name}": parameter.detach() for parameter, name in names.items()} | state
 
 
-def make_room(path, module, optimizers):
-    """Give fresh optimizers empty state of the shapes that the checkpoint holds."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    owner = {parameter: optimizer for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+def rows(tensor):
+    """Return this rank's slice of the first dimension; the last ranks may have less of it, or nothing."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor) if tensor.ndim else 1)
+    each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = tensor.device_mesh.get_local_rank() * each
+    return slice(start, start + len(tensor.to_local()))
+
+
+def local(tensor):
+    """Return what this rank holds of a tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_slices(tensors, rank, world):
+    """Copy this rank's slices to host memory -> ({name: copy}, {name: [shape of the whole, first row]})."""
+    mine = {name: tensor for i, (name, tensor) in enumerate(tensors.items())
+            if (len(local(tensor)) if isinstance(tensor, DTensor) else i % world == rank)}      # one writes what all hold
+    copies = {name: local(tensor).to("cpu", copy=True).contiguous() for name, tensor in mine.items()}
+    return copies, {name: [list(tensor.shape), rows(tensor).start] for name, tensor in mine.items()}
+
+
+def slices_in(path):
+    """Read what a checkpoint holds -> {name: (shape of the whole, [(file, first row, end) of each slice])}."""
+    found = {}
+    for file in sorted(Path(path).glob("rank_*.safetensors")):
+        try:
+            with safe_open(file, "pt") as source:
+                places = json.loads(source.metadata()["slices"])
+                for name in source.keys():
+                    shape, start = tuple(map(int, places[name][0])), int(places[name][1])
+                    count, *_ = source.get_slice(name).get_shape() or [1]
+                    found.setdefault(name, (shape, []))[1].append((file, start, start + count))
+        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{file}: not slices of this program ({type(error).__name__}: {error})") from None
+    if not found:
+        raise ValueError(f"{path}: no slices of weights in it; written by another version of this program?")
+    return found
+
+
+def make_room(found, module, optimizers):
+    """Give fresh optimizers empty state for all that a checkpoint holds (see `slices_in`) of their parameters."""
+    owner = {parameter: optimizer for optimizer in optimizers
+             for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in module.named_parameters():
-        prefix = f"optimizer.{name}."
-        for key in [key for key in saved if key.startswith(prefix) and "." not in key[len(prefix):]]:
-            like = saved[key].size == parameter.shape
-            empty = torch.empty_like(parameter, requires_grad=False) if like else torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
-            owner[parameter].state[parameter][key[len(prefix):]] = empty
+        keys = [key.removeprefix(f"optimizer.{name}.") for key in found if key.startswith(f"optimizer.{name}.")]
+        for key in [key for key in keys if "." not in key]:
+            scalar = found[f"optimizer.{name}.{key}"][0] == ()             # Adam's count of steps
+            owner[parameter].state[parameter][key] = (
+                torch.empty(()) if scalar else torch.empty_like(parameter, requires_grad=False))
+
+
+def fill(found, path, tensors, whole=True):
+    """Read tensors in place, all of them or ValueError. whole: the checkpoint must hold no others."""
+    for name in sorted(set(tensors) | set(found) if whole else tensors):
+        shape, parts = found.get(name, ((), []))
+        ends = [0, *(end for _, _, end in sorted(parts, key=lambda part: part[1]))]
+        if name not in found or name not in tensors:
+            what = f"is only in {'the checkpoint' if name in found else 'this run'}"
+        elif shape != tensors[name].shape:
+            what = f"has shape {list(shape)} there and {list(tensors[name].shape)} here"
+        elif sorted(start for _, start, _ in parts) != ends[:-1] or ends[-1] != (shape or [1])[0]:
+            what = "is not there as a whole"
+        else:
+            continue
+        raise ValueError(f"{path}: of another model or optimizer: {name} {what}")
+    for file in sorted({part[0] for name in tensors for part in found[name][1]}):
+        with safe_open(file, "pt") as source:
+            for name, tensor in tensors.items():
+                for _, start, end in [part for part in found[name][1] if part[0] == file]:
+                    mine, content = rows(tensor), source.get_slice(name)
+                    low, high = max(start, mine.start), min(end, mine.stop)
+                    if not tensor.ndim:
+                        tensor.copy_(content[...])
+                    elif low < high:
+                        local(tensor)[low - mine.start:high - mine.start].copy_(content[low - start:high - start])
+
+
+def load_policy(path, llama):
+    """Fill a Llama, sharded or whole, with the weights of the policy in a checkpoint of SFT or PPO."""
+    found = slices_in(path)
+    prefix = "model.policy." if any(name.startswith("model.policy.") for name in found) else "model."
+    fill(found, path, {prefix + name: p.detach() for name, p in llama.named_parameters()}, whole=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Saving and loading
+# The folder of a run's checkpoints
 
 class Checkpoints:
     """The folder of a run's checkpoints, of which the newest `keep` are kept."""
 
     def __init__(self, folder, rank=0, world=1, keep=2):
         self.folder, self.rank, self.world, self.keep = Path(folder), rank, world, keep
-        self.group = dist.new_group(backend="gloo") if world > 1 else None     # what happens in the background must not mix with the rest
-        self.thread, self.pending = ThreadPoolExecutor(1), None                # (folder aside, future of its list of files)
+        self.thread, self.pending = ThreadPoolExecutor(1), None        # (folder aside, future of its list of files)
+        self.sound = None                                              # the checkpoint that was verified last
 
     def complete(self):
-        """All complete checkpoints, the oldest first."""
-        return sorted(self.folder.glob("step_*"), key=number)
+        """List all complete checkpoints, the oldest first."""
+        return sorted((path for path in self.folder.glob("step_*") if number(path) >= 0 and path.is_dir()), key=number)
 
     def newest(self):
-        """The newest complete checkpoint, or None."""
-        return max(self.folder.glob("step_*"), key=number, default=None)
+        """Return the newest checkpoint, or None. ValueError where something else has such a name: what is meant?"""
+        complete = self.complete()
+        for other in sorted(set(self.folder.glob("step_*")) - set(complete)):
+            raise ValueError(f"{other}: not a checkpoint, which is a folder step_ and six digits; move it away, "
+                             f"and --resume goes on from {complete[-1] if complete else 'the beginning'}")
+        return complete[-1] if complete else None
 
     def save(self, step, tensors, record, write_rest=lambda folder: None):
-        """Begin to save; a checkpoint that is still being saved is finished first. record: JSON; write_rest(folder): other files."""
+        """Begin to save, once the one before is finished. record: JSON; write_rest(folder): other files."""
         self.finish()
         aside = self.folder / f".step_{step:06d}"
-        if self.rank == 0:
-            for left in self.folder.glob(".step_*"):                           # by a crash
-                shutil.rmtree(left)
-            try:
-                aside.mkdir(parents=True)
-                write_rest(aside)
-                (aside / "record.json").write_text(json.dumps(record, indent=2))
-            except OSError as error:
-                self.give_up(aside, error)
-        self.barrier()
-        written = dcp.async_save(tensors, checkpoint_id=aside, process_group=self.group, no_dist=self.world == 1)
-        self.pending = aside, self.thread.submit(self.list_files, aside, written)
 
-    def list_files(self, aside, written):
-        """In the background: once the slices are written, list this rank's files. The first rank answers for what is nobody's."""
-        written.result()
-        files = sorted(aside.glob(f"__{self.rank}_*"))
-        if self.rank == 0:
-            files += [file for file in aside.iterdir() if not file.name.startswith(("__", "rank_"))]
+        def begin():
+            for left in self.folder.glob(".step_*"):                   # by a crash
+                remove(left)
+            aside.mkdir(parents=True)
+            write_rest(aside)
+            (aside / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+        try:
+            first(begin)
+        except OSError as error:
+            self.give_up(aside, error)
+        copies, places = own_slices(tensors, self.rank, self.world)
+        self.pending = aside, self.thread.submit(self.write, aside, copies, places)
+
+    def write(self, aside, copies, places):
+        """Write this rank's slices, in the background, and list its files. The first rank answers for what is nobody's."""
+        mine = aside / f"rank_{self.rank}.safetensors"
+        save_file(copies, mine, {"slices": json.dumps(places)})
+        mine.chmod(0o644)                                              # safetensors makes it readable by its owner only
+        files = [mine]
+        if self.rank == 0:                                             # another rank's temporary file begins with a dot
+            files += [file for file in aside.iterdir() if not file.name.startswith(("rank_", "."))]
         temporary = aside / f"rank_{self.rank}.tmp"
-        temporary.write_text(json.dumps({file.name: fingerprint(file) for file in files}))
+        temporary.write_text(json.dumps({file.name: fingerprint(file) for file in files}), encoding="utf-8")
         temporary.replace(temporary.with_suffix(".json"))
 
     def poll(self):
         """Give the checkpoint its name if all ranks are done. Never waits."""
-        if self.rank == 0 and self.pending and all((self.pending[0] / f"rank_{k}.json").exists() for k in range(self.world)):
+        if self.rank or not self.pending:
+            return
+        if all((self.pending[0] / f"rank_{k}.json").exists() for k in range(self.world)):
             aside, final = self.pending[0], self.pending[0].with_name(self.pending[0].name[1:])
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final)
             aside.rename(final)
             self.pending = None
             for old in self.complete()[:-max(1, self.keep)]:
-                shutil.rmtree(old)
+                remove(old)
 
     def finish(self):
         """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not write its part."""
-        error = self.pending and self.pending[1].exception()                   # waits
-        errors = gather([root_of(error)] if error else [], self.group)                # waits for the other ranks
-        if not errors:
-            self.poll()
-        pending, self.pending = self.pending, None
-        self.barrier()
+        error = self.pending and self.pending[1].exception()           # waits
+        errors = gather([str(error)] if error else [])                 # waits for the other ranks
         if errors:
-            self.give_up(pending[0], errors[0])
+            self.give_up(self.pending[0], errors[0])
+        first(self.poll)
+        self.pending = None
 
     def give_up(self, aside, error):
+        self.pending = None
         if self.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume goes on from "
-                      f"{self.newest() or 'the beginning'}")
+            remove(aside)
+        raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume goes on "
+                      f"from {(self.complete() or ['the beginning'])[-1]}")
 
     def load(self, path, module, optimizers):
-        """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError that names what is damaged, missing or foreign."""
+        """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError names what is wrong with it."""
         self.verify(path)
-        make_room(path, module, optimizers)
-        self.fill(path, tensors_of(module, optimizers))
+        found = slices_in(path)
+        make_room(found, module, optimizers)
+        fill(found, path, tensors_of(module, optimizers))
         return read_record(path)
 
-    def load_policy(self, path, llama):
-        """Fill a Llama, sharded or whole, with the weights of the policy in a checkpoint of SFT or PPO. ValueError as in load."""
-        self.verify(path)
-        prefix = "model.policy." if any(name.startswith("model.policy.") for name in sizes_in(path)) else "model."
-        self.fill(path, {prefix + name: parameter.detach() for name, parameter in llama.named_parameters()}, whole=False)
-
     def verify(self, path):
-        """ValueError on all ranks if a file of the checkpoint is not what was written; each rank reads its share of them."""
-        problems = gather(damage(path, self.rank, self.world), self.group)
+        """ValueError on all ranks if a file is not what was written; each rank reads its share of them, once."""
+        if path == self.sound:
+            return
+        problems = gather(damage(path, self.rank, self.world))
         if problems:
             before = [other for other in self.complete() if number(other) < number(path)]
             remedy = f"remove it, and --resume goes on from {before[-1]}" if before else "there is none before it"
             raise ValueError(f"{path}: damaged: {'; '.join(problems)}; {remedy}")
-
-    def fill(self, path, tensors, whole=True):
-        """Read the tensors in place. whole: the checkpoint must hold no others."""
-        saved = sizes_in(path)
-        for name in sorted(set(tensors) | set(saved) if whole else tensors):
-            if name not in saved or name not in tensors:
-                what = f"is only in {'the checkpoint' if name in saved else 'this run'}"
-            elif saved[name] != tensors[name].shape:
-                what = f"has shape {list(saved[name])} there and {list(tensors[name].shape)} here"
-            else:
-                continue
-            raise ValueError(f"{path}: of another model or optimizer: {name} {what}")
-        dcp.load(tensors, checkpoint_id=path, process_group=self.group, no_dist=self.world == 1)
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier(self.group)
+        self.sound = path
 
 
 def number(path):
-    """The step of a checkpoint, from its name; -1 for a folder that is called otherwise."""
-    digits = Path(path).name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else -1
+    """Return the step of a checkpoint, from its name; -1 for a folder that is called otherwise."""
+    match = re.fullmatch("step_([0-9]{6,})", Path(path).name)
+    return int(match[1]) if match else -1
 
 
-def sizes_in(path):
-    """The names of the tensors in a checkpoint, with their shapes."""
-    return {name: of.size for name, of in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()}
+def remove(path):
+    """Remove a folder with all that is in it, or a link to one."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def is_checkpoint(path):
-    """True for a folder that `Checkpoints.save` wrote."""
-    return (Path(path) / "record.json").exists()
+    """Tell whether `Checkpoints.save` wrote a folder."""
+    return any((Path(path) / name).exists() for name in ("record.json", "rank_0.json"))
 
 
 def read_record(path):
-    """record.json of a checkpoint; ValueError if it is not one."""
+    """Read record.json of a checkpoint; ValueError if it is not one."""
     try:
-        return json.loads((Path(path) / "record.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this program: record.json: {error}") from None
+        record = json.loads((Path(path) / "record.json").read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+        error = "expected a JSON object"
+    except (OSError, ValueError, RecursionError) as failure:
+        error = failure
+    raise ValueError(f"{path}: not a checkpoint of this program: record.json: {error}")
 
 
 def damage(path, rank=0, world=1):
-    """What is wrong with a checkpoint's files, in this rank's share of them, as a list of sentences."""
-    path, known = Path(path), {}
-    lists = sorted(path.glob("rank_*.json"))
-    for file in lists:
+    """List what is wrong with a checkpoint's files, in this rank's share of them, as sentences."""
+    path, known, bad = Path(path), {}, []
+    for file in sorted(path.glob("rank_*.json")):
         try:
-            known |= json.loads(file.read_text())
-        except (OSError, ValueError):
-            return [f"{file.name} cannot be read"] if rank == 0 else []
-    if not lists:
-        return ["it has no list of its files"] if rank == 0 else []
-    bad = []
-    for name, told in list(known.items())[rank::world]:
-        try:
-            if fingerprint(path / name) != told:
-                bad.append(f"{name} is not what was written")
-        except OSError as error:
-            bad.append(f"{name}: {error.strerror}")
-    return bad
+            known |= json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError):
+            bad.append(f"{file.name} cannot be read")
+    if not known and not bad:
+        bad.append("it has no list of its files")
+    needed = {"record.json", *(file.name for file in path.glob("rank_*.safetensors"))}
+    bad += [f"{name} is in no list" for name in sorted(needed - set(known))] if known else []
+    bad = bad if rank == 0 else []                                     # one is enough to say so
+    return bad + [what for name, told in list(known.items())[rank::world] if (what := fault(path, name, told))]
+
+
+def fault(path, name, told):
+    """Say what is wrong with one file of a checkpoint, or None. told: its fingerprint as it was written."""
+    file = path / name
+    try:
+        if Path(name).name != name or file.is_symlink() or (file.exists() and not file.is_file()):
+            return f"{name} is not a file of its own"
+        return None if fingerprint(file) == told else f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return f"{name}: {getattr(error, 'strerror', error)}"
 
 
 def fingerprint(file):
-    """[bytes, SHA-256]"""
+    """Return [bytes, SHA-256] of a file."""
     digest, size = hashlib.sha256(), 0
     with open(file, "rb") as source:
         while block := source.read(BLOCK):
             digest.update(block)
             size += len(block)
     return [size, digest.hexdigest()]
-
-
-def root_of(error):
-    """The innermost reason of an error that torch.distributed.checkpoint wraps."""
-    causes = list(getattr(error, "failures", {}).values())
-    return root_of(causes[0][0] if isinstance(causes[0], tuple) else causes[0]) if causes else str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -99,6 +99,20 @@ def gather(items, group=None):
     return sum(lists, [])
 
 
+def first(work):
+    """Return on all ranks what `work()` returns on the first, which alone calls it; raise its error on all, too."""
+    found = []
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = [(work(), None)]
+        except (OSError, ValueError) as error:
+            found = [(None, error)]
+    result, error = gather(found)[0]
+    if error:
+        raise error
+    return result
+
+
 def fresh_store(rank):
     """A store for the ranks to meet in. torchrun's own one outlives the workers: after a restart they would find the addresses of the dead in
     it (pytorch issues 135712, 167288). So the first rank opens a new one and says there where it is; the others ask until one answers."""

@@ -9,10 +9,8 @@ that in training. In a rollout, where ranks finish at their own time, the weight
 
 import contextlib
 import warnings
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from distributed.checkpoint import Checkpoints, is_checkpoint
+from distributed.checkpoint import is_checkpoint, load_policy, rows
 from model import CrossLayer, Images, Llama, SelfLayer, VisionLayer, from_any_layout, to_released, weight_files
 
 BLOCKS = (SelfLayer, CrossLayer, VisionLayer)
@@ -56,13 +54,6 @@ def units(module):
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def rows(parameter):
-    """What this rank holds of a sharded parameter: a slice of its first dimension. The last ranks may have less, or nothing."""
-    each = -(-parameter.shape[0] // parameter.device_mesh.size())
-    first = parameter.device_mesh.get_local_rank() * each
-    return slice(first, first + parameter.to_local().shape[0])
-
-
 def fill(llama, folder, device):
     """Give a Llama on the meta device its memory and the weights of a Hugging Face folder or a checkpoint of training. folder None: they
     come later."""
@@ -70,8 +61,7 @@ def fill(llama, folder, device):
     if llama.config.tie_word_embeddings:
         llama.lm_head.weight = llama.embed_tokens.weight               # to_empty makes two of a tied weight
     if folder and is_checkpoint(folder):
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        Checkpoints(Path(folder).parent, rank, world).load_policy(Path(folder), llama)
+        load_policy(folder, llama)
     elif folder:
         read_slices(llama, folder)
 

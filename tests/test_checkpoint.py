@@ -67,7 +67,7 @@ def test_poll_never_waits_and_old_ones_go(tmp_path):
 
 def test_what_a_crash_left_behind_does_not_count(tmp_path):
     (tmp_path / ".step_000007").mkdir()
-    (tmp_path / ".step_000007" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / ".step_000007" / "rank_0.safetensors").write_bytes(b"half")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.complete() == []
     checkpoints.save(8, tensors_of(*learner(1)), {})
@@ -78,12 +78,12 @@ def test_what_a_crash_left_behind_does_not_count(tmp_path):
 def two(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, tensors_of(*learner(step)), {})
+        checkpoints.save(step, tensors_of(*learner(step)), {}, lambda folder: (folder / "config.json").write_text("{ }"))
     checkpoints.finish()
     return checkpoints, checkpoints.complete()[-1]
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "record.json"])
+@pytest.mark.parametrize("file", ["rank_0.safetensors", "config.json", "record.json"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_damage_is_named_and_the_one_before_is_offered(tmp_path, file, harm):
     checkpoints, path = two(tmp_path)
@@ -181,5 +181,5 @@ def test_slices_of_two_ranks_load_on_two_and_on_one(tmp_path):
     saved = run(tmp_path, 2, True)
     path = tmp_path / "checkpoints" / "step_000001"
     names = {name for k in (0, 1) for name in json.loads((path / f"rank_{k}.json").read_text())}
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "record.json"} == names
+    assert {"rank_0.safetensors", "rank_1.safetensors", "record.json"} == names
     assert run(tmp_path, 2, False) == saved == run(tmp_path, 1, False)

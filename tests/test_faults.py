@@ -35,7 +35,7 @@ MOMENTS = {                                    # name: (object, attribute, calls
     "in a rollout": ("ppo", "generate", 0, 20),
     "before the optimizer steps": ("torch.optim.AdamW", "step", 8, 8),
     "in a backward pass": ("torch.Tensor", "backward", 8, 8),
-    "as a checkpoint's slices are written": ("torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data", 4, 4),
+    "as a checkpoint's slices are written": ("distributed.checkpoint", "save_file", 4, 4),
     "as its files are listed": ("distributed.checkpoint", "fingerprint", 24, 24),
     "before it gets its name": ("pathlib.Path", "rename", 4, 4),
     "as old ones go": ("shutil", "rmtree", 4, 4),
@@ -149,11 +149,11 @@ def resume(out, *argv):
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(half, uninterrupted):
-    slices = half / "checkpoints/step_000004/__0_0.distcp"
+    slices = half / "checkpoints/step_000004/rank_0.safetensors"
     content = bytearray(slices.read_bytes())
     content[len(content) // 2] ^= 1
     slices.write_bytes(content)
-    with pytest.raises(SystemExit, match=r"step_000004: damaged: __0_0.distcp is not what was written; remove it.*step_000003"):
+    with pytest.raises(SystemExit, match=r"step_000004: damaged: rank_0.safetensors is not what was written; remove it.*step_000003"):
         resume(half)
     shutil.rmtree(half / "checkpoints/step_000004")
     assert child(["--resume", "--out", half], half / "output") == 0
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(half, uninte
 
 def test_a_foreign_folder_is_refused(small, half):
     shutil.copytree(small[0], half / "checkpoints/step_000005")
-    with pytest.raises(SystemExit, match="step_000005: not a checkpoint"):
+    with pytest.raises(SystemExit, match="step_000005: damaged: it has no list of its files; remove it.*step_000004"):
         resume(half)
 
 

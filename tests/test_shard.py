@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -206,9 +205,9 @@ def one_rank(small, tmp_path_factory):
 
 def saved_tensors(path):
     """All of a checkpoint's tensors, whole."""
-    like = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in like.items()}
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    found = checkpoint.slices_in(path)
+    tensors = {name: torch.empty(shape) for name, (shape, _) in found.items()}
+    checkpoint.fill(found, path, tensors)
     return tensors
 
 
