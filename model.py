@@ -365,7 +365,8 @@ class SelfLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Gated. Rows without an image pass unchanged; tokens before their image attend to all of it but skip the MLP (as transformers does)."""
+    """Look at the image, through gates. Rows without one pass unchanged, and so do tokens before their <|image|>, as in Meta's code,
+    with which the weights were trained. (transformers lets those look and skips their MLP alone: its issue 39379.)"""
 
     def __init__(self, config, index):
         super().__init__()
@@ -384,11 +385,9 @@ class CrossLayer(nn.Module):
         return x.index_copy(0, step.rows, self.look(x[step.rows], step))
 
     def look(self, x, step):
-        x = x + self.cross_attn_attn_gate.tanh() * self.cross_attn(self.input_layernorm(x), step)
-        gate = self.cross_attn_mlp_gate.tanh()
-        if step.sees is not None:
-            gate = gate * step.sees
-        return x + gate * self.mlp(self.post_attention_layernorm(x))
+        sees = 1 if step.sees is None else step.sees           # (N, T, 1)
+        x = x + sees * self.cross_attn_attn_gate.tanh() * self.cross_attn(self.input_layernorm(x), step)
+        return x + sees * self.cross_attn_mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,7 +597,7 @@ class Llama(nn.Module):
         return table
 
     def show(self, step, input_ids, images, dtype):
-        """Encode images. Tokens from <|image|> on see its real tiles; those before it all tiles, but get no cross-attention MLP."""
+        """Encode images. Tokens from <|image|> on see its real tiles; what cross-attention gives those before it is dropped."""
         if self.config.vision is None:
             raise ValueError("this model has no vision encoder, so it takes no images")
         if step.cache is not None and not step.fresh:
@@ -611,11 +610,10 @@ class Llama(nn.Module):
         step.looks, step.rows = True, None if len(images.rows) == len(here) else images.rows
         step.features = self.vision_model(images) if images.features is None else images.features
         step.vision = self.multi_modal_projector(step.features)                               # (N, S, D)
-        sees = here[images.rows].cumsum(1) > 0                                                # (N, T)
-        step.sees = sees[:, :, None].to(dtype)
+        step.sees = here[images.rows].cumsum(1)[:, :, None].to(dtype)                         # (N, T, 1)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)      # (N, S)
         if not real.all():
-            step.image = Visible(key_mask=real, see_all=~sees)
+            step.image = Visible(key_mask=real)                # never empty: an image has a real tile, so no NaN is dropped
         if step.cache is not None:
             self.keep_images(step.cache, images.rows, real)
 

@@ -61,8 +61,8 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 def opened(done, B, T, N):
-    """The same with every pair of B rows of T tokens and N images."""
-    return done | {"pairs": B * T * T} | ({"glances": N * T * TILES * PATCHES} if "glances" in done else {}) | (
+    """The same with every pair of B rows of T tokens and N images, and with what is dropped of the tokens before them."""
+    return done | {"pairs": B * T * T} | ({"looks": N * T, "glances": N * T * TILES * PATCHES} if "glances" in done else {}) | (
         {"vision pairs": N * (TILES * PADDED)**2} if "vision pairs" in done else {})
 
 
@@ -100,7 +100,7 @@ def test_the_11b_model_costs_what_its_operators_sum_up_to():
         llama = Llama(config)
     targets = torch.arange(T)[None] - (T - answers)
     done, costs = counted(llama, input_ids=plan.make_ids(config, 1, T, True), targets=targets, images=plan.make_images(config, 1))
-    every_pair = done | {"pairs": T * T, "vision pairs": done["vision tokens"]**2}
+    every_pair = done | {"pairs": T * T, "vision pairs": done["vision tokens"]**2, "looks": T, "glances": T * done["features"]}
     both = sum(sum(flops.flops(flops.rates(llama), every_pair, way).values()) for way in (0, 1))
     assert plan.count_flops(llama, True, T, answers, train=True) == both + costs["head"][0]
     row = flops.table(config, T, answers).splitlines()[-1].split()
@@ -119,8 +119,9 @@ def test_adapters_that_are_off_cost_nothing(model):
 
 # ------------------------------------------------------------------------------------------------------------- pairs, by the masks
 
-def watch(lengths):
-    """An attention that computes nothing and sums up what its masks leave open to tokens that are no padding -> (function, {kind: pairs})."""
+def watch(lengths, before):
+    """An attention that computes nothing and sums up what its masks leave open to tokens that are no padding -> (function, {kind: pairs}).
+    before: tokens of a row that precede its image, whose glances are dropped."""
     found = Counter()
 
     def attention(q, k, v, visible):
@@ -129,7 +130,8 @@ def watch(lengths):
         mask = dense_mask(visible, q, S, 1)
         seen = torch.ones(B, T, S) if mask is None else (mask[:, 0] == 0).expand(B, T, S)
         real = {"pairs": lengths, "glances": lengths[:1] + lengths[2:3], "vision pairs": [S, S]}[kind]
-        found[kind] += int((seen * (torch.arange(T) < torch.tensor(real)[:, None])[:, :, None]).sum())
+        asked = (torch.arange(T) < torch.tensor(real)[:, None]) & (torch.arange(T) >= (before if kind == "glances" else 0))
+        found[kind] += int((seen * asked[:, :, None]).sum())
         return q
     return attention, found
 
@@ -142,7 +144,7 @@ def test_pairs_are_what_the_masks_leave_open(model):
     for lengths, given in calls:
         ids = ids_of(model, len(lengths), max(lengths), given.get("images"))
         given |= dict(cache=cache if len(lengths) == 3 else cache.first(2), lengths=torch.tensor(lengths) if max(lengths) > 1 else None)
-        attention, found = watch(lengths)
+        attention, found = watch(lengths, before=int("images" in given))
         with mock.patch("model.attention", attention), torch.no_grad():
             model(ids, logits="last", **given)
         done = flops.quantities(model.config, ids, logits="last", **given)
@@ -160,7 +162,7 @@ def test_quantities_by_hand(model):
     ids = torch.tensor([[7, 7, 7], [7, model.config.image_token_id, 7]])
     assert flops.quantities(model.config, ids, images=images, targets=torch.tensor([[-100, 3, 3], [-100, -100, 0]])) == {
         "tokens": 6, "pairs": 12, "targets": 3, "patches": 4 * 16, "vision tokens": 4 * 24, "vision pairs": 17 * 96 + (96 - 17) * 17,
-        "features": 68, "image keys": 68, "looks": 3, "glances": 68 + 17 + 17}             # the token before the image sees black tiles
+        "features": 68, "image keys": 68, "looks": 2, "glances": 17 + 17}                  # the token before the image does not look
 
 
 @pytest.mark.parametrize("rows", [(0, 2), (0, 1)])
@@ -198,8 +200,8 @@ def test_generation_costs_what_its_lengths_say(model):
     seen = [PATCHES * tiles for tiles in REAL]
     done = {"tokens": sum(passed), "pairs": sum(n * (n + 1) // 2 for n in passed), "targets": sum(drawn),
             "patches": 2 * TILES * (PATCHES - 1), "vision tokens": 2 * TILES * PADDED, "vision pairs": sum(2 * n * 96 - n * n for n in seen),
-            "features": 2 * 68, "image keys": 2 * 68, "looks": passed[0] + passed[2],
-            "glances": sum(68 + (passed[row] - 1) * n for row, n in zip((0, 2), seen))}
+            "features": 2 * 68, "image keys": 2 * 68, "looks": passed[0] - 1 + passed[2] - 1,
+            "glances": sum((passed[row] - 1) * n for row, n in zip((0, 2), seen))}
     assert by_phase(ledger) == {"rollout": flops.flops(rate, done, 0), "scoring": {}, "update": {}}
 
 

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_model.py -q          SMOLLM2=FOLDER adds a test on real weights (SmolLM2-135M-Instruct)
 """
+import copy
 import json
 import math
 import os
@@ -63,13 +64,24 @@ def reference(theirs, folder):
 
 
 def as_trained(theirs):
-    """Undo an off-by-one of transformers 5: it concatenates the *output* of vision layer i for each i of
-    intermediate_layers_indices. Meta's code, with which the weights were trained, and the first transformers versions
-    with mllama take its *input*, which is the output of layer i - 1."""
+    """Undo two differences of transformers 5 from Meta's code, with which the weights were trained.
+
+    It concatenates the *output* of vision layer i for each i of intermediate_layers_indices; Meta's code, and the first
+    transformers versions with mllama, take its *input*, which is the output of layer i - 1. And it lets tokens before
+    their image attend to it (issue 39379), for which Meta zeroes the attention and the MLP: the layer passes them on.
+    """
     vision = getattr(theirs.model, "vision_model", None)
     if vision is not None:
         vision.intermediate_layers_indices = [i - 1 for i in vision.intermediate_layers_indices]
+    for layer in theirs.modules():
+        if type(layer).__name__ == "MllamaCrossAttentionDecoderLayer":
+            layer.register_forward_hook(pass_unseen, with_kwargs=True)
     return theirs
+
+
+def pass_unseen(layer, args, kwargs, output):
+    sees = kwargs["full_text_row_masked_out_mask"][:, 0].bool()                # (B, T, 1)
+    return torch.where(sees, output, args[0])
 
 
 def random_ids(rows, length, seed=0, image_at=()):
@@ -130,7 +142,46 @@ def test_reference_has_every_part_open(mllama):
     changes[2].aspect_ratio_mask = torch.tensor([[1, 0, 0, 0]])
     for change in changes:
         assert (their_logits(theirs, ids, change) - base).abs().max() > 1e-3
-    assert (their_logits(theirs, ids) - base)[:, 0].abs().max() > 1e-3
+    assert (their_logits(theirs, ids) - base)[:, 4].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("at", [[1, 2], [3, 11], [7, 1], [10, 10]])
+def test_tokens_before_their_image_are_as_without_one(mllama, at):
+    """Row by row: what precedes <|image|> equals the text alone, whatever the picture; what follows does not."""
+    _, theirs, ours = mllama
+    ids, images = random_ids(3, 12, image_at=[(0, at[0]), (2, at[1])]), random_images([3, 6], rows=[0, 2])
+    logits = our_logits(ours, ids, images=images)
+    for row, place in ((0, at[0]), (1, 12), (2, at[1])):
+        alone = our_logits(ours, ids[row:row + 1])[0]
+        assert_close(logits[row, :place], alone[:place], 1e-5)
+        assert place == 12 or (logits[row, place:] - alone[place:]).abs().amax(1).min() > 1e-3
+    for i, row in enumerate((0, 2)):
+        assert_close(logits[row:row + 1], their_logits(theirs, ids[row:row + 1], one_image(images, i)))
+
+
+def test_a_cross_layer_by_hand(tiny):
+    """Token by token in float64: x + tanh(gate) attention, then + tanh(gate) MLP, for tokens that see an image only."""
+    layer = copy.deepcopy(tiny.layers[1]).double()
+    x, vision = (torch.randn(1, n, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 20))
+    real = torch.arange(20) < 15
+    step = M.Step(None, None, vision=vision, looks=True, image=M.Visible(key_mask=real[None]),
+                  sees=torch.tensor([[[0.0], [0.0], [1.0], [1.0], [1.0]]], dtype=torch.float64))
+    norm = lambda v, weight: v / (v.square().mean() + 1e-5).sqrt() * weight
+    attn, mlp, expected = layer.cross_attn, layer.mlp, x[0].clone()
+    for t in (2, 3, 4):
+        q = attn.q_proj.weight @ norm(x[0, t], layer.input_layernorm.weight)
+        heads = []
+        for h in range(4):                                     # four query heads of 8 channels, two key heads
+            keys, values = (proj.weight[h // 2 * 8:h // 2 * 8 + 8] @ vision[0, real].T for proj in (attn.k_proj, attn.v_proj))
+            keys = torch.stack([norm(key, attn.k_norm.weight) for key in keys.T])
+            scores = keys @ norm(q[h * 8:h * 8 + 8], attn.q_norm.weight) / math.sqrt(8)
+            heads.append(values @ (scores.exp() / scores.exp().sum()))
+        y = expected[t] + layer.cross_attn_attn_gate.tanh() * (attn.o_proj.weight @ torch.cat(heads))
+        z = norm(y, layer.post_attention_layernorm.weight)
+        gate, up = mlp.gate_proj.weight @ z, mlp.up_proj.weight @ z
+        fed = mlp.down_proj.weight @ (gate / (1 + (-gate).exp()) * up)
+        expected[t] = y + layer.cross_attn_mlp_gate.tanh() * fed
+    assert_close(layer(x, step).detach()[0], expected.detach(), 1e-12)
 
 
 def test_mllama_text_only(mllama):
