@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import derive
 from scenes import cities, routes, views
 from scenes.cards import FACES, LOOKS, RANKS, STYLES, draw_hand
 
@@ -862,8 +863,8 @@ class Mixed:
         self.games, self.game = games, games[0]
 
     def _choose(self, seed):
-        # By a string: the game's own generator starts from the number itself, and the first card would go with the choice.
-        self.game = random.Random(f"game {seed}").choice(self.games)
+        # The game's own generator starts from the seed itself: the first card would go with a choice by that one.
+        self.game = self.games[derive("game", seed) % len(self.games)]
         return self.game
 
     def reset(self, seed):

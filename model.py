@@ -856,11 +856,13 @@ def pad(rows):
 
 
 def draw_uniform(seeds, rows, steps):
-    """(rows, steps) numbers in [0, 1), row i from seeds[i]."""
+    """(rows, steps) numbers in [0, 1), row i from seeds[i]. All 64 bits of a seed count: of torch's generators, that of
+    the CPU reads 32."""
     if seeds is None:
         uniform = torch.rand(rows, steps)
     else:
-        uniform = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        streams = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+        uniform = torch.from_numpy(np.stack([stream.random(steps, dtype=np.float32) for stream in streams]))
     return uniform.clamp_(max=1 - 2**-22)                      # so that u * total < total after rounding
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from common import derive
 from model import alone, bucket, collate, generate
 from variants import advantages, losses, official
 from variants.advantages import Estimator, earned
@@ -101,8 +102,8 @@ def token_weights(processor, ids, answer_key, before=0.5):
 class Player:
     """One episode in progress: an environment, the record, and the conversation that is open."""
 
-    def __init__(self, env, seed, draw, processor):
-        self.env, self.draw, self.processor, self.episode = env, draw, processor, Episode(seed)
+    def __init__(self, env, seed, sample, processor):
+        self.env, self.sample, self.processor, self.episode = env, sample, processor, Episode(seed)
         observation, _ = env.reset(seed)
         self.listen(observation, ended=True)
 
@@ -140,20 +141,18 @@ def readable(content):
 
 
 @torch.inference_mode()
-def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, draws=None, batch=256, keep_features=False,
-            device="cpu"):
-    """Play one episode per seed with the current policy, `batch` at a time.
+def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, samples=1, batch=256,
+            keep_features=False, device="cpu"):
+    """Play `samples` episodes per seed with the current policy, `batch` at a time. Return them in the order of `seeds`.
 
-    seeds: what the environments deal; draws: seeds of the sampling, one an episode (default: 0, 1, 2, ...). An episode
-    depends on its own two seeds alone, never on who shares its batch or its rank. The conversations that continue keep
-    their KV cache from turn to turn, so that every prefix is prefilled once. keep_features: for an update that does not
-    train the vision encoder, keep what it made of each image (11B: 98 MB of host memory). Returns Episodes in the order of `seeds`.
+    seeds: the hands that the environments deal. An episode depends on its hand and on which of its samples it is, never
+    on who shares its batch or its rank. The conversations that continue keep their KV cache from turn to turn, so that
+    every prefix is prefilled once. keep_features: for an update that does not train the vision encoder, keep what it made
+    of each image (11B: 98 MB of host memory).
     """
-    episodes = []
-    draws = range(len(seeds)) if draws is None else draws
-    for first in range(0, len(seeds), batch):
-        some = slice(first, first + batch)
-        players = [Player(make_env(), seed, draw, processor) for seed, draw in zip(seeds[some], draws[some])]
+    episodes, hands = [], [(seed, sample) for seed in seeds for sample in range(samples)]
+    for first in range(0, len(hands), batch):
+        players = [Player(make_env(), *hand, processor) for hand in hands[first:first + batch]]
         groups = [(None, players)]                       # players whose conversations share one cache
         while groups:
             fresh, continuing = [], []
@@ -179,7 +178,7 @@ def play_turn(model, processor, cache, players, temperature, max_new_tokens, kee
     samples, cache = generate(
         model, [c.ids for c in open_conversations], cache=cache, images=images, max_new_tokens=max_new_tokens,
         temperature=temperature, stop_ids=processor.stop_ids, keep_features=keep_features,
-        seeds=[player.draw * 1_009 + len(player.episode.turns) for player in players])
+        seeds=[derive("draws", player.episode.seed, player.sample, len(player.episode.turns)) for player in players])
     return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]
 
 

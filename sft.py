@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common import derive
 from model import alone, bucket, collate
 from variants import sft_losses
 from variants.sft_losses import Loss
@@ -39,7 +40,7 @@ def make_batch(processor, mixture, seeds, mistakes, prompts=False):
     in make_example."""
     examples = []
     for seed in seeds:
-        rng = random.Random(seed)
+        rng = random.Random(derive("dialogue", seed))          # not the stream of which the environment deals
         env = rng.choices([env for env, _ in mixture], [weight for _, weight in mixture])[0]
         wrong = rng.randint(1, env.attempts - 1) if env.attempts > 1 and rng.random() < mistakes else 0
         examples.append(make_example(processor, env, seed, wrong, prompts))

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 import ppo
 import sft
+from common import TRAINING, derive
 from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, first, gather, leave, lost
 from envs import GAMES, Mixed, load_prompts
@@ -104,7 +105,7 @@ def evaluate(model, processor, args, processes, progress=""):
     for name, factory in evaluation_sets(args).items():
         seeds = processes.share(range(min(args.eval_hands, factory().distinct)))       # no route is walked twice
         with autocast(args, processes.device), shard.for_rollout(model, processes.largest, args.rollout_sharded) as player:
-            episodes = ppo.rollout(player, processor, factory, seeds, draws=seeds, temperature=args.eval_temperature,
+            episodes = ppo.rollout(player, processor, factory, seeds, temperature=args.eval_temperature,
                                    batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
         r = summarize(episodes, processes)
         of_each = sorted(gather([(episode.seed, int(episode.success), *right_answers(episode)) for episode in episodes]))
@@ -193,8 +194,8 @@ def train_tokenizer(mixture, vocab_size, apart):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(apart), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [ppo.readable(message["content"]).replace("<image>", "") for seed in range(40) for env, _ in mixture
-             for message in env.demonstrate(seed, mistakes=seed % env.attempts)] + ["user", "assistant", "\n\n"] * 500
+    texts = [ppo.readable(message["content"]).replace("<image>", "") for k in range(40) for env, _ in mixture
+             for message in env.demonstrate(TRAINING + k, mistakes=k % env.attempts)] + ["user", "assistant", "\n\n"] * 500
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
@@ -211,7 +212,9 @@ def prepare_tiny(args, processes):
     foundation = FOUNDATIONS / args.game
     if not (foundation / "model.safetensors").exists():
         raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the README.md there says")
-    game = {name: getattr(args, name) for name in ("task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
+    game = {name: getattr(args, name) for name in (
+        "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
+    game["seed"] = derive("init")              # no run's own: what init has learnt from, none begins with
     digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
     run_folder = Path("runs") / f"init-{args.task}-{digest}"
     ready = (run_folder / "final").exists()
@@ -238,7 +241,7 @@ def load(args, processes, resumed=None):
         config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=None))
         processor = Processor(train_tokenizer(everything, config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
         model = Llama(config)
-        model.init_weights(seed=args.seed)
+        model.init_weights(seed=derive("weights", args.seed))
         for name, parameter in model.named_parameters():
             if "gate" in name.split(".")[-1] and parameter.numel() == 1:
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
@@ -277,7 +280,7 @@ def choose_what_learns(model, args):
     """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint afterwards."""
     sft.freeze(model, args.tune)
     if args.lora_rank:
-        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, args.seed)
+        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
 
 
 def sharding(args, size, processes):
@@ -439,7 +442,7 @@ class Trainer:
         if args.algo == "ppo":
             ppo.check(args)
         choose_what_learns(model, args)
-        torch.manual_seed(args.seed)           # of the value head's first weights
+        torch.manual_seed(derive("critic", args.seed))         # of the value head's first weights
         self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
         if args.shard == "on":
             shard.shard(self.module, folder, processes.device, processes.world)
@@ -491,8 +494,8 @@ class Trainer:
         return metrics
 
     def seeds(self, i, n):
-        """n seeds of step i: this run's own, disjoint from the evaluation's (which start at 0)."""
-        first = (self.args.seed + 1) * 10**9 + i * n
+        """The n seeds of step i. A run's are consecutive, so that it walks all routes equally often (Navigation.reset)."""
+        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n       # 2**61 and more are left, up to 2**63
         return range(first, first + n)
 
     def sft_update(self, i):
@@ -500,7 +503,7 @@ class Trainer:
         seeds = self.processes.share(self.seeds(i, args.batch_size))
         examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         if args.sft_data == "own":
-            episodes = self.play(seeds, seeds)
+            episodes = self.play(seeds)
             scored += sum(len(conversation.ids) for episode in episodes for conversation in episode.conversations)
             nothing = dataclasses.replace(examples[0], sampled=[False] * len(examples[0].sampled))      # for a rank without a right answer
             examples = sft.own_answers(episodes) or [nothing]
@@ -517,24 +520,23 @@ class Trainer:
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         return metrics
 
-    def play(self, seeds, draws):
+    def play(self, seeds, samples=1):
         """A rollout of the training game."""
         args = self.args
         with (autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
               self.ledger.phase("rollout", player)):
-            return ppo.rollout(player, self.processor, self.env, seeds, draws=draws, temperature=args.temperature, batch=args.rollout_batch,
+            return ppo.rollout(player, self.processor, self.env, seeds, samples=samples, temperature=args.temperature, batch=args.rollout_batch,
                                max_new_tokens=args.max_new_tokens, keep_features=args.algo == "ppo" and self.model.vision_frozen,
                                device=self.processes.device)
 
     def ppo_update(self, i):
         args, start = self.args, time.time()
         hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
-        seeds, draws = zip(*[(hand, hand * args.samples + k) for hand in hands for k in range(args.samples)])
-        episodes = self.play(seeds, draws)
+        episodes = self.play(hands, args.samples)
         rolled, self.batch = time.time(), episodes
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
         with autocast(args, self.processes.device), self.ledger.phase("update", self.module):
-            metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=args.seed * 1_000_003 + i,
+            metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=derive("minibatches", args.seed, i),
                                  train_policy=i >= args.critic_warmup, reference=self.reference, all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
         self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision

@@ -72,12 +72,11 @@ class Probe:
 
     def play(self, factory):
         """This rank's hands, --probe-samples episodes of each, by the model as it is now."""
-        args, processes, samples = self.args, self.processes, self.samples
+        args, processes = self.args, self.processes
         hands = processes.share(range(min(self.hands, factory().distinct)))
         with shard.for_rollout(self.model, processes.largest, args.rollout_sharded) as player:
-            return ppo.rollout(player, self.processor, factory, [hand for hand in hands for _ in range(samples)],
-                               draws=[hand * samples + k for hand in hands for k in range(samples)],
-                               temperature=1.0, batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
+            return ppo.rollout(player, self.processor, factory, hands, samples=self.samples, temperature=1.0,
+                               batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
 
     @torch.no_grad()
     def score(self, name, episodes):

@@ -38,7 +38,7 @@ def row(folder, task, hands):
     args, _, _ = train.parse(["--task", task, "--algo", "eval", "--attempts", "1", "--model", folder])
     processes = Processes(args.device)
     model, processor, _ = train.load(args, processes)
-    episodes = ppo.rollout(model, processor, train.evaluation_sets(args)["rule-ood"], range(hands), draws=range(hands), batch=args.rollout_batch,
+    episodes = ppo.rollout(model, processor, train.evaluation_sets(args)["rule-ood"], range(hands), batch=args.rollout_batch,
                            temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, device=processes.device)
     infos = [episode.turns[0].info for episode in episodes]
     used = [uses for episode in episodes if (uses := uses_them(next(said for who, said in episode.transcript if who == "assistant"))) is not None]

@@ -186,8 +186,8 @@ def test_own_answers_through_the_trainer(model, processor, monkeypatch):
     assert trainer.skipped == 1 and all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     real = trainer.play
 
-    def lucky(seeds, draws):
-        episodes = real(seeds, draws)
+    def lucky(seeds):
+        episodes = real(seeds)
         episodes[0].turns[0].info["correct"] = True
         return episodes
 

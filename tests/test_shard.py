@@ -138,7 +138,7 @@ def rollouts(folder, processes):
 
 def play(model, processor, rank, hands):
     args, seeds = train.apply_preset(train.Args(task="gp-vl", preset="tiny", algo="ppo"), 32), range(rank, hands, 2)
-    episodes = ppo.rollout(model, processor, train.make_env(args), seeds, draws=seeds, batch=2, temperature=1.0, max_new_tokens=5 - 2 * rank)
+    episodes = ppo.rollout(model, processor, train.make_env(args), seeds, batch=2, temperature=1.0, max_new_tokens=5 - 2 * rank)
     return {e.seed: [(c.ids, c.logprobs) for c in e.conversations] for e in episodes}
 
 

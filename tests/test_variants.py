@@ -370,8 +370,7 @@ def test_values_before_each_token(model, processor, critic):
 
 def shared_hand(model, processor, hands=3, samples=2):
     """Samples of each hand, as a rollout with --samples 2 has them, with rewards that differ."""
-    seeds = [hand for hand in range(hands) for _ in range(samples)]
-    episodes = ppo.rollout(model, processor, train.GAMES["gp"], seeds, temperature=1.0, max_new_tokens=12)
+    episodes = ppo.rollout(model, processor, train.GAMES["gp"], range(hands), samples=samples, temperature=1.0, max_new_tokens=12)
     for k, episode in enumerate(episodes):
         episode.turns[-1].reward = k * k
     return episodes
