@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 import ppo
 import sft
-from common import TRAINING, derive
+from common import TRAINING, derive, to_json
 from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, first, gather, leave, lost
 from envs import GAMES, Mixed, load_prompts
@@ -346,7 +346,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lines = self.log_file.read_text().splitlines() if step else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]      # the last one may be cut off
-            write_atomically(self.path / "config.json", json.dumps(dataclasses.asdict(args), indent=2))
+            write_atomically(self.path / "config.json", to_json(dataclasses.asdict(args), indent=2))
             write_atomically(self.log_file, "".join(line + "\n" for line in kept))
         self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(), launch=self.processes.launch,
                  hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -355,7 +355,7 @@ class RunFolder:
         """Append one JSON line."""
         if self.processes.rank == 0:
             with open(self.log_file, "a") as f:
-                f.write(json.dumps(record) + "\n")
+                f.write(to_json(record) + "\n")
 
     def save(self, trainer, step):
         """Begin to write a checkpoint, while training goes on."""
@@ -396,7 +396,7 @@ class RunFolder:
             x.save(folder / pictures[-1])
             return pictures[-1]
 
-        (folder / f"rank_{self.processes.rank}.json").write_text(json.dumps(batch, default=plain))
+        (folder / f"rank_{self.processes.rank}.json").write_text(to_json(batch, default=plain))
         return folder
 
     def transcript(self, step, episode):
@@ -682,7 +682,7 @@ def evaluate_only(args, processes):
     if processes.rank == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         record = {"config": dataclasses.asdict(args), "commit": git_commit(), "hardware": processes.hardware, "eval": results}
-        write_atomically(Path(args.out) / "eval.json", json.dumps(record, indent=2))
+        write_atomically(Path(args.out) / "eval.json", to_json(record, indent=2))
 
 
 def main(argv=None):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from common import to_json
 from distributed.processes import first, gather
 from model import split_shards, to_released
 
@@ -156,7 +157,7 @@ class Checkpoints:
                 remove(left)
             aside.mkdir(parents=True)
             write_rest(aside)
-            (aside / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+            (aside / "record.json").write_text(to_json(record, indent=2), encoding="utf-8")
 
         try:
             first(begin)

@@ -19,7 +19,6 @@ or says "no:" and why it cannot run the case.
 import argparse
 import ctypes
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from common import to_json
 from kernels import use_triton
 from kernels.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention_cases, logprob_cases
 
@@ -264,7 +264,7 @@ def main(argv=None):
             show(found)
             rows += found
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, "ceilings": ceilings, "rows": rows}, indent=1))
+        Path(args.json).write_text(to_json({"machine": machine, "ceilings": ceilings, "rows": rows}, indent=1))
     wrong = [f"{row['case']} {row['part']}" for row in rows if row["implementation"] == "ours" and row.get("no") == "result is wrong"]
     if wrong:
         sys.exit(f"our result is wrong: {', '.join(wrong)}")

@@ -111,4 +111,4 @@ class Experiment:
             figures.scatter(groups, file.with_stem(f"{file.stem}-recognition"), "cards or observations read right (%)",
                             lambda point, name: 100 * point["eval"][name]["recognized"])
             figures.scatter(groups, file.with_stem(f"{file.stem}-kl"), "KL(init || policy) on the training game (nats an answer)",
-                            lambda point, name: point["probe"]["forward_kl_answer"])
+                            lambda point, name: figures.measured(point, 1, "forward_kl_answer"))

@@ -95,26 +95,38 @@ def verdict(groups):
         f"{len(which)} {how}" + (f" ({', '.join(which)})" if which else "") for how, which in found.items()) + "."
 
 
-def explained(groups):
-    """Markdown: what a probe (study/explain.py) measured before and after, on the training game but for the last column; a way is the distance
-    from init by init's norm. Of several seeds the mean, and in brackets the lowest and the highest."""
-    columns = {
-        "KL(init ∥ policy), nats an answer": lambda probe: probe["forward_kl_answer"], "KL(policy ∥ init)": lambda probe: probe["reverse_kl_answer"],
-        "weights changed, %": lambda probe: 100 * probe["weights"]["changed"]["all"],
-        "way of the head, %": lambda probe: 100 * probe["weights"]["distance"]["head"],
-        "way of attention, %": lambda probe: 100 * probe["weights"]["distance"]["attention"], "entropy, nats a token": lambda probe: probe["id"]["entropy"],
-        "tokens an answer": lambda probe: probe["id"]["length"], "pass@1, %": lambda probe: 100 * probe["id"]["pass@1"],
-        "pass@8, %": lambda probe: 100 * probe["id"]["pass@8"], "pass@8 on rule-ood, %": lambda probe: 100 * probe["rule-ood"]["pass@8"]}
+# Columns of `explained`: factor, and where a probe tells the number.
+MEASURED = {
+    "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"), "KL(policy ∥ init)": (1, "reverse_kl_answer"),
+    "weights changed, %": (100, "weights", "changed", "all"), "way of the head, %": (100, "weights", "distance", "head"),
+    "way of attention, %": (100, "weights", "distance", "attention"), "entropy, nats a token": (1, "id", "entropy"),
+    "tokens an answer": (1, "id", "length"), "pass@1, %": (100, "id", "pass@1"), "pass@8, %": (100, "id", "pass@8"),
+    "pass@8 on rule-ood, %": (100, "rule-ood", "pass@8")}
 
-    def cell(probes, of):
-        values = [of(probe) for probe in probes]
+
+def measured(point, factor, *path):
+    """A number of an evaluation's probe (study/explain.py); NaN where the log has null."""
+    found = point["probe"]
+    for key in path:
+        found = found[key]
+    return np.nan if found is None else factor * found
+
+
+def explained(groups):
+    """Markdown: what a probe measured before and after, on the training game but for the last column; a way is the
+    distance from init by init's norm. Of several seeds the mean, and in brackets the lowest and the highest."""
+    def cell(points, where):
+        values = [x for x in (measured(point, *where) for point in points) if not np.isnan(x)]
+        if not values:
+            return "-"
         return f"{np.mean(values):.3g}" + (f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else "")
 
-    lines = ["| task | | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
+    lines = ["| task | | " + " | ".join(MEASURED) + " |", "|" + "---|" * (len(MEASURED) + 2)]
     for task in dict.fromkeys(group.task for group in groups):
         known = [group for group in groups if group.task == task]
-        rows = [("init", [known[0].records[0]["curve"][0]])] + [(group.name, [record["curve"][-1] for record in group.records]) for group in known]
-        lines += [f"| {task} | {name} | " + " | ".join(cell([point["probe"] for point in points], of) for of in columns.values()) + " |"
+        rows = [("init", [known[0].records[0]["curve"][0]])]
+        rows += [(group.name, [record["curve"][-1] for record in group.records]) for group in known]
+        lines += ["| " + " | ".join([task, name, *(cell(points, where) for where in MEASURED.values())]) + " |"
                   for name, points in rows]
     return "\n".join(lines)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import to_json
+
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
 
@@ -46,7 +48,7 @@ def append(file, record):
     curve = [point | {"eval": {name: results | {key: pack(results[key]) for key in OF_EACH if key in results}
                                for name, results in point["eval"].items()}} for point in record["curve"]]
     with open(file, "a") as out:
-        out.write(json.dumps(record | {"curve": curve}, separators=(",", ":")) + "\n")
+        out.write(to_json(record | {"curve": curve}, separators=(",", ":")) + "\n")
 
 
 def pack(numbers):

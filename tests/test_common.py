@@ -15,6 +15,7 @@ import sft
 import train
 from common import TRAINING, derive, to_json
 from envs import GeneralPoints, Navigation
+from study import records as study
 from test_train import records, run
 
 SEEDS = [0, 1, 2**32, 20240601, 2**62, 2**63 - 1]               # of runs
@@ -118,6 +119,21 @@ def test_the_smallest_and_the_largest_seed_work(small, tmp_path, algo, more):
 def test_json_knows_no_nan(record, text):
     assert to_json(record) == text
     assert json.loads(to_json(record, indent=2)) == json.loads(text)
+
+
+def test_all_that_a_run_writes_is_strict(small, tmp_path):
+    """What a critic would explain where there is none, errors over one hand: null in every file, and read as such."""
+    out = tmp_path / "run"
+    run("--algo", "ppo", "--model", small[0], "--steps", 1, "--advantage", "monte-carlo", "--samples", 2, "--probe-hands", 1,
+        "--probe-samples", 1, "--eval-sets", "id", "--out", out)
+    assert records(out, "step")[0]["explained_variance"] is None
+    assert records(out, "eval")[0]["probe"]["id"]["pass@1_se"] is None
+    study.append(tmp_path / "a.jsonl", study.of_run("a", out))
+    for file in [tmp_path / "a.jsonl", *out.rglob("*.json"), out / "log.jsonl"]:
+        for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+            json.loads(text, parse_constant=pytest.fail)
+    kept = study.read(tmp_path)["a"]["curve"][0]["probe"]["id"]
+    assert kept["pass@1_se"] is None and kept["pass@1"] == 0
 
 
 def test_json_of_objects_knows_no_nan_either():

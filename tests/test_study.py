@@ -248,6 +248,9 @@ def test_what_explains_it_is_averaged_over_seeds():
     init, ppo = figures.explained([group]).splitlines()[2:]
     assert init.startswith("| gp-l | init | 0 | 0 | 0 | 0 | 0 |")
     assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] | 1.5 [1, 2] | 15 [10, 20] |") and ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
+    group.records[0]["curve"][0]["probe"]["reverse_kl_answer"] = group.records[1]["curve"][1]["probe"]["forward_kl_answer"] = None
+    init, ppo = figures.explained([group]).splitlines()[2:]
+    assert init.startswith("| gp-l | init | 0 | - | 0 |") and ppo.startswith("| gp-l | ppo | 0.1 | 0.3 [0.2, 0.4] |")
 
 
 def test_hands_are_kept_a_character_each(tmp_path):
