@@ -11,14 +11,12 @@ logs, checkpoints and the loop. What is learnt from is in envs.py, what learns i
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +31,8 @@ from common import TRAINING, derive, to_json
 from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, first, gather, leave, lost
 from envs import GAMES, Mixed, load_prompts
+from harness import files, terminal
+from harness.folder import RunFolder, chosen, git_commit, write_atomically
 from harness.settings import (  # noqa: F401
     GAME_SETTINGS, PRESETS, Args, UserError, apply_preset, parse, resumed)
 from model import Config, Llama, Processor, read_json
@@ -51,13 +51,6 @@ FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained we
 def autocast(args, device):
     """bfloat16 compute over float32 weights on CUDA; nothing elsewhere. A sharded model gathers its weights in bfloat16 by itself."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and args.shard != "on")
-
-
-def git_commit():
-    """The commit this run's code comes from, with a + where its Python differs; None outside a git checkout."""
-    run = lambda *command: subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    commit = shutil.which("git") and run("rev-parse", "--short", "HEAD")
-    return commit + ("+" if run("status", "--porcelain", "--untracked-files=no", "--", "*.py") else "") if commit else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,20 +209,18 @@ def prepare_tiny(args, processes):
         "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
     game["seed"] = derive("init")              # no run's own: what init has learnt from, none begins with
     digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
-    run_folder = Path("runs") / f"init-{args.task}-{digest}"
-    ready = (run_folder / "final").exists()
-    processes.barrier()
-    if not ready:
-        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in {run_folder}")
-        if processes.rank == 0:
-            shutil.rmtree(run_folder, ignore_errors=True)
-        processes.barrier()
-        train(Args(algo="sft", model=str(foundation), out=str(run_folder), steps=INIT_STEPS, eval_every=0, eval_hands=0,
-                   device=args.device, **game), processes)
-        processes.barrier()
-        if not (run_folder / "final").exists():
+    ready = Path("runs") / f"init-{args.task}-{digest}"
+    if first((ready / "final").exists):
+        return ready / "final"
+    processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in {ready}")
+    with contextlib.ExitStack() as stack:                      # another run may be making it, too: the first to end wins
+        private = first(lambda: stack.enter_context(files.aside(ready, "final")))
+        ended = train(Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
+                           eval_hands=0, device=args.device, **game), processes)
+        if not ended:
             raise UserError("interrupted before the init checkpoint was ready; the next run makes it anew")
-    return run_folder / "final"
+    processes.barrier()                                        # until it has its name
+    return ready / "final"
 
 
 def load(args, processes, resumed=None):
@@ -251,7 +242,7 @@ def load(args, processes, resumed=None):
     else:
         folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
     if checkpoint.is_checkpoint(folder) and not resumed:       # `train` has looked at the other
-        checkpoint.Checkpoints(folder.parent, processes.rank, processes.world).verify(folder)
+        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(folder)
     with torch.device("meta"):
         model = Llama(Config.from_dict(read_json(folder, "config.json")))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
@@ -294,128 +285,6 @@ def sharding(args, size, processes):
         raise UserError("--shard on needs several ranks (torchrun --nproc-per-node 2) and an --algo other than pretrain")
     auto = "on" if possible and (processes.device.type == "cuda" or size > 10**8) else "off"
     return auto if args.shard == "auto" else args.shard
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and logs
-
-def choose_out(args, processes):
-    """Fill in --out: runs/TASK-ALGO, with a number behind it when a run is there already, or the newest run there for --resume. Workers
-    that torchrun starts again resume the run that they began."""
-    base = Path(f"runs/{args.task}-{args.algo}")
-    names = [Path(args.out)] if args.out else [base] + [base.with_name(f"{base.name}-{k}") for k in range(2, 1000)]
-    taken = [name for name in names if (name / "log.jsonl").exists()]
-    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
-    if own:
-        args.resume = True
-        args.out = str(own[-1])
-    elif args.resume:
-        args.out = str((taken or names)[-1 if taken else 0])
-    else:
-        args.out = str(args.out or next(name for name in names if name not in taken))
-
-
-def launch_of(run):
-    """Which launch of torchrun began or resumed a run last."""
-    starts = [json.loads(line) for line in open(run / "log.jsonl") if '"event": "start"' in line and line.endswith("}\n")]
-    return starts[-1].get("launch") if starts else None
-
-
-class RunFolder:
-    """runs/NAME: config.json, log.jsonl, transcripts/, checkpoints/step_N/ and at the end final/, an ordinary Hugging Face folder."""
-
-    def __init__(self, args, processes):
-        self.path, self.processes = Path(args.out), processes
-        self.log_file = self.path / "log.jsonl"
-        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world, args.keep)
-        if self.log_file.exists() and not args.resume:
-            raise UserError(f"{self.path} holds a run already; continue it with --resume or choose another --out")
-        if args.resume and not self.log_file.exists():
-            raise UserError(f"--resume: no run in {self.path}")
-
-    def settings(self, args, typed):
-        """What a resumed run goes on with (see `resumed`)."""
-        newest = self.checkpoints.newest()
-        if newest:
-            return resumed(args, typed, checkpoint.read_record(newest)["config"], newest)
-        return resumed(args, typed, read_json(self.path, "config.json"), self.path / "config.json")     # stopped before its first checkpoint
-
-    def start(self, args, step):
-        """Open the log; on resuming, drop what was logged after the checkpoint."""
-        if self.processes.rank == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lines = self.log_file.read_text().splitlines() if step else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]      # the last one may be cut off
-            write_atomically(self.path / "config.json", to_json(dataclasses.asdict(args), indent=2))
-            write_atomically(self.log_file, "".join(line + "\n" for line in kept))
-        self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(), launch=self.processes.launch,
-                 hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-
-    def log(self, **record):
-        """Append one JSON line."""
-        if self.processes.rank == 0:
-            with open(self.log_file, "a") as f:
-                f.write(to_json(record) + "\n")
-
-    def save(self, trainer, step):
-        """Begin to write a checkpoint, while training goes on."""
-        def model_and_tokenizer(folder):
-            (folder / "config.json").write_text(json.dumps(trainer.model.config.to_dict(), indent=2))
-            trainer.processor.save_pretrained(folder)
-
-        self.checkpoints.save(step, checkpoint.tensors_of(trainer.module, trainer.optimizers), trainer.record(step), model_and_tokenizer)
-
-    def save_final(self, model, processor, sharded):
-        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and in `model`."""
-        aside, final, first = self.path / ".final", self.path / "final", self.processes.rank == 0
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            processor.save_pretrained(aside)
-        self.processes.barrier()
-        if sharded:
-            checkpoint.export(model, aside, self.processes.rank, self.processes.world)
-        elif first:
-            lora.merge(model)
-            model.save_pretrained(aside)
-        self.processes.barrier()
-        if first:
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-
-    def dump(self, step, batch):
-        """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures beside it. Returns the folder."""
-        folder, pictures = self.path / f"broken_step_{step:06d}", []
-        folder.mkdir(exist_ok=True)
-
-        def plain(x):
-            if dataclasses.is_dataclass(x):
-                return vars(x)
-            if isinstance(x, torch.Tensor):
-                return f"tensor of shape {list(x.shape)}"
-            pictures.append(f"rank_{self.processes.rank}_{len(pictures)}.png")
-            x.save(folder / pictures[-1])
-            return pictures[-1]
-
-        (folder / f"rank_{self.processes.rank}.json").write_text(to_json(batch, default=plain))
-        return folder
-
-    def transcript(self, step, episode):
-        """Write one episode as a person would like to read it, and the pictures it was about."""
-        if self.processes.rank:
-            return
-        folder = self.path / "transcripts"
-        folder.mkdir(exist_ok=True)
-        text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
-        (folder / f"step_{step:06d}.txt").write_text(text + "\n")
-        for k, conversation in enumerate(episode.conversations):
-            if conversation.image is not None:
-                conversation.image.save(folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png")
-
-
-def write_atomically(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,13 +488,11 @@ def describe(i, args, metrics, seconds_left):
 
 
 def train(args, processes, typed=frozenset()):
-    """One run, from loading to the final folder. typed: names of the settings that the user gave."""
-    folder = RunFolder(args, processes)
-    newest = first(folder.checkpoints.newest) if args.resume else None
-    if newest:
-        folder.checkpoints.verify(newest)      # before anything of it is read
+    """Do one run, from loading to the final folder. typed: names of the settings that the user gave. Returns whether
+    it came to its end."""
+    folder, newest = RunFolder(args, processes), None
     if args.resume:
-        args = folder.settings(args, typed)
+        newest, args = folder.resume(args, typed)
     processes.barrier()                        # nobody writes before all have looked
     model, processor, weights = load(args, processes, newest)
     trainer = Trainer(args, model, processor, processes, weights)
@@ -640,10 +507,11 @@ def train(args, processes, typed=frozenset()):
         folder.checkpoints.finish()
     if done < args.steps:
         processes.print(f"stopped after step {done}; continue with --resume --out {folder.path}")
-    else:
-        half = args.algo == "pretrain"                         # the size in git
-        folder.save_final(model.to(torch.bfloat16) if half else model, processor, args.shard == "on")
-        processes.print(f"weights in {folder.path / 'final'}")
+        return False
+    half = args.algo == "pretrain"                             # the size in git
+    folder.save_final(model.to(torch.bfloat16) if half else model, processor, args.shard == "on")
+    processes.print(f"weights in {folder.path / 'final'}")
+    return True
 
 
 def loop(trainer, folder, start, interrupt):
@@ -695,11 +563,13 @@ def main(argv=None):
         if args.dry_run:
             return plan.show(args, apply_preset, args.dry_run)
         processes = Processes(args.device)
-        choose_out(args, processes)
-        if args.algo == "eval":
-            evaluate_only(args, processes)
-        else:
-            train(args, processes, typed)
+        with chosen(args, processes):
+            if args.algo == "eval":
+                evaluate_only(args, processes)
+            else:
+                train(args, processes, typed)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         message = explain(error, args)
         if message is None or os.environ.get("DEBUG"):
@@ -722,4 +592,4 @@ def explain(error, args):
 
 
 if __name__ == "__main__":
-    main()
+    terminal.command(main)

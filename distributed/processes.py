@@ -13,10 +13,13 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from harness.terminal import silence, visible
 
 
 class Processes:
@@ -75,8 +78,13 @@ class Processes:
         return items[self.rank::self.world]
 
     def print(self, *text):
+        """Print on the first rank. Once the reader has gone, the run ends as after SIGTERM, which saves it."""
         if self.rank == 0:
-            print(*text, flush=True)
+            try:
+                print(visible(" ".join(map(str, text))), flush=True)
+            except BrokenPipeError:
+                silence()
+                signal.raise_signal(signal.SIGTERM)
 
     def memory(self):
         """The most memory that this process has held, in bytes: of the GPU, else of the host."""
@@ -132,10 +140,12 @@ def fresh_store(rank):
 
 def leave(message):
     """End this process with one line. One of several leaves at once, without a goodbye that would wait for the others."""
+    message = visible(message)
     if not dist.is_initialized():
         sys.exit(f"train.py: error: {message}")
-    print(f"train.py: error: rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):                    # whoever would read it has gone
+        print(f"train.py: error: rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(1)
 
 

@@ -15,7 +15,7 @@ from envs import GAMES, TASKS
 from variants import losses
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend; shown as one line."""
 
 
@@ -181,7 +181,7 @@ class Args:
 GROUPS = {"task": "the run", "rule": "the game", "steps": "learning", "shard": "several ranks",
           "batch_size": "SFT", "hands": "PPO", "eval_every": "evaluation and logs"}
 # What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
-FREE = ("out", "resume", "override", "device", "shard", "checkpoint_activations", "rollout_sharded",
+FREE = ("out", "resume", "override", "custom", "device", "shard", "checkpoint_activations", "rollout_sharded",
         "save_every", "keep", "max_skipped")
 # Handed to the game, which knows some of them.
 GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure",
@@ -325,12 +325,16 @@ def resumed(args, typed, config, source):
     """The settings of a run that goes on: those it had (`config`), and of the `typed` ones those that it may
     set anew. UserError for one that contradicts, without --override."""
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    if config.get("custom"):
-        load_custom(config["custom"])
     unknown = set(config) ^ {f.name for f in dataclasses.fields(Args)}
     if unknown:
         raise UserError(f"{source}: written by another version of this program, which differs in the setting "
                         f"{min(unknown)}")
+    if config["custom"] and "custom" not in typed:             # a folder from elsewhere runs nothing here
+        raise UserError(f"{source}: this run was begun with --custom {config['custom']}; to run that file again, "
+                        "give --custom FILE with --resume, too")
+    if "algo" in typed and args.algo != config["algo"]:
+        raise UserError(f"{source}: --algo {args.algo} cannot go on with a run of --algo {config['algo']}; begin "
+                        f"one from its weights, with --model {source} and another --out")
     for name in sorted(typed - set(FREE)):
         if getattr(args, name) != config[name] and not args.override:
             raise UserError(f"{source}: this run has --{name.replace('_', '-')} {config[name]}, not "

@@ -171,7 +171,7 @@ def test_help_explains_every_argument(capsys):
 
 def test_every_argument_is_used():
     """A key that nothing reads does not exist."""
-    text = "".join((HERE / f"{name}.py").read_text() for name in ("train", "harness/settings", "ppo", "sft", "variants/advantages", "variants/losses"))
+    text = "".join((HERE / f"{name}.py").read_text() for name in ("train", "harness/settings", "harness/folder", "ppo", "sft", "variants/advantages", "variants/losses"))
     for name in train.Args.__dataclass_fields__:
         assert f"args.{name}" in text or name in train.GAME_SETTINGS, name
     for name in train.GAME_SETTINGS:
@@ -290,14 +290,15 @@ def test_imports_follow_the_map():
                "kernels/__init__": {"torch", "triton"},
                **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
                "distributed/shard": {"torch", "safetensors", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "common", "model", "distributed"},
-               "distributed/processes": {"torch"},
+               "distributed/processes": {"torch", "harness"},
                "distributed/plan": {"torch", "kernels", "model", "ppo", "sft", "train"},
                "study/figures": {"envs", "numpy", "study", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy", "common"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
                "study/compat": {"study", "variants"}, "study/experiments": {"envs", "study"}, "study/__main__": {"study"},
                "variants/lora": {"torch", "model", "distributed"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "model", "variants", "distributed", "train"},
-               "harness/settings": {"envs", "ppo", "sft", "variants"},
+               "harness/settings": {"envs", "ppo", "sft", "variants"}, "harness/files": {"common"}, "harness/terminal": set(),
+               "harness/folder": {"torch", "common", "distributed", "harness", "model", "variants"},
                "train": {"torch", "common", "envs", "harness", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}
     for name, may in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
@@ -315,7 +316,9 @@ def test_the_readmes_own_estimator_runs(small, tmp_path, monkeypatch):
     monkeypatch.setitem(train.ppo.ESTIMATORS, "best-to-come", None)                # so that it is gone again after this test
     run(*command.split()[2:], "--model", small[0], "--steps", 2, "--out", tmp_path / "run")
     assert records(tmp_path / "run", "start")[0]["config"]["advantage"] == "best-to-come"
-    run("--resume", "--out", tmp_path / "run")                                     # it finds the file again
+    with pytest.raises(SystemExit, match="--custom mine.py; to run that file again, give --custom"):
+        run("--resume", "--out", tmp_path / "run")                                 # the folder alone runs no code
+    run("--resume", "--out", tmp_path / "run", "--custom", "mine.py")
 
 
 @pytest.mark.parametrize("code, words", [("1 +", "SyntaxError"), ("x = 1", "ESTIMATORS"), ("LOSSES = {'mine': print}", "'mine'"), (None, "No such file")])

@@ -1,0 +1,218 @@
+"""A run's folder: which one, who holds it, and what is written there.
+
+    runs/NAME/config.json       the settings
+    runs/NAME/log.jsonl         a line of JSON for every start, step and evaluation
+    runs/NAME/transcripts/      episodes for people to read
+    runs/NAME/checkpoints/      step_N/: distributed/checkpoint.py
+    runs/NAME/final/            an ordinary Hugging Face folder
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from common import to_json
+from distributed import checkpoint
+from distributed.processes import first
+from harness.files import Held, Lock, read_lines, replace, sweep, write_atomically
+from harness.settings import UserError, resumed
+from harness.terminal import visible
+from model import read_json
+from variants import lora
+
+LOG = "log.jsonl"
+LINE = {"event": str, "step": int}                             # what each of its lines has
+# What a checkpoint's record.json has at least.
+RECORD = {"step": int, "compute": (int, float), "flops": dict, "skipped": int, "skipped_in_a_row": int,
+          "began": (str, type(None)), "config": dict}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which folder
+
+@contextmanager
+def chosen(args, processes):
+    """Fill in --out and hold that folder: no other process may look at it or write there meanwhile.
+
+    It is runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the newest run
+    there. Workers that torchrun starts again resume the run that they began.
+    """
+    locks = []                                                 # of the first rank; the others go with it
+    try:
+        args.out, args.resume = first(lambda: choose(args, processes, locks))
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def choose(args, processes, locks):
+    """Return the folder, as text, and whether a run is resumed there. Its lock goes to `locks`."""
+    base = Path(f"runs/{args.task}-{args.algo}")
+    names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
+    taken = [name for name in names if (name / LOG).exists()]
+    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
+    if own or args.resume:
+        names = [*names[:1], *taken, *own][-1:]
+    there = True
+    for name in names:
+        try:
+            lock = Lock(name, launch=processes.launch)
+        except Held:
+            if len(names) == 1:
+                raise
+            continue
+        locks.append(lock)
+        there = (name / LOG).exists()                          # nobody can change that from now on
+        if own or args.resume or not there:
+            break
+        locks.pop().release()
+    if there and not (own or args.resume):
+        raise UserError(f"{name} holds a run already; continue it with --resume or choose another --out")
+    if not there and args.resume:
+        raise UserError(f"--resume: no run in {name}")
+    return str(name), bool(own or args.resume)
+
+
+def launch_of(run):
+    """Return which launch of torchrun began or resumed a run last; None for a log that does not tell."""
+    try:
+        starts = [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
+    except ValueError:
+        return None
+    return starts[-1].get("launch") if starts else None
+
+
+def git_commit():
+    """Return the commit of this run's code, with a + where its Python differs; None outside a git checkout."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
+        return done.stdout.decode("utf-8", "replace").strip()
+
+    commit = shutil.which("git") and git("rev-parse", "--short", "HEAD")
+    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return commit + "+" * bool(changed) if commit else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written there
+
+class RunFolder:
+    """The folder in --out, which `chosen` holds."""
+
+    def __init__(self, args, processes):
+        self.path, self.processes = Path(args.out), processes
+        self.log_file = self.path / LOG
+        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world, args.keep)
+
+    def resume(self, args, typed):
+        """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
+        checkpoint that is not as it was written."""
+        newest = first(self.checkpoints.newest)
+        if not newest:                                         # it was stopped before the first
+            return None, resumed(args, typed, read_json(self.path, "config.json"), self.path / "config.json")
+        self.checkpoints.verify(newest)
+        record = checkpoint.read_record(newest)
+        odd = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
+        if odd:
+            raise UserError(f"{newest}: record.json lacks {odd[0]}; written by another version of this program?")
+        began = [line["config"]["algo"] for line in read_lines(self.log_file, LINE) if line["event"] == "start"]
+        if began and began[-1] != record["config"].get("algo"):
+            raise UserError(f"{newest}: of a run with --algo {record['config'].get('algo')}, and that in {self.path} has "
+                            f"--algo {began[-1]}; move it away")
+        return newest, resumed(args, typed, record["config"], newest)
+
+    def start(self, args, step):
+        """Open the log; on resuming, drop what was logged after the checkpoint."""
+        def begin():
+            self.path.mkdir(parents=True, exist_ok=True)
+            sweep(self.path, ".*-*")
+            lines = read_lines(self.log_file, LINE) if args.resume else []
+            kept = [to_json(line) + "\n" for line in lines if line["step"] <= step and step]
+            write_atomically(self.path / "config.json", to_json(dataclasses.asdict(args), indent=2))
+            write_atomically(self.log_file, "".join(kept))
+
+        first(begin)
+        self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(),
+                 launch=self.processes.launch, hardware=self.processes.hardware,
+                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def log(self, **record):
+        """Append one JSON line."""
+        if self.processes.rank:
+            return
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(to_json(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.log_file}: cannot be written ({error.strerror}); make room, and "
+                            f"--resume --out {self.path} goes on from the last checkpoint") from None
+
+    def save(self, trainer, step):
+        """Begin to write a checkpoint, while training goes on."""
+        def model_and_tokenizer(folder):
+            config = json.dumps(trainer.model.config.to_dict(), indent=2)
+            (folder / "config.json").write_text(config, encoding="utf-8")
+            trainer.processor.save_pretrained(folder)
+
+        tensors = checkpoint.tensors_of(trainer.module, trainer.optimizers)
+        self.checkpoints.save(step, tensors, trainer.record(step), model_and_tokenizer)
+
+    def save_final(self, model, processor, sharded):
+        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and in
+        `model`."""
+        aside, final = self.path / ".final", self.path / "final"
+
+        def begin():
+            checkpoint.remove(aside)
+            processor.save_pretrained(aside)
+
+        def name():
+            checkpoint.remove(final)
+            aside.rename(final)
+
+        first(begin)
+        if sharded:
+            checkpoint.export(model, aside, self.processes.rank, self.processes.world)
+        elif self.processes.rank == 0:
+            lora.merge(model)
+            model.save_pretrained(aside)
+        self.processes.barrier()
+        first(name)
+
+    def dump(self, step, batch):
+        """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures
+        beside it. Returns the folder."""
+        folder, pictures = self.path / f"broken_step_{step:06d}", []
+        folder.mkdir(exist_ok=True)
+
+        def plain(x):
+            if dataclasses.is_dataclass(x):
+                return vars(x)
+            if isinstance(x, torch.Tensor):
+                return f"tensor of shape {list(x.shape)}"
+            pictures.append(f"rank_{self.processes.rank}_{len(pictures)}.png")
+            replace(folder / pictures[-1], lambda file: x.save(file, "PNG"))
+            return pictures[-1]
+
+        write_atomically(folder / f"rank_{self.processes.rank}.json", to_json(batch, default=plain))
+        return folder
+
+    def transcript(self, step, episode):
+        """Write one episode as a person would like to read it, and the pictures it was about."""
+        if self.processes.rank:
+            return
+        folder = self.path / "transcripts"
+        folder.mkdir(exist_ok=True)
+        text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
+        write_atomically(folder / f"step_{step:06d}.txt", visible(text) + "\n")
+        for k, conversation in enumerate(episode.conversations):
+            if conversation.image is not None:
+                picture = folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png"
+                replace(picture, lambda file: conversation.image.save(file, "PNG"))

@@ -1,0 +1,46 @@
+"""What a person is shown: no character that acts on a terminal, none that it lacks, and no traceback once its
+reader has gone. All may import it: it needs the standard library alone.
+"""
+
+import io
+import os
+import re
+import sys
+
+# Control characters but for tab and line break; what turns the direction of text; halves of characters.
+ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text):
+    r"""Write out characters that act on a terminal: ESC becomes \x1b."""
+    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class Visible(io.TextIOWrapper):
+    def write(self, text):
+        return super().write(visible(text))
+
+
+def command(main):
+    """Run the `main` of a command, as it is to be shown; of a reader that has gone it does not complain."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream:                             # None: closed by who started it
+            setattr(sys, name, Visible(stream.buffer, stream.encoding, "backslashreplace",
+                                       line_buffering=stream.line_buffering, write_through=stream.write_through))
+    try:
+        try:
+            main()
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+    except BrokenPipeError:
+        silence()
+        sys.exit(141)                          # as a shell calls the end by SIGPIPE
+
+
+def silence():
+    """Send to nowhere what is still to be printed, for its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
