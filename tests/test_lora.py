@@ -237,7 +237,7 @@ def test_a_checkpoint_loads_merged(small, tmp_path, algo):
     loaded = train.load(train.Args(algo="eval", model=str(checkpoint)), train.Processes("cpu"))[0].state_dict()
     assert loaded.keys() == final.keys() and all(torch.equal(loaded[name], final[name]) for name in final)
     run("--task", "gp-l", "--algo", "sft", "--model", checkpoint, "--steps", 1, "--out", tmp_path / "next", *LORA)
-    ranks = SimpleNamespace(world=2, device=torch.device("cpu"))
+    ranks = SimpleNamespace(rank=0, world=2, device=torch.device("cpu"))
     with pytest.raises(train.UserError, match="final/"):
         train.load(train.Args(algo="eval", model=str(checkpoint), shard="on"), ranks)
 
@@ -257,7 +257,7 @@ def test_two_ranks_equal_one(small, tmp_path, working_folder):
 
 
 def test_adapters_are_not_sharded():
-    ranks = SimpleNamespace(world=2, device=torch.device("cuda"))
+    ranks = SimpleNamespace(rank=0, world=2, device=torch.device("cuda"))
     assert train.sharding(train.Args(), 10**9, ranks) == "on"
     assert train.sharding(train.Args(lora_rank=4), 10**9, ranks) == "off"
     with pytest.raises(train.UserError, match="--lora-rank.*--shard on"):
