@@ -10,36 +10,23 @@ what is seen on the way told in words or shown as street views. A game has gymna
 """
 import itertools
 import json
-import math
 import random
 import re
-import string
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import add, mul, sub, truediv
 from pathlib import Path
 
 import numpy as np
 
 from common import derive
+from games.answers import read_answer, read_step    # noqa: F401
+from games.prompts import PROMPTS, TASKS, check_prompts, load_prompts   # noqa: F401
+from games.solver import miss, solvable, solve
+from games.verifier import MISREAD, REWARDS, SPACES, STEP_REWARDS, TURNS, UNJUDGED  # noqa: F401
+from games.verifier import Verdict, judge, judge_step   # noqa: F401
 from scenes import cities, routes, views
 from scenes.cards import FACES, LOOKS, RANKS, STYLES, draw_hand
 
-# The verdicts, in the order in which they are tried: the first that applies is the only one (paper, appendix A).
-REWARDS = {
-    "no_json": -3.0,            # no JSON object with a formula
-    "no_target": -3.0,          # no right-hand side, or the left side makes the target and the right side denies it
-    "unparsable": -3.0,         # not an expression of integers, + - * / and ( )
-    "foreign_number": -2.0,     # a number that was not dealt
-    "used_twice": -3.0,         # a dealt number used more often than it was dealt
-    "left_out": -3.0,           # a dealt number not used
-    "division_by_zero": -3.0,
-    "wrong_value": -1.0,        # a legal formula, whatever it claims to equal, that misses the target
-    "correct": 5.0,
-}
-STEP_REWARDS = {"no_action": -1.0, "unknown_action": -1.0, "wrong_action": -1.0, "right_action": 1.0}    # appendix B
-MISREAD = -1.5      # on top: "cards" are not the dealt ones, in any order (image tasks only); "current observation" is untrue
 EXHAUSTED = -1.0    # on top, when the last attempt fails
 
 # Behaviours of the released code that `compat` brings back: name -> what it does, and why the default differs.
@@ -48,12 +35,16 @@ _SIXTH = ("after the last judged attempt one more answer is drawn, which nobody 
 COMPAT = {
     "gp": {
         "sixth-attempt": _SIXTH,
-        "added-penalties": "the penalties of all that is wrong with a formula add up, one a kind, down to -9; in the paper an answer has one verdict",
+        "added-penalties": "the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number "
+                           "(also a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is "
+                           "left out; without any of these a formula that has no value costs 1. In the paper an "
+                           "answer has one verdict",
         "misread-first": "misread cards (image tasks) cost 1.5 and the formula is not judged; in the paper they cost 1.5 more",
         "iid-deck": "four independent draws of rank and suit, so that a card can be dealt twice, one of them from the face cards alone where "
                     "a face is wanted; the paper deals from a deck",
-        "float-equality": "whether a formula makes the target is decided in floating point, and 8/(3-8/3)=24 is told that it gives 24, not 24; "
-                          "the default is exact",
+        "float-equality": "whether a formula makes the target is decided in floating point. Where that misses, a "
+                          "formula as the released code lists its solutions, such as 8/(3-8/3)=24, gets 0 and the "
+                          "message '.', any other -1; the default is exact",
     },
     "virl": {
         "sixth-attempt": _SIXTH,
@@ -62,45 +53,6 @@ COMPAT = {
 }
 
 COUNTS = {3: "three", 4: "four", 5: "five"}      # {count} of cards, in words
-TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
-# str.format templates; load_prompts() replaces any of them. A literal brace is doubled.
-_ANSWER = ('Answer with one JSON object: {{"cards": [the {count} ranks, as in "A", "10", "Q"], "number": [their values], '
-           '"formula": "an equation that ends in ={target}"}}')
-_RULE = " with + - * / and parentheses, to make {target}. A counts as 1. {rule} Other cards count as printed.\n"
-_ACTIONS = "Actions: forward(), stop() and {actions}.\nObservations (O) and actions (A) so far:\n{history}\n"
-_STEP = ('Answer with one JSON object: {{"current observation": what is seen here, "current instruction": the sentence to '
-         'follow now, "action": the action to take}}')
-PROMPTS = {
-    "gp-l": "Use the values of the {count} cards, each exactly once," + _RULE + "Cards: {cards}\n" + _ANSWER,
-    "gp-vl": "The image shows {count} playing cards. Use their values, each exactly once," + _RULE + _ANSWER,
-    "rule_same": "J, Q and K all count as {J}.",                    # {rule}, when the three are worth the same
-    "rule_each": "J counts as {J}, Q as {Q} and K as {K}.",         # {rule}, otherwise
-    "no_json": "There is no JSON with a formula.",
-    "no_target": "The formula must end in ={target}.",
-    "unparsable": "The formula cannot be read.",
-    "foreign_number": "{number} is not one of the numbers.",
-    "used_twice": "{number} is used too often.",
-    "left_out": "{number} is left out.",
-    "division_by_zero": "The formula divides by zero.",
-    "wrong_value": "The formula gives {number}, not {target}.",
-    "misread": "The cards are misread.",
-    "correct": "Correct.",
-    "virl-l": "Find the way by these instructions:\n{instructions}\n" + _ACTIONS + _STEP,
-    "virl-vl": "Find the way by these instructions:\n{instructions}\nThe image shows four street views: front, right / "
-               "back, left.\n" + _ACTIONS + _STEP,
-    "describe": "The image shows four street views: front, right / back, left. What is seen here?",
-    "absolute": "turn_direction(x), where x is north, northeast, east, southeast, south, southwest, west or northwest",
-    "relative": "turn_direction(x), where x is left, right, slightly left or slightly right",
-    "no_action": "There is no JSON with an action.",
-    "unknown_action": "There is no such action.",
-    "wrong_action": "The action is wrong.",
-    "right_action": "Correct.",
-    "no_observation": "There is no current observation.",
-    "missed_landmark": "A landmark here is not in the observation.",
-    "false_landmark": "There is no such landmark here.",
-    "missed_intersection": "This is an intersection.",
-    "false_intersection": "This is no intersection.",
-}
 
 
 @dataclass
@@ -110,55 +62,7 @@ class Observation:
     fresh: bool             # True: they start a new conversation; False: they continue the current one
 
 
-@dataclass
-class Verdict:
-    """What the verifier thinks of one answer."""
-    reward: float
-    message: str        # one or two short sentences for the model
-    recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
-    translated: bool    # "number" are the dealt values; "current instruction" is the one to follow (never rewarded)
-    code: str           # a key of REWARDS or STEP_REWARDS; with compat also "misread" and "unjudged"
-
-
-UNJUDGED = Verdict(0.0, "", False, False, "unjudged")       # of the answer after the last attempt: see "sixth-attempt"
-
-
-# ---------------------------------------------------------------------------------------------------- prompts, rules
-
-def _fields(template):
-    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-
-
-def check_prompts(prompts, source="prompts"):
-    """PROMPTS with some templates replaced. ValueError that names `source` and the key: an unknown key, not a
-    template, a field that its default has not, or a task prompt ("gp-l", ...) that lacks a field of its default but {count}, which may be
-    said in so many words."""
-    for key, template in prompts.items():
-        if key not in PROMPTS:
-            raise ValueError(f"{source}: unknown key {key!r}, expected one of {', '.join(PROMPTS)}")
-        fields = _fields(PROMPTS[key])
-        try:
-            missing = fields - _fields(template) - {"count"} if key in TASKS else None
-            template.format(**dict.fromkeys(fields | {"target"}, ""))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{source}: {key!r} is not a template with fields {sorted(fields | {'target'})} "
-                             f"and {{{{ }}}} for braces: {error}") from None
-        if missing:
-            raise ValueError(f"{source}: {key!r} lacks the fields {sorted(missing)}")
-    return {**PROMPTS, **prompts}
-
-
-def load_prompts(path):
-    """Templates from a JSON file {key: template}, the defaults elsewhere; ValueError (one line) if it is bad."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            prompts = json.load(file)
-    except ValueError as error:     # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(prompts, dict):
-        raise ValueError(f"{path}: expected a JSON object of templates, got {type(prompts).__name__}")
-    return check_prompts(prompts, str(path))
-
+# -------------------------------------------------------------------------------------------------------------- rules
 
 def face_values(rule):
     """{"J": 10, "Q": 10, "K": 10} for "10", {"J": 11, "Q": 12, "K": 13} for "11-12-13"."""
@@ -173,219 +77,6 @@ def card_values(ranks, rule):
     """The values of `ranks` (a list of RANKS) under `rule`: A is 1, a number card its number, J, Q, K by the rule."""
     values = {"A": 1, **face_values(rule)}
     return [values[rank] if rank in values else int(rank) for rank in ranks]
-
-
-# ------------------------------------------------------------------------------------------------------------ solver
-
-def arith(a, op, b):
-    """Exact `a op b` on fractions held as reduced pairs (n, d > 0), which are much faster than Fraction.
-    None stands for undefined, and stays undefined."""
-    if a is None or b is None or (op == "/" and b[0] == 0):
-        return None
-    (n, d), (m, e) = a, b
-    if op in "+-":
-        n, d = (n * e + m * d if op == "+" else n * e - m * d), d * e
-    else:
-        n, d = (n * m, d * e) if op == "*" else (n * e, d * m)
-    g = math.gcd(n, d) if d > 0 else -math.gcd(n, d)
-    return n // g, d // g
-
-
-def float_arith(a, op, b):
-    """What arith is in Python's own numbers, held as (value, 1): 8/(3-8/3) makes 23.99999999999999."""
-    if a is None or b is None or (op == "/" and b[0] == 0):
-        return None
-    return {"+": add, "-": sub, "*": mul, "/": truediv}[op](a[0], b[0]), 1
-
-
-# An expression is (kind, operands, inverse operands): kind "+" is a sum less its inverses, "*" a product over its
-# inverses, "" a number. Operands are sorted strings, so equal up to commuting and associating means equal.
-
-def _text(expression):
-    kind, operands, inverses = expression
-    inverse = "-" if kind == "+" else "/"
-    return kind.join(operands) + "".join(inverse + operand for operand in inverses)
-
-
-def _operands(expression, kind):
-    """(operands, inverses) of an expression looked at as a sum ("+") or as a product ("*")."""
-    if expression[0] == kind:
-        return expression[1:]
-    text = _text(expression)
-    return ((f"({text})" if expression[0] == "+" else text,), ())
-
-
-def _join(a, op, b):
-    kind = "+" if op in "+-" else "*"
-    (p, q), (r, s) = _operands(a, kind), _operands(b, kind)
-    if op in "-/":
-        r, s = s, r
-    return kind, tuple(sorted(p + r)), tuple(sorted(q + s))
-
-
-def _splits(numbers):
-    """The distinct ways to deal a sorted tuple into two non-empty sorted tuples, each in both orders."""
-    masks = range(1, 2 ** len(numbers) - 1)
-    return {tuple(tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for side in (1, 0))
-            for mask in masks}
-
-
-@lru_cache(maxsize=2048)
-def _reachable(numbers):
-    """{value: the set of expressions that make it} over all ways to use up a sorted tuple of numbers. Values below
-    zero are left out, and nothing is lost: where x-y is negative, y-x and the opposite sign one step later will do."""
-    if len(numbers) == 1:
-        return {(numbers[0], 1): {("", (str(numbers[0]),), ())}}
-    table = {}
-    for left, right in _splits(numbers):
-        for v, ways_v in _reachable(left).items():
-            for w, ways_w in _reachable(right).items():
-                for op in "+-*/" if left <= right else "-/":
-                    value = arith(v, op, w)
-                    if value is not None and value[0] >= 0:
-                        table.setdefault(value, set()).update(_join(a, op, b) for a in ways_v for b in ways_w)
-    return table
-
-
-def _last_steps(numbers, target):
-    """Yield (expressions, op, expressions) for every last operation that makes the target. Meeting in the middle:
-    a value v of the smaller part leaves one other value w for each operation, and that is looked up."""
-    t = (target, 1)
-    for small, large in _splits(numbers):
-        others = _reachable(large) if len(small) <= len(large) else {}
-        for v, ways in _reachable(small).items() if others else ():
-            for op, w in (("+", arith(t, "-", v)), ("-", arith(v, "-", t)),        # v op w = t
-                          ("*", arith(t, "/", v)), ("/", arith(v, "/", t))):
-                if w in others and arith(v, op, w) == t:
-                    yield ways, op, others[w]
-            for op, w in (("-", arith(t, "+", v)), ("/", arith(t, "*", v))):       # w op v = t
-                if w in others and arith(w, op, v) == t:
-                    yield others[w], op, ways
-
-
-@lru_cache(maxsize=1 << 16)
-def _solvable(numbers, target):
-    return numbers == (target,) or any(True for _ in _last_steps(numbers, target))
-
-
-@lru_cache(maxsize=1 << 14)
-def _solve(numbers, target):
-    found = {_text(_join(a, op, b)) for left, op, right in _last_steps(numbers, target) for a in left for b in right}
-    return tuple(f"{text}={target}" for text in sorted(found | ({str(target)} if numbers == (target,) else set())))
-
-
-def solve(numbers, target=24):
-    """All formulas ("(10-2)*(1+2)=24") that use each of `numbers` (positive integers) exactly once and make the
-    positive integer `target`, sorted. They are exact, and distinct up to commuting and associating: a-(b-c)
-    and c+a-b are one; no step goes below zero, so (a-b)*(c-d) and (b-a)*(d-c) are one too. Empty if there is none.
-    Four numbers take about a millisecond, six about a second."""
-    return list(_solve(tuple(sorted(numbers)), target))
-
-
-# ---------------------------------------------------------------------------------------------------------- verifier
-
-_SIGNS = str.maketrans({**dict.fromkeys("xX×·•∙⋅∗✕✖", "*"), **dict.fromkeys("÷∕⁄", "/"),
-                        **dict.fromkeys("−–—‐‑－", "-"), "＋": "+", "（": "(", "）": ")", "＝": "="})
-_NAMES = {"ACE": "A", "T": "10", "TEN": "10", "JACK": "J", "QUEEN": "Q", "KING": "K"}
-_QUOTES = r"""[\\"'`“”‘’]"""
-_QUOTE = _QUOTES + "{0,2}"
-_LIST = r"[\[(]([^\])}]{0,400})"
-_FORMULA = _QUOTE + r"""([^"'`“”‘’}\n,\\]*)"""
-_LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
-MAX_FORMULA = 200   # characters; bounds the parser's recursion and the size of its integers
-
-
-def _field(text, key, value):
-    """The last value of `key` in something like JSON, or None. A field starts after { , ] or a line break, so that
-    prose is not taken for one; [ \\t] and not \\s there, or 100k line breaks would cost 100k scans of the rest."""
-    found = re.findall(r"[{,\]\n][ \t]*" + _QUOTE + key + _QUOTE + r"\s*:\s*" + value, text, re.IGNORECASE)
-    return found[-1] if found else None
-
-
-def read_answer(text):
-    """(cards, number, formula) of an answer in any quotes, fences or surroundings; None for a field that is not
-    there. `cards` are ranks in capitals ("A", "10", "Q"), `number` strings, `formula` has plain signs."""
-    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text).replace("\\/", "/")
-    cards, number = _field(text, "cards", _LIST), _field(text, "number", _LIST)
-    formula = _field(text, "formula", _FORMULA) if "{" in text else None
-    if cards is not None:   # "Ace of Spades", 'q', 10, T
-        words = [re.search("[A-Z0-9]+", item.upper()) for item in cards.split(",") if item.strip()]
-        cards = [_NAMES.get(word[0], word[0]) if word else "" for word in words]
-    number = number and [item.strip(" \\\"'") for item in number.split(",") if item.strip()]
-    return cards, number, formula and formula.translate(_SIGNS).strip()
-
-
-def _evaluate(tokens, level=1, arith=arith):
-    """Take an expression off the end of `tokens` (last token first) by precedence climbing; its value as in `arith`.
-    ValueError if there is none. Nesting is bounded by MAX_FORMULA."""
-    token = tokens.pop() if tokens else ""
-    if token == "(":
-        value = _evaluate(tokens, 1, arith)
-        if not tokens or tokens.pop() != ")":
-            raise ValueError("unbalanced parentheses")
-    elif token == "-":      # a sign binds more tightly than any operation
-        value = arith((0, 1), "-", _evaluate(tokens, 3, arith))
-    elif token.isdecimal():
-        value = (int(token), 1)
-    else:
-        raise ValueError(f"unexpected {token!r}")
-    while tokens and _LEVELS.get(tokens[-1], 0) >= level:
-        op = tokens.pop()
-        value = arith(value, op, _evaluate(tokens, _LEVELS[op] + 1, arith))
-    return value
-
-
-def _judge_formula(formula, numbers, target, floats=False):
-    """What is wrong with a formula (None: there is none), or that it is right: [(code, the number its message mentions or
-    None)], never empty. The first is the paper's verdict. floats: "float-equality"."""
-    if formula is None:
-        return [("no_json", None)]
-    left, _, right = formula.rpartition("=")
-    if not left or not right.strip().isdecimal():
-        return [("no_target", None)]
-    if len(formula) > MAX_FORMULA or re.search(r"[^\d\s()*/+-]", left):     # other signs: nothing else is looked at
-        return [("unparsable", None)]
-    tokens = re.findall(r"[0-9]+|\S", left)
-    rest, faults = tokens[::-1], []
-    try:
-        value = _evaluate(rest)
-        if rest:
-            raise ValueError("something follows the expression")
-    except ValueError:
-        faults.append(("unparsable", None))
-    used, dealt = Counter(int(token) for token in tokens if token.isdecimal()), Counter(numbers)
-    foreign = used.keys() - dealt.keys()
-    for code, wrong in (("foreign_number", foreign), ("used_twice", not foreign and used - dealt), ("left_out", dealt - used)):
-        if wrong:
-            faults.append((code, str(min(wrong))))
-    if faults:
-        return faults
-    if value is None:
-        return [("division_by_zero", None)]
-    if (_evaluate(tokens[::-1], arith=float_arith) if floats else value) != (target, 1):
-        return [("wrong_value", f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0]))]
-    return [("correct", None) if int(right) == target else ("no_target", None)]
-
-
-def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS, compat=frozenset()):
-    """The verdict on any text whatever, never an exception.
-
-    cards: dealt ranks; numbers: their values; image: whether misread cards cost MISREAD. Rewards: see REWARDS; compat:
-    names of COMPAT["gp"]."""
-    read_cards, read_numbers, formula = read_answer(text)
-    faults = _judge_formula(formula, numbers, target, "float-equality" in compat)
-    faults = faults if "added-penalties" in compat else faults[:1]
-    recognized = sorted(read_cards or []) == sorted(cards)
-    translated = sorted(read_numbers or []) == sorted(map(str, numbers))
-    short = lambda number: number if number is None or len(number) <= 12 else number[:11] + "…"
-    code, reward = faults[0][0], sum(REWARDS[code] for code, _ in faults)
-    message = " ".join(prompts[code].format(number=short(number), target=target) for code, number in faults)
-    if image and not recognized:
-        misread = prompts["misread"].format(target=target)
-        if "misread-first" in compat:
-            return Verdict(MISREAD, misread, recognized, translated, "misread")
-        reward, message = reward + MISREAD, f"{misread} {message}"
-    return Verdict(reward, message, recognized, translated, code)
 
 
 # ----------------------------------------------------------------------------------------------------- GeneralPoints
@@ -408,19 +99,6 @@ def _switches(compat, known):
     return names
 
 
-def _random_formula(numbers, target, rng):
-    """Some formula of all `numbers` that claims to make the target and does not."""
-    while True:
-        parts = [((n, 1), ("", (str(n),), ())) for n in numbers]
-        while len(parts) > 1:
-            (v, a), (w, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-            op = rng.choice("++--**/")
-            parts.append((arith(v, op, w), _join(a, op, b)))
-        value, expression = parts[0]
-        if value is not None and value != (target, 1):
-            return f"{_text(expression)}={target}"
-
-
 def _dialogue(game, messages, mistakes):
     """The prompt `messages`, then `mistakes` wrong answers with the verifier's replies, then the expert's."""
     if not 0 <= mistakes < game.attempts:
@@ -432,7 +110,7 @@ def _dialogue(game, messages, mistakes):
 
 
 def _answer(cards, numbers, formula):
-    return json.dumps({"cards": list(cards), "number": list(numbers), "formula": formula})
+    return json.dumps({"cards": list(cards), "number": list(numbers), "formula": formula}, ensure_ascii=False)
 
 
 class GeneralPoints:
@@ -503,7 +181,7 @@ class GeneralPoints:
             self.hand = self._draw()
             self.cards = [rank for rank, _ in self.hand]
             wanted = self.deal == "any" or set(FACES) & set(self.cards)
-            if wanted and all(_solvable(tuple(sorted(values[rank] for rank in self.cards)), self.target)
+            if wanted and all(solvable([values[rank] for rank in self.cards], self.target)
                               for values in (self.values, self.stated)):
                 break
         else:
@@ -550,7 +228,7 @@ class GeneralPoints:
 
     def oracle(self):
         """The expert's answer to the current hand; which of the solutions is the seed's choice."""
-        formulas = _solve(tuple(sorted(self.numbers)), self.target)
+        formulas = solve(self.numbers, self.target)
         return _answer(self.cards, self.numbers, formulas[int(self.pick * len(formulas))])
 
     def demonstrate(self, seed, mistakes=0):
@@ -571,15 +249,12 @@ class GeneralPoints:
             used[rng.randrange(self.count)] = rng.randint(1, 13)
         elif kind < 0.17:
             used.pop(rng.randrange(self.count))
-        answer = _answer(cards, numbers, _random_formula(used, self.target, rng))
+        answer = _answer(cards, numbers, miss(used, self.target, rng))
         return answer[:rng.randrange(1, len(answer))] if kind > 0.98 else answer
 
 
 # ------------------------------------------------------------------------------------------ routes, rails, instructions
 
-TURNS = ("left", "right", "slightly left", "slightly right")
-SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words))
-          for rule, words in (("absolute", cities.COMPASS), ("relative", TURNS))}
 BUILT_IN = Path("runs/cities")      # where the built-in cities are kept once they are made
 
 
@@ -657,54 +332,6 @@ def known_routes(look, held_out, image, size, skip_bad):
         if world.skipped:
             print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}", flush=True)
     return [route for group in itertools.zip_longest(*(world.routes for world in worlds)) for route in group if route]
-
-
-# ------------------------------------------------------------------------------------------------ navigation's verifier
-
-_STRING = _QUOTE + r"""([^\n]{0,400}?)""" + _QUOTE + r"""[ \t]*(?=,[ \t]*["'“‘\\\n}]|[}\n]|$)"""
-
-
-def read_step(text):
-    """(current observation, current instruction, action) of an answer in any quotes, fences or surroundings; None for
-    a field that is not there. The action is lower-case without quotes and needless spaces."""
-    fields = [_field(text, key, _STRING) if "{" in text else None
-              for key in ("current observation", "current instruction", "action")]
-    action = fields[2] and re.sub(r"\s*([()])\s*", r"\1", " ".join(re.sub(_QUOTES, " ", fields[2].lower()).split()))
-    return fields[0], fields[1], action
-
-
-def _wrong_observation(observation, point, landmarks):
-    """What is wrong with an answer's current observation, as keys of PROMPTS: nothing, or one of the landmark and one of
-    the intersection. Compared are the landmark's name and the intersection, not the wording and not the side."""
-    if observation is None:
-        return ["no_observation"]
-    rest, named = " ".join(observation.lower().split()), set()
-    for name in sorted(landmarks, key=len, reverse=True):       # longest first: one name may hold another
-        if name.lower() in rest:
-            named.add(name)
-            rest = rest.replace(name.lower(), "")
-    wrong = []
-    if point.landmark and point.landmark not in named:
-        wrong.append("missed_landmark")
-    elif named - {point.landmark} or (not point.landmark and "on your" in rest):
-        wrong.append("false_landmark")
-    claimed = re.sub(r"\b(no|not)\b[^.;,]*intersection", "", rest)
-    if ("intersection" in claimed) != point.intersection:
-        wrong.append("missed_intersection" if point.intersection else "false_intersection")
-    return wrong
-
-
-def judge_step(text, point, sentence, landmarks, rule, prompts=PROMPTS):
-    """The verdict on any text whatever, never an exception. point: the truth; sentence: the instruction to follow there;
-    landmarks: all names of the route. Rewards (appendix B): +1 or -1 for the action and, on top, -1.5 for an
-    observation that misses the landmark or the intersection or claims a wrong one."""
-    observation, instruction, action = read_step(text)
-    wrong = _wrong_observation(observation, point, landmarks)
-    code = ("no_action" if action is None else "right_action" if action == point.action else
-            "wrong_action" if action in SPACES[rule] else "unknown_action")
-    message = " ".join(prompts[key].format(target="") for key in [*wrong, code])
-    translated = instruction is not None and instruction.strip().lower() == sentence.lower()
-    return Verdict(STEP_REWARDS[code] + MISREAD * bool(wrong), message, not wrong, translated, code)
 
 
 # ----------------------------------------------------------------------------------------------------------- Navigation
@@ -852,7 +479,8 @@ class Navigation:
 
 
 def _step_answer(observation, instruction, action):
-    return json.dumps({"current observation": observation, "current instruction": instruction, "action": action})
+    said = {"current observation": observation, "current instruction": instruction, "action": action}
+    return json.dumps(said, ensure_ascii=False)     # as people write: a model is to learn é and not \u00e9
 
 
 class Mixed:

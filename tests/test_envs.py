@@ -108,8 +108,8 @@ def test_solver_finds_what_brute_force_finds(target, hands):
 @pytest.mark.parametrize("highest, solvable", [(13, 1362), (10, 566)])
 def test_known_counts_of_solvable_hands(highest, solvable):
     hands = list(itertools.combinations_with_replacement(range(1, highest + 1), 4))
-    assert sum(envs._solvable(hand, 24) for hand in hands) == solvable
-    assert all(envs._solvable(hand, 24) == bool(solve(hand, 24)) for hand in hands)
+    assert sum(envs.solvable(hand, 24) for hand in hands) == solvable
+    assert all(envs.solvable(hand, 24) == bool(solve(hand, 24)) for hand in hands)
 
 
 @pytest.mark.parametrize("numbers, target, formulas", [

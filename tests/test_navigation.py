@@ -237,7 +237,7 @@ HOSTILE = [
     ('{"action": "turn_direction(east); stop()"}', "unknown_action"), ('{"action": "turn_direction"}', "unknown_action"),
     ('{"action": "__import__(\'os\').system(\'true\')"}', "unknown_action"), ('{"action": "forward()"}', "wrong_action"),
     ('{"action": "turn_direction(northeast)"}', "wrong_action"), ('{"current observation": "action: turn_direction(east)"}', "no_action"),
-    ('{"a": ' * 50_000, "no_action"), ('{"action": "' + "x" * 100_000 + '"}', "no_action"), (',action:' * 20_000, "no_action"),
+    ('{"a": ' * 50_000, "no_action"), ('{"action": "' + "x" * 100_000 + '"}', "unknown_action"), (',action:' * 20_000, "no_action"),
     ("\n{" * 50_000, "no_action"), ('{"action": "\udcff\x00"}', "unknown_action"), ('{"action": "turn_direction(еast)"}', "unknown_action"),
     ('{"action": "' + "turn_direction(" * 20 + '"}', "unknown_action")]
 

@@ -1,0 +1,185 @@
+r"""Read any text whatever into the fields of an answer: in linear time, and never an exception.
+
+    python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
+
+The answer is the object, in braces, that ends last and has the wanted key among its own keys: no object in a
+string and none under another key stands in for it. What follows a key is decoded as JSON where it is JSON:
+
+| otherwise read leniently                                | not read                                     |
+|---------------------------------------------------------|----------------------------------------------|
+| prose and code fences around it, no brace at its end    | no brace at its start                        |
+| keys in any case; quotes of any kind or none            | an answer in a string of another answer      |
+| too many or too few commas, // comments, line breaks    | over MAX_TOKENS braces, strings and words    |
+| the whole of it once more as a JSON string              |                                              |
+| formula: white space of all kinds, a full stop at last  | digits apart (1 2), other scripts' digits, . |
+| full-width, small and bold signs and digits             | 2² 3½ ② ⒋, which NFKC would make digits of   |
+| x × · ∙ ∗ ✖ ÷ ∕ – − and the like                        | words, ^ ! // **, [ ] { } as parentheses     |
+| \times \cdot \ast \div \left \right                     | \frac and other LaTeX                        |
+| cards: "Ace of Spades", q, T, 10                        |                                              |
+| action: capitals, quotes, spaces around parentheses     | two actions, a full stop                     |
+
+A string is read to its end and judged as a whole: "(7+8-7)*3=24, no wait, =25" claims 25.
+"""
+import json
+import re
+import unicodedata
+
+MAX_TOKENS = 5_000      # braces, strings, words between commas; an answer has some 30
+MAX_FORMULA = 200       # characters; bounds the verifier's recursion and the size of its integers
+MAX_ITEMS = 64          # of a list: no hand has so many cards
+MAX_ESCAPES = 1_000     # of a value that is not JSON; the rest stay as they are
+MAX_NESTING = 100       # brackets in a value that is decoded as JSON, whatever Python's recursion limit
+
+# A quote ends a string if what comes next may follow a string; an apostrophe or a quotation inside does not.
+# In JSON a quote without a backslash does. The quantifiers are possessive (*+): nothing is tried twice.
+_KEY = r"""["'`“”‘’][\w ]{1,40}["'`“”‘’]\s*+:"""
+_ENDS = rf"(?=[ \t\r]*+(?:\n|\Z)|\s*+(?:[,:}}\])`]|//|{_KEY}))"
+_QUOTED = "|".join(
+    rf"[{opening}](?:[^{closing}\\]|\\(?:.|\Z)|[{closing}](?!{_ENDS}))*+(?:[{closing}]|\Z)"
+    for opening, closing in (('"', '"'), ("'", "'"), ("“”", "“”\""), ("‘’`", "‘’`'")))
+_WORD = r"""[^\s{},:\[\]"'`“”‘’][^{},:\[\]\n]*+"""
+_STRING = re.compile(_QUOTED, re.DOTALL)
+_TOKEN = re.compile(rf"(?:[\s,\[\]]|//[^\n]*+)*+"
+                    rf"(?:(?P<brace>[{{}}])|(?P<name>{_QUOTED}|{_WORD})\s*+(?P<colon>:)?|:|\Z)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_EDGES = " \t\r\n,`"
+_QUOTES = "\\\"'`“”‘’"
+
+
+def _unescape(match):
+    code = match[1]
+    if len(code) == 5:
+        return chr(int(code[1:], 16))
+    return {"n": "\n", "t": "\t", "r": "\r"}.get(code, code if code in _QUOTES + "/" else match[0])
+
+
+class _Object:
+    """Where the own values of an object stand: {key: [start, end]}."""
+
+    def __init__(self):
+        self.values, self.last = {}, [0, 0]
+
+    def close(self, end):
+        self.last[1] = end
+
+    def open(self, key, start, end):
+        """Note a key from `start` to `end`, with which the value before ends and another begins."""
+        self.close(start)
+        key = _ESCAPE.sub(_unescape, key, count=MAX_ESCAPES).strip(_QUOTES + " \n").lower()
+        self.last = self.values[" ".join(key.split())] = [end, end]
+
+
+def _objects(text, keys):
+    """Return {key: the object that ends last among those that have it} in one pass."""
+    found, unclosed, at = {}, [], 0
+    for _ in range(MAX_TOKENS):
+        if not unclosed:        # quotes in prose mean nothing: go on at the next brace
+            at = text.find("{", at)
+            if at < 0:
+                return found
+        token = _TOKEN.match(text, at)
+        at = token.end()
+        if token["brace"] == "{":
+            unclosed.append(_Object())
+        elif token["brace"]:
+            ended = unclosed.pop()
+            ended.close(at - 1)
+            found |= dict.fromkeys(keys & ended.values.keys(), ended)
+        elif token["colon"]:
+            unclosed[-1].open(token["name"], token.start("name"), at)
+        elif at == len(text):
+            break
+    else:
+        return {}
+    for cut in reversed(unclosed):      # all of them end here, the outermost last
+        cut.close(at)
+        found |= dict.fromkeys(keys & cut.values.keys(), cut)
+    return found
+
+
+def _value(text):
+    """Return the str or list after a key: by JSON, else a string in any quotes, else the text itself."""
+    text = text.strip(_EDGES)
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        try:        # numbers stay text: int() refuses 5,000 digits
+            value = json.loads(text, strict=False, parse_int=str, parse_float=str, parse_constant=str)
+            return value if isinstance(value, (str, list)) else ""
+        except ValueError:
+            pass
+    string = _STRING.match(text)
+    rest = text[string.end():].lstrip() if string else "more"
+    if not rest or rest.startswith("//"):
+        text = string[0].rstrip(_EDGES + _QUOTES + "}]")
+    return _ESCAPE.sub(_unescape, text.strip(_EDGES + _QUOTES), count=MAX_ESCAPES)
+
+
+def _fields(text, *keys):
+    """Return the values of `keys`, the most wanted first, all from one object; None where it lacks a key."""
+    if text.lstrip()[:1] == '"':
+        try:
+            text = json.loads(text, strict=False)
+        except ValueError:
+            pass
+    objects = _objects(text, set(keys))
+    own = next((objects[key].values for key in keys if key in objects), {})
+    return [_value(text[slice(*own[key])]) if key in own else None for key in keys]
+
+
+def _items(value):
+    """Return the strings of a list, or of a text that looks like one."""
+    if isinstance(value, list):
+        return [item if isinstance(item, str) else "" for item in value[:MAX_ITEMS]]
+    return [part for part in value.strip("[]() \n").split(",", MAX_ITEMS) if part.strip()]
+
+
+_RANKS = {"ACE": "A", "T": "10", "TEN": "10", "JACK": "J", "QUEEN": "Q", "KING": "K"}
+_SIGNS = str.maketrans({
+    **dict.fromkeys("xX×·•∙⋅∗⁎✕✖⨉⨯", "*"), **dict.fromkeys("÷∕⁄➗", "/"), "➕": "+",
+    **dict.fromkeys("−–—‐‑‒➖", "-"), "。": ".", "\ufe0f": " "})      # U+FE0F: shown as an emoji
+_LATEX = {"times": "*", "cdot": "*", "ast": "*", "div": "/", "left": " ", "right": " "}
+_LATEX_SIGN = re.compile(rf"(?<!\\)\\++({'|'.join(_LATEX)})(?![A-Za-z])")
+_FORMS = ("<wide>", "<narrow>", "<small>", "<font>")     # NFKC of <super>, <fraction>, ... changes the value
+
+
+def _plain(character):
+    shown = unicodedata.decomposition(character).startswith(_FORMS)
+    return unicodedata.normalize("NFKC", character) if shown else character
+
+
+def _formula(text):
+    """Return a formula with plain signs and digits and no full stop; one that is too long as it is."""
+    if len(text := text.strip()) > MAX_FORMULA:
+        return text
+    text = " ".join("".join(map(_plain, text)).translate(_SIGNS).split())
+    return text.removesuffix(".").rstrip()
+
+
+def read_answer(text):
+    """Return (cards, number, formula) of an answer to GeneralPoints; None for a field that is not there.
+
+    cards: ranks in capitals ("A", "10", "Q"); number: strings; formula: in plain signs, "" if not text."""
+    text = _LATEX_SIGN.sub(lambda sign: _LATEX[sign[1]], text)      # JSON makes a tab and "imes" of \times
+    formula, cards, number = _fields(text, "formula", "cards", "number")
+    if cards is not None:   # "Ace of Spades", 'q', 10, T
+        words = [re.search("[A-Z0-9]+", item.upper()) for item in _items(cards)]
+        cards = [_RANKS.get(word[0], word[0]) if word else "" for word in words]
+    if number is not None:
+        number = [item.strip(_QUOTES + " ") for item in _items(number)]
+    if formula is not None:
+        formula = _formula(formula) if isinstance(formula, str) else ""
+    return cards, number, formula
+
+
+def read_step(text):
+    """Return (current observation, current instruction, action) of an answer to Navigation.
+
+    None for a field that is not there, "" for one that is not a string. The action is in lower case, without
+    quotes and without needless spaces."""
+    fields = _fields(text, "action", "current observation", "current instruction")
+    action, *said = ["" if isinstance(value, list) else value for value in fields]
+    if action is not None:
+        quotes = str.maketrans(dict.fromkeys(_QUOTES, " "))
+        action = " ".join(action.lower().translate(quotes).split())
+        for bracket in "()":
+            action = action.replace(f" {bracket}", bracket).replace(f"{bracket} ", bracket)
+    return *said, action

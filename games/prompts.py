@@ -1,0 +1,109 @@
+"""What the games say: templates for prompts and for the verifier's messages, which `--prompts FILE` replaces.
+
+    python -c "from games.prompts import PROMPTS; print(PROMPTS['gp-l'])"
+
+A field is a plain {name}. What else str.format knows is refused: a width of 999999999 would fill the memory,
+and an attribute or an index would look into objects.
+"""
+import json
+import string
+
+TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
+_ANSWER = ('Answer with one JSON object: {{"cards": [the {count} ranks, as in "A", "10", "Q"], '
+           '"number": [their values], "formula": "an equation that ends in ={target}"}}')
+_RULE = (" with + - * / and parentheses, to make {target}. A counts as 1. {rule} "
+         "Other cards count as printed.\n")
+_ACTIONS = "Actions: forward(), stop() and {actions}.\nObservations (O) and actions (A) so far:\n{history}\n"
+_STEP = ('Answer with one JSON object: {{"current observation": what is seen here, '
+         '"current instruction": the sentence to follow now, "action": the action to take}}')
+PROMPTS = {
+    "gp-l": "Use the values of the {count} cards, each exactly once," + _RULE + "Cards: {cards}\n" + _ANSWER,
+    "gp-vl": "The image shows {count} playing cards. Use their values, each exactly once," + _RULE + _ANSWER,
+    "rule_same": "J, Q and K all count as {J}.",                # {rule}, when the three are worth the same
+    "rule_each": "J counts as {J}, Q as {Q} and K as {K}.",     # {rule}, otherwise
+    "no_json": "There is no JSON with a formula.",
+    "no_target": "The formula must end in ={target}.",
+    "unparsable": "The formula cannot be read.",
+    "foreign_number": "{number} is not one of the numbers.",
+    "used_twice": "{number} is used too often.",
+    "left_out": "{number} is left out.",
+    "division_by_zero": "The formula divides by zero.",
+    "wrong_value": "The formula gives {number}, not {target}.",
+    "unfinished": "The formula cannot be read.",
+    "float_miss": ".",                                          # all that the released code says
+    "misread": "The cards are misread.",
+    "correct": "Correct.",
+    "virl-l": "Find the way by these instructions:\n{instructions}\n" + _ACTIONS + _STEP,
+    "virl-vl": "Find the way by these instructions:\n{instructions}\n"
+               "The image shows four street views: front, right / back, left.\n" + _ACTIONS + _STEP,
+    "describe": "The image shows four street views: front, right / back, left. What is seen here?",
+    "absolute": "turn_direction(x), where x is north, northeast, east, southeast, south, southwest, west or "
+                "northwest",
+    "relative": "turn_direction(x), where x is left, right, slightly left or slightly right",
+    "no_action": "There is no JSON with an action.",
+    "unknown_action": "There is no such action.",
+    "wrong_action": "The action is wrong.",
+    "right_action": "Correct.",
+    "no_observation": "There is no current observation.",
+    "missed_landmark": "A landmark here is not in the observation.",
+    "false_landmark": "There is no such landmark here.",
+    "missed_intersection": "This is an intersection.",
+    "false_intersection": "This is no intersection.",
+}
+MAX_TEMPLATE = 20_000       # characters: a prompt has to fit into a context
+MAX_FIELDS = 50             # of a template
+MAX_FILE = 1 << 20          # bytes
+
+
+def _fields(template):
+    """Return the fields of a template, with repeats. ValueError if one is more than a plain {name}."""
+    if len(template) > MAX_TEMPLATE:
+        raise ValueError(f"{len(template)} characters are over {MAX_TEMPLATE}")
+    template.encode()               # ValueError: half a surrogate pair, which no tokenizer takes
+    found = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if spec or conversion or name is not None and not name.isidentifier():
+            raise ValueError("a field is a plain {name}: no format, no conversion, no index, no attribute")
+        found += [] if name is None else [name]
+    if len(found) > MAX_FIELDS:
+        raise ValueError(f"{len(found)} fields are over {MAX_FIELDS}")
+    return found
+
+
+def check_prompts(prompts, source="prompts"):
+    """Return PROMPTS with some templates replaced.
+
+    ValueError that names `source` and the key: an unknown key, not a template, a field that its default has
+    not, or a task prompt ("gp-l", ...) that lacks a field of its default. Only {count} may be left out."""
+    for key, template in prompts.items():
+        if key not in PROMPTS:
+            raise ValueError(f"{source}: unknown key {key!r:.80}, expected one of {', '.join(PROMPTS)}")
+        if not isinstance(template, str):
+            raise ValueError(f"{source}: {key!r}: expected a string, got {type(template).__name__}")
+        known = set(_fields(PROMPTS[key]))
+        try:
+            used = set(_fields(template))
+        except ValueError as error:
+            braces = "{{ and }} stand for braces"
+            raise ValueError(f"{source}: {key!r} is not a template ({braces}): {error}") from None
+        if foreign := used - known - {"target"}:
+            raise ValueError(f"{source}: {key!r} knows the fields {sorted(known | {'target'})}, "
+                             f"not {min(foreign)!r:.80}")
+        if key in TASKS and known - used - {"count"}:
+            raise ValueError(f"{source}: {key!r} lacks the fields {sorted(known - used - {'count'})}")
+    return {**PROMPTS, **prompts}
+
+
+def load_prompts(path):
+    """Read templates from a JSON file {key: template}; the rest are the defaults. ValueError if it is bad."""
+    with open(path, "rb") as file:
+        text = file.read(MAX_FILE + 1)
+    if len(text) > MAX_FILE:
+        raise ValueError(f"{path}: over {MAX_FILE} bytes, expected a JSON object of templates")
+    try:
+        prompts = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:       # not JSON, not UTF-8, or [[[[[...
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{path}: expected a JSON object of templates, got {type(prompts).__name__}")
+    return check_prompts(prompts, str(path))

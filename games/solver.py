@@ -1,0 +1,130 @@
+"""Find all formulas that make a target of given numbers, each exactly once, with + - * / and parentheses.
+
+    python -c "from games.solver import solve; print(*solve([3, 3, 8, 8]))"
+"""
+import math
+from functools import lru_cache
+
+
+def arith(a, op, b):
+    """Return the exact `a op b` of fractions held as reduced pairs (n, d > 0): much faster than Fraction.
+
+    None stands for undefined, and stays undefined."""
+    if a is None or b is None or (op == "/" and b[0] == 0):
+        return None
+    (n, d), (m, e) = a, b
+    if op in "+-":
+        n, d = (n * e + m * d if op == "+" else n * e - m * d), d * e
+    else:
+        n, d = (n * m, d * e) if op == "*" else (n * e, d * m)
+    g = math.gcd(n, d) if d > 0 else -math.gcd(n, d)
+    return n // g, d // g
+
+
+# An expression is (kind, operands, inverse operands): kind "+" is a sum less its inverses, "*" a product over
+# its inverses, "" a number. Operands are sorted strings: equal up to commuting and associating means equal.
+
+def _text(expression):
+    kind, operands, inverses = expression
+    inverse = "-" if kind == "+" else "/"
+    return kind.join(operands) + "".join(inverse + operand for operand in inverses)
+
+
+def _operands(expression, kind):
+    """Return (operands, inverses) of an expression looked at as a sum ("+") or as a product ("*")."""
+    if expression[0] == kind:
+        return expression[1:]
+    text = _text(expression)
+    return ((f"({text})" if expression[0] == "+" else text,), ())
+
+
+def _join(a, op, b):
+    kind = "+" if op in "+-" else "*"
+    (p, q), (r, s) = _operands(a, kind), _operands(b, kind)
+    if op in "-/":
+        r, s = s, r
+    return kind, tuple(sorted(p + r)), tuple(sorted(q + s))
+
+
+def _splits(numbers):
+    """Return the distinct ways to deal a sorted tuple into two non-empty ones, each in both orders."""
+    masks = range(1, 2 ** len(numbers) - 1)
+    return {tuple(tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for side in (1, 0))
+            for mask in masks}
+
+
+@lru_cache(maxsize=2048)
+def _reachable(numbers):
+    """Return {value: the set of expressions that make it} over all ways to use up a sorted tuple of numbers.
+
+    Values below zero are left out, and nothing is lost: where x-y is negative, y-x and the opposite sign one
+    step later will do."""
+    if len(numbers) == 1:
+        return {(numbers[0], 1): {("", (str(numbers[0]),), ())}}
+    table = {}
+    for left, right in _splits(numbers):
+        for v, ways_v in _reachable(left).items():
+            for w, ways_w in _reachable(right).items():
+                for op in "+-*/" if left <= right else "-/":
+                    value = arith(v, op, w)
+                    if value is not None and value[0] >= 0:
+                        table.setdefault(value, set()).update(_join(a, op, b) for a in ways_v for b in ways_w)
+    return table
+
+
+def _last_steps(numbers, target):
+    """Yield (expressions, op, expressions) for every last operation that makes the target.
+
+    Meet in the middle: a value v of the smaller part leaves one other value w for each operation, and that is
+    looked up."""
+    t = (target, 1)
+    for small, large in _splits(numbers):
+        others = _reachable(large) if len(small) <= len(large) else {}
+        for v, ways in _reachable(small).items() if others else ():
+            for op, w in (("+", arith(t, "-", v)), ("-", arith(v, "-", t)),        # v op w = t
+                          ("*", arith(t, "/", v)), ("/", arith(v, "/", t))):
+                if w in others and arith(v, op, w) == t:
+                    yield ways, op, others[w]
+            for op, w in (("-", arith(t, "+", v)), ("/", arith(t, "*", v))):       # w op v = t
+                if w in others and arith(w, op, v) == t:
+                    yield others[w], op, ways
+
+
+@lru_cache(maxsize=1 << 16)
+def _solvable(numbers, target):
+    return numbers == (target,) or any(True for _ in _last_steps(numbers, target))
+
+
+def solvable(numbers, target=24):
+    """Tell whether there is any formula. Much faster than solve."""
+    return _solvable(tuple(sorted(numbers)), target)
+
+
+@lru_cache(maxsize=1 << 14)
+def _solve(numbers, target):
+    found = {str(target)} if numbers == (target,) else set()
+    for left, op, right in _last_steps(numbers, target):
+        found |= {_text(_join(a, op, b)) for a in left for b in right}
+    return tuple(f"{text}={target}" for text in sorted(found))
+
+
+def solve(numbers, target=24):
+    """Return all formulas ("(10-2)*(1+2)=24") that make the positive integer `target`, sorted.
+
+    Each uses every one of `numbers` (positive integers) exactly once. They are exact, and distinct up to
+    commuting and associating: a-(b-c) and c+a-b are one. No step goes below zero, so (a-b)*(c-d) and
+    (b-a)*(d-c) are one too. Four numbers take about a millisecond, six about a second."""
+    return list(_solve(tuple(sorted(numbers)), target))
+
+
+def miss(numbers, target, rng):
+    """Return some formula of all `numbers` that claims to make the target and does not."""
+    while True:
+        parts = [((n, 1), ("", (str(n),), ())) for n in numbers]
+        while len(parts) > 1:
+            (v, a), (w, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+            op = rng.choice("++--**/")
+            parts.append((arith(v, op, w), _join(a, op, b)))
+        value, expression = parts[0]
+        if value is not None and value != (target, 1):
+            return f"{_text(expression)}={target}"
