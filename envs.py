@@ -177,7 +177,7 @@ class GeneralPoints:
         if seed < 0:    # random.Random would take it for -seed
             raise ValueError(f"seed {seed!r}: expected an integer >= 0")
         self.rng = random.Random(int(seed))
-        for _ in range(10_000):
+        for self.drawn in range(1, 10_001):
             self.hand = self._draw()
             self.cards = [rank for rank, _ in self.hand]
             wanted = self.deal == "any" or set(FACES) & set(self.cards)

@@ -502,18 +502,6 @@ def minibatch_loss(actor_critic, processor, items, args, n_units, n_values, devi
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def check(args):
-    """ValueError for settings of the algorithm that do not go together."""
-    estimator, (unit, _) = ESTIMATORS[args.advantage], unit_of(args)
-    if estimator.groups and args.samples < 2:
-        raise ValueError(f"--advantage {args.advantage} compares the samples of a hand: it needs --samples 2 or more")
-    if estimator.per == "token" and unit == "turn":
-        raise ValueError(f"--advantage {args.advantage} gives each token an advantage of its own: it needs --unit token, or a --loss over "
-                         "tokens or sequences")
-    if not estimator.values and (args.critic == "separate" or args.critic_warmup):
-        raise ValueError(f"--advantage {args.advantage} asks no critic: --critic separate and --critic-warmup do not go with it")
-
-
 def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, reference=None, all_reduce=lambda x: x, pace=alone,
            device="cpu"):
     """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.

@@ -143,4 +143,4 @@ def freeze(model, tune):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TUNE[tune](name))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--tune {tune}: this model has no such weights")
+        raise ValueError("this model has no such weights")

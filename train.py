@@ -32,9 +32,10 @@ from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, first, gather, leave, lost
 from envs import GAMES, Mixed, load_prompts
 from harness import files, terminal
+from harness.check import attempt, settle
 from harness.folder import RunFolder, chosen, git_commit, write_atomically
-from harness.settings import (  # noqa: F401
-    GAME_SETTINGS, PRESETS, Args, UserError, apply_preset, parse, resumed)
+from harness.ranges import SettingError, UserError
+from harness.settings import GAME_SETTINGS, PRESETS, Args, apply_preset, parse, resumed  # noqa: F401
 from model import Config, Llama, Processor, read_json
 from study import figures
 from study.explain import Probe
@@ -78,11 +79,7 @@ def evaluation_sets(args):
     known = GAMES[args.game].shifts(args.rule, args.look, args.image)
     if args.ood_routes:
         known["visual-ood"] = {"look": args.ood_routes}
-    names = args.eval_sets.split(",")
-    for name in names:
-        if name not in known:
-            raise UserError(f"--eval-sets: no set '{name}' for --task {args.task}; known are {', '.join(known)}")
-    return {name: make_env(args, **known[name]) for name in names}
+    return {name: make_env(args, **known[name]) for name in args.eval_sets.split(",")}
 
 
 def evaluate(model, processor, args, processes, progress=""):
@@ -215,19 +212,42 @@ def prepare_tiny(args, processes):
     processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in {ready}")
     with contextlib.ExitStack() as stack:                      # another run may be making it, too: the first to end wins
         private = first(lambda: stack.enter_context(files.aside(ready, "final")))
-        ended = train(Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
-                           eval_hands=0, device=args.device, **game), processes)
+        init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
+                    eval_hands=0, device=args.device, **game)
+        agree(processes, init)
+        ended = train(init, processes)
         if not ended:
             raise UserError("interrupted before the init checkpoint was ready; the next run makes it anew")
     processes.barrier()                                        # until it has its name
     return ready / "final"
 
 
+def agree(processes, args, typed=frozenset(), newest=None):
+    """`settle` on all ranks. If it refuses on one, all raise the same SettingError. newest: a checkpoint to resume."""
+    refusal = None
+    try:
+        settle(args, config_of(args, newest), typed, processes.world)
+    except SettingError as error:
+        refusal = str(error)
+    refusals = [text for text in gather([refusal]) if text]
+    if refusals:
+        raise SettingError(refusals[0])
+
+
+def config_of(args, newest=None):
+    """The model's Config, without its weights."""
+    if args.model == "tiny" and not newest:
+        return Config.from_dict(TINY)
+    folder = newest or Path(args.model)
+    if not (folder / "config.json").is_file():
+        raise SettingError(f"--model {args.model}: expected tiny, a checkpoint or a folder with a config.json")
+    return attempt(args, "model", "a model's folder", lambda: Config.from_dict(read_json(folder, "config.json")))
+
+
 def load(args, processes, resumed=None):
-    """Model, processor, folder of the weights, and complete settings of a run. A model that is to be sharded comes without its weights;
+    """Model, processor and folder of the weights of a run with complete settings. A model that is to be sharded comes without its weights;
     so does that of a run that is resumed from the checkpoint `resumed`."""
     if args.algo == "pretrain" and args.model == "tiny" and not resumed:
-        apply_preset(args, 0)
         args.shard = sharding(args, 0, processes)
         config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=None))
         processor = Processor(train_tokenizer(everything, config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
@@ -256,9 +276,6 @@ def load(args, processes, resumed=None):
         lora.merge(model)
     elif args.shard == "off":
         model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
-    if args.image and model.config.vision is None:
-        raise UserError(f"--task {args.task} shows images, but {folder} is a text-only model; use --task {args.game}-l")
-    apply_preset(args, model.config.hidden_size)
     return model, Processor.from_pretrained(folder), None if resumed else folder
 
 
@@ -276,13 +293,7 @@ def choose_what_learns(model, args):
 
 def sharding(args, size, processes):
     """What --shard comes to, on or off, for a model of `size` parameters."""
-    if args.lora_rank:
-        if args.shard == "on":
-            raise UserError("--lora-rank keeps whole copies of the weights, which do not change; leave out --shard on")
-        return "off"
-    possible = processes.world > 1 and args.algo != "pretrain"           # Muon steps in whole matrices
-    if args.shard == "on" and not possible:
-        raise UserError("--shard on needs several ranks (torchrun --nproc-per-node 2) and an --algo other than pretrain")
+    possible = processes.world > 1 and args.algo != "pretrain" and not args.lora_rank
     auto = "on" if possible and (processes.device.type == "cuda" or size > 10**8) else "off"
     return auto if args.shard == "auto" else args.shard
 
@@ -298,18 +309,6 @@ class Trainer:
 
     def __init__(self, args, model, processor, processes, folder=None):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
-        if (args.hands if args.algo == "ppo" else args.batch_size) < processes.world:
-            raise UserError(f"{processes.world} ranks need at least as many --hands (PPO) or a --batch-size (SFT) as large")
-        if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
-            raise UserError("--tune vision learns from pictures alone: it needs --task gp-vl or virl-vl, and --algo sft or ppo")
-        if args.algo == "pretrain" and args.rules:
-            raise UserError("--algo pretrain mixes rules as it is; --rules is for --algo sft and ppo")
-        if args.algo == "pretrain" and args.lora_rank:
-            raise UserError("--algo pretrain makes all weights anew; --lora-rank is for --algo sft and ppo")
-        if args.algo == "pretrain" and args.probe_hands:
-            raise UserError("--algo pretrain makes all weights anew; --probe-hands compares with those that --algo sft and ppo begin with")
-        if args.algo == "ppo":
-            ppo.check(args)
         choose_what_learns(model, args)
         torch.manual_seed(derive("critic", args.seed))         # of the value head's first weights
         self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
@@ -488,11 +487,12 @@ def describe(i, args, metrics, seconds_left):
 
 
 def train(args, processes, typed=frozenset()):
-    """Do one run, from loading to the final folder. typed: names of the settings that the user gave. Returns whether
-    it came to its end."""
+    """Do one run, from loading to the final folder. args: complete, but for a run that is resumed; typed: names of
+    the settings that the user gave. Returns whether it came to its end."""
     folder, newest = RunFolder(args, processes), None
     if args.resume:
         newest, args = folder.resume(args, typed)
+        agree(processes, args, typed, newest)
     processes.barrier()                        # nobody writes before all have looked
     model, processor, weights = load(args, processes, newest)
     trainer = Trainer(args, model, processor, processes, weights)
@@ -554,15 +554,16 @@ def evaluate_only(args, processes):
 
 
 def main(argv=None):
-    args, typed, runs = parse(argv, __doc__)
+    args = None
     try:
+        args, typed, runs = parse(argv, __doc__)
         if runs:
             return figures.plot(runs)
-        if args.dry_run and args.lora_rank:
-            raise UserError("--dry-run does not plan --lora-rank; python -m variants.lora says what it saves")
         if args.dry_run:
-            return plan.show(args, apply_preset, args.dry_run)
+            return plan.show(args, typed, args.dry_run)
         processes = Processes(args.device)
+        if args.algo == "eval" or not args.resume:             # else `train` reads what the run's settings are
+            agree(processes, args, typed)
         with chosen(args, processes):
             if args.algo == "eval":
                 evaluate_only(args, processes)
@@ -570,6 +571,8 @@ def main(argv=None):
                 train(args, processes, typed)
     except BrokenPipeError:
         raise
+    except SettingError as error:
+        refuse(error, Processes("cpu"))
     except Exception as error:
         message = explain(error, args)
         if message is None or os.environ.get("DEBUG"):
@@ -579,6 +582,16 @@ def main(argv=None):
         sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def refuse(error, processes):
+    """End all processes, for the settings of which the same is said on each; the first prints it."""
+    if processes.rank == 0:
+        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+    processes.barrier()                        # else torchrun might stop the first before it has printed
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(2)
 
 
 def explain(error, args):

@@ -6,7 +6,6 @@
 The model's own code runs on PyTorch's meta device, where a tensor has a shape and no values, under a mode that adds up the bytes
 of what is alive. Nothing is multiplied out by hand but what FSDP does around the layers. GB are 10^9 bytes.
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -26,12 +25,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
 import sft
+from harness import ranges
+from harness.check import attempt, settle
+from harness.ranges import SettingError
+from harness.settings import parse
 from kernels import logits, logprob
 from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw, read_json
 
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
 
+BUILT_IN = ("Llama-3.2-11B-Vision", "Llama-3.2-11B-Vision-Instruct")
 LLAMA_11B = {           # config.json of meta-llama/Llama-3.2-11B-Vision-Instruct, as far as this project reads it
     "model_type": "mllama", "image_token_index": 128256,
     "text_config": {
@@ -438,9 +442,12 @@ def released(conversations, args, forward, backward):
 
 def read_config(name, game):
     """A folder's config.json; 'tiny'; or the built-in one of Llama-3.2-11B-Vision, should no folder have that name."""
-    if Path(name).name.startswith("Llama-3.2-11B-Vision") and not Path(name).is_dir():
-        return Config.from_dict(LLAMA_11B)
-    return Config.from_dict(read_json(HERE.parent / "docs" / "tiny" / game if name == "tiny" else name, "config.json"))
+    folder = HERE.parent / "docs" / "tiny" / game if name == "tiny" else Path(name)
+    if folder.is_dir():
+        return Config.from_dict(read_json(folder, "config.json"))
+    if folder.name not in BUILT_IN:
+        raise SettingError(f"--model {name}: expected tiny, a folder with a config.json, or {' or '.join(BUILT_IN)}")
+    return Config.from_dict(LLAMA_11B)
 
 
 def table(columns):
@@ -475,14 +482,11 @@ def advice(phases, sizes, args, room):
     return flags, peak, list(dict.fromkeys(changes))
 
 
-def show(args, fill, gpus, gpu_memory=80.0):
-    """Print the memory plan of a run. fill: train.apply_preset."""
-    config = read_config(args.model, args.game)
-    fill(args, config.hidden_size)
-    if args.algo not in ("sft", "ppo"):
-        raise ValueError(f"plans are made for --algo sft and ppo, not {args.algo}")
-    if args.image and config.vision is None:
-        raise ValueError(f"--task {args.task} shows images, but {args.model} is a text-only model")
+def show(args, typed, gpus, gpu_memory=80.0):
+    """Print the memory plan of a run. typed: names of the settings that the user gave."""
+    config = attempt(args, "model", "a model's folder", read_config, args.model, args.game)
+    args.dry_run = gpus
+    settle(args, config, typed | {"dry_run"}, gpus)
     sizes, phases = memory(config, args, gpus)
     phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
     flags, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
@@ -516,15 +520,16 @@ def show_flops(args, config):
                   f"{table(columns)}\n  {total['released'] / total['ours']:.2f} times fewer than released")
 
 
-def main():
-    import train                                               # train imports this file for --dry-run
-    parser = argparse.ArgumentParser(prog="python -m distributed.plan", description=__doc__, epilog="All other options: train.py --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=8, help="ranks (default: 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="GB of each (default: 80)")
-    own, rest = parser.parse_known_args()
-    args, _, _ = train.parse(rest)
-    show(args, train.apply_preset, own.gpus, own.gpu_memory)
+def main(argv=None):
+    parser = ranges.command_line("python -m distributed.plan", __doc__, epilog="All other options: train.py --help")
+    parser.add_argument("--gpus", type=ranges.integer(1, 10**5), default=8, help="ranks (default: 8)")
+    parser.add_argument("--gpu-memory", type=ranges.above(0), default=80.0, help="GB of each (default: 80)")
+    own, rest = parser.parse_known_args(argv)
+    try:
+        args, typed, _ = parse(rest)
+        show(args, typed, own.gpus, own.gpu_memory)
+    except SettingError as error:
+        parser.error(str(error))
     if args.algo == "ppo":
         show_flops(args, read_config(args.model, args.game))
 

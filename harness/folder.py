@@ -21,7 +21,8 @@ from common import to_json
 from distributed import checkpoint
 from distributed.processes import first
 from harness.files import Held, Lock, read_lines, replace, sweep, write_atomically
-from harness.settings import UserError, resumed
+from harness.ranges import UserError
+from harness.settings import resumed
 from harness.terminal import visible
 from model import read_json
 from variants import lora

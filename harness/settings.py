@@ -12,160 +12,205 @@ from dataclasses import dataclass
 import ppo
 import sft
 from envs import GAMES, TASKS
-from variants import losses
+from harness.ranges import (
+    Kind, SettingError, above, at_least, between, command_line, inside, integer, numbers, one_of, real, several,
+    shown, text)
+from variants import lora, losses, official
 
 
-class UserError(ValueError):
-    """Something the user can mend; shown as one line."""
+def arg(default, kind, help):
+    """A setting. kind: what it may be, beside its default; see ranges.py."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
 
 
-def arg(default, help, choices=None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help):
+    """A setting that is on if its flag is there."""
+    return arg(default, Kind("nothing behind it", bool, lambda value: isinstance(value, bool)), help)
+
+
+BETA = real("a number from 0 to below 1", lambda x: 0 <= x < 1)
+# Below 0.01, logits over it leave the range of float32.
+TEMPERATURE = real("a number from 0.01 to 100; greedy answers (0) leave no ratio to learn from",
+                   lambda x: 0.01 <= x <= 100)
+EVAL_TEMPERATURE = real("0 (greedy) or a number from 0.01 to 100", lambda x: x == 0 or 0.01 <= x <= 100)
 
 
 @dataclass
 class Args:
     """Every setting of a run. None means: from the preset."""
-    task: str = arg("gp-l", "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image; "
-                            "virl-l: navigation with what is seen in text; virl-vl: with street views", TASKS)
-    algo: str = arg("ppo", "ppo, sft, eval, or pretrain (makes the tiny model's foundation, from random "
-                           "weights or from --model)", ("ppo", "sft", "eval", "pretrain"))
-    model: str = arg("tiny", "'tiny' (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision model,"
-                             " or a checkpoint of another run")
-    out: str = arg(None, "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
-    seed: int = arg(0, "seed of training hands, draws and shuffles; evaluation hands are the same for every "
-                       "seed")
-    preset: str = arg("auto", "tiny: settings for the built-in model; paper: the paper's settings; auto: by "
-                              "the model's size", ("auto", "tiny", "paper"))
-    device: str = arg("auto", "cuda, mps, cpu, or auto", ("auto", "cuda", "mps", "cpu"))
-    resume: bool = arg(False, "continue the run in --out from its newest checkpoint, with its settings")
-    override: bool = arg(False, "with --resume: take settings from the command line that differ from the "
-                                "run's")
-    compat: str = arg("", "behaviours of the released code, by name, joined by commas, or official: all "
-                          "(python -m variants.official lists them)")
-    custom: str = arg(None, "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage,"
-                            " --loss and --sft-loss (see README.md)")
-    prompts: str = arg(None, "JSON file of templates that replace the built-in prompts and verifier messages")
+    task: str = arg("gp-l", one_of(TASKS),
+                    "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image; virl-l: "
+                    "navigation with what is seen in text; virl-vl: with street views")
+    algo: str = arg("ppo", one_of(("ppo", "sft", "eval", "pretrain")),
+                    "ppo, sft, eval, or pretrain (makes the tiny model's foundation, from random weights or "
+                    "from --model)")
+    model: str = arg("tiny", text("a folder, or tiny"),
+                     "'tiny' (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision model, or a "
+                     "checkpoint of another run")
+    out: str = arg(None, text("a folder"),
+                   "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
+    seed: int = arg(0, integer(0, 2**63 - 1),
+                    "seed of training hands, draws and shuffles; evaluation hands are the same for every "
+                    "seed")
+    preset: str = arg("auto", one_of(("auto", "tiny", "paper")),
+                      "tiny: settings for the built-in model; paper: the paper's settings; auto: by the "
+                      "model's size")
+    device: str = arg("auto", one_of(("auto", "cuda", "mps", "cpu")), "cuda, mps, cpu, or auto")
+    resume: bool = flag(False, "continue the run in --out from its newest checkpoint, with its settings")
+    override: bool = flag(False,
+                          "with --resume: take settings from the command line that differ from the run's")
+    compat: str = arg("", several(one_of(("official", *sorted(official.NAMES)))),
+                      "behaviours of the released code, by name, joined by commas, or official: all (python "
+                      "-m variants.official lists them)")
+    custom: str = arg(None, text("a Python file"),
+                      "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
+                      "--loss and --sft-loss (see README.md)")
+    prompts: str = arg(None, text("a JSON file"),
+                       "JSON file of templates that replace the built-in prompts and verifier messages")
 
     # the game; None means the game's own default
-    rule: str = arg(None, "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number "
-                          "or three joined by '-'; virl: what turn_direction takes, absolute (default) or "
-                          "relative")
-    rules: str = arg(None, "rules that training mixes, one per seed, in place of --rule, joined by commas: "
-                           "10,11-12-13,5; --rule still says what the init checkpoint, id and rule-ood are "
-                           "about")
-    look: str = arg(None, "look in training. gp: suits dealt, black (default for gp-vl), red or all (default"
-                          " for gp-l); virl: a built-in city (default new-york), 'others' (nine cities) or "
-                          "'broad' (those of pre-training)")
-    attempts: int = arg(None, "judged attempts (default: 5 per hand, 2 per point of a route)")
-    target: int = arg(None, "gp: the number to make (default 24)")
-    routes: str = arg(None, "virl: train on this folder of routes in the released format (route_infos.json, "
-                            "...) instead of a built-in city")
-    ood_routes: str = arg(None, "virl: folder of the visual-ood set, in the same format, instead of the nine"
-                                " built-in cities")
-    skip_bad_routes: bool = arg(None, "virl: leave out routes that cannot be read, and say how many")
-    hide_landmarks: bool = arg(None, "virl: leave the landmarks' names out of the instructions, so that only"
-                                     " what is seen tells them")
-    after_failure: str = arg(None, "virl: what follows a point that stays wrong, 'end' of the episode "
-                                   "(default, the paper) or 'walk-on' (the released code)",
-                             ("end", "walk-on"))
+    rule: str = arg(None, text("a rule"),
+                    "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number or "
+                    "three joined by '-'; virl: what turn_direction takes, absolute (default) or relative")
+    rules: str = arg(None, several(text("a rule")),
+                     "rules that training mixes, one per seed, in place of --rule, joined by commas: "
+                     "10,11-12-13,5; --rule still says what the init checkpoint, id and rule-ood are about")
+    look: str = arg(None, text("a look"),
+                    "look in training. gp: suits dealt, black (default for gp-vl), red or all (default for "
+                    "gp-l); virl: a built-in city (default new-york), 'others' (nine cities) or 'broad' "
+                    "(those of pre-training)")
+    attempts: int = arg(None, integer(1, 1000),
+                        "judged attempts (default: 5 per hand, 2 per point of a route)")
+    target: int = arg(None, integer(1), "gp: the number to make (default 24)")
+    routes: str = arg(None, text("a folder of routes"),
+                      "virl: train on this folder of routes in the released format (route_infos.json, ...) "
+                      "instead of a built-in city")
+    ood_routes: str = arg(None, text("a folder of routes"),
+                          "virl: folder of the visual-ood set, in the same format, instead of the nine "
+                          "built-in cities")
+    skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many")
+    hide_landmarks: bool = flag(None,
+                                "virl: leave the landmarks' names out of the instructions, so that only what "
+                                "is seen tells them")
+    after_failure: str = arg(None, one_of(("end", "walk-on")),
+                             "virl: what follows a point that stays wrong, 'end' of the episode (default, "
+                             "the paper) or 'walk-on' (the released code)")
 
     # learning
-    steps: int = arg(None, "PPO updates or SFT optimizer steps")
-    lr: float = arg(None, "learning rate")
-    lr_schedule: str = arg(None, "constant or cosine (to 0), after the warm-up", ("constant", "cosine"))
-    warmup: float = arg(None, "share of the steps over which the learning rate rises from 0")
-    weight_decay: float = arg(None, "AdamW weight decay")
-    betas: tuple = arg(None, "Adam betas, as two numbers joined by a comma")
-    adam_eps: float = arg(None, "Adam epsilon")
-    max_grad_norm: float = arg(None, "gradient norm to clip to")
-    max_skipped: int = arg(5, "stop after so many steps in a row whose loss or gradient was not finite; such"
-                              " a step changes nothing")
-    token_budget: int = arg(None, "padded tokens of one forward and backward pass, an image as many as take "
-                                  "its memory; gradients are accumulated over several")
-    tune: str = arg("all", "what SFT and PPO train; text, attention and mlp are the language model's (with "
-                           "its cross-attention layers), vision is the tower and its projector, "
-                           "no-embeddings all but the embedding and the head", tuple(sft.TUNE))
-    lora_rank: int = arg(0, "train low-rank adapters of this rank beside frozen weights (see "
-                            "variants/lora.py); 0: the weights themselves")
-    lora_alpha: float = arg(16.0, "an adapter's update counts alpha / rank times")
-    lora_modules: str = arg("all", "which of the linear layers that --tune leaves get adapters: attention, "
-                                   "mlp, all, or names as q_proj, by commas")
+    steps: int = arg(None, integer(1), "PPO updates or SFT optimizer steps")
+    lr: float = arg(None, above(0), "learning rate")
+    lr_schedule: str = arg(None, one_of(("constant", "cosine")),
+                           "constant or cosine (to 0), after the warm-up")
+    warmup: float = arg(None, between(0, 1), "share of the steps over which the learning rate rises from 0")
+    weight_decay: float = arg(None, at_least(0), "AdamW weight decay")
+    betas: tuple = arg(None, numbers("two numbers from 0 to below 1, joined by a comma", BETA, BETA),
+                       "Adam betas, as two numbers joined by a comma")
+    adam_eps: float = arg(None, above(0), "Adam epsilon")
+    max_grad_norm: float = arg(None, above(0), "gradient norm to clip to")
+    max_skipped: int = arg(5, integer(1),
+                           "stop after so many steps in a row whose loss or gradient was not finite; such a "
+                           "step changes nothing")
+    token_budget: int = arg(None, integer(1),
+                            "padded tokens of one forward and backward pass, an image as many as take its "
+                            "memory; gradients are accumulated over several")
+    tune: str = arg("all", one_of(tuple(sft.TUNE)),
+                    "what SFT and PPO train; text, attention and mlp are the language model's (with its "
+                    "cross-attention layers), vision is the tower and its projector, no-embeddings all but "
+                    "the embedding and the head")
+    lora_rank: int = arg(0, integer(0, 10**5),
+                         "train low-rank adapters of this rank beside frozen weights (see variants/lora.py); "
+                         "0: the weights themselves")
+    lora_alpha: float = arg(16.0, above(0), "an adapter's update counts alpha / rank times")
+    lora_modules: str = arg("all", several(one_of((*lora.GROUPS, *lora.GROUPS["all"]))),
+                            "which of the linear layers that --tune leaves get adapters: attention, mlp, "
+                            "all, or names as q_proj, by commas")
 
     # several ranks
-    shard: str = arg("auto", "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or "
-                             "from 100 million weights on)", ("auto", "on", "off"))
-    checkpoint_activations: bool = arg(False,
-                                       "compute a block's activations again in the backward pass instead of "
-                                       "keeping them")
-    dry_run: int = arg(0, "print the memory that this run takes on so many GPUs, and end")
-    rollout_sharded: bool = arg(False, "where a gathered copy does not fit: keep the weights sharded in "
-                                       "rollouts, all ranks in lockstep")
+    shard: str = arg("auto", one_of(("auto", "on", "off")),
+                     "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 "
+                     "million weights on)")
+    checkpoint_activations: bool = flag(False,
+                                        "compute a block's activations again in the backward pass instead of "
+                                        "keeping them")
+    dry_run: int = arg(0, integer(1, 10**5), "print the memory that this run takes on so many GPUs, and end")
+    rollout_sharded: bool = flag(False,
+                                 "where a gathered copy does not fit: keep the weights sharded in rollouts, "
+                                 "all ranks in lockstep")
 
     # SFT
-    batch_size: int = arg(None, "SFT dialogues per step, over all ranks")
-    mistakes: float = arg(None, "share of SFT dialogues with wrong answers and verifier messages before the "
-                                "right answer")
-    describe: bool = arg(None, "virl-vl, for SFT and pre-training: learn to tell what is in the pictures "
-                               "rather than the way")
-    learn_prompts: bool = arg(None, "also learn to predict the prompts, as pre-training does")
-    sft_loss: str = arg("nll", "SFT loss (see sft.py and variants/sft_losses.py)", sft.LOSSES)
-    sft_data: str = arg("expert", "what SFT learns from: dialogues of an expert, or the model's own right "
-                                  "answers of --batch-size episodes per step (rejection sampling)",
-                        ("expert", "own"))
+    batch_size: int = arg(None, integer(1, 10**6), "SFT dialogues per step, over all ranks")
+    mistakes: float = arg(None, between(0, 1),
+                          "share of SFT dialogues with wrong answers and verifier messages before the right "
+                          "answer")
+    describe: bool = flag(None,
+                          "virl-vl, for SFT and pre-training: learn to tell what is in the pictures rather "
+                          "than the way")
+    learn_prompts: bool = flag(None, "also learn to predict the prompts, as pre-training does")
+    sft_loss: str = arg("nll", one_of(sft.LOSSES), "SFT loss (see sft.py and variants/sft_losses.py)")
+    sft_data: str = arg("expert", one_of(("expert", "own")),
+                        "what SFT learns from: dialogues of an expert, or the model's own right answers of "
+                        "--batch-size episodes per step (rejection sampling)")
 
     # PPO
-    hands: int = arg(None, "hands dealt (or routes begun) per update, over all ranks")
-    samples: int = arg(None, "episodes played of each of them")
-    temperature: float = arg(None, "sampling temperature of the rollout")
-    max_new_tokens: int = arg(None, "longest answer, in tokens")
-    advantage: str = arg(None, "advantage estimator (see ppo.py and variants/advantages.py)", ppo.ESTIMATORS)
-    loss: str = arg("ppo", "policy loss (see ppo.py and variants/losses.py)", ppo.LOSSES)
-    unit: str = arg(None, "what a ratio is taken of, where --loss leaves it open: a whole turn (the paper) "
-                          "or a token", ("turn", "token"))
-    clip: float = arg(None, "clip range of the ratio")
-    clip_high: float = arg(0.28, "clip range upwards, of --loss clip-higher and dapo")
-    dual_clip: float = arg(3.0, "of --loss dual-clip: largest ratio that counts against an answer worse than"
-                                " expected")
-    value_clip: float = arg(None, "clip range of the value's change, 0 for none")
-    value_coef: float = arg(None, "weight of the value loss")
-    entropy_coef: float = arg(None, "weight of an entropy bonus")
-    gamma: float = arg(0.9, "discount from turn to turn")
-    lam: float = arg(0.95, "lambda of GAE, from turn to turn")
-    token_gamma: float = arg(1.0, "discount from token to token, of estimators over tokens")
-    token_lam: float = arg(0.95, "lambda of GAE from token to token")
-    kl_coef: float = arg(0.0, "weight of a penalty on the KL divergence from the policy that the run began "
-                              "with; 0 for none")
-    kl_in: str = arg("loss", "where that penalty goes", ("loss", "reward"))
-    kl_estimator: str = arg("k3", "how the divergence is estimated from a token; in the loss the gradient of"
-                                  " k1 is zero in expectation", tuple(losses.KL))
-    epochs: int = arg(None, "passes over each rollout (or batch of SFT)")
-    minibatches: int = arg(None, "optimizer steps per pass")
-    critic: str = arg(None, "what the value head reads: shared, detached or separate (see ppo.ActorCritic)",
-                      ("shared", "detached", "separate"))
-    critic_lr: float = arg(None, "learning rate of the value head (and of its own trunk)")
-    critic_warmup: int = arg(None, "first updates that train the critic alone")
-    reward_scale: float = arg(None, "factor on rewards before advantages and value targets")
+    hands: int = arg(None, integer(1, 10**6), "hands dealt (or routes begun) per update, over all ranks")
+    samples: int = arg(None, integer(1, 10**6), "episodes played of each of them")
+    temperature: float = arg(None, TEMPERATURE, "sampling temperature of the rollout")
+    max_new_tokens: int = arg(None, integer(1, 131072), "longest answer, in tokens")
+    advantage: str = arg(None, one_of(ppo.ESTIMATORS),
+                         "advantage estimator (see ppo.py and variants/advantages.py)")
+    loss: str = arg("ppo", one_of(ppo.LOSSES), "policy loss (see ppo.py and variants/losses.py)")
+    unit: str = arg(None, one_of(("turn", "token")),
+                    "what a ratio is taken of, where --loss leaves it open: a whole turn (the paper) or a "
+                    "token")
+    clip: float = arg(None, inside(0, 1), "clip range of the ratio")
+    clip_high: float = arg(0.28, above(0), "clip range upwards, of --loss clip-higher and dapo")
+    dual_clip: float = arg(3.0, above(1),
+                           "of --loss dual-clip: largest ratio that counts against an answer worse than "
+                           "expected")
+    value_clip: float = arg(None, at_least(0), "clip range of the value's change, 0 for none")
+    value_coef: float = arg(None, at_least(0), "weight of the value loss")
+    entropy_coef: float = arg(None, at_least(0), "weight of an entropy bonus")
+    gamma: float = arg(0.9, between(0, 1), "discount from turn to turn")
+    lam: float = arg(0.95, between(0, 1), "lambda of GAE, from turn to turn")
+    token_gamma: float = arg(1.0, between(0, 1), "discount from token to token, of estimators over tokens")
+    token_lam: float = arg(0.95, between(0, 1), "lambda of GAE from token to token")
+    kl_coef: float = arg(0.0, at_least(0),
+                         "weight of a penalty on the KL divergence from the policy that the run began with; "
+                         "0 for none")
+    kl_in: str = arg("loss", one_of(("loss", "reward")), "where that penalty goes")
+    kl_estimator: str = arg("k3", one_of(tuple(losses.KL)),
+                            "how the divergence is estimated from a token; in the loss the gradient of k1 is "
+                            "zero in expectation")
+    epochs: int = arg(None, integer(1), "passes over each rollout (or batch of SFT)")
+    minibatches: int = arg(None, integer(1), "optimizer steps per pass")
+    critic: str = arg(None, one_of(("shared", "detached", "separate")),
+                      "what the value head reads: shared, detached or separate (see ppo.ActorCritic)")
+    critic_lr: float = arg(None, above(0), "learning rate of the value head (and of its own trunk)")
+    critic_warmup: int = arg(None, integer(0), "first updates that train the critic alone")
+    reward_scale: float = arg(None, above(0), "factor on rewards before advantages and value targets")
 
     # evaluation and logs
-    eval_every: int = arg(None, "steps between evaluations (also before and after training); 0: only before "
-                                "and after")
-    eval_hands: int = arg(None, "hands (or routes) per evaluation set")
-    skip_first_eval: bool = arg(False, "leave out the evaluation before training, which is the same for all "
-                                       "runs from one model")
-    eval_sets: str = arg(None, "comma-separated: id, rule-ood, visual-ood (default: those of the task); also"
-                               " fake-rule; gp: id-face, five-cards, face-5, face-7, target-12, target-20, "
-                               "target-36; gp-vl: mirrored, recoloured; virl: id-train, relative-wording "
-                               "(see `shifts` in envs.py)")
-    eval_temperature: float = arg(0.2, "sampling temperature of evaluations")
-    probe_hands: int = arg(None, "with every evaluation, fixed hands (or routes) to measure KL to the run's "
-                                 "start, pass@k, entropy and changed weights on (see study/explain.py); 0: "
-                                 "do not")
-    probe_samples: int = arg(8, "episodes of each of them, at temperature 1")
-    save_every: int = arg(None, "steps between checkpoints; there is always one at the end")
-    keep: int = arg(2, "checkpoints to keep")
-    transcript_every: int = arg(10, "steps between sample transcripts (PPO)")
-    rollout_batch: int = arg(None, "episodes played at once by each rank")
+    eval_every: int = arg(None, integer(0),
+                          "steps between evaluations (also before and after training); 0: only before and "
+                          "after")
+    eval_hands: int = arg(None, integer(0), "hands (or routes) per evaluation set")
+    skip_first_eval: bool = flag(False,
+                                 "leave out the evaluation before training, which is the same for all runs "
+                                 "from one model")
+    eval_sets: str = arg(None, several(text("a set")),
+                         "comma-separated: id, rule-ood, visual-ood (default: those of the task); also "
+                         "fake-rule; gp: id-face, five-cards, face-5, face-7, target-12, target-20, "
+                         "target-36; gp-vl: mirrored, recoloured; virl: id-train, relative-wording (see "
+                         "`shifts` in envs.py)")
+    eval_temperature: float = arg(0.2, EVAL_TEMPERATURE, "sampling temperature of evaluations")
+    probe_hands: int = arg(None, integer(0),
+                           "with every evaluation, fixed hands (or routes) to measure KL to the run's start, "
+                           "pass@k, entropy and changed weights on (see study/explain.py); 0: do not")
+    probe_samples: int = arg(8, integer(1, 10**6), "episodes of each of them, at temperature 1")
+    save_every: int = arg(None, integer(1), "steps between checkpoints; there is always one at the end")
+    keep: int = arg(2, integer(1), "checkpoints to keep")
+    transcript_every: int = arg(10, integer(1), "steps between sample transcripts (PPO)")
+    rollout_batch: int = arg(None, integer(1), "episodes played at once by each rank")
 
     @property
     def game(self):
@@ -241,7 +286,7 @@ def apply_preset(args, hidden_size):
         args.preset = "tiny" if hidden_size <= 512 else "paper"
     preset = PRESETS[args.preset]
     if args.algo not in preset:
-        raise UserError(f"--algo {args.algo} has no preset '{args.preset}': it is for the tiny model only")
+        raise SettingError(f"--preset {args.preset}: expected tiny with --algo {args.algo}")
     for name, value in (preset["all"] | preset[args.algo]).items():      # the later one wins
         if getattr(args, name) is None:
             chosen = value.get(args.task, value.get(args.game)) if isinstance(value, dict) else value
@@ -254,7 +299,7 @@ def apply_preset(args, hidden_size):
         if getattr(args, name) is None:
             setattr(args, name, defaults.get(name))
         elif name not in defaults:
-            raise UserError(f"--{name.replace('_', '-')} means nothing to --task {args.task}")
+            raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
     args.look = args.routes or args.look
     # One's own routes are tested on one's own other look, or on none.
     seen = args.image and (args.ood_routes or not args.routes)
@@ -265,80 +310,87 @@ def apply_preset(args, hidden_size):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def spelled(args, name):
+    """A setting as one types it: `--lr 0.1`, `--resume`."""
+    value = getattr(args, name)
+    return flag_of(name) if value is True else f"{flag_of(name)} {shown(value)}"
+
+
 def parse(argv=None, description=__doc__):
     """Command line -> (Args, names of the settings that were typed, run folders to plot).
 
-    Options come from the dataclass, so `--help` cannot drift from what is used.
+    Options come from the dataclass, so `--help` cannot drift from what is used. SettingError for a word that
+    is none of its kind. Nothing is read or written, so that all ranks come to the same verdict.
     """
-    parser = argparse.ArgumentParser(prog="train.py", usage="%(prog)s [options]", description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--custom")
-    args, _ = first.parse_known_args(argv)
-    if args.custom:                            # before the choices are read
-        try:
-            load_custom(args.custom)
-        except UserError as error:
-            parser.error(str(error))
+    parser = command_line("train.py", description, fail, usage="%(prog)s [options]",
+                          argument_default=argparse.SUPPRESS)
     parser.add_argument("--plot", nargs="+", metavar="RUN",
                         help="print the table and draw success against compute (success.png) of these runs")
     for f in dataclasses.fields(Args):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        kind, help = f.metadata["kind"], f.metadata["help"]
         if f.default not in (None, False):
             help += f" (default: {f.default})"
         if f.type is bool:
-            group.add_argument(flag, action="store_true", help=help)
-        elif f.type is tuple:
-            pair = lambda text: tuple(float(x) for x in text.split(","))
-            group.add_argument(flag, type=pair, metavar="A,B", help=help)
+            group.add_argument(flag_of(f.name), action="store_true", help=help)
         else:
-            choices = f.metadata["choices"]
-            group.add_argument(flag, type=f.type, choices=choices and tuple(choices), help=help)
+            names = "{" + ",".join(kind.names) + "}" if kind.names else None
+            late = isinstance(kind.names, dict)                # --custom can add to it, see `load_custom`
+            group.add_argument(flag_of(f.name), type=str if late else kind, metavar=names, help=help)
     typed = vars(parser.parse_args(argv))
     runs = typed.pop("plot", None)
+    if runs and typed:
+        raise SettingError(f"--plot {' '.join(runs)}: expected alone, without {flag_of(min(typed))}")
     return Args(**typed), frozenset(typed), runs
 
 
+def fail(message):
+    raise SettingError(message)
+
+
 def load_custom(file):
-    """Run a user's file; its ESTIMATORS, LOSSES and SFT_LOSSES join the tables. UserError that names the file
-    and what is wrong with it."""
+    """Run a user's file; its ESTIMATORS, LOSSES and SFT_LOSSES join the tables. SettingError that names the
+    file and what is wrong with it."""
     try:
         names = runpy.run_path(file)
     except Exception as error:
-        raise UserError(f"--custom {file}: {type(error).__name__}: {error}") from error
+        raise SettingError(f"--custom {file}: expected a Python file that runs; {type(error).__name__}: "
+                           f"{' '.join(str(error).split())}") from error
     tables = {"ESTIMATORS": ppo.ESTIMATORS, "LOSSES": ppo.LOSSES, "SFT_LOSSES": sft.LOSSES}
     found = [(table, names[name]) for name, table in tables.items() if name in names]
     if not found:
-        raise UserError(f"--custom {file}: expected a dict ESTIMATORS, LOSSES or SFT_LOSSES in it")
+        raise SettingError(f"--custom {file}: expected a dict ESTIMATORS, LOSSES or SFT_LOSSES in it")
     for table, own in found:
         kind = type(next(iter(table.values())))
         for name, entry in own.items():
             if not isinstance(entry, kind):
-                raise UserError(f"--custom {file}: '{name}' is {entry!r}; expected "
-                                f"{kind.__name__}(function, ...)")
+                raise SettingError(f"--custom {file}: expected {kind.__name__}(function, ...) as '{name}', "
+                                   f"not {entry!r}")
             table[name] = entry
 
 
 def resumed(args, typed, config, source):
     """The settings of a run that goes on: those it had (`config`), and of the `typed` ones those that it may
-    set anew. UserError for one that contradicts, without --override."""
+    set anew. SettingError for one that contradicts, without --override."""
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     unknown = set(config) ^ {f.name for f in dataclasses.fields(Args)}
     if unknown:
-        raise UserError(f"{source}: written by another version of this program, which differs in the setting "
-                        f"{min(unknown)}")
+        raise SettingError(f"{source}: written by another version of this program, which differs in the "
+                           f"setting {min(unknown)}")
     if config["custom"] and "custom" not in typed:             # a folder from elsewhere runs nothing here
-        raise UserError(f"{source}: this run was begun with --custom {config['custom']}; to run that file again, "
-                        "give --custom FILE with --resume, too")
+        raise SettingError(f"{source}: this run was begun with --custom {config['custom']}; to run that file "
+                           "again, give --custom FILE with --resume, too")
     if "algo" in typed and args.algo != config["algo"]:
-        raise UserError(f"{source}: --algo {args.algo} cannot go on with a run of --algo {config['algo']}; begin "
-                        f"one from its weights, with --model {source} and another --out")
+        raise SettingError(f"{source}: --algo {args.algo} cannot go on with a run of --algo {config['algo']}; "
+                           f"begin one from its weights, with --model {source} and another --out")
     for name in sorted(typed - set(FREE)):
         if getattr(args, name) != config[name] and not args.override:
-            raise UserError(f"{source}: this run has --{name.replace('_', '-')} {config[name]}, not "
-                            f"{getattr(args, name)}; leave it out, or add --override to go on with another "
-                            "value")
+            raise SettingError(f"{source}: this run has {flag_of(name)} {config[name]}, not "
+                               f"{getattr(args, name)}; leave it out, or add --override to go on with another "
+                               "value")
     fresh = typed | {"out", "resume", "override", "shard"}     # how to shard follows from the number of ranks
     return Args(**config | {name: getattr(args, name) for name in fresh})

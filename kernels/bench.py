@@ -16,7 +16,6 @@ the time before. Preparing masks and compiling are not timed. A row of the table
     ratio      ms over those of ours: above 1 is slower
 or says "no:" and why it cannot run the case.
 """
-import argparse
 import ctypes
 import importlib.metadata
 import os
@@ -32,6 +31,7 @@ from pathlib import Path
 import torch
 
 from common import to_json
+from harness.ranges import FILE, command_line
 from kernels import use_triton
 from kernels.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention_cases, logprob_cases
 
@@ -237,11 +237,11 @@ def describe(device, dtype, quick):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("python -m kernels.bench", __doc__)
     parser.add_argument("--only", nargs="+", metavar="CASE", default=[],
                         help=f"cases by name or first word. On a GPU: {', '.join(LARGE)}. On a CPU: {', '.join(SMALL)}; "
                              f"{', '.join(ON_REQUEST)} takes minutes and runs only when named")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there, with hardware, versions and commit")
+    parser.add_argument("--json", type=FILE, metavar="FILE", help="write all numbers there, with hardware, versions and commit")
     parser.add_argument("--quick", action="store_true", help="small sizes on a GPU, too, and three rounds: shows that all runs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the naive forms on a CPU, too (needs a C++ compiler)")
     args = parser.parse_args(argv)
@@ -250,7 +250,7 @@ def main(argv=None):
     dtype, sizes = (torch.bfloat16, SMALL if args.quick else LARGE) if device.type == "cuda" else (torch.float32, SMALL)
     unknown = [word for word in args.only if not any(word in (name, name.split("-")[0]) for name in sizes)]
     if unknown:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(sizes)}")
+        parser.error(f"--only {unknown[0]}: expected one of {', '.join(sizes)}")
     machine, ceilings, rows = describe(device, dtype, args.quick), measure_ceilings(device, dtype, args.quick), []
     print(", ".join(f"{name}: {value}" for name, value in machine.items() if value is not None))
     print(f"ceilings: {ceilings['flops'] / 1e12:.4g} TFLOP/s (product), {ceilings['bytes'] / 1e9:.4g} GB/s (copy)\n")

@@ -6,7 +6,6 @@ for landmarks (scenes/streets.py), routes along the streets, and panoramas that 
 
     python -m scenes.cities new-york --route 3 --out /tmp/new-york
 """
-import argparse
 import hashlib
 import json
 import math
@@ -21,10 +20,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from harness.ranges import FOLDER, command_line, integer, one_of
 from scenes import draw as drawing
 from scenes.streets import BROAD, CITIES, COLORS, OTHERS, VERSION, apart, bearing, geocode, town  # noqa: F401
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")     # 45 degrees apart
+ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all others (100, 0)
 SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")     # likewise
 
 
@@ -120,12 +121,13 @@ def build(name, root, *, width=256):
     folder = Path(root) / f"{name}-{width}-{_digest(plan)}"
     if folder.is_dir():
         return folder
-    routes = _routes(plan, random.Random(f"routes of {name} {VERSION}"), 1200 if name == "new-york" else 100)
+    own, held_out = ROUTES.get(name, (100, 0))
+    routes = _routes(plan, random.Random(f"routes of {name} {VERSION}"), own + held_out)
     mapping = {tuple(geocode(plan.city, xy)): identity for identity, xy in zip(plan.ids, plan.panoramas)}
-    files = {"route_infos.json": [routes[:1000], len(routes[:1000])],
+    files = {"route_infos.json": [routes[:own], own],
              "city.json": {"city": name, "width": width, "version": VERSION, "digest": _digest(plan)}}
-    if routes[1000:]:
-        files["held_out_infos.json"] = [routes[1000:], len(routes[1000:])]
+    if held_out:
+        files["held_out_infos.json"] = [routes[own:], held_out]
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -250,15 +252,21 @@ def draw_map(folder, route_index, held_out=False, pixels=900):
 
 def main(arguments=None):
     """Save a route's map and the views at its start, turning points and destination."""
-    parser = argparse.ArgumentParser(prog="python -m scenes.cities", description="""Save a map of a built-in city's route
-        and the four street views (front, right / back, left) at its start, turning points and destination.""")
-    parser.add_argument("city", choices=CITIES)
-    parser.add_argument("--route", type=int, default=0, metavar="N", help="which of the city's routes (0)")
+    parser = command_line("python -m scenes.cities", "Save a map of a built-in city's route and the four street views "
+                          "(front, right / back, left) at its start, turning points and destination.")
+    parser.add_argument("city", type=one_of(tuple(CITIES)), help=", ".join(CITIES))
+    parser.add_argument("--route", type=integer(0), default=0, metavar="N", help="which of the city's routes (0)")
     parser.add_argument("--held-out", action="store_true", help="one of new-york's held-out routes")
-    parser.add_argument("--out", default="city", metavar="FOLDER", help="where to, the city's data included (city)")
-    parser.add_argument("--width", type=int, default=2560, help="pixels of a panorama (2560)")
-    parser.add_argument("--size", type=int, default=640, help="pixels of one view (640)")
+    parser.add_argument("--out", type=FOLDER, default="city", metavar="FOLDER",
+                        help="where to, the city's data included (city)")
+    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560, help="pixels of a panorama (2560)")
+    parser.add_argument("--size", type=integer(1, 8192), default=640, help="pixels of one view (640)")
     args = parser.parse_args(arguments)
+    count = ROUTES.get(args.city, (100, 0))[args.held_out]
+    if not count:
+        parser.error("--held-out: expected with new-york, the only city with held-out routes")
+    if args.route >= count:
+        parser.error(f"--route {args.route}: expected an integer from 0 to {count - 1}")
     from scenes import views        # which imports this module
     try:
         folder = build(args.city, args.out, width=args.width)

@@ -9,7 +9,6 @@ The pickle comes from the internet: no function that it names is ever imported. 
 
     python -m scenes.routes FOLDER/gps_pano_mapping.pkl
 """
-import argparse
 import io
 import json
 import math
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.ranges import command_line, text
 from scenes.cities import COMPASS, SIDES
 from scenes.views import read_rotation
 
@@ -334,10 +334,11 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scenes.routes", description="Turn a pickled table of panoramas "
-                                     "into JSON, without running any code that it may hold.")
-    parser.add_argument("pickle", type=Path, help="FOLDER/gps_pano_mapping.pkl; the JSON is written beside it")
-    path = parser.parse_args(argv).pickle
+    parser = command_line("python -m scenes.routes", "Turn a pickled table of panoramas into JSON, without running "
+                          "any code that it may hold.")
+    parser.add_argument("pickle", type=text("a file", os.path.isfile),
+                        help="FOLDER/gps_pano_mapping.pkl; the JSON is written beside it")
+    path = Path(parser.parse_args(argv).pickle)
     out = path.with_suffix(".json")
     try:
         rows = [[*geocode, name] for geocode, name in read_mapping(path).items()]

@@ -10,19 +10,20 @@ other, each on --ranks GPUs, and everything lies under runs/study-MODEL. Arms wi
 study/experiments.py) are meant for the tiny model.
 """
 
-import argparse
 import dataclasses
 import os
 import signal
 import sys
 from pathlib import Path
 
+from harness.ranges import FOLDER, command_line, integer, one_of, several
 from study import compat, records, shifts, variants
 from study.experiments import ARMS, Experiment
 from study.runner import Runner
 
 EXPERIMENTS = {name: Experiment(*what) for name, what in ARMS.items()} | {"shifts": shifts, "variants": variants, "compat": compat}
 DOCS = Path("docs/study")
+SEEDS = 100            # a table looks for runs of the seeds below
 
 
 def at_scale(run, model, ranks):
@@ -47,7 +48,7 @@ def page(folder):
     for name, experiment in EXPERIMENTS.items():
         if not (folder / f"{name}.jsonl").exists():
             continue
-        mine = [found[run.name] for run in experiment.runs(range(100)) if run.name in found]
+        mine = [found[run.name] for run in experiment.runs(range(SEEDS)) if run.name in found]
         seeds, commits, hardware = (sorted({str(what) for what in whats}) for whats in zip(*(
             (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
         says = folder / f"{name}.md"
@@ -58,11 +59,16 @@ def page(folder):
     return "\n\n".join(parts) + "\n"
 
 
+def wanted(name, args):
+    """The runs of an experiment that the command line asks for."""
+    runs = EXPERIMENTS[name].runs([int(seed) for seed in args.seeds.split(",")])
+    return [at_scale(run, args.model, args.ranks) for run in chosen(runs, args.only)]
+
+
 def do(name, args, folder, root):
     """One experiment. Returns the names of runs that failed."""
     experiment = EXPERIMENTS[name]
-    runs = [at_scale(run, args.model, args.ranks) for run in experiment.runs([int(seed) for seed in args.seeds.split(",")])]
-    runner = Runner(chosen(runs, args.only), root, folder / f"{name}.jsonl", 1 if args.ranks > 1 else args.workers)
+    runner = Runner(wanted(name, args), root, folder / f"{name}.jsonl", 1 if args.ranks > 1 else args.workers)
     if args.plan:
         missing = runner.missing()
         print(*(f"{'missing' if run in missing else 'there  '}  {run.name}  train.py {' '.join(run.argv)}" for run in runner.runs), sep="\n")
@@ -82,24 +88,33 @@ def do(name, args, folder, root):
 
 def main(argv=None):
     questions = "\n".join(f"    {name:12}{experiment.question}" for name, experiment in EXPERIMENTS.items())
-    parser = argparse.ArgumentParser(prog="python -m study", description=f"{__doc__}\nexperiments:\n{questions}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("all", *EXPERIMENTS))
-    parser.add_argument("--seeds", default="0,1,2", help="of training, joined by commas (default: %(default)s)")
+    parser = command_line("python -m study", f"{__doc__}\nexperiments:\n{questions}")
+    parser.add_argument("experiment", type=one_of(("all", *EXPERIMENTS)), metavar="experiment", help="all, or one of the above")
+    parser.add_argument("--seeds", type=several(integer(0, SEEDS - 1)), default="0,1,2",
+                        help="of training, joined by commas (default: %(default)s)")
     parser.add_argument("--model", help="init checkpoint to begin with instead of the tiny model's")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run, by torchrun (default: %(default)s)")
-    parser.add_argument("--records", type=Path, help=f"folder of the records, a file an experiment and a line a run, with figures and page (default: {DOCS})")
-    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/study)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, each on one thread (default: all cores, %(default)s)")
+    parser.add_argument("--ranks", type=integer(1), default=1,
+                        help="processes of each run, by torchrun (default: %(default)s)")
+    parser.add_argument("--records", type=FOLDER, help="folder of the records, a file per experiment and a line "
+                        f"per run, with figures and page (default: {DOCS})")
+    parser.add_argument("--runs", type=FOLDER, help="folder of the runs (default: runs/study)")
+    parser.add_argument("--workers", type=integer(1), default=os.cpu_count(),
+                        help="runs at once, each on one thread (default: all cores, %(default)s)")
     parser.add_argument("--only", default="", help="runs whose name holds this, and what they need")
     parser.add_argument("--plan", action="store_true", help="say what is missing and how long it will take, do nothing")
     args = parser.parse_args(argv)
+    names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
+    names = [name for name in names if wanted(name, args)]
+    if not names:
+        parser.error(f"--only {args.only}: expected part of the name of a run of {args.experiment}; --plan lists them")
+    if args.model and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model {args.model}: expected a folder with a config.json")
     own = args.model and Path("runs") / f"study-{Path(args.model).name}"
-    folder, root = args.records or own or DOCS, args.runs or own or Path("runs/study")
+    folder, root = Path(args.records or own or DOCS), Path(args.runs or own or "runs/study")
     signal.signal(signal.SIGINT, signal.default_int_handler)           # which a shell's & turns off
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = [run for name in (EXPERIMENTS if args.experiment == "all" else [args.experiment]) for run in do(name, args, folder, root)]
+        failed = [run for name in names for run in do(name, args, folder, root)]
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     if failed:

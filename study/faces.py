@@ -6,15 +6,14 @@ Under rule-ood they count 11, 12 and 13. An answer first lists the values of its
 that ignores the rule lists 10s; one that lists what the prompt says and then writes a formula without it has lost the use of these numbers.
 """
 
-import argparse
 import re
-import sys
 from collections import Counter
 
 import ppo
 import train
 from distributed.processes import Processes
 from envs import read_answer
+from harness.ranges import SettingError, command_line, integer, one_of
 
 VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")
 HEAD = ("model", "values listed right", "all over 10 in the formula", *(name.replace("_", " ") for name in VERDICTS))
@@ -33,10 +32,8 @@ def uses_them(said):
     return not over_10(listed) - over_10(re.findall(r"\d+", (formula or "").rpartition("=")[0]))
 
 
-def row(folder, task, hands):
+def row(args, processes, hands):
     """Cells of one model's line: shares in % of all first answers, the second of those that list a number over 10."""
-    args, _, _ = train.parse(["--task", task, "--algo", "eval", "--attempts", "1", "--model", folder])
-    processes = Processes(args.device)
     model, processor, _ = train.load(args, processes)
     episodes = ppo.rollout(model, processor, train.evaluation_sets(args)["rule-ood"], range(hands), batch=args.rollout_batch,
                            temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, device=processes.device)
@@ -44,21 +41,25 @@ def row(folder, task, hands):
     used = [uses for episode in episodes if (uses := uses_them(next(said for who, said in episode.transcript if who == "assistant"))) is not None]
     verdicts = Counter(info["verdict"] for info in infos)
     shares = [sum(info["translated"] for info in infos) / hands, sum(used) / max(len(used), 1), *(verdicts[name] / hands for name in VERDICTS)]
-    return [folder, *(f"{100 * share:.1f}" for share in shares)]
+    return [args.model, *(f"{100 * share:.1f}" for share in shares)]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m study.faces", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("python -m study.faces", __doc__)
     parser.add_argument("models", nargs="+", help="folders of checkpoints")
-    parser.add_argument("--task", default="gp-l", choices=("gp-l", "gp-vl"), help="(default: %(default)s)")
-    parser.add_argument("--hands", type=int, default=500, help="of rule-ood (default: %(default)s)")
-    args = parser.parse_args(argv)
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
-    for folder in args.models:
+    parser.add_argument("--task", type=one_of(("gp-l", "gp-vl")), default="gp-l", help="gp-l or gp-vl (default: %(default)s)")
+    parser.add_argument("--hands", type=integer(1), default=500, help="of rule-ood (default: %(default)s)")
+    typed = parser.parse_args(argv)
+    processes = Processes()
+    runs = [train.Args(task=typed.task, algo="eval", attempts=1, model=folder) for folder in typed.models]
+    for args in runs:                          # all, before the first is played
         try:
-            print(f"| {' | '.join(row(folder, args.task, args.hands))} |", flush=True)
-        except (train.UserError, OSError) as error:
-            sys.exit(str(error))
+            train.agree(processes, args)
+        except SettingError as error:
+            parser.error(str(error))
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
+    for args in runs:
+        print(f"| {' | '.join(row(args, processes, typed.hands))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from envs import GAMES
+from harness.ranges import SettingError
 from study import records
 
 # The paper's own results, %: (task, set) -> init, SFT, RL at equal compute (its figures 5 to 7).
@@ -44,7 +45,7 @@ def read_runs(folders):
     groups = {}
     for folder in map(Path, folders):
         if not (folder / "log.jsonl").exists():
-            raise ValueError(f"--plot: {folder} holds no log.jsonl; give folders that train.py wrote")
+            raise SettingError(f"--plot {folder}: expected a folder that train.py wrote, with a log.jsonl")
         record = records.of_run(folder.name, folder)
         groups.setdefault((record["config"]["task"], record["config"]["algo"]), []).append(record)
     return [Group(task, algo, found) for (task, algo), found in sorted(groups.items())]

@@ -246,5 +246,7 @@ def table(config, length, answers):
 
 if __name__ == "__main__":
     from distributed.plan import LLAMA_11B
+    from harness.ranges import command_line
     from model import Config
+    command_line("python -m study.flops", __doc__).parse_args()
     print(table(Config.from_dict(LLAMA_11B), 512, 128))

@@ -6,7 +6,7 @@ Both sample at temperature 1 from real prompts of the game and must draw exactly
 interleaved repeats after one warm-up; prefill and image encoding are included.
 """
 
-import argparse
+import os
 import statistics
 import sys
 import time
@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs import GeneralPoints
+from harness.ranges import command_line, integer, text
 from model import Llama, Processor, generate
 
 
@@ -44,11 +45,11 @@ def measure(runs, tokens, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=Path(__file__).resolve().parent.parent / "docs" / "tiny" / "gp")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = command_line("python tests/bench_generate.py", __doc__)
+    parser.add_argument("--model", type=text("a folder", os.path.isdir),
+                        default=Path(__file__).resolve().parent.parent / "docs" / "tiny" / "gp")
+    for name, default in (("new-tokens", 64), ("repeats", 5), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=integer(1), default=default)
     args = parser.parse_args()
     import transformers
     torch.set_num_threads(args.threads)

@@ -5,7 +5,6 @@
 Medians, one thread; nothing is cached but what a run of many pictures has at hand (a city's plan, a size's geometry).
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness.ranges import command_line, integer
 from scenes import cities, routes, views
 
 
@@ -27,8 +27,8 @@ def median(run, inputs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = command_line("python tests/bench_scenes.py", __doc__)
+    parser.add_argument("--repeats", type=integer(1), default=7)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         for name in cities.CITIES:

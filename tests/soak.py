@@ -6,7 +6,6 @@ torchrun starts them again and they resume. At the end the run must hold every u
 disturbed, bit for bit, and the memory of a life must not grow after its first updates. Prints what it saw, also to docs/soak.json.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,6 +22,7 @@ WARM = 20                                      # seconds of a life after its fir
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
+from harness.ranges import above, command_line, integer  # noqa: E402
 from test_train import learnt, records, weights  # noqa: E402
 
 
@@ -79,9 +79,9 @@ def growth(life):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python tests/soak.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30, help="how long to kill (default: 30)")
-    parser.add_argument("--steps", type=int, default=300, help="updates of the run (default: 300)")
+    parser = command_line("python tests/soak.py", __doc__)
+    parser.add_argument("--minutes", type=above(0), default=30.0, help="how long to kill (default: 30)")
+    parser.add_argument("--steps", type=integer(1), default=300, help="updates of the run (default: 300)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     out, calm = folder / "disturbed", folder / "calm"

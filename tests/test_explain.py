@@ -19,7 +19,8 @@ from test_train import command, learnt, records, run, weights
 from variants import lora, reference
 
 PROBES = ["--probe-hands", 3, "--probe-samples", 2]
-SMALL = ["--lr-schedule", "constant", "--lr", "1e-3", *PROBES]
+LEARN = ["--lr-schedule", "constant", "--lr", "1e-3"]
+SMALL = [*LEARN, *PROBES]
 
 
 def probe_of(model, processor, start, task="gp-l", probe_hands=2, probe_samples=2, **settings):
@@ -215,7 +216,7 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
     common = ["--task", task, "--algo", algo, "--model", small[0], *SMALL, *more]
     run(*common, "--steps", 3, "--out", tmp_path / "whole")
     run(*common, "--steps", 1, "--out", tmp_path / "parts")
-    run("--steps", 3, *PROBES, "--out", tmp_path / "parts", "--resume", "--override")
+    run("--steps", 3, "--out", tmp_path / "parts", "--resume", "--override")
     (first, last), (_, _, resumed) = probes(tmp_path / "whole"), probes(tmp_path / "parts")
     assert last == resumed
     assert abs(first["forward_kl"]) < 1e-6 < min(abs(last["forward_kl"]), abs(last["reverse_kl"]))
@@ -225,7 +226,8 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
 @pytest.mark.parametrize("algo, more", [("sft", []), ("sft", ["--sft-loss", "iw-sft"]), ("ppo", [])])
 def test_a_run_learns_the_same_without_probes(small, tmp_path, algo, more):
     for hands in (3, 0):
-        run("--task", "gp-l", "--algo", algo, "--model", small[0], *SMALL, *more, "--steps", 2, "--probe-hands", hands,
+        probes = PROBES if hands else ["--probe-hands", 0]
+        run("--task", "gp-l", "--algo", algo, "--model", small[0], *LEARN, *probes, *more, "--steps", 2,
             "--out", tmp_path / str(hands))
     a, b = weights(tmp_path / "3/final"), weights(tmp_path / "0/final")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -254,8 +256,3 @@ def test_two_ranks_equal_one(small, tmp_path, working_folder, task, algo, shard,
     for one, other in zip(probes(tmp_path / "one"), probes(tmp_path / "two"), strict=True):
         assert flat(other) == pytest.approx(flat(one), abs=1e-3, nan_ok=True)
     assert one["reverse_kl"] > 0.01 and one["weights"]["changed"]["all"] > 0.01
-
-
-def test_pretraining_has_no_start_to_compare_with(small, tmp_path):
-    with pytest.raises(SystemExit, match="--probe-hands"):
-        run("--task", "gp-l", "--algo", "pretrain", "--model", small[0], "--probe-hands", 2, "--out", tmp_path / "run")

@@ -24,8 +24,12 @@ from distributed import checkpoint  # noqa: E402
 from test_shard import saved_tensors  # noqa: E402
 from test_train import learnt, records, weights  # noqa: E402
 
-COMMON = ["--task", "gp-l", "--hands", "4", "--samples", "1", "--batch-size", "4", "--minibatches", "2", "--attempts", "2", "--max-new-tokens", "8",
-          "--eval-hands", "4", "--eval-every", "3", "--save-every", "1", "--lr", "1e-3", "--steps", "4", "--probe-hands", "0", "--device", "cpu"]
+GAME = ["--task", "gp-l", "--attempts", "2", "--max-new-tokens", "8", "--eval-hands", "4", "--device", "cpu"]
+LEARN = ["--minibatches", "2", "--eval-every", "3", "--save-every", "1", "--lr", "1e-3", "--steps", "4",
+         "--probe-hands", "0"]
+COMMON = {             # the settings of a short run, by its algorithm
+    "sft": ["--algo", "sft", "--batch-size", "4", *GAME, *LEARN],
+    "ppo": ["--algo", "ppo", "--hands", "4", "--samples", "1", *GAME, *LEARN]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +94,7 @@ def uninterrupted(small, tmp_path_factory):
     @functools.cache
     def run(algo):
         out = tmp_path_factory.mktemp("uninterrupted") / "run"
-        assert child(["--algo", algo, "--model", small[0], *COMMON, "--out", out], out.parent / "output") == 0, (out.parent / "output").read_text()
+        assert child(["--model", small[0], *COMMON[algo], "--out", out], out.parent / "output") == 0, (out.parent / "output").read_text()
         return out
     return run
 
@@ -112,7 +116,7 @@ KILLS = [(algo, moment, RANDOM.randint(1, calls)) for moment, (_, _, *counts) in
 
 @pytest.mark.parametrize("algo, moment, n", KILLS)
 def test_killed_and_resumed_equals_uninterrupted(small, tmp_path, uninterrupted, algo, moment, n):
-    argv = ["--algo", algo, "--model", small[0], *COMMON, "--out", tmp_path / "run"]
+    argv = ["--model", small[0], *COMMON[algo], "--out", tmp_path / "run"]
     assert child(argv, tmp_path / "output", moment=moment, n=n, tear="log" in moment and n > 1) == -signal.SIGKILL
     started = (tmp_path / "run/log.jsonl").exists()
     again = ["--resume", "--out", tmp_path / "run"] if started else argv       # it knows its settings
@@ -122,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted(small, tmp_path, uninterrupted,
 
 def test_a_full_disk_stops_a_run_that_can_go_on(small, tmp_path, uninterrupted):
     """Files cannot grow beyond 40 kB: the log can be written, a checkpoint cannot."""
-    argv = ["--algo", "sft", "--model", small[0], *COMMON, "--out", tmp_path / "run"]
+    argv = ["--model", small[0], *COMMON["sft"], "--out", tmp_path / "run"]
     assert child(argv, tmp_path / "output", moment="before the optimizer steps", n=5) == -signal.SIGKILL
     before = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
     assert before and child([*argv, "--resume"], tmp_path / "output", limit=40_000) == 1
@@ -168,9 +172,10 @@ def test_a_foreign_folder_is_refused(small, half):
 
 @pytest.mark.parametrize("typed, words", [(["--lr", "2e-3"], "--lr 0.001, not 0.002"), (["--task", "gp-vl"], "--task gp-l, not gp-vl"),
                                           (["--steps", "9"], "--steps 4, not 9"), (["--gamma", "0.5"], "--gamma 0.9, not 0.5")])
-def test_settings_that_contradict_the_run_are_refused(half, typed, words):
-    with pytest.raises(SystemExit, match=f"{words}; leave it out, or add --override"):
+def test_settings_that_contradict_the_run_are_refused(half, typed, words, capsys):
+    with pytest.raises(SystemExit):
         resume(half, *typed)
+    assert f"{words}; leave it out, or add --override" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_other_settings_if_told_so(half):
@@ -182,7 +187,7 @@ def test_a_run_goes_on_with_other_settings_if_told_so(half):
 
 def test_a_checkpoint_can_be_another_runs_model(half, tmp_path, uninterrupted):
     newest = half / "checkpoints/step_000004"
-    common = ["--algo", "eval", *COMMON]
+    common = ["--algo", "eval", *GAME]
     for name, model in (("checkpoint", newest), ("final", uninterrupted("ppo") / "final")):
         train.main([*common, "--model", str(model), "--out", str(tmp_path / name)])
     a, b = (json.loads((tmp_path / name / "eval.json").read_text())["eval"] for name in ("checkpoint", "final"))
@@ -204,7 +209,7 @@ def broken(when):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sft.LOSSES, "nll", broken({1}))
-    common = ["--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--lr-schedule", "constant", "--warmup", 0, "--minibatches", 1]
+    common = ["--model", small[0], *COMMON["sft"], "--eval-hands", 0, "--lr-schedule", "constant", "--warmup", 0, "--minibatches", 1]
     train.main(list(map(str, [*common, "--steps", 1, "--out", tmp_path / "one"])))
     start = weights(small[0])
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(tmp_path / "one/final").items())
@@ -218,7 +223,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, tmp_pat
 def test_many_in_a_row_stop_the_run_and_show_the_batch(small, tmp_path, monkeypatch, task, algo):
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss, real=torch.Tensor.backward: real(loss * float("inf")))
     with pytest.raises(SystemExit, match="2 steps in a row without a finite.*broken_step_00000") as stop:
-        train.main(list(map(str, ["--model", small[0], *COMMON, "--task", task, "--algo", algo, "--max-skipped", 2, "--eval-hands", 0,
+        train.main(list(map(str, ["--model", small[0], *COMMON[algo], "--task", task, "--max-skipped", 2, "--eval-hands", 0,
                                   "--out", tmp_path / "run"])))
     folder = Path(str(stop.value.code).split()[-1])
     batch = json.loads((folder / "rank_0.json").read_text())
@@ -256,7 +261,7 @@ def torchrun(fault, *argv, restarts=0):
 
 
 def test_a_rank_that_dies_ends_the_job_and_a_restart_resumes(small, tmp_path):
-    common = ["--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0]
+    common = ["--model", small[0], *COMMON["sft"], "--eval-hands", 0]
     code, said = torchrun("die", *common, "--out", tmp_path / "ended")
     assert code != 0 and "rank 0: lost another rank" in said and f"--resume --out {tmp_path / 'ended'}" in said
     assert "Signal 9" in said                                                  # torchrun's own word on the second
@@ -272,7 +277,7 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_resumes(small, tmp_path):
 
 def test_sigterm_to_torchrun_saves_the_last_step(small, tmp_path):
     out = tmp_path / "run"
-    process = start("none", "--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--steps", 100_000, "--save-every", 50_000, "--out", out)
+    process = start("none", "--model", small[0], *COMMON["sft"], "--eval-hands", 0, "--steps", 100_000, "--save-every", 50_000, "--out", out)
     while not ((out / "log.jsonl").exists() and len(records(out, "step")) > 2):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
@@ -284,7 +289,7 @@ def test_sigterm_to_torchrun_saves_the_last_step(small, tmp_path):
 
 @pytest.mark.parametrize("sharded", ["on", "off"])
 def test_all_ranks_skip_the_step_of_one(small, tmp_path, sharded):
-    code, said = torchrun("nan", "--algo", "sft", "--model", small[0], *COMMON, "--eval-hands", 0, "--minibatches", 1, "--shard", sharded, "--out", tmp_path / "run")
+    code, said = torchrun("nan", "--model", small[0], *COMMON["sft"], "--eval-hands", 0, "--minibatches", 1, "--shard", sharded, "--out", tmp_path / "run")
     assert code == 0, said
     assert [r["skipped"] for r in records(tmp_path / "run", "step")] == [0, 1, 1, 1]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run/final").values())

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_train import quick
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
@@ -273,9 +274,6 @@ def test_backward_passes_are_those_that_happen(model):
 
 # ---------------------------------------------------------------------------------------------------------------- whole runs
 
-QUICK = ["--eval-hands", "0", "--eval-every", "0", "--hands", "4", "--samples", "1", "--batch-size", "4", "--max-new-tokens", "8", "--device", "cpu"]
-
-
 def run(folder, small, monkeypatch, *argv):
     """One step -> (what it learnt from, the log, the ledger in the checkpoint)."""
     learnt_from = []
@@ -283,7 +281,7 @@ def run(folder, small, monkeypatch, *argv):
         for module in (sft, ppo):
             patch.setattr(module, "update", lambda model, processor, batch, *rest, update=module.update, **more:
                           (learnt_from.extend(batch), update(model, processor, batch, *rest, **more))[1])
-        train.main(["--model", str(small[0]), "--steps", "1", "--out", str(folder), *QUICK, *argv])
+        train.main(quick("--model", small[0], "--steps", 1, "--out", folder, "--eval-hands", 0, *argv))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     record = json.loads((folder / "checkpoints/step_000001/record.json").read_text())
     return learnt_from, lines, record["flops"]

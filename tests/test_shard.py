@@ -24,28 +24,32 @@ import train  # noqa: E402
 from distributed import checkpoint, shard  # noqa: E402
 from model import Config, Llama, from_any_layout, read_json  # noqa: E402
 
-COMMON = ["--steps", "3", "--lr", "1e-3", "--adam-eps", "1e-3", "--max-grad-norm", "0.1", "--minibatches", "1", "--hands", "4",
-          "--samples", "1", "--batch-size", "4", "--attempts", "2", "--max-new-tokens", "4", "--eval-hands", "0", "--eval-sets", "id",
-          "--device", "cpu"]
-# a large eps: no step out of rounding noise
-UNEVEN = ["--hands", "5", "--batch-size", "5", "--token-budget", "1"]                                # three micro-batches against two
+GAME = ["--attempts", "2", "--max-new-tokens", "4", "--eval-sets", "id", "--device", "cpu"]
+# A large eps: no step out of rounding noise.
+LEARN = ["--steps", "3", "--lr", "1e-3", "--adam-eps", "1e-3", "--max-grad-norm", "0.1", "--minibatches", "1",
+         "--eval-hands", "0", *GAME]
+SFT = ["--algo", "sft", "--batch-size", "4", *LEARN]
+PPO = ["--algo", "ppo", "--hands", "4", "--samples", "1", *LEARN]
 CASES = {                                                                   # name: (arguments, in what sharded runs differ from whole ones)
-    "gp-l-sft": (["--task", "gp-l", "--algo", "sft"], []),
-    "gp-vl-sft": (["--task", "gp-vl", "--algo", "sft"], []),
-    "gp-l-ppo": (["--task", "gp-l", "--algo", "ppo"], []),
-    "gp-vl-ppo": (["--task", "gp-vl", "--algo", "ppo", "--eval-hands", "3", "--eval-every", "0"], ["--rollout-sharded"]),
-    "uneven-sft": (["--task", "gp-vl", "--algo", "sft", *UNEVEN], []),
-    "uneven-ppo": (["--task", "gp-vl", "--algo", "ppo", "--epochs", "2", *UNEVEN], []),
-    "shared": (["--task", "gp-vl", "--algo", "ppo", "--critic", "shared", "--tune", "no-vision"],
+    "gp-l-sft": (["--task", "gp-l", *SFT], []),
+    "gp-vl-sft": (["--task", "gp-vl", *SFT], []),
+    "gp-l-ppo": (["--task", "gp-l", *PPO], []),
+    "gp-vl-ppo": (["--task", "gp-vl", *PPO, "--eval-hands", "3", "--eval-every", "0"], ["--rollout-sharded"]),
+    # three micro-batches against two
+    "uneven-sft": (["--task", "gp-vl", *SFT, "--batch-size", "5", "--token-budget", "1"], []),
+    "uneven-ppo": (["--task", "gp-vl", *PPO, "--hands", "5", "--token-budget", "1", "--epochs", "2"], []),
+    "shared": (["--task", "gp-vl", *PPO, "--critic", "shared", "--tune", "no-vision"],
                ["--checkpoint-activations", "--rollout-sharded"]),
-    "tied": (["--task", "gp-l", "--algo", "sft"], []),
-    "separate": (["--task", "gp-vl", "--algo", "ppo", "--critic", "separate", "--tune", "no-vision"], ["--checkpoint-activations"]),
+    "tied": (["--task", "gp-l", *SFT], []),
+    "separate": (["--task", "gp-vl", *PPO, "--critic", "separate", "--tune", "no-vision"], ["--checkpoint-activations"]),
 }
 ONLY_SHARDED = ("shared", "tied", "separate")
 
 
 def run(processes, *argv):
     args, typed, _ = train.parse([str(word) for word in argv])
+    if not args.resume:
+        train.agree(processes, args, typed)
     train.evaluate_only(args, processes) if args.algo == "eval" else train.train(args, processes, typed)
 
 
@@ -58,15 +62,15 @@ def worker(folder, small):
     """What each of the two ranks does."""
     processes = train.Processes("cpu")
     for name, (argv, differently) in CASES.items():
-        common = ["--model", model_of(name, small), *COMMON, *argv]
+        common = ["--model", model_of(name, small), *argv]
         if name not in ONLY_SHARDED:
             run(processes, *common, "--shard", "off", "--out", folder / name / "whole")
         run(processes, *common, "--shard", "on", *differently, "--out", folder / name / "sharded")
     for steps in ([], ["--steps", 1], ["--resume", "--override"]):          # whole, then in two parts
-        common = ["--model", small, *COMMON, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
+        common = ["--model", small, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
         run(processes, *common, *steps, "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
     export(small, processes, folder / "export")
-    run(processes, "--model", small, *COMMON, "--algo", "eval", "--eval-hands", 3, "--shard", "on", "--out", folder / "eval")
+    run(processes, "--model", small, "--algo", "eval", "--eval-hands", 3, *GAME, "--shard", "on", "--out", folder / "eval")
     torch.save({"slices": slices(small, processes), "rollouts": rollouts(small, processes), "norm": broken_norm(small, processes)},
                folder / f"rank{processes.rank}.pt")
     torch.distributed.destroy_process_group()
@@ -198,7 +202,7 @@ def one_rank(small, tmp_path_factory):
     @functools.cache
     def once(name):
         folder = tmp_path_factory.mktemp(name) / "run"
-        run(train.Processes("cpu"), "--model", model_of(name, small[0]), *COMMON, *CASES[name][0], "--out", folder)
+        run(train.Processes("cpu"), "--model", model_of(name, small[0]), *CASES[name][0], "--out", folder)
         return folder
     return once
 
@@ -312,12 +316,6 @@ def test_checkpointed_activations_change_nothing(model, processor):
 def test_pace():
     assert list(shard.pace(["a"], "spare", lambda n: n)) == [("a", 1.0)]
     assert list(shard.pace(["a"], "spare", lambda n: 3)) == [("a", 1.0), ("spare", 0.0), ("spare", 0.0)]
-
-
-@pytest.mark.parametrize("argv, words", [(["--shard", "on"], "--nproc-per-node"), (["--algo", "pretrain", "--shard", "on"], "pretrain")])
-def test_sharding_needs_ranks(small, tmp_path, argv, words):
-    with pytest.raises(train.UserError, match=words):
-        run(train.Processes("cpu"), "--model", small[0], *COMMON, *argv, "--out", tmp_path / "run")
 
 
 if __name__ == "__main__":

@@ -377,21 +377,6 @@ def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
         assert factory().reset(3) == of_one().reset(3)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--task", "gp-l", "--eval-sets", "id,mirrored"], ["--eval-sets", "'mirrored'", "gp-l", "known are id,", "five-cards"]),
-    (["--task", "virl-vl", "--eval-sets", "five-cards"], ["--eval-sets", "'five-cards'", "virl-vl", "relative-wording"]),
-    (["--task", "gp-vl", "--eval-sets", "target-13"], ["--eval-sets", "'target-13'", "gp-vl", "target-36", "recoloured"]),
-    (["--task", "gp-l", "--rules", "10,eleven"], ["rule 'eleven'", "expected"]),
-    (["--task", "gp-l", "--rules", "10,"], ["rule ''", "expected"]),
-    (["--task", "virl-l", "--rules", "absolute,10"], ["rule '10'", "absolute", "relative"]),
-    (["--task", "gp-l", "--rules", "10,5", "--algo", "pretrain"], ["--rules", "pretrain"])])
-def test_errors_name_the_flag_and_what_is_known(small, tmp_path, argv, words):
-    with pytest.raises(SystemExit) as stop:
-        train.main([*argv, "--model", str(small[0]), "--out", str(tmp_path / "run"), "--eval-hands", "1", "--steps", "1", "--preset", "tiny"])
-    message = str(stop.value.code)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
 @pytest.mark.parametrize("task", envs.TASKS)
 def test_every_set_can_be_asked_for(task):
     args = train.apply_preset(train.Args(task=task, algo="eval", preset="tiny"), 128)

@@ -413,17 +413,6 @@ def test_micro_batches_add_up(model, processor, name, loss, unit):
 
 # ---------------------------------------------------------------------------------------------------------- from the outside
 
-@pytest.mark.parametrize("argv, words", [
-    (["--advantage", "grpo", "--samples", 1], ["grpo", "--samples"]),
-    (["--advantage", "gae-token", "--samples", 2], ["gae-token", "--unit token"]),
-    (["--advantage", "monte-carlo", "--critic", "separate"], ["monte-carlo", "--critic separate"]),
-])
-def test_what_does_not_go_together_is_said(small, tmp_path, argv, words):
-    common = ["--task", "gp-l", "--model", small[0], "--out", tmp_path / "run", "--eval-hands", 0, "--device", "cpu"]
-    with pytest.raises(SystemExit) as stop:
-        train.main([str(word) for word in common + argv])
-    assert "\n" not in str(stop.value.code) and all(word in str(stop.value.code) for word in words)
-
 
 @pytest.mark.parametrize("extra", [["--kl-in", "loss", "--loss", "dapo"],
                                    ["--kl-in", "reward", "--kl-estimator", "k1", "--advantage", "gae-token", "--unit", "token"]])
@@ -513,8 +502,3 @@ def test_all_of_it_runs(small, tmp_path, task):
     run("--task", task, "--algo", "ppo", "--model", small[0], "--steps", 1, "--out", tmp_path / "run", "--compat", "official")
     [step], evals = records(tmp_path / "run", "step"), records(tmp_path / "run", "eval")
     assert evals[0]["eval"]["id"]["turns"] == {"gp-l": 5, "virl-l": 2}[task] == step["turns"]
-
-
-def test_an_unknown_switch_is_named(small, tmp_path):
-    with pytest.raises(SystemExit, match="--compat: unknown 'sixth'; known are official, added-penalties"):
-        run("--model", small[0], "--compat", "sixth", "--out", tmp_path / "run")

@@ -27,7 +27,6 @@ What it does not do. A rollout computes W x and B A x apart, as training does, a
 (W + B A) x would be faster, and differ in rounding. Only the exported weights are merged. And the model before training is still there,
 without a second copy: `disabled` switches the adapters off, which makes a frozen reference for a KL penalty.
 """
-import argparse
 import contextlib
 
 import torch
@@ -60,20 +59,14 @@ class Adapted(nn.Module):
 def adapt(llama, modules, rank, alpha, seed=0):
     """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`sft.freeze`) the ones that `modules` names.
 
-    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and device. ValueError for an
-    unknown name and where nothing is left to adapt.
+    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and device. ValueError where
+    nothing is left to adapt.
     """
-    named = modules.split(",")
-    unknown = set(named) - set(GROUPS) - set(GROUPS["all"])
-    if unknown:
-        raise ValueError(f"--lora-modules: unknown '{min(unknown)}'; known are {', '.join([*GROUPS, *GROUPS['all']])}")
-    if rank < 1:
-        raise ValueError(f"--lora-rank {rank}: expected a positive number, or 0 for no adapters")
-    wanted = {name for group in named for name in GROUPS.get(group, [group])}
+    wanted = {name for group in modules.split(",") for name in GROUPS.get(group, [group])}
     found = [(parent, name, child) for parent in llama.modules() for name, child in parent.named_children()
              if name in wanted and isinstance(child, (Linear, nn.Linear)) and child.weight.requires_grad]
     if not found:
-        raise ValueError(f"--lora-modules {modules}: there is no such layer in what --tune leaves to learn")
+        raise ValueError(f"no layer of {modules} learns")
     llama.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent, name, child in found:
@@ -127,6 +120,7 @@ def table(config, rank):
 
 if __name__ == "__main__":
     from distributed.plan import LLAMA_11B
-    parser = argparse.ArgumentParser(prog="python -m variants.lora", description="What LoRA saves on Llama-3.2-11B-Vision.")
-    parser.add_argument("--rank", type=int, default=16)
+    from harness.ranges import command_line, integer
+    parser = command_line("python -m variants.lora", "What LoRA saves on Llama-3.2-11B-Vision.")
+    parser.add_argument("--rank", type=integer(1, 10**5), default=16, help="of the adapters (default: %(default)s)")
     print(table(Config.from_dict(LLAMA_11B), parser.parse_args().rank))

@@ -1,0 +1,244 @@
+"""Are these settings a run? Everything that can be said before weights are read and anything is written.
+
+    train.py: error: --hands 3: expected with --algo ppo
+
+`settle` completes the settings of a command line, a program or a resumed run, and refuses what is out of its
+range (declared in settings.py), without effect, or at odds with the rest.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import envs
+import ppo
+import sft
+from harness.ranges import SettingError, one_of, several, text, writable
+from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
+from model import Llama
+from variants import lora, official
+
+RARE = 500             # hands drawn for one that can be solved; `reset` gives up after 20 times as many
+NO_PICTURE = {"image": False, "style": "plain"}
+
+
+def settle(args, config, typed=frozenset(), world=1):
+    """Complete the settings, in place, or raise a SettingError.
+
+    config: of the model; typed: names of the settings that the user gave; world: ranks.
+    """
+    if args.custom:
+        load_custom(args.custom)
+    check_ranges(args)
+    apply_preset(args, config.hidden_size)
+    check_games_words(args)
+    check_use(args, typed)
+    for name, expected in conflicts(args, config, world):
+        raise SettingError(f"{spelled(args, name)}: expected {expected}")
+    check_files(args)
+    check_parts(args, config)
+    if args.game == "gp":
+        check_deals(args)
+
+
+def check_ranges(args, kinds=None):
+    """Hold each setting that is not the default to its kind; `kinds` in place of the declared ones."""
+    declared = {f.name: f.metadata["kind"] for f in dataclasses.fields(Args)}
+    for name, kind in (kinds or declared).items():
+        value, default = getattr(args, name), Args.__dataclass_fields__[name].default
+        if value is None or (value == default and type(value) is type(default)):
+            continue
+        if kind.fit(value) is None:
+            raise SettingError(f"{flag_of(name)} {kind.refusal(value)}")
+        setattr(args, name, kind.fit(value))
+
+
+def check_games_words(args):
+    """The same for settings of which the game says what they may be."""
+    rule, look = WORDS[args.game]
+    check_ranges(args, {"rule": rule, "rules": several(rule)} | ({} if args.routes else {"look": look}))
+    sets = envs.GAMES[args.game].shifts(args.rule, args.look, args.image)
+    check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
+
+
+CITIES = (*envs.cities.CITIES, "others", "broad")
+WORDS = {              # game: (what a rule may be, what a look may be)
+    "gp": (text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", envs.face_values),
+           one_of(tuple(envs.LOOKS))),
+    "virl": (one_of(tuple(envs.SPACES)),
+             text(f"a folder of routes or one of {', '.join(CITIES)}",
+                  lambda look: look in CITIES or Path(look).is_dir())),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings without effect: (what they are expected with, is it there, their names).
+
+USE = [
+    ("--algo sft, ppo or pretrain", lambda a: a.algo != "eval",
+     "seed resume steps lr lr_schedule warmup weight_decay betas adam_eps max_grad_norm max_skipped "
+     "token_budget tune checkpoint_activations epochs minibatches eval_every skip_first_eval save_every "
+     "keep"),
+    ("--algo sft or ppo", lambda a: a.algo in ("sft", "ppo"), "rules lora_rank dry_run probe_hands"),
+    ("--algo ppo", lambda a: a.algo == "ppo",
+     "hands samples advantage loss unit clip_high dual_clip value_clip value_coef entropy_coef gamma lam "
+     "token_gamma token_lam kl_coef critic critic_lr critic_warmup reward_scale transcript_every"),
+    ("--algo sft or pretrain", lambda a: a.algo in ("sft", "pretrain"),
+     "batch_size mistakes learn_prompts describe"),
+    ("--algo sft", lambda a: a.algo == "sft", "sft_loss sft_data"),
+    ("--sft-data expert", lambda a: a.sft_data == "expert", "mistakes learn_prompts describe"),
+    ("--attempts of at least 2", lambda a: a.attempts > 1, "mistakes"),
+    ("--algo ppo, or sft with --sft-data own",
+     lambda a: a.algo == "ppo" or a.sft_data == "own", "temperature"),
+    ("pictures: --task virl-vl", lambda a: a.image, "describe"),
+    ("--resume", lambda a: a.resume, "override"),
+    ("a built-in look, without --routes", lambda a: not a.routes, "look"),
+    ("visual-ood among --eval-sets", lambda a: "visual-ood" in a.eval_sets.split(","), "ood_routes"),
+    ("--lora-rank above 0", lambda a: a.lora_rank, "lora_alpha lora_modules"),
+    ("--probe-hands above 0", lambda a: a.probe_hands, "probe_samples"),
+    ("--kl-coef above 0", lambda a: a.kl_coef, "kl_in kl_estimator"),
+]
+USE_OF_VARIANTS = [            # not with --custom: a user's own estimators and losses may read any setting
+    ("--algo ppo, or sft with --sft-loss psft or iw-sft",
+     lambda a: a.algo == "ppo" or a.sft_loss in ("psft", "iw-sft"), "clip"),
+    ("a --loss that clips", lambda a: a.loss != "reinforce", "clip"),
+    ("--loss clip-higher or dapo", lambda a: a.loss in ("clip-higher", "dapo"), "clip_high"),
+    ("--loss dual-clip", lambda a: a.loss == "dual-clip", "dual_clip"),
+    ("a --loss that leaves it open", lambda a: ppo.LOSSES[a.loss].unit is None, "unit"),
+    ("an --advantage that reads values", lambda a: ppo.ESTIMATORS[a.advantage].values,
+     "value_clip value_coef critic critic_lr critic_warmup"),
+    ("another --advantage", lambda a: a.advantage not in ("gae-token", "reinforce++"), "gamma"),
+    ("--advantage gae, gae-loo or gae-two-level",
+     lambda a: a.advantage in ("gae", "gae-loo", "gae-two-level"), "lam"),
+    ("--advantage gae-token, gae-two-level or reinforce++",
+     lambda a: ppo.ESTIMATORS[a.advantage].per == "token", "token_gamma"),
+    ("--advantage gae-token or gae-two-level",
+     lambda a: a.advantage in ("gae-token", "gae-two-level"), "token_lam"),
+]
+
+
+def check_use(args, typed):
+    """Refuse what was typed and would do nothing."""
+    for expected, used, names in USE + (USE_OF_VARIANTS if not args.custom else []):
+        for name in names.split():
+            if name in typed and not used(args):
+                raise SettingError(f"{spelled(args, name)}: expected with {expected}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings at odds with each other
+
+def conflicts(args, config, world):
+    """Yield (a setting, what is expected of it) wherever two contradict each other."""
+    if args.image and config.vision is None:
+        yield "task", f"{args.game}-l, as {args.model} is a text-only model"
+    useful = [*envs.COMPAT[args.game], *(official.PPO if args.algo == "ppo" else [])]
+    if args.compat not in ("", "official") and set(args.compat.split(",")) - set(useful):
+        yield "compat", f"official alone, or what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
+    if args.algo == "eval" and args.eval_hands == 0:
+        yield "eval_hands", "at least 1 with --algo eval"
+    if args.shard == "on" and (world == 1 or args.algo == "pretrain"):     # Muon steps in whole matrices
+        yield "shard", "several ranks (torchrun --nproc-per-node 2) and another --algo than pretrain"
+    if args.shard == "on" and args.lora_rank:
+        yield "shard", "off with --lora-rank, which keeps whole copies of weights that do not change"
+    if args.dry_run and args.lora_rank:
+        yield "dry_run", "without --lora-rank; python -m variants.lora says what that saves"
+    if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
+        yield "tune", "with pictures to learn from: --task gp-vl or virl-vl, --algo sft or ppo"
+    if args.algo == "pretrain" and (args.rules or args.lora_rank or args.probe_hands):
+        yield "algo", "sft or ppo with --rules, --lora-rank or --probe-hands"
+    if args.algo != "eval":
+        yield from conflicts_in_learning(args, world)
+    if args.algo == "ppo":
+        yield from conflicts_in_ppo(args)
+
+
+def conflicts_in_learning(args, world):
+    shared = "hands" if args.algo == "ppo" else "batch_size"
+    batch = args.hands * args.samples if args.algo == "ppo" else args.batch_size
+    if getattr(args, shared) < world:
+        yield shared, f"at least {world}, one for each rank"
+    if args.minibatches > batch:
+        yield "minibatches", f"at most {batch}, which is --hands times --samples (PPO) or --batch-size"
+
+
+def conflicts_in_ppo(args):
+    estimator, unit = ppo.ESTIMATORS[args.advantage], ppo.unit_of(args)[0]
+    if estimator.groups and args.samples < 2:
+        yield "advantage", "--samples of at least 2: it compares the episodes of a hand"
+    if estimator.per == "token" and unit == "turn":
+        yield "advantage", "--unit token, or a --loss over tokens or sequences: each token has its own"
+    if not estimator.values and args.critic == "separate":
+        yield "critic", f"shared or detached: --advantage {args.advantage} asks no critic"
+    if not estimator.values and args.critic_warmup:
+        yield "critic_warmup", f"0: --advantage {args.advantage} asks no critic"
+    if args.critic_warmup >= args.steps:
+        yield "critic_warmup", f"less than --steps {args.steps}, or the policy never learns"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files, the model's parts, the game
+
+def check_files(args):
+    """The files and folders that the run reads, and the folder that it writes."""
+    if args.out and not writable(args.out):
+        raise SettingError(f"{spelled(args, 'out')}: expected a folder that can be made or written to")
+    if args.prompts:
+        attempt(args, "prompts", "a JSON file of templates", envs.load_prompts, args.prompts)
+    size = envs.GAMES[args.game].sizes[args.preset]
+    for name in ("routes", "ood_routes", "look"):
+        folder = getattr(args, name)
+        if args.game == "virl" and folder and folder not in CITIES:
+            for held_out in (False, True):
+                attempt(args, name, "a folder of routes in the released format", envs.known_routes,
+                        folder, held_out, args.image, size, bool(args.skip_bad_routes))
+
+
+def check_parts(args, config):
+    """Does the model, made without its weights, have what --tune and --lora-modules name?"""
+    if args.algo == "eval" or args.tune == "all" and not args.lora_rank:
+        return
+    with torch.device("meta"):
+        model = Llama(config)
+    attempt(args, "tune", "weights that this model has", sft.freeze, model, args.tune)
+    if args.lora_rank:
+        attempt(args, "lora_modules", "layers that --tune leaves to learn", lora.adapt, model,
+                args.lora_modules, args.lora_rank, args.lora_alpha)
+
+
+def attempt(args, name, expected, function, *arguments):
+    """Return what a function makes of a setting; refuse the setting if it fails, with the reason."""
+    try:
+        return function(*arguments)
+    except SettingError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(f"{spelled(args, name)}: expected {expected}; {reason}") from None
+
+
+def check_deals(args):
+    """Are there enough hands that can be solved, in training and in every evaluation set?"""
+    shifts = envs.GeneralPoints.shifts(args.rule, args.look, args.image)
+    sets = {f"training by rule {rule}": {"rule": rule} for rule in (args.rules or args.rule).split(",")}
+    sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
+    for name, changes in sets.items():
+        own = dict(rule=args.rule, look=args.look, target=args.target)
+        env = envs.GeneralPoints(**own | changes | NO_PICTURE, compat=official.of_game(args.compat, "gp"))
+        if not dealt_often(env):
+            culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
+            raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can be "
+                               f"solved; there are fewer of {name}")
+
+
+def dealt_often(env, hands=8):
+    """Is at least one of RARE hands, of those drawn for so many seeds, one that can be solved?"""
+    drawn = 0
+    for seed in range(hands):
+        try:
+            env.reset(seed)
+        except RuntimeError:
+            return False
+        drawn += env.drawn
+    return drawn <= RARE * hands

@@ -1,0 +1,158 @@
+"""What a word on a command line may be, and one way to refuse it: `--flag VALUE: expected ...`, exit code 2.
+
+    parser = command_line("python -m study", __doc__)
+    parser.add_argument("--workers", type=integer(1), default=2)
+
+Only the standard library is imported here, so that every command of the project can share this.
+"""
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+LARGEST = 10**9        # of a count; what exceeds it is a slip of the finger, and fits into no tensor
+HUGE = 1e300           # no float is as large; so neither infinite nor an integer that is too long for a float
+
+
+class UserError(ValueError):
+    """Something the user can mend; shown as one line."""
+
+
+class SettingError(UserError):
+    """A setting, or several together, that cannot be: `--flag VALUE: expected ...`."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value. As argparse's `type` it turns a word into a value."""
+    expected: str | Callable   # what the message says, or a function that returns it
+    read: Callable             # word -> value; ValueError if it cannot be read
+    holds: Callable            # value of any type -> is it one of the kind?
+    names: tuple | dict = ()   # all there are, if it is a choice
+
+    def __call__(self, word):
+        value = self.fit(word)
+        if value is None:
+            raise argparse.ArgumentTypeError(self.refusal(word))
+        return value
+
+    def fit(self, value):
+        """The value, read if it is a word; None if it is not of the kind."""
+        try:
+            value = self.read(value) if isinstance(value, str) else value
+            return value if self.holds(value) else None
+        except (ValueError, OSError):
+            return None
+
+    def expect(self):
+        return self.expected() if callable(self.expected) else self.expected
+
+    def refusal(self, value):
+        """The message without the flag: `VALUE: expected ...`."""
+        return f"{shown(value)}: expected {self.expect()}"
+
+
+def shown(value):
+    """A value as one line; quoted where one could not see it otherwise."""
+    word = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return word if word.isprintable() and word.strip() == word != "" else repr(word)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers
+
+def is_number(value, *types):
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def integer(low, high=LARGEST, step=1):
+    """Integers from low to high, every step-th."""
+    steps, end = f" in steps of {step}" * (step > 1), "10^9" if high == LARGEST else high
+    return Kind(f"an integer from {low} to {end}{steps}", int,
+                lambda n: is_number(n, int) and low <= n <= high and (n - low) % step == 0)
+
+
+def real(expected, holds):
+    """Finite numbers for which `holds`."""
+    return Kind(expected, float, lambda x: is_number(x, int, float) and abs(x) < HUGE and holds(x))
+
+
+def above(low):
+    return real(f"a number above {low}", lambda x: x > low)
+
+
+def at_least(low):
+    return real(f"a number of at least {low}", lambda x: x >= low)
+
+
+def between(low, high):
+    return real(f"a number from {low} to {high}", lambda x: low <= x <= high)
+
+
+def inside(low, high):
+    return real(f"a number above {low} and below {high}", lambda x: low < x < high)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Words, lists, files
+
+def one_of(names):
+    """One of these names. A dict may grow later: what it holds is looked up each time."""
+    return Kind(lambda: f"one of {', '.join(names)}", str,
+                lambda name: isinstance(name, str) and name in names, names)
+
+
+def several(kind):
+    """Different words of a kind, joined by commas; the value is a string without the spaces around them."""
+    def read(words):
+        found = [kind.fit(word.strip()) for word in words.split(",")]
+        return "" if None in found or len(set(found)) < len(found) else ",".join(map(str, found))
+
+    return Kind(lambda: f"{kind.expect()}, or several, each once, joined by commas", read, bool, kind.names)
+
+
+def numbers(expected, *kinds):
+    """As many numbers as there are kinds, joined by commas; the value is a tuple."""
+    def holds(values):
+        return isinstance(values, tuple) and len(values) == len(kinds) and all(
+            kind.holds(value) for kind, value in zip(kinds, values))
+
+    return Kind(expected, lambda words: tuple(map(float, words.split(","))), holds)
+
+
+def text(expected, holds=bool):
+    """Any word for which `holds`: by default any but the empty one."""
+    return Kind(expected, str, lambda word: isinstance(word, str) and holds(word))
+
+
+def writable(folder):
+    """Can this folder be written to, once it and the folders above it are made?"""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
+def can_be_a_file(name):
+    path = Path(name)
+    if path.exists():
+        return path.is_file() and os.access(path, os.W_OK)
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+
+
+FOLDER = text("a folder that can be made or written to", writable)
+FILE = text("a file that can be written, in a folder that is there", can_be_a_file)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def command_line(prog, description, refuse=None, **more):
+    """An argument parser whose errors are one line. refuse: what to call with it instead of exiting."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+    # Else -1e-3 and -inf would be taken for flags.
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
+    refuse = refuse or (lambda message: parser.exit(2, f"{prog}: error: {message}\n"))
+    parser.error = lambda message: refuse(re.sub(r"^(\S+):(?=.*: expected)", r"\1", message.removeprefix("argument ")))
+    return parser

@@ -1,0 +1,469 @@
+"""Settings: a wrong one is refused in one line before anything is read or written, and every right command passes."""
+
+import ast
+import dataclasses
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from distributed import plan
+from harness import ranges
+from harness.check import settle
+from harness.settings import Args, SettingError, flag_of, parse
+from kernels import bench
+from model import Config
+from scenes import cities, routes
+from study import __main__ as study
+from study import faces
+
+HERE = Path(train.__file__).parent
+TINY = Config.from_dict(train.TINY)
+TEXT = {key: value for key, value in train.TINY["text_config"].items() if key != "cross_attention_layers"}
+
+
+class Accepted(BaseException):
+    """Raised in place of reading a model: the settings are a run."""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, capsys):
+    """In an empty folder: command line -> what was said as it was refused, or None if it was accepted."""
+    def accept(*_):
+        raise Accepted
+
+    def run(argv):
+        before = files()
+        try:
+            train.main([str(word) for word in argv])
+        except Accepted:
+            return None
+        except SystemExit as stop:
+            said = capsys.readouterr().err
+            assert stop.code == 2 and said.startswith("train.py: error: ") and said.count("\n") == 1, said
+            assert files() == before                           # nothing was written
+            return said
+
+    files = lambda: sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", accept)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: command lines that are refused, with words of the message
+
+REFUSED = [
+    # what is not of its kind
+    ("--lr fast", "--lr fast: expected a number above 0"),
+    ("--lr 0", "--lr 0: expected a number above 0"),
+    ("--lr -1e-3", "--lr -1e-3: expected"),
+    ("--max-grad-norm -1", "--max-grad-norm -1: expected a number above 0"),
+    ("--max-grad-norm inf", "--max-grad-norm inf: expected"),
+    ("--clip nan", "--clip nan: expected a number above 0 and below 1"),
+    ("--clip 1", "--clip 1: expected"),
+    ("--gamma 2", "--gamma 2: expected a number from 0 to 1"),
+    ("--lam 1.0001", "--lam 1.0001: expected"),
+    ("--steps -1", "--steps -1: expected an integer from 1"),
+    ("--steps 0", "--steps 0: expected"),
+    ("--steps 1e3", "--steps 1e3: expected an integer"),
+    ("--steps 2.5", "--steps 2.5: expected an integer"),
+    ("--steps ''", "--steps '': expected an integer"),
+    ("--steps 99999999999999999999", "--steps 99999999999999999999: expected"),
+    ("--seed -1", "--seed -1: expected an integer from 0"),
+    ("--seed 9223372036854775808", "--seed 9223372036854775808: expected an integer from 0 to 9223372036854775807"),
+    ("--token-budget 0", "--token-budget 0: expected"),
+    ("--keep 0", "--keep 0: expected"),
+    ("--epochs 0", "--epochs 0: expected"),
+    ("--samples 0", "--samples 0: expected"),
+    ("--rollout-batch 0", "--rollout-batch 0: expected"),
+    ("--eval-hands -1", "--eval-hands -1: expected an integer from 0"),
+    ("--probe-hands -1", "--probe-hands -1: expected an integer from 0"),
+    ("--transcript-every 0", "--transcript-every 0: expected"),
+    ("--dry-run 0", "--dry-run 0: expected an integer from 1"),
+    ("--lora-rank -1", "--lora-rank -1: expected an integer from 0"),
+    ("--algo sft --mistakes 2", "--mistakes 2: expected a number from 0 to 1"),
+    ("--temperature 0", "--temperature 0: expected a number from 0.01 to 100; greedy"),
+    ("--temperature -1", "--temperature -1: expected"),
+    ("--algo sft --sft-data own --temperature 0", "greedy answers (0) leave no ratio"),
+    ("--eval-temperature -0.1", "--eval-temperature -0.1: expected 0 (greedy) or"),
+    ("--betas 0.9", "--betas 0.9: expected two numbers from 0 to below 1, joined by a comma"),
+    ("--betas 0.9,1", "--betas 0.9,1: expected two"),
+    ("--betas nan,0.9", "--betas nan,0.9: expected two"),
+    ("--betas 0.9,0.9,0.9", "--betas 0.9,0.9,0.9: expected two"),
+    ("--dual-clip 1", "--dual-clip 1: expected a number above 1"),
+    ("--task chess", "--task chess: expected one of gp-l, gp-vl, virl-l, virl-vl"),
+    ("--algo dpo", "--algo dpo: expected one of ppo, sft"),
+    ("--advantage best", "--advantage best: expected one of gae, gae-loo"),
+    ("--loss mse", "--loss mse: expected one of ppo, "),
+    ("--algo sft --sft-loss mse", "--sft-loss mse: expected one of nll, "),
+    ("--out ''", "--out '': expected a folder"),
+    # what no program could take for a setting
+    ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--eval-hand 3", "unrecognized arguments: --eval-hand"),
+    ("--lr", "--lr: expected one argument"),
+    ("--plot runs/x --lr 1", "--plot runs/x: expected alone, without --lr"),
+    ("--plot nowhere", "--plot nowhere: expected a folder that train.py wrote"),
+    # lists
+    ("--eval-sets id,rule-odd", "--eval-sets id,rule-odd: expected one of id, id-face, rule-ood"),
+    ("--eval-sets id,id", "--eval-sets id,id: expected"),
+    ("--eval-sets id,", "--eval-sets id,: expected"),
+    ("--eval-sets ,", "--eval-sets ,: expected"),
+    ("--eval-sets ''", "--eval-sets '': expected"),
+    ("--eval-sets id,mirrored", "five-cards"),
+    ("--task virl-vl --eval-sets five-cards", "relative-wording"),
+    ("--task gp-vl --eval-sets target-13", "recoloured"),
+    ("--rules 10,eleven", "--rules 10,eleven: expected one positive integer for J, Q and K"),
+    ("--rules 10,", "--rules 10,: expected"),
+    ("--rules 10,10", "--rules 10,10: expected"),
+    ("--task virl-l --rules absolute,10", "--rules absolute,10: expected one of absolute, relative"),
+    ("--compat sixth", "--compat sixth: expected one of official, added-penalties"),
+    ("--compat ''", "--compat '': expected"),
+    ("--compat official,ratio-10", "--compat official,ratio-10: expected official alone"),
+    ("--lora-rank 4 --lora-modules q_proj,w_proj", "--lora-modules q_proj,w_proj: expected one of attention, mlp"),
+    # the game
+    ("--rule eleven", "--rule eleven: expected one positive integer for J, Q and K"),
+    ("--rule 0", "--rule 0: expected"),
+    ("--rule 10-11", "--rule 10-11: expected"),
+    ("--task virl-l --rule 10", "--rule 10: expected one of absolute, relative"),
+    ("--look green", "--look green: expected one of black, red, all"),
+    ("--task virl-l --look atlantis", "--look atlantis: expected a folder of routes or one of new-york, "),
+    ("--attempts 0", "--attempts 0: expected"),
+    ("--target 0", "--target 0: expected"),
+    ("--target 1000000", "--target 1000000: expected a game in which one of 500 hands can be solved"),
+    ("--target 7000", "--target 7000: expected a game"),
+    ("--task virl-l --target 30", "--target 30: expected with another --task than virl-l"),
+    ("--after-failure end", "--after-failure end: expected with another --task"),
+    ("--skip-bad-routes", "--skip-bad-routes: expected with another --task than gp-l"),
+    ("--routes x", "--routes x: expected with another --task"),
+    ("--task virl-l --routes nowhere", "--routes nowhere: expected a folder of routes in the released format; nowhere"),
+    ("--task virl-l --ood-routes nowhere --eval-sets visual-ood", "--ood-routes nowhere: expected a folder of routes"),
+    ("--task virl-l --ood-routes nowhere", "--ood-routes nowhere: expected with visual-ood among --eval-sets"),
+    ("--prompts nowhere.json", "--prompts nowhere.json: expected a JSON file of templates; "),
+    ("--custom nowhere.py", "--custom nowhere.py: expected a Python file that runs; FileNotFoundError"),
+    # the model
+    ("--model nowhere", "--model nowhere: expected tiny, a checkpoint or a folder with a config.json"),
+    ("--model .", "--model .: expected tiny"),
+    ("--algo pretrain --preset paper", "--preset paper: expected tiny with --algo pretrain"),
+    ("--tune vision", "--tune vision: expected with pictures to learn from: --task gp-vl"),
+    ("--algo sft --lora-rank 4 --lora-modules fc1 --tune mlp",
+     "--lora-modules fc1: expected layers that --tune leaves to learn"),
+    # settings of another algorithm
+    ("--algo sft --hands 3", "--hands 3: expected with --algo ppo"),
+    ("--algo sft --gamma 0.5", "--gamma 0.5: expected with --algo ppo"),
+    ("--algo sft --kl-coef 0.1", "--kl-coef 0.1: expected with --algo ppo"),
+    ("--algo sft --transcript-every 1", "--transcript-every 1: expected with --algo ppo"),
+    ("--algo sft --temperature 1", "--temperature 1.0: expected with --algo ppo, or sft with --sft-data own"),
+    ("--algo sft --clip 0.2", "--clip 0.2: expected with --algo ppo, or sft with --sft-loss psft or iw-sft"),
+    ("--batch-size 8", "--batch-size 8: expected with --algo sft or pretrain"),
+    ("--sft-loss dft", "--sft-loss dft: expected with --algo sft"),
+    ("--algo pretrain --sft-data own", "--sft-data own: expected with --algo sft"),
+    ("--mistakes 0.5", "--mistakes 0.5: expected with --algo sft or pretrain"),
+    ("--algo sft --sft-data own --mistakes 0.5", "--mistakes 0.5: expected with --sft-data expert"),
+    ("--algo sft --attempts 1 --mistakes 0.5", "--mistakes 0.5: expected with --attempts of at least 2"),
+    ("--task virl-vl --describe", "--describe: expected with --algo sft or pretrain"),
+    ("--task virl-l --algo sft --describe", "--describe: expected with pictures: --task virl-vl"),
+    ("--algo eval --lr 1e-3", "--lr 0.001: expected with --algo sft, ppo or pretrain"),
+    ("--algo eval --steps 3", "--steps 3: expected with"),
+    ("--algo eval --seed 3", "--seed 3: expected with"),
+    ("--algo eval --resume", "--resume: expected with"),
+    ("--algo eval --eval-hands 0", "--eval-hands 0: expected at least 1 with --algo eval"),
+    ("--algo eval --dry-run 2", "--dry-run 2: expected with --algo sft or ppo"),
+    ("--algo pretrain --rules 10,5", "--rules 10,5: expected with --algo sft or ppo"),
+    ("--algo pretrain --lora-rank 4", "--lora-rank 4: expected with --algo sft or ppo"),
+    ("--algo pretrain --probe-hands 2", "--probe-hands 2: expected with --algo sft or ppo"),
+    ("--algo sft --compat leaking-gae", "--compat leaking-gae: expected official alone, or what"),
+    ("--compat unwrapped-angles", "--compat unwrapped-angles: expected official alone, or what --task gp-l"),
+    ("--override", "--override: expected with --resume"),
+    # settings of a variant
+    ("--clip-high 0.3", "--clip-high 0.3: expected with --loss clip-higher or dapo"),
+    ("--dual-clip 2", "--dual-clip 2.0: expected with --loss dual-clip"),
+    ("--loss reinforce --clip 0.1", "--clip 0.1: expected with a --loss that clips"),
+    ("--loss dapo --unit token", "--unit token: expected with a --loss that leaves it open"),
+    ("--kl-in reward", "--kl-in reward: expected with --kl-coef above 0"),
+    ("--kl-estimator k1 --kl-coef 0", "--kl-estimator k1: expected with --kl-coef above 0"),
+    ("--lora-alpha 8", "--lora-alpha 8.0: expected with --lora-rank above 0"),
+    ("--lora-modules mlp", "--lora-modules mlp: expected with --lora-rank above 0"),
+    ("--probe-hands 0 --probe-samples 4", "--probe-samples 4: expected with --probe-hands above 0"),
+    ("--advantage rloo --critic shared", "--critic shared: expected with an --advantage that reads values"),
+    ("--advantage rloo --value-coef 1", "--value-coef 1.0: expected with an --advantage that reads values"),
+    ("--advantage rloo --lam 0.9", "--lam 0.9: expected with --advantage gae, gae-loo or gae-two-level"),
+    ("--token-gamma 0.9", "--token-gamma 0.9: expected with --advantage gae-token"),
+    ("--token-lam 0.9", "--token-lam 0.9: expected with --advantage gae-token"),
+    ("--advantage gae-token --unit token --gamma 0.5", "--gamma 0.5: expected with another --advantage"),
+    # settings at odds with each other
+    ("--minibatches 999", "--minibatches 999: expected at most 256, which is --hands times --samples"),
+    ("--algo sft --batch-size 4 --minibatches 5", "--minibatches 5: expected at most 4"),
+    ("--advantage grpo --samples 1", "--advantage grpo: expected --samples of at least 2"),
+    ("--advantage gae-token", "--advantage gae-token: expected --unit token"),
+    ("--critic-warmup 40", "--critic-warmup 40: expected less than --steps 40"),
+    ("--shard on", "--shard on: expected several ranks (torchrun --nproc-per-node 2)"),
+    ("--shard on --algo pretrain", "--shard on: expected several ranks"),
+    ("--dry-run 1 --lora-rank 4", "--dry-run 1: expected without --lora-rank"),
+    ("--dry-run 64 --hands 32", "--hands 32: expected at least 64, one for each rank"),
+    ("--dry-run 1 --model nowhere", "--model nowhere: expected tiny, a folder with a config.json, or Llama-3.2-11B"),
+]
+
+
+@pytest.mark.parametrize("line, words", REFUSED, ids=[line for line, _ in REFUSED])
+def test_is_refused(start, line, words):
+    said = start(shlex.split(line))
+    assert said and words in said, said
+
+
+def test_two_flags_of_which_one_was_wrong_go_on_as_one_run(start):
+    """A wrong command leaves nothing behind, so that the right one needs no --resume."""
+    assert start(["--eval-sets", "id,rule-odd", "--out", "run"])
+    assert start(["--eval-sets", "id,rule-ood", "--out", "run"]) is None
+
+
+def test_files_that_are_none(start):
+    for flag, name, text, words in (
+            ("--prompts", "bad.json", "{", "not a JSON file"), ("--prompts", "list.json", "[]", "a JSON object"),
+            ("--prompts", "key.json", '{"gp-xl": ""}', "unknown key 'gp-xl'"),
+            ("--prompts", "field.json", '{"gp-l": "{deck}"}', "'gp-l' knows the fields"),
+            ("--custom", "syntax.py", "1 +", "SyntaxError"), ("--custom", "empty.py", "x = 1", "ESTIMATORS"),
+            ("--custom", "entry.py", "LOSSES = {'mine': print}", "Loss(function, ...) as 'mine'")):
+        Path(name).write_text(text)
+        said = start([flag, name])
+        assert f"{flag} {name}: expected" in said and words in said
+    assert "--out bad.json: expected a folder that can be made" in start(["--out", "bad.json"])
+    assert "--out bad.json/run: expected a folder" in start(["--out", "bad.json/run"])
+    for name, text, words in (("text", json.dumps(TEXT | {"model_type": "llama"}), "--task gp-vl: expected gp-l, as text is"),
+                              ("torn", "{", "--model torn: expected a model's folder; "),
+                              ("other", '{"model_type": "bert"}', "--model other: expected a model's folder; ")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+        assert words in start(["--task", "gp-vl", "--model", name])
+    assert "--tune vision" in start(["--model", "text", "--tune", "vision"])
+    assert start(["--model", "text"]) is None
+
+
+def test_routes_that_are_none(start):
+    folder = Path("city")
+    folder.mkdir()
+    (folder / "route_infos.json").write_text("[1]")
+    for flag in ("--routes", "--look"):
+        said = start(["--task", "virl-l", flag, "city"])
+        assert f"{flag} city: expected a folder of routes in the released format; city/route_infos.json" in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranges, from the dataclass itself: a new setting without one fails here
+
+FIELDS = {f.name: f for f in dataclasses.fields(Args)}
+NUMBERS = [name for name, field in FIELDS.items() if field.type in (int, float, tuple)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_have_a_range(start, name):
+    words = ["nan", "-nan", "inf", "-inf", "1e400", "x", "", " ", "0x10", "-1", "-1e-9", "1,", ",1", "1,2,3"]
+    words += ["1.5", "1e3", "9" * 30, "9" * 5000] if FIELDS[name].type is int else []
+    for word in words:
+        with pytest.raises(SettingError) as refused:
+            parse([flag_of(name), word])
+        assert str(refused.value).startswith(f"{flag_of(name)} {word.strip() and word or repr(word)}: expected ")
+    for value in (float("nan"), float("inf"), -1, -0.5, True, "x", [1], None and 0, 10**400):
+        if value is not None:
+            with pytest.raises(SettingError, match=f"{flag_of(name)} .*: expected"):
+                settle(Args(**{name: value}), TINY)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_says_what_it_may_be(name):
+    kind = FIELDS[name].metadata["kind"]
+    assert kind.expect() and FIELDS[name].metadata["help"]
+    if FIELDS[name].type is not bool:
+        assert kind.fit("") is None
+    for preset in (values.get(name) for algos in train.PRESETS.values() for values in algos.values()):
+        for value in preset.values() if isinstance(preset, dict) else [preset]:
+            assert value is None or kind.fit(value) == value
+
+
+def test_the_settings_of_a_resumed_run_are_checked(start):
+    args = Args(model="text", out="run")
+    Path("text").mkdir()
+    Path("text/config.json").write_text(json.dumps(TEXT | {"model_type": "llama"}))
+    settle(args, TINY)
+    Path("run").mkdir()
+    Path("run/log.jsonl").write_text("")
+    for changes, words in (({}, None), ({"max_grad_norm": -1.0}, "--max-grad-norm -1.0: expected a number above 0"),
+                           ({"lr": "fast"}, "--lr fast: expected"), ({"loss": "mse"}, "--loss mse: expected one of"),
+                           ({"betas": [0.9]}, "--betas 0.9: expected two numbers"),
+                           ({"eval_sets": "id,id"}, "--eval-sets id,id: expected")):
+        Path("run/config.json").write_text(json.dumps(dataclasses.asdict(args) | changes))
+        said = start(["--resume", "--out", "run"])
+        assert said is None if words is None else words in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command lines that pass
+
+ACCEPTED = """
+    --task gp-vl --algo ppo
+    --steps 1 --seed 9223372036854775807 --lr 1e-300 --weight-decay 0 --warmup 1 --betas 0,0.999
+    --betas '0.9, 0.95' --eval-sets 'id, rule-ood , visual-ood'
+    --eval-temperature 0 --eval-hands 0 --eval-every 0
+    --hands 1 --samples 1 --minibatches 1 --attempts 1 --token-budget 1 --keep 1 --rollout-batch 1
+    --clip 0.999 --gamma 1 --lam 0 --value-clip 0 --entropy-coef 0 --critic-warmup 39 --temperature 100
+    --target 36 --rule 5 --look all --rules '10, 11-12-13'
+    --rule 1 --target 1
+    --task virl-l --rule relative --look milan --hide-landmarks --after-failure walk-on
+    --task virl-vl --algo sft --describe
+    --algo sft --sft-data own --temperature 0.5
+    --algo sft --sft-loss psft --clip 0.2 --minibatches 64 --mistakes 1
+    --algo sft --tune attention --lora-rank 4 --lora-modules q_proj,v_proj
+    --task gp-vl --tune vision
+    --algo pretrain --tune mlp --batch-size 1
+    --algo eval --eval-sets id,five-cards,fake-rule --rollout-sharded
+    --loss dapo --clip-high 0.3 --advantage grpo
+    --loss dual-clip --dual-clip 2 --unit token --advantage gae-two-level --token-lam 0.9 --lam 0.9
+    --kl-coef 0.1 --kl-in reward --kl-estimator k1
+    --compat ratio-10,sixth-attempt
+    --compat official --algo sft
+    --probe-hands 2 --probe-samples 1 --out new/folder --preset paper
+"""
+
+
+@pytest.mark.parametrize("line", ACCEPTED.strip().splitlines())
+def test_is_accepted(start, line):
+    assert start(shlex.split(line)) is None
+
+
+def printed():
+    """All command lines of train.py in the pages and docstrings, as lists of words."""
+    lines = []
+    for page in (HERE / "README.md", *HERE.glob("*/README.md"), *HERE.glob("docs/**/*.md")):
+        parts = page.read_text().split("```")
+        lines += [" ".join(span.split()) for text in parts[::2] for span in re.findall("`([^`]+)`", text)]
+        lines += [line for block in parts[1::2] for line in block.replace("\\\n", " ").splitlines()]
+    for file in (*HERE.glob("*.py"), *HERE.glob("[!t]*/*.py")):
+        lines += (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()
+    for said in re.findall(r"train\.py (--.*)", "\n".join(lines)):
+        words = shlex.split(re.split(r"#|&&|\$\(|:", said)[0])
+        if words[0] not in ("--help", "--plot"):
+            yield words
+
+
+def test_the_commands_in_the_documentation_pass(tmp_path, working_folder):
+    seen = list(printed())
+    assert len(seen) > 10
+    milan = str(cities.build("milan", working_folder))
+    for words in seen:
+        args, typed, _ = parse([{"nyc_1k_routes": milan, "vln_mini": milan}.get(word, word) for word in words])
+        if not (args.resume or args.custom):
+            settle(args, TINY, typed, args.dry_run or 1)
+
+
+def test_the_commands_of_the_study_pass():
+    lines = {run.argv: run.ranks for experiment in study.EXPERIMENTS.values() for run in experiment.runs([0])}
+    assert len(lines) > 100
+    for argv, ranks in lines.items():
+        args, typed, _ = parse(argv)
+        settle(args, TINY, typed, ranks)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other command lines
+
+OTHERS = [
+    (study.main, "mian", "experiment mian: expected one of all, main"),
+    (study.main, "main --seeds a", "--seeds a: expected an integer from 0 to 99, or several"),
+    (study.main, "main --seeds 0,0", "--seeds 0,0: expected"),
+    (study.main, "main --seeds 0,", "--seeds 0,: expected"),
+    (study.main, "main --seeds -1", "--seeds -1: expected"),
+    (study.main, "main --seeds 100", "--seeds 100: expected"),
+    (study.main, "main --workers 0", "--workers 0: expected an integer from 1"),
+    (study.main, "main --ranks 0", "--ranks 0: expected an integer from 1"),
+    (study.main, "main --only zzz", "--only zzz: expected part of the name of a run of main"),
+    (study.main, "all --only zzz --plan", "--only zzz: expected part of the name of a run of all"),
+    (study.main, "main --model nowhere", "--model nowhere: expected a folder with a config.json"),
+    (study.main, "main --records file", "--records file: expected a folder that can be made"),
+    (study.main, "main --runs file/x", "--runs file/x: expected a folder"),
+    (plan.main, "--gpus 0", "--gpus 0: expected an integer from 1"),
+    (plan.main, "--gpus 2.5", "--gpus 2.5: expected"),
+    (plan.main, "--gpu-memory -1", "--gpu-memory -1: expected a number above 0"),
+    (plan.main, "--gpu-memory nan", "--gpu-memory nan: expected"),
+    (plan.main, "--model TYPO", "--model TYPO: expected tiny, a folder with a config.json, or Llama-3.2-11B-Vision"),
+    (plan.main, "--model Llama-3.2-11B-Vision-Instructt", "expected tiny"),
+    (plan.main, "--model .", "--model .: expected a model's folder; config.json"),
+    (plan.main, "--algo eval", "expected with --algo sft or ppo"),
+    (plan.main, "--algo sft --hands 3", "--hands 3: expected with --algo ppo"),
+    (plan.main, "--gpus 33", "--hands 32: expected at least 33"),
+    (plan.main, "--nonsense", "unrecognized arguments: --nonsense"),
+    (cities.main, "atlantis", "city atlantis: expected one of new-york, milan"),
+    (cities.main, "milan --size 0", "--size 0: expected an integer from 1 to 8192"),
+    (cities.main, "milan --width 65", "--width 65: expected an integer from 64 to 8192 in steps of 2"),
+    (cities.main, "milan --route 99999", "--route 99999: expected an integer from 0 to 99"),
+    (cities.main, "milan --route -1", "--route -1: expected an integer"),
+    (cities.main, "new-york --held-out --route 200", "--route 200: expected an integer from 0 to 199"),
+    (cities.main, "milan --held-out", "--held-out: expected with new-york"),
+    (cities.main, "milan --out file", "--out file: expected a folder that can be made"),
+    (routes.main, "nowhere.pkl", "pickle nowhere.pkl: expected a file"),
+    (bench.main, "--json nowhere/x.json", "--json nowhere/x.json: expected a file that can be written"),
+    (bench.main, "--json .", "--json .: expected a file"),
+    (bench.main, "--only nonsense", "--only nonsense: expected one of logprob"),
+    (faces.main, "nowhere", "--model nowhere: expected tiny"),
+    (faces.main, "tiny --hands 0", "--hands 0: expected an integer from 1"),
+    (faces.main, "tiny --task virl-l", "--task virl-l: expected one of gp-l, gp-vl"),
+]
+
+
+@pytest.mark.parametrize("main, line, words", OTHERS, ids=[f"{main.__module__} {line}" for main, line, _ in OTHERS])
+def test_other_commands_refuse(tmp_path, monkeypatch, capsys, main, line, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(line))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and words in said, said
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("module", ["variants.official", "variants.lora", "study.flops"])
+def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
+    for word, code in (("--help", 0), ("--nonsense", 2)):
+        monkeypatch.setattr(sys, "argv", [module, word])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(module, run_name="__main__")
+        assert stop.value.code == code
+    assert f"usage: python -m {module}" in (said := capsys.readouterr()).out and said.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kinds and ranks
+
+@pytest.mark.parametrize("kind, right, wrong", [
+    (ranges.integer(2, 8, step=2), ["2", "8", " 4"], ["1", "3", "9", "10", "2.0", "²", "1e0"]),
+    (ranges.above(0), ["1e-300", "5"], ["0", "-0.0", "nan", "1e301"]),
+    (ranges.between(0, 1), ["0", "1", ".5"], ["-1e-12", "1.0000001"]),
+    (ranges.inside(0, 1), ["0.5"], ["0", "1"]),
+    (ranges.several(ranges.one_of(("a", "b"))), ["a", "a,b", " b , a "], ["", ",", "a,", "a,a", "a,c", "a b", "a;b"]),
+    (ranges.several(ranges.integer(0, 9)), ["0", "0, 1"], ["0,00", "0,10", "a"]),
+    (ranges.numbers("two", ranges.above(0), ranges.above(0)), ["1,2", "1, 1"], ["1", "1,0", "1,2,3", "a,b", ""]),
+])
+def test_kinds(kind, right, wrong):
+    for word in right:
+        assert kind.fit(kind(word)) == kind(word)              # what is read is of the kind, too
+    for word in wrong:
+        with pytest.raises(ranges.argparse.ArgumentTypeError, match="expected"):
+            kind(word)
+
+
+def test_a_refusal_is_one_line():
+    assert ranges.integer(1).refusal("1\n2") == r"'1\n2': expected an integer from 1 to 10^9"
+    assert ranges.integer(1).refusal("\x1b[2J").startswith(r"'\x1b[2J'")
+
+
+def test_a_refusal_of_one_rank_is_that_of_all(monkeypatch):
+    """A file may be missing on one node alone."""
+    processes = train.Processes("cpu")
+    monkeypatch.setattr(train, "gather", lambda own: own + ["--prompts p.json: expected a JSON file of templates; no"])
+    with pytest.raises(SettingError, match="--prompts p.json"):
+        train.agree(processes, Args(algo="eval"))
