@@ -1,175 +1,39 @@
-"""Llama and Llama-3.2-Vision ("mllama") from scratch: layers, KV cache, generation, Hugging Face folders, chat and image processing.
+"""Llama and Llama-3.2-Vision ("mllama") from scratch: layers, KV cache, generation.
 
     python -c "import model; m = model.Llama.from_pretrained('FOLDER'); p = model.Processor.from_pretrained('FOLDER'); \
         ids = p.render([{'role': 'user', 'content': 'Hello'}]).ids; \
         print(p.decode(model.generate(m, [ids], max_new_tokens=50, stop_ids=p.stop_ids)[0][0].ids))"
 
-A text-only Llama is the same model without cross-attention layers and vision encoder. The architecture: Llama 3 (arXiv 2407.21783,
-sections 3.2 and 7); in doubt, what Hugging Face transformers 5 computes, to which the tests hold this file. No distributed code here.
-In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V vocabulary, N images, S vision tokens of an image.
+A text-only Llama is the same model without cross-attention layers and vision encoder. The architecture:
+Llama 3 (arXiv 2407.21783, sections 3.2 and 7); in doubt, what Hugging Face transformers 5 computes, to which
+the tests hold this file, but for two points in which it leaves Meta's code. No distributed code here.
+In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V vocabulary, N images,
+S vision tokens of an image.
 """
-import contextlib
 import json
 import math
-import os
-from bisect import bisect_left
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import nn
 
 from kernels import product_type
 from kernels.attention import Visible, attention
 from kernels.logprob import token_logprobs
+from llama.config import Config, VisionConfig, tile_layouts
+from llama.folders import (INDEX, find_tensors, from_any_layout, read_json, read_weights, split_shards,
+                           to_released, write_files)
+from llama.images import Images
+from llama.processor import CHATML, LLAMA3, Processor, Rendered
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-
-
-@dataclass
-class VisionConfig:
-    """Sizes of the image encoder; names and defaults are those of `vision_config` in config.json."""
-    hidden_size: int = 1280
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 32             # local layers
-    num_global_layers: int = 8              # gated layers after them
-    attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 448                   # pixels, one square tile
-    patch_size: int = 14
-    norm_eps: float = 1e-5
-    max_num_tiles: int = 4
-    intermediate_layers_indices: list = field(default_factory=lambda: [3, 7, 15, 23, 30])
-    supported_aspect_ratios: list = field(default_factory=lambda: tile_layouts(4))
-
-    @property
-    def num_patches(self):                  # of one tile, with its class token
-        return (self.image_size // self.patch_size) ** 2 + 1
-
-    @property
-    def output_size(self):                  # final layer and intermediate ones, concatenated
-        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
-
-
-@dataclass
-class Config:
-    """Sizes of the text model (names as in config.json) and, for mllama, of the vision encoder."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
-    rope_scaling: dict | None = None        # None, or the four numbers of the llama3 rule
-    max_position_embeddings: int = 131072
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list | None = None
-    pad_token_id: int | None = None
-    cross_attention_layers: list = field(default_factory=list)
-    image_token_id: int | None = None
-    vision: VisionConfig | None = None
-
-    def image_tokens(self, frozen):
-        """What an image adds to a forward and backward pass, in text tokens of about the same memory. frozen: its encoder is not trained.
-
-        A patch keeps as many numbers as a token does (11B: 16 a layer and channel) in the layers of the encoder, as far as it is
-        trained; and keys and values in those that look at it. Measured (distributed/plan.py) are 2221 for 11B, or 199 if frozen.
-        """
-        vision = self.vision
-        encoder = 0 if frozen else vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)
-        keys = self.num_key_value_heads * self.head_dim * len(self.cross_attention_layers)
-        return vision.max_num_tiles * vision.num_patches * (encoder + keys) // (self.hidden_size * self.num_hidden_layers)
-
-    @classmethod
-    def from_dict(cls, hf):
-        """A parsed config.json of model_type llama or mllama -> Config. ValueError for anything this file does not compute."""
-        kind = hf.get("model_type")
-        if kind not in ("llama", "mllama"):
-            raise ValueError(f"config.json: expected model_type 'llama' or 'mllama', found {kind!r}")
-        mllama = kind == "mllama"
-        absent = [name for name in ("text_config", "vision_config") if mllama and name not in hf]
-        text = {} if absent else dict(hf["text_config"] if mllama else hf)
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        absent += [name for name in needed if name not in text]
-        if absent:
-            raise ValueError(f"config.json: {absent[0]} is missing")
-        require(text, hidden_act="silu", attention_bias=False, mlp_bias=False)
-        rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
-        heads = text["num_attention_heads"]
-        text |= {"rope_theta": rope.get("rope_theta") or (500000.0 if mllama else 10000.0),
-                 "rope_scaling": read_rope_scaling(rope),
-                 "num_key_value_heads": text.get("num_key_value_heads") or heads,
-                 "head_dim": (not mllama and text.get("head_dim")) or text["hidden_size"] // heads,
-                 "cross_attention_layers": []}
-        if mllama:
-            require(hf["vision_config"], hidden_act="gelu")
-            text |= {"tie_word_embeddings": False,     # impossible: the head has 8 rows fewer than the embedding table
-                     "image_token_id": hf.get("image_token_index", 128256),
-                     "cross_attention_layers": hf["text_config"].get("cross_attention_layers") or [3, 8, 13, 18, 23, 28, 33, 38],
-                     "vision": VisionConfig(**known_fields(VisionConfig, hf["vision_config"]))}
-        return cls(**known_fields(cls, text))
-
-    def to_dict(self):
-        """The config.json that `from_dict` and transformers read, laid out as in the released checkpoints."""
-        text = {k: v for k, v in vars(self).items() if k not in ("vision", "image_token_id", "cross_attention_layers")}
-        text |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        if self.vision is None:
-            return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text}
-        text |= {"model_type": "mllama_text_model", "cross_attention_layers": self.cross_attention_layers}
-        vision = {"model_type": "mllama_vision_model", "hidden_act": "gelu", "vision_output_dim": self.vision.output_size}
-        return {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "image_token_index": self.image_token_id,
-                "text_config": text, "vision_config": vision | vars(self.vision)}
-
-
-def known_fields(cls, values):
-    return {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
-
-
-def require(values, **only):
-    for name, value in only.items():
-        if values.get(name, value) != value:
-            raise ValueError(f"config.json: {name} = {values[name]!r} is not supported, only {value!r}")
-
-
-def read_rope_scaling(rope):
-    """`rope_parameters` (transformers 5) or `rope_scaling` (before it) -> None or the llama3 rule."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"config.json: rope type {kind!r} is not supported, only 'default' and 'llama3'")
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {"rope_type": "llama3", **{k: rope[k] for k in numbers}}
-
+__all__ = ["CHATML", "LLAMA3", "Batch", "Config", "Images", "KVCache", "Llama", "Processor", "Rendered",
+           "Sample", "VisionConfig", "alone", "bucket", "collate", "draw", "from_any_layout", "generate",
+           "read_json", "split_shards", "tile_layouts", "to_released"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes in, what comes out, what is remembered
-
-
-@dataclass
-class Images:
-    """The images of a batch, at most one a row."""
-    pixel_values: torch.Tensor | None       # (N, tiles, 3, size, size), normalised; None where their features are known
-    aspect_ratio_ids: torch.Tensor          # (N,) 1-based place in supported_aspect_ratios
-    aspect_ratio_mask: torch.Tensor         # (N, tiles) 1 for real tiles, which come first, 0 for padding
-    rows: torch.Tensor                      # (N,) the batch row of each, ascending
-    features: torch.Tensor | None = None    # (N, S, VisionConfig.output_size) what the vision encoder made of them, if known
-
-    def to(self, device=None, dtype=None):
-        move = lambda x, dtype=None: None if x is None else x.to(device, dtype)
-        return Images(move(self.pixel_values, dtype), move(self.aspect_ratio_ids), move(self.aspect_ratio_mask), move(self.rows),
-                      move(self.features))
 
 
 @dataclass
@@ -505,8 +369,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        spare = 8 if config.vision else 0                      # embedding rows for <|image|> and the like, which the head lacks
-        self.embed_tokens = nn.Embedding(config.vocab_size + spare, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList()
         counts = {SelfLayer: 0, CrossLayer: 0}                 # a layer's index within its part of the cache
         for index in range(config.num_hidden_layers):
@@ -638,13 +501,16 @@ class Llama(nn.Module):
     def from_pretrained(cls, folder, device="cpu", dtype=None):
         """Read config.json and model.safetensors (or its shards); dtype None keeps the file's.
 
-        FileNotFoundError for what is absent; ValueError for another architecture, broken files, and tensors that are missing,
-        unexpected or misshaped.
+        FileNotFoundError for what is absent; ValueError, on one line, for another architecture, sizes out of
+        range, broken files, and tensors that are missing, unexpected, misshaped, not floats, or hold NaN.
         """
-        config = Config.from_dict(read_json(folder, "config.json"))
+        config = Config.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config)
-        state = read_weights(folder, {k: v.shape for k, v in model.state_dict().items()}, config, str(device), dtype)
+        shapes = {name: weight.shape for name, weight in model.named_parameters()}     # a tied one once
+        state = read_weights(find_tensors(folder, shapes, config), str(device), dtype)
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
@@ -663,121 +529,8 @@ class Llama(nn.Module):
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                      "weight_map": {k: file for file, part in files.items() if isinstance(part, dict) for k in part}}
-            files["model.safetensors.index.json"] = json.dumps(index, indent=2)
+            files[INDEX] = json.dumps(index, indent=2)
         write_files(folder, files, replaces="model*.safetensors*")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders
-
-# (prefix in a file, prefix here), the first match counts: the released mllama layout, the newer one, and llama's
-KEY_MAP = [("language_model.model.", ""), ("language_model.lm_head.", "lm_head."),
-           ("model.language_model.", ""), ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."),
-           ("model.", "")]
-
-
-def from_any_layout(name):
-    """A tensor's name in a file -> its name in `Llama`."""
-    return next((ours + name[len(theirs):] for theirs, ours in KEY_MAP if name.startswith(theirs)), name)
-
-
-def to_released(name, config):
-    """A tensor's name in `Llama` -> its name in the released checkpoints."""
-    if name.startswith(("vision_model.", "multi_modal_projector.")):
-        return name
-    return ("language_model." if config.vision else "") + ("" if name.startswith("lm_head.") else "model.") + name
-
-
-def read_json(folder, name, optional=False):
-    path = Path(folder) / name
-    if not path.is_file():
-        if optional:
-            return {}
-        raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with {name}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return values
-
-
-def weight_files(folder):
-    """The safetensors files of a folder."""
-    folder, index = Path(folder), "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if not (folder / index).is_file():
-        raise FileNotFoundError(f"{folder}: expected model.safetensors, or {index} and its shards")
-    files = [folder / file for file in sorted(set(read_json(folder, index)["weight_map"].values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found, but {index} names it")
-    return files
-
-
-def read_weights(folder, shapes, config, device, dtype):
-    """{our name: tensor}, exactly those in `shapes`."""
-    state = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt", device=device) as tensors:
-                for theirs in tensors.keys():
-                    name = from_any_layout(theirs)
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue                               # in old checkpoints; follows from the config
-                    found = tuple(tensors.get_slice(theirs).get_shape())
-                    if name not in shapes:
-                        raise ValueError(f"{file}: unexpected tensor {theirs}")
-                    if found != shapes[name]:
-                        raise ValueError(f"{file}: tensor {theirs} has shape {found}, expected {tuple(shapes[name])}")
-                    state[name] = tensors.get_tensor(theirs).to(dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    if config.tie_word_embeddings and "embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    missing = [to_released(name, config) for name in shapes if name not in state]
-    if missing:
-        raise ValueError(f"{file}: tensor {missing[0]} is missing" + (f" ({len(missing)} in all)" if len(missing) > 1 else ""))
-    return state
-
-
-def split_shards(tensors, limit):
-    """Names in order, cut so that a shard has at most `limit` bytes (or a single tensor)."""
-    shards, size = [], math.inf
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if size > limit:
-            shards.append([])
-            size = tensor.nbytes
-        shards[-1].append(name)
-    return shards
-
-
-def write_files(folder, files, replaces=None):
-    """Write {name: text or tensors}. All are written aside first, so that a failure leaves the folder as it was. Then drop older files
-    that match `replaces`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        for name, content in files.items():
-            if isinstance(content, str):
-                aside[name].write_text(content, encoding="utf-8")
-            else:
-                save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, aside[name], {"format": "pt"})
-                aside[name].chmod(0o644)                       # safetensors makes it readable by its owner only
-        for name, path in aside.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()                                     # only succeeds where nothing could be written
-    for old in folder.glob(replaces) if replaces else ():
-        if old.name not in files:
-            old.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -883,208 +636,6 @@ def swaps(done, n):
     front = [slot for slot in done if slot < n]
     back = [slot for slot in range(n, n + len(done)) if slot not in finished]
     return front + back, back + front
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processor
-
-
-@dataclass
-class Rendered:
-    """A rendered conversation."""
-    ids: list
-    sampled: list                           # per id: must the model produce it?
-    images: list                            # PIL images, in order
-
-
-IMAGE_DEFAULTS = {"image_processor_type": "MllamaImageProcessor", "do_convert_rgb": True, "do_resize": True, "do_pad": True,
-                  "size": {"height": 224, "width": 224}, "max_image_tiles": 4, "resample": 2, "do_rescale": True,
-                  "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-CHATML = ["<|im_start|>", "<|im_end|>"]
-
-
-class Processor:
-    """Messages -> token ids and image tensors; ids -> text.
-
-    Llama 3: <|begin_of_text|>, then per message <|start_header_id|>role<|end_header_id|>, two newlines, content, <|eot_id|>.
-    ChatML (tokenizers with <|im_start|>): <|im_start|>role, newline, content, <|im_end|>, newline.
-    No system text is added. Content is encoded as plain text: nobody makes a special token by spelling it.
-    """
-
-    def __init__(self, tokenizer, image_config=None, generation_config=None, tokenizer_config=None):
-        """A `tokenizers.Tokenizer` and the dicts of preprocessor_config.json (None: takes no images), generation_config.json and
-        tokenizer_config.json."""
-        self.tokenizer = tokenizer
-        self.tokenizer.encode_special_tokens = True            # "encode them" as the text that they are spelled with
-        self.special_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.image_config = None if image_config is None else IMAGE_DEFAULTS | image_config
-        self.generation_config, self.tokenizer_config = generation_config or {}, tokenizer_config or {}
-        self.chatml = tokenizer.token_to_id("<|im_start|>") is not None
-        for token in CHATML if self.chatml else LLAMA3:
-            if tokenizer.token_to_id(token) is None:
-                raise ValueError(f"tokenizer.json: expected the special tokens of Llama 3 or ChatML, but {token} is absent")
-        self.end_id = tokenizer.token_to_id("<|im_end|>" if self.chatml else "<|eot_id|>")
-        self.image_token_id = tokenizer.token_to_id("<|image|>")
-        eos = self.generation_config.get("eos_token_id")       # an id, a list of them, or absent
-        self.stop_ids = sorted({self.end_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])})
-        pad_id = self.generation_config.get("pad_token_id")
-        self.pad_id = self.end_id if pad_id is None else pad_id
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Read tokenizer.json and, where present, the three other files. FileNotFoundError, ValueError."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:                             # tokenizers raises nothing narrower
-            raise ValueError(f"{path}: not a tokenizer ({error})") from None
-        files = ("preprocessor_config.json", "generation_config.json", "tokenizer_config.json")
-        image_config, *others = (read_json(folder, file, optional=True) for file in files)
-        return cls(tokenizer, image_config or None, *others)
-
-    def save_pretrained(self, folder):
-        """Write the files that from_pretrained reads, all or nothing."""
-        files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"} | self.tokenizer_config,
-                 "generation_config.json": {"eos_token_id": self.stop_ids, "pad_token_id": self.pad_id} | self.generation_config}
-        if self.image_config is not None:
-            files["preprocessor_config.json"] = self.image_config
-        write_files(folder, {"tokenizer.json": self.tokenizer.to_str(pretty=True)} | {k: json.dumps(v, indent=2) for k, v in files.items()})
-
-    def encode(self, text):
-        """Plain text -> ids, none of them special."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if not self.special_ids.isdisjoint(ids):
-            raise ValueError("this tokenizer makes special tokens out of plain text")
-        return ids
-
-    def render(self, messages, *, first=True, reply=True, ended=True):
-        """Messages ({"role", "content", optional "train"}) -> Rendered.
-
-        content: text, or a list of {"type": "text", "text"} and {"type": "image", "image"}. `sampled` marks what the model must
-        produce: an assistant's content and its end token, or what a message's "train" (a bool) says. reply: end with the header
-        after which the model answers. first=False: go on after the model's own answer; ended=False: which was cut off, so that its
-        end token is added, as a forced one. ValueError for more than one image or an unknown part.
-        """
-        out = Rendered([], [], [])
-        newline = self.encode("\n") if self.chatml else []     # after <|im_end|>, never sampled
-
-        def add(ids, sampled=False):
-            out.ids += ids
-            out.sampled += [sampled and i != self.image_token_id for i in ids]      # the head has no row for the image token
-
-        if not first:
-            add(([] if ended else [self.end_id]) + newline)
-        elif not self.chatml:
-            add([self.tokenizer.token_to_id("<|begin_of_text|>")])
-        for message in messages:
-            add(self.header(message["role"]))
-            ids = self.content(message["content"], out.images) + [self.end_id]
-            add(ids, sampled=message.get("train", message["role"] == "assistant"))
-            add(newline)
-        if reply:
-            add(self.header("assistant"))
-        if len(out.images) > 1:
-            raise ValueError(f"a conversation can have at most one image, this one has {len(out.images)}")
-        return out
-
-    def header(self, role):
-        """Encoded apart from the content, so that a header before a drawn answer and before a given one are the same."""
-        if self.chatml:
-            return [self.tokenizer.token_to_id("<|im_start|>"), *self.encode(role + "\n")]
-        start, end = (self.tokenizer.token_to_id(token) for token in LLAMA3[1:3])
-        return [start, *self.encode(role), end, *self.encode("\n\n")]
-
-    def content(self, content, images):
-        """A message's ids; its images are appended to `images`."""
-        ids = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "text":
-                ids += self.encode(part["text"])
-            elif part["type"] != "image":
-                raise ValueError(f"message part of type {part['type']!r}: expected 'text' or 'image'")
-            elif self.image_config is None or self.image_token_id is None:
-                raise ValueError("this checkpoint takes no images: it lacks preprocessor_config.json or the <|image|> token")
-            else:
-                ids.append(self.image_token_id)
-                images.append(part["image"])
-        return ids
-
-    def decode(self, ids):
-        """Text of the ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def position_of(self, ids, text):
-        """Index of the id that holds the first character of `text` in the decoded ids; -1 if it is absent."""
-        start = self.decode(ids).find(text)
-        return -1 if start < 0 else bisect_left(range(len(ids)), True, key=lambda i: len(self.decode(ids[:i + 1])) > start)
-
-    def images(self, images, features=None):
-        """One PIL image or None per batch row -> Images, or None if there is none. features: of each row's image, known already."""
-        rows = [i for i, image in enumerate(images) if image is not None]
-        if not rows:
-            return None
-        if self.image_config is None:
-            raise ValueError("this checkpoint takes no images: it lacks preprocessor_config.json")
-        size, max_tiles = self.image_config["size"]["height"], self.image_config["max_image_tiles"]
-        ids, layouts = zip(*(best_canvas(images[i].width, images[i].height, size, max_tiles) for i in rows))
-        real = torch.tensor([math.prod(layout) for layout in layouts])
-        return Images(None if features else torch.from_numpy(np.stack([tile_image(images[i], self.image_config) for i in rows])),
-                      torch.tensor(ids), (torch.arange(max_tiles) < real[:, None]).long(), torch.tensor(rows),
-                      torch.stack([features[i] for i in rows]) if features else None)
-
-
-def tile_image(image, config):
-    """PIL image -> tiles (max_tiles, 3, size, size) float32, black ones last; as transformers' mllama processor."""
-    size, max_tiles = config["size"]["height"], config["max_image_tiles"]
-    image = to_rgb(image)
-    _, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
-    image = image.resize(fit(image.width, image.height, columns * size, rows * size, size), config["resample"])
-    canvas = np.zeros((rows * size, columns * size, 3), np.float32)
-    canvas[:image.height, :image.width] = np.asarray(image)
-    if config["do_rescale"]:
-        canvas *= np.float32(config["rescale_factor"])
-    if config["do_normalize"]:
-        canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
-    tiles = np.zeros((max_tiles, 3, size, size), np.float32)
-    tiles[:rows * columns] = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
-    return tiles
-
-
-def to_rgb(image):
-    """Any mode -> RGB. Transparency turns white; 16-bit grey is scaled, where Pillow would clip it."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def tile_layouts(max_tiles):
-    """All (rows, columns) of at most max_tiles tiles; a layout's place in this list is its aspect ratio id, less 1."""
-    return [[a, b] for a in range(1, max_tiles + 1) for b in range(1, max_tiles + 1) if a * b <= max_tiles]
-
-
-def best_canvas(width, height, size, max_tiles):
-    """Aspect ratio id and (rows, columns) of the canvas that enlarges the image least; if none does, that shrinks it least; of equals
-    the smallest, then the first."""
-    layouts = tile_layouts(max_tiles)
-    scales = [min(a * size / height, b * size / width) for a, b in layouts]
-    scale = min((s for s in scales if s >= 1), default=max(scales))
-    best = min((i for i, s in enumerate(scales) if s == scale), key=lambda i: layouts[i][0] * layouts[i][1])
-    return best + 1, layouts[best]
-
-
-def fit(width, height, canvas_width, canvas_height, size):
-    """(width, height) in pixels of the resized image: its aspect kept, within the canvas, enlarged at most to one tile."""
-    target_width, target_height = min(max(width, size), canvas_width), min(max(height, size), canvas_height)
-    scale_w, scale_h = target_width / width, target_height / height
-    if scale_w < scale_h:
-        return target_width, min(math.floor(height * scale_w) or 1, target_height)
-    return min(math.floor(width * scale_h) or 1, target_width), target_height
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from harness.check import attempt, settle
 from harness.folder import RunFolder, chosen, git_commit, write_atomically
 from harness.ranges import SettingError, UserError
 from harness.settings import GAME_SETTINGS, PRESETS, Args, apply_preset, parse, resumed  # noqa: F401
-from model import Config, Llama, Processor, read_json
+from model import Config, Llama, Processor
 from study import figures
 from study.explain import Probe
 from study.flops import Ledger
@@ -147,7 +147,7 @@ TINY = {
         "model_type": "mllama_text_model", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 6, "cross_attention_layers": [2], "num_attention_heads": 4, "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 2048,
-        "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 5},
+        "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 5},
     "vision_config": {
         "model_type": "mllama_vision_model", "image_size": 56, "patch_size": 14, "num_channels": 3, "hidden_size": 96,
         "attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 2, "num_global_layers": 1,
@@ -241,7 +241,7 @@ def config_of(args, newest=None):
     folder = newest or Path(args.model)
     if not (folder / "config.json").is_file():
         raise SettingError(f"--model {args.model}: expected tiny, a checkpoint or a folder with a config.json")
-    return attempt(args, "model", "a model's folder", lambda: Config.from_dict(read_json(folder, "config.json")))
+    return attempt(args, "model", "a model's folder", Config.from_pretrained, folder)
 
 
 def load(args, processes, resumed=None):
@@ -264,7 +264,7 @@ def load(args, processes, resumed=None):
     if checkpoint.is_checkpoint(folder) and not resumed:       # `train` has looked at the other
         checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(folder)
     with torch.device("meta"):
-        model = Llama(Config.from_dict(read_json(folder, "config.json")))
+        model = Llama(Config.from_pretrained(folder))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
     trained = checkpoint.read_record(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
     if trained.get("lora_rank"):
@@ -276,7 +276,8 @@ def load(args, processes, resumed=None):
         lora.merge(model)
     elif args.shard == "off":
         model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
-    return model, Processor.from_pretrained(folder), None if resumed else folder
+    processor = Processor.from_pretrained(folder, model.config, images=args.image)
+    return model, processor, None if resumed else folder
 
 
 def compares_with_start(args):

@@ -173,7 +173,8 @@ class Checkpoints:
         mine.chmod(0o644)                                              # safetensors makes it readable by its owner only
         files = [mine]
         if self.rank == 0:                                             # another rank's temporary file begins with a dot
-            files += [file for file in aside.iterdir() if not file.name.startswith(("rank_", "."))]
+            files += [file for file in aside.iterdir()
+                      if file.is_file() and not file.name.startswith(("rank_", "."))]
         temporary = aside / f"rank_{self.rank}.tmp"
         temporary.write_text(json.dumps({file.name: fingerprint(file) for file in files}), encoding="utf-8")
         temporary.replace(temporary.with_suffix(".json"))

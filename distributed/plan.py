@@ -30,7 +30,7 @@ from harness.check import attempt, settle
 from harness.ranges import SettingError
 from harness.settings import parse
 from kernels import logits, logprob
-from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw, read_json
+from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw
 
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
@@ -444,7 +444,7 @@ def read_config(name, game):
     """A folder's config.json; 'tiny'; or the built-in one of Llama-3.2-11B-Vision, should no folder have that name."""
     folder = HERE.parent / "docs" / "tiny" / game if name == "tiny" else Path(name)
     if folder.is_dir():
-        return Config.from_dict(read_json(folder, "config.json"))
+        return Config.from_pretrained(folder)
     if folder.name not in BUILT_IN:
         raise SettingError(f"--model {name}: expected tiny, a folder with a config.json, or {' or '.join(BUILT_IN)}")
     return Config.from_dict(LLAMA_11B)

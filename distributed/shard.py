@@ -11,7 +11,6 @@ import contextlib
 import warnings
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from distributed.checkpoint import is_checkpoint, load_policy, rows
-from model import CrossLayer, Images, Llama, SelfLayer, VisionLayer, from_any_layout, to_released, weight_files
+from distributed.processes import gather
+from llama.folders import find_tensors, finite, opened
+from model import CrossLayer, Images, Llama, SelfLayer, VisionLayer
 
 BLOCKS = (SelfLayer, CrossLayer, VisionLayer)
 
@@ -55,8 +56,10 @@ def units(module):
 
 
 def fill(llama, folder, device):
-    """Give a Llama on the meta device its memory and the weights of a Hugging Face folder or a checkpoint of training. folder None: they
-    come later."""
+    """Give a Llama on the meta device its memory, and the weights of a Hugging Face folder or a checkpoint of
+    training. folder None: they come later."""
+    if folder and not is_checkpoint(folder):
+        find_tensors(folder, shapes(llama), llama.config)              # refuse it before memory is taken
     llama.to_empty(device=device)
     if llama.config.tie_word_embeddings:
         llama.lm_head.weight = llama.embed_tokens.weight               # to_empty makes two of a tied weight
@@ -66,28 +69,27 @@ def fill(llama, folder, device):
         read_slices(llama, folder)
 
 
+def shapes(llama):
+    """List {name: shape}; a tied weight is there once, as the embedding."""
+    return {name: weight.shape for name, weight in llama.named_parameters()}
+
+
 @torch.no_grad()
 def read_slices(llama, folder):
-    """Fill a sharded Llama from a Hugging Face folder; a rank reads its own rows only. Errors as Llama.from_pretrained."""
-    missing = dict(llama.named_parameters())                           # a tied weight once, under the name of the embedding
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for theirs in tensors.keys():
-                    name = from_any_layout(theirs)
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and llama.config.tie_word_embeddings):
-                        continue
-                    if name not in missing:
-                        raise ValueError(f"{file}: unexpected tensor {theirs}")
-                    parameter, source = missing.pop(name), tensors.get_slice(theirs)
-                    if tuple(source.get_shape()) != parameter.shape:
-                        raise ValueError(f"{file}: tensor {theirs} has shape {source.get_shape()}, expected {list(parameter.shape)}")
-                    if len(parameter.to_local()):
-                        parameter.to_local().copy_(source[rows(parameter)])
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    if missing:
-        raise ValueError(f"{file}: tensor {to_released(next(iter(missing)), llama.config)} is missing ({len(missing)} in all)")
+    """Fill a sharded Llama from a Hugging Face folder; a rank reads its own rows only. Errors are those of
+    Llama.from_pretrained, on all ranks: NaN in the rows of one, the others do not see."""
+    weights, problems = dict(llama.named_parameters()), []
+    try:
+        for file, names in find_tensors(folder, shapes(llama), llama.config).items():
+            with opened(file) as tensors:
+                for name, theirs in names.items():
+                    weight, source = weights[name], tensors.get_slice(theirs)
+                    if len(weight.to_local()):
+                        weight.to_local().copy_(finite(source[rows(weight)], file, theirs))
+    except ValueError as error:
+        problems = [str(error)]
+    if problems := gather(problems):
+        raise ValueError(problems[0])
 
 
 def checkpoint_activations(module):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from harness.ranges import command_line, text
 from scenes.cities import COMPASS, SIDES
@@ -278,7 +279,7 @@ def _route(raw, name, known):
 
 
 def _check_picture(panorama):
-    """None, or what is wrong with a panorama's jpg or metadata. Quick: of the jpg, only the two ends are looked at."""
+    """None, or what is wrong with a panorama's jpg or metadata. Quick: it looks at both ends of the jpg."""
     try:
         with open(panorama, "rb") as file:
             head = file.read(2)
@@ -289,8 +290,21 @@ def _check_picture(panorama):
         return f"{panorama}: {error.strerror or error}"
     except ValueError as error:
         return str(error)
-    whole = head == b"\xff\xd8" and tail.endswith(b"\xff\xd9")
-    return None if whole else f"{panorama}: {'a truncated jpg' if head else 'an empty file'}, download it again"
+    if head == b"\xff\xd8" and (tail.endswith(b"\xff\xd9") or _decodes(panorama)):
+        return None
+    return f"{panorama}: {'a truncated jpg' if head else 'an empty file'}, download it again"
+
+
+def _decodes(panorama):
+    """Does Pillow read a jpg that does not end with the end marker? Some have more bytes after it. Decoding
+    at an eighth of the size takes 10 ms of 25."""
+    try:
+        with Image.open(panorama, formats=["JPEG"]) as image:
+            image.draft("L", (image.width // 8, image.height // 8))
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _pictures(route):

@@ -3,6 +3,7 @@
     python -m pytest tests/test_model.py -q          SMOLLM2=FOLDER adds a test on real weights (SmolLM2-135M-Instruct)
 """
 import copy
+import io
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import model as M
+from llama import folders
+from llama.images import to_rgb
 
 IMAGE, VOCAB, TILE = 120, 120, 28
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -609,7 +612,7 @@ def test_missing_shard_is_named(tiny, tmp_path):
 
 def test_full_disk_leaves_nothing_half_written(tiny, folder, tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    real, calls = M.save_file, []
+    real, calls = folders.save_file, []
 
     def fails_on_second(tensors, path, metadata):
         calls.append(path)
@@ -618,7 +621,7 @@ def test_full_disk_leaves_nothing_half_written(tiny, folder, tmp_path, monkeypat
             raise OSError(28, "No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(M, "save_file", fails_on_second)
+    monkeypatch.setattr(folders, "save_file", fails_on_second)
     with pytest.raises(OSError, match="No space"):
         tiny.save_pretrained(folder, max_shard_size=60_000)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -683,7 +686,8 @@ def test_llama3_rendering(llama3):
     assert spell(llama3, [i for i, s in zip(out.ids, out.sampled) if s]) == "right<|eot_id|>"
     assert out.images == [PICTURE] and len(out.sampled) == len(out.ids)
     assert llama3.stop_ids == [259, 261] and out.ids.count(llama3.image_token_id) == 1
-    assert llama3.render(DIALOGUE).ids == out.ids + llama3.header("assistant")
+    header = [257, *llama3.encode("assistant"), 258, *llama3.encode("\n\n")]
+    assert llama3.render(DIALOGUE).ids == out.ids + header
 
 
 def test_chatml_rendering(chatml):
@@ -791,12 +795,65 @@ def test_odd_modes_as_transformers(llama3, their_images, mode):
         assert_close(llama3.images([image]).pixel_values, their_images([[image]], return_tensors="pt")["pixel_values"][:, 0], 1 / 255)
 
 
-def test_transparent_palette_and_16_bit_grey(llama3):
-    grey = Image.fromarray(np.full((5, 5), 128 * 256, np.uint16))
-    assert_close(llama3.images([grey]).pixel_values, llama3.images([Image.new("L", (5, 5), 128)]).pixel_values, 1e-6)
-    palette = Image.new("P", (5, 5), 0)
-    palette.info["transparency"] = 0
-    assert_close(llama3.images([palette]).pixel_values, llama3.images([Image.new("RGB", (5, 5), "white")]).pixel_values, 1e-6)
+def greys(image):
+    rgb = np.asarray(to_rgb(image))
+    assert (rgb == rgb[..., :1]).all()
+    return rgb[..., 0].ravel().tolist()
+
+
+@pytest.mark.parametrize("mode, order", [("I;16", "<"), ("I;16L", "<"), ("I;16B", ">"), ("I;16N", "=")])
+def test_16_bits_in_any_order(llama3, mode, order):
+    """The high byte, which 8 bits widened by 256 or by 257 both give back."""
+    values = np.array([0, 255, 256, 128 * 256, 128 * 257, 65535], order + "u2")
+    assert greys(Image.frombytes(mode, (6, 1), values.tobytes())) == [0, 0, 1, 128, 128, 255]
+    half = Image.frombytes(mode, (5, 5), np.full(25, 128 * 256, order + "u2").tobytes())
+    same = Image.new("L", (5, 5), 128)
+    assert torch.equal(llama3.images([half]).pixel_values, llama3.images([same]).pixel_values)
+
+
+@pytest.mark.parametrize("kind, values, expected", [
+    (np.int32, [0, 1, 254, 255], [0, 1, 254, 255]), (np.int32, [0, 255, 256, 65535], [0, 0, 1, 255]),
+    (np.int32, [0, 50000, 100000], [0, 127, 255]), (np.int32, [0, 2**30, 2**31 - 1], [0, 127, 255]),
+    (np.int32, [-5, 100], [0, 100]), (np.int32, [-2**31, -1], [0, 0]), (np.int32, [0, 0], [0, 0]),
+    (np.float32, [0, 0.2, 0.5, 1], [0, 51, 128, 255]), (np.float32, [-1, 0.25], [0, 64]),
+    (np.float32, [0, 0], [0, 0]),
+    (np.float32, [0, 1, 127.4, 255], [0, 1, 127, 255]), (np.float32, [0, 257, 65535], [0, 1, 255]),
+    (np.float32, [0, 1e6, 2e6], [0, 127, 255]), (np.float32, [-3, -2], [0, 0]), (np.float32, [3e38], [255])])
+def test_32_bits_by_their_range(kind, values, expected):
+    assert greys(Image.fromarray(np.array([values], kind))) == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_float_that_is_no_number_is_refused(llama3, value):
+    with pytest.raises(ValueError, match="mode F holds NaN"):
+        llama3.images([Image.fromarray(np.array([[0.5, value]], np.float32))])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF"])
+def test_16_bit_files_stay_dark(kind):
+    """Older Pillows open such a PNG as mode I, as all do with a PGM; what is dark is not taken for 8 bits."""
+    file = io.BytesIO()
+    values = np.array([[0, 100, 255]], np.int32 if kind == "PPM" else np.uint16)
+    Image.fromarray(values).save(file, kind)
+    assert greys(Image.open(file)) == [0, 0, 0]
+    opened = Image.fromarray(values.astype(np.int32))
+    opened.format = "PNG"
+    assert opened.mode == "I" and greys(opened) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "P", "RGB", "L", "1", "I;16", "I"])
+def test_transparency_turns_white(mode):
+    """A dark pixel that is seen, beside one that is not."""
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    clear.putpixel((1, 0), (0, 0, 0, 255))
+    if mode == "La":
+        clear = clear.convert("LA")
+    image = clear.convert(mode) if mode[-1] in "Aa" else Image.new(mode, (2, 1), 0)
+    if mode[-1] not in "Aa":
+        image.putpixel((1, 0), (0, 0, 1) if mode == "RGB" else 1)
+        image.info["transparency"] = (0, 0, 0) if mode == "RGB" else 0
+    seen = np.asarray(to_rgb(image))[0]
+    assert (seen[0] == 255).all() and (seen[1] <= 1).all() or mode == "1" and (seen == 255).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------- real weights

@@ -24,7 +24,7 @@ def medium_config():
     """Large enough for tensors to outweigh the allocator's odds and ends."""
     config = copy.deepcopy(train.TINY)
     config["text_config"] |= {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "cross_attention_layers": [1]}
-    config["vision_config"] |= {"hidden_size": 128, "num_hidden_layers": 2}
+    config["vision_config"] |= {"vision_output_dim": 384, "hidden_size": 128, "num_hidden_layers": 2}
     return Config.from_dict(config)
 
 

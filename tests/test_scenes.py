@@ -255,6 +255,8 @@ def damage(folder, name, content, suffix=".jpg"):
     (".jpg", None, "No such file or directory"), (".jpg", b"", "an empty file"),
     (".jpg", b"<html>not found</html>", "a truncated jpg"),
     (".jpg", lambda data: data[:-2], "a truncated jpg"), (".jpg", lambda data: data[:300] + bytes(9000), "a truncated jpg"),
+    (".jpg", lambda data: data[:len(data) // 2] + b"more" * 2000, "a truncated jpg"),
+    (".jpg", lambda data: data[:len(data) // 2] + data[:600], "a truncated jpg"),
     (".metadata.json", None, "No such file or directory"),
     *((".metadata.json", content, "a number `rotation`") for content in (
         b"", b"{}", b"[1]", b'{"rotation": "12"}', b'{"rotation": NaN}', b'{"rotation": true}', b"[" * 200_000,
@@ -280,9 +282,11 @@ def test_bad_pictures_are_found_before_the_game_begins(tmp_path, suffix, content
     assert len(routes.load(folder, pictures=True).routes) == 2
 
 
-def test_zeros_after_a_jpg_do_no_harm(tmp_path):
+@pytest.mark.parametrize("more", [
+    bytes(100), bytes(9000), b"x", b"trailer" * 2000, b"\xff\xd8\xff\xe1", b"\xff\xd9\n"])
+def test_bytes_after_a_jpg_do_no_harm(tmp_path, more):
     folder = write_folder(tmp_path, pictures=SHOWN)
-    damage(folder, SHOWN[0], lambda data: data + bytes(100))
+    damage(folder, SHOWN[0], lambda data: data + more)
     assert routes.load(folder, pictures=True).routes
     assert views.grid(routes.load(folder).routes[0].start.panorama, 0, 8).size == (21, 21)
 

@@ -22,7 +22,8 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import ppo  # noqa: E402
 import train  # noqa: E402
 from distributed import checkpoint, shard  # noqa: E402
-from model import Config, Llama, from_any_layout, read_json  # noqa: E402
+from llama import folders  # noqa: E402
+from model import Config, Llama, from_any_layout  # noqa: E402
 
 GAME = ["--attempts", "2", "--max-new-tokens", "4", "--eval-sets", "id", "--device", "cpu"]
 # A large eps: no step out of rounding noise.
@@ -86,8 +87,8 @@ class Spy:
     """safe_open that writes down how many numbers are read of each tensor."""
     read = {}
 
-    def __init__(self, *args):
-        self.file = safe_open(*args)
+    def __init__(self, *args, **kwargs):
+        self.file = safe_open(*args, **kwargs)
 
     def __enter__(self):
         self.tensors = self.file.__enter__()
@@ -105,7 +106,8 @@ class Spy:
 
 class SliceSpy:
     def __init__(self, name, source):
-        self.name, self.source, self.get_shape = name, source, source.get_shape
+        self.name, self.source = name, source
+        self.get_shape, self.get_dtype = source.get_shape, source.get_dtype
 
     def __getitem__(self, where):
         piece = self.source[where]
@@ -115,16 +117,16 @@ class SliceSpy:
 
 def sharded(folder, processes):
     with torch.device("meta"):
-        model = Llama(Config.from_dict(read_json(folder, "config.json")))
+        model = Llama(Config.from_pretrained(folder))
     shard.shard(model, folder, processes.device, processes.world)
     return model
 
 
 def slices(folder, processes):
     """Read numbers of each tensor in the file; each parameter's own rows; the gathered whole."""
-    shard.safe_open = Spy
+    folders.safe_open = Spy
     model = sharded(folder, processes)
-    shard.safe_open = safe_open
+    folders.safe_open = safe_open
     assert all(isinstance(p, DTensor) for p in model.parameters())
     own = {name: (shard.rows(p), p.to_local().clone()) for name, p in model.named_parameters()}
     return Spy.read, own, {name: p.full_tensor() for name, p in model.named_parameters()}

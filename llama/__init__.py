@@ -1,0 +1,1 @@
+"""What stands under model.py: Hugging Face folders, sizes, images and chat."""
