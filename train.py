@@ -238,10 +238,8 @@ def config_of(args, newest=None):
     """The model's Config, without its weights."""
     if args.model == "tiny" and not newest:
         return Config.from_dict(TINY)
-    folder = newest or Path(args.model)
-    if not (folder / "config.json").is_file():
-        raise SettingError(f"--model {args.model}: expected tiny, a checkpoint or a folder with a config.json")
-    return attempt(args, "model", "a model's folder", Config.from_pretrained, folder)
+    expected = "tiny, a checkpoint or a folder with a config.json"
+    return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
 
 
 def load(args, processes, resumed=None):
@@ -555,9 +553,12 @@ def evaluate_only(args, processes):
 
 
 def main(argv=None):
-    args = None
+    processes = None
     try:
         args, typed, runs = parse(argv, __doc__)
+    except SettingError as error:
+        refuse(error, Processes("cpu"))
+    try:
         if runs:
             return figures.plot(runs)
         if args.dry_run:
@@ -573,7 +574,7 @@ def main(argv=None):
     except BrokenPipeError:
         raise
     except SettingError as error:
-        refuse(error, Processes("cpu"))
+        refuse(error, processes)
     except Exception as error:
         message = explain(error, args)
         if message is None or os.environ.get("DEBUG"):
@@ -586,10 +587,11 @@ def main(argv=None):
 
 
 def refuse(error, processes):
-    """End all processes, for the settings of which the same is said on each; the first prints it."""
-    if processes.rank == 0:
+    """End all processes with one line of the first, for each has the same to say. None: this one is on its own."""
+    if not processes or processes.rank == 0:
         print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-    processes.barrier()                        # else torchrun might stop the first before it has printed
+    if processes:
+        processes.barrier()                    # else torchrun might stop the first before it has printed
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(2)

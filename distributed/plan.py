@@ -443,11 +443,9 @@ def released(conversations, args, forward, backward):
 def read_config(name, game):
     """A folder's config.json; 'tiny'; or the built-in one of Llama-3.2-11B-Vision, should no folder have that name."""
     folder = HERE.parent / "docs" / "tiny" / game if name == "tiny" else Path(name)
-    if folder.is_dir():
-        return Config.from_pretrained(folder)
-    if folder.name not in BUILT_IN:
-        raise SettingError(f"--model {name}: expected tiny, a folder with a config.json, or {' or '.join(BUILT_IN)}")
-    return Config.from_dict(LLAMA_11B)
+    if folder.name in BUILT_IN and not folder.is_dir():
+        return Config.from_dict(LLAMA_11B)
+    return Config.from_pretrained(folder)
 
 
 def table(columns):
@@ -484,7 +482,8 @@ def advice(phases, sizes, args, room):
 
 def show(args, typed, gpus, gpu_memory=80.0):
     """Print the memory plan of a run. typed: names of the settings that the user gave."""
-    config = attempt(args, "model", "a model's folder", read_config, args.model, args.game)
+    expected = f"tiny, {', '.join(BUILT_IN)} or a folder with a config.json"
+    config = attempt(args, "model", expected, read_config, args.model, args.game)
     args.dry_run = gpus
     settle(args, config, typed | {"dry_run"}, gpus)
     sizes, phases = memory(config, args, gpus)

@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from harness.ranges import SettingError
 from harness.terminal import silence, visible
 
 
@@ -29,9 +30,10 @@ class Processes:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+        if not there[device]():
+            raise SettingError(f"--device {device}: expected cpu, as this PyTorch sees no other device")
         if device == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
         self.device = torch.device(device)

@@ -14,7 +14,7 @@ import torch
 import envs
 import ppo
 import sft
-from harness.ranges import SettingError, one_of, several, text, writable
+from harness.ranges import SettingError, one_of, several, shown, text, writable
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
 from variants import lora, official
@@ -132,7 +132,7 @@ def check_use(args, typed):
 def conflicts(args, config, world):
     """Yield (a setting, what is expected of it) wherever two contradict each other."""
     if args.image and config.vision is None:
-        yield "task", f"{args.game}-l, as {args.model} is a text-only model"
+        yield "task", f"{args.game}-l, as {shown(args.model)} is a text-only model"
     useful = [*envs.COMPAT[args.game], *(official.PPO if args.algo == "ppo" else [])]
     if args.compat not in ("", "official") and set(args.compat.split(",")) - set(useful):
         yield "compat", f"official alone, or what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
@@ -144,6 +144,8 @@ def conflicts(args, config, world):
         yield "shard", "off with --lora-rank, which keeps whole copies of weights that do not change"
     if args.dry_run and args.lora_rank:
         yield "dry_run", "without --lora-rank; python -m variants.lora says what that saves"
+    if args.dry_run and args.resume:
+        yield "dry_run", "without --resume"
     if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
         yield "tune", "with pictures to learn from: --task gp-vl or virl-vl, --algo sft or ppo"
     if args.algo == "pretrain" and (args.rules or args.lora_rank or args.probe_hands):
@@ -155,12 +157,13 @@ def conflicts(args, config, world):
 
 
 def conflicts_in_learning(args, world):
-    shared = "hands" if args.algo == "ppo" else "batch_size"
-    batch = args.hands * args.samples if args.algo == "ppo" else args.batch_size
+    shared, batch, what = "batch_size", args.batch_size, "--batch-size"
+    if args.algo == "ppo":
+        shared, batch, what = "hands", args.hands * args.samples, "--hands times --samples"
     if getattr(args, shared) < world:
         yield shared, f"at least {world}, one for each rank"
     if args.minibatches > batch:
-        yield "minibatches", f"at most {batch}, which is --hands times --samples (PPO) or --batch-size"
+        yield "minibatches", f"at most {batch}, which is {what}"
 
 
 def conflicts_in_ppo(args):
@@ -211,8 +214,6 @@ def attempt(args, name, expected, function, *arguments):
     """Return what a function makes of a setting; refuse the setting if it fails, with the reason."""
     try:
         return function(*arguments)
-    except SettingError:
-        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SettingError(f"{spelled(args, name)}: expected {expected}; {reason}") from None

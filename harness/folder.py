@@ -21,7 +21,7 @@ from common import to_json
 from distributed import checkpoint
 from distributed.processes import first
 from harness.files import Held, Lock, read_lines, replace, sweep, write_atomically
-from harness.ranges import UserError
+from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible
 from model import read_json
@@ -59,8 +59,10 @@ def choose(args, processes, locks):
     names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
     taken = [name for name in names if (name / LOG).exists()]
     own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
+    if args.resume and not taken:
+        raise SettingError(f"--resume: expected a run in {shown(names[0])}")
     if own or args.resume:
-        names = [*names[:1], *taken, *own][-1:]
+        names = [*taken, *own][-1:]
     there = True
     for name in names:
         try:
@@ -75,9 +77,7 @@ def choose(args, processes, locks):
             break
         locks.pop().release()
     if there and not (own or args.resume):
-        raise UserError(f"{name} holds a run already; continue it with --resume or choose another --out")
-    if not there and args.resume:
-        raise UserError(f"--resume: no run in {name}")
+        raise SettingError(f"--out {shown(name)}: expected a folder without a run; this one can go on with --resume")
     return str(name), bool(own or args.resume)
 
 

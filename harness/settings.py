@@ -358,7 +358,7 @@ def load_custom(file):
     try:
         names = runpy.run_path(file)
     except Exception as error:
-        raise SettingError(f"--custom {file}: expected a Python file that runs; {type(error).__name__}: "
+        raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {type(error).__name__}: "
                            f"{' '.join(str(error).split())}") from error
     tables = {"ESTIMATORS": ppo.ESTIMATORS, "LOSSES": ppo.LOSSES, "SFT_LOSSES": sft.LOSSES}
     found = [(table, names[name]) for name, table in tables.items() if name in names]

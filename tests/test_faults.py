@@ -272,7 +272,7 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_resumes(small, tmp_path):
     assert code == 0, said
     assert_same(tmp_path / "restarted", tmp_path / "whole")
     code, said = torchrun("none", *common, "--out", tmp_path / "whole", restarts=1)      # a restart does not resume another launch's run
-    assert code != 0 and "holds a run already" in said and len(records(tmp_path / "whole", "start")) == 1
+    assert code != 0 and "expected a folder without a run" in said and len(records(tmp_path / "whole", "start")) == 1
 
 
 def test_sigterm_to_torchrun_saves_the_last_step(small, tmp_path):

@@ -147,8 +147,10 @@ REFUSED = [
     ("--prompts nowhere.json", "--prompts nowhere.json: expected a JSON file of templates; "),
     ("--custom nowhere.py", "--custom nowhere.py: expected a Python file that runs; FileNotFoundError"),
     # the model
-    ("--model nowhere", "--model nowhere: expected tiny, a checkpoint or a folder with a config.json"),
+    ("--model nowhere", "--model nowhere: expected tiny, a checkpoint or a folder with a config.json; nowhere"),
     ("--model .", "--model .: expected tiny"),
+    (f"--model {'long' * 99}", "File name too long"),
+    ("--model '\x1b[2J'", r"--model '\x1b[2J': expected tiny"),
     ("--algo pretrain --preset paper", "--preset paper: expected tiny with --algo pretrain"),
     ("--tune vision", "--tune vision: expected with pictures to learn from: --task gp-vl"),
     ("--algo sft --lora-rank 4 --lora-modules fc1 --tune mlp",
@@ -180,6 +182,8 @@ REFUSED = [
     ("--algo sft --compat leaking-gae", "--compat leaking-gae: expected official alone, or what"),
     ("--compat unwrapped-angles", "--compat unwrapped-angles: expected official alone, or what --task gp-l"),
     ("--override", "--override: expected with --resume"),
+    ("--resume", "--resume: expected a run in runs/gp-l-ppo"),
+    ("--resume --out nowhere", "--resume: expected a run in nowhere"),
     # settings of a variant
     ("--clip-high 0.3", "--clip-high 0.3: expected with --loss clip-higher or dapo"),
     ("--dual-clip 2", "--dual-clip 2.0: expected with --loss dual-clip"),
@@ -206,7 +210,8 @@ REFUSED = [
     ("--shard on --algo pretrain", "--shard on: expected several ranks"),
     ("--dry-run 1 --lora-rank 4", "--dry-run 1: expected without --lora-rank"),
     ("--dry-run 64 --hands 32", "--hands 32: expected at least 64, one for each rank"),
-    ("--dry-run 1 --model nowhere", "--model nowhere: expected tiny, a folder with a config.json, or Llama-3.2-11B"),
+    ("--dry-run 1 --resume", "--dry-run 1: expected without --resume"),
+    ("--dry-run 1 --model nowhere", "--model nowhere: expected tiny, Llama-3.2-11B-Vision, "),
 ]
 
 
@@ -235,13 +240,19 @@ def test_files_that_are_none(start):
     assert "--out bad.json: expected a folder that can be made" in start(["--out", "bad.json"])
     assert "--out bad.json/run: expected a folder" in start(["--out", "bad.json/run"])
     for name, text, words in (("text", json.dumps(TEXT | {"model_type": "llama"}), "--task gp-vl: expected gp-l, as text is"),
-                              ("torn", "{", "--model torn: expected a model's folder; "),
-                              ("other", '{"model_type": "bert"}', "--model other: expected a model's folder; ")):
+                              ("torn", "{", "--model torn: expected tiny, a checkpoint or a folder with a config.json; torn"),
+                              ("other", '{"model_type": "bert"}', "--model other: expected tiny, a checkpoint or a folder with a config.json; ")):
         Path(name).mkdir()
         Path(name, "config.json").write_text(text)
         assert words in start(["--task", "gp-vl", "--model", name])
     assert "--tune vision" in start(["--model", "text", "--tune", "vision"])
     assert start(["--model", "text"]) is None
+
+
+def test_devices_that_are_none(start, monkeypatch):
+    for name in ("cuda", "mps"):
+        monkeypatch.setattr(f"torch.{'cuda' if name == 'cuda' else 'backends.mps'}.is_available", lambda: False)
+        assert f"--device {name}: expected cpu, as this PyTorch sees no other device" in start(["--device", name])
 
 
 def test_routes_that_are_none(start):
@@ -389,9 +400,9 @@ OTHERS = [
     (plan.main, "--gpus 2.5", "--gpus 2.5: expected"),
     (plan.main, "--gpu-memory -1", "--gpu-memory -1: expected a number above 0"),
     (plan.main, "--gpu-memory nan", "--gpu-memory nan: expected"),
-    (plan.main, "--model TYPO", "--model TYPO: expected tiny, a folder with a config.json, or Llama-3.2-11B-Vision"),
+    (plan.main, "--model TYPO", "--model TYPO: expected tiny, Llama-3.2-11B-Vision, "),
     (plan.main, "--model Llama-3.2-11B-Vision-Instructt", "expected tiny"),
-    (plan.main, "--model .", "--model .: expected a model's folder; config.json"),
+    (plan.main, "--model .", "or a folder with a config.json; config.json: not found"),
     (plan.main, "--algo eval", "expected with --algo sft or ppo"),
     (plan.main, "--algo sft --hands 3", "--hands 3: expected with --algo ppo"),
     (plan.main, "--gpus 33", "--hands 32: expected at least 33"),

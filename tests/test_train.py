@@ -172,10 +172,11 @@ def test_presets_fill_everything():
             assert all(getattr(args, name) is not None for name in needed)
 
 
-def test_an_existing_run_is_not_overwritten(small, tmp_path):
+def test_an_existing_run_is_not_overwritten(small, tmp_path, capsys):
     run("--algo", "sft", "--model", small[0], "--steps", 1, "--out", tmp_path / "run")
-    with pytest.raises(SystemExit, match="--resume"):
+    with pytest.raises(SystemExit):
         run("--algo", "sft", "--model", small[0], "--steps", 1, "--out", tmp_path / "run")
+    assert f"--out {tmp_path / 'run'}: expected a folder without a run" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing_half_written(small, tmp_path, monkeypatch):
