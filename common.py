@@ -21,6 +21,15 @@ def derive(*keys):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
+def averages(steps):
+    """Average metrics over the steps of an update: {name: (mean of a step, how many it is a mean over)} each -> {name:
+    mean over all of these}. An empty dict is a step that was not made; their number is "empty_minibatches"."""
+    made = [metrics for metrics in steps if metrics]
+    columns = {name: [metrics[name] for metrics in made] for name in (made[0] if made else ())}
+    means = {name: sum(x * n for x, n in column) / sum(n for _, n in column) for name, column in columns.items()}
+    return means | {"empty_minibatches": len(steps) - len(made)}
+
+
 def to_json(record, **how):
     """Write plain data as strict JSON text, as json.dumps(record, **how) does but for NaN and infinities: JSON has no
     such numbers, and null stands for them."""

@@ -679,6 +679,13 @@ def bucket(lengths, token_budget, extra=None):
     return groups
 
 
+def parts(places, order, n):
+    """Deal n minibatches: indices of one's own items in each. places: where each stands among the items of all ranks;
+    order: all of these places, in the order in which they are dealt. So n ranks learn from the minibatches of one."""
+    own = {place: i for i, place in enumerate(places)}
+    return [[own[place] for place in order[k::n] if place in own] for k in range(n)]
+
+
 def alone(batches, spare):
     """Each batch with weight 1. Of several ranks, those with fewer batches add `spare` with weight 0: distributed.shard.pace."""
     return [(batch, 1.0) for batch in batches]

@@ -13,14 +13,15 @@ losses (over tokens, against groups of samples, with a KL penalty) and how to ad
 """
 
 import copy
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from common import derive
-from model import alone, bucket, collate, generate
+from common import averages, derive
+from model import alone, bucket, collate, generate, parts
 from variants import advantages, losses, official
 from variants.advantages import Estimator, earned
 from variants.losses import Loss
@@ -216,9 +217,8 @@ def gae_loo(episodes, args):
         for turn in episode.turns:
             groups[episode.seed, turn.info.get("point"), turn.info["attempt"]].append(turn)
     for group in groups.values():
-        total, others = sum(turn.advantage for turn in group), len(group) - 1
-        for turn in group:
-            turn.advantage -= (total - turn.advantage) / max(others, 1)      # a lone sample keeps its advantage
+        for turn, advantage in zip(group, advantages.leave_one_out([turn.advantage for turn in group])):
+            turn.advantage = advantage
 
 
 ESTIMATORS = {"gae": Estimator(gae), "gae-loo": Estimator(gae_loo)} | advantages.ESTIMATORS
@@ -237,29 +237,42 @@ def fill_in(turns, name, numbers, per_token):
         setattr(turn, name, [next(rest) for _ in range(turn.end - turn.start)] if per_token else next(rest))
 
 
-def normalize_advantages(turns, all_reduce=lambda x: x):
-    """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place."""
-    a = torch.tensor(flat(turns, "advantage"), dtype=torch.float64)
-    n, total = all_reduce(torch.stack([torch.tensor(float(len(a)), dtype=torch.float64), a.sum()]))
-    mean = total / n
-    std = (all_reduce(((a - mean) ** 2).sum()) / n).sqrt()
-    fill_in(turns, "advantage", ((a - mean) / (std + 1e-8)).tolist(), per_token=isinstance(turns[0].advantage, list))
+def deviation(x, sizes, all_reduce=lambda x: x):
+    """Mean and standard deviation of x over all ranks. The deviation is 0 where it is only rounding: within some steps of
+    float32, in which values and log-probs come, of what x was added up from (`sizes`)."""
+    x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
+    sums = [len(x), x.sum(), len(sizes), sizes.abs().sum()]
+    n, total, count, size = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+    std = math.sqrt(all_reduce(((x - total / n) ** 2).sum()).item() / n)
+    return total / n, 0.0 if std <= 2**-21 * size / count else std     # NaN stays NaN, for `step` to find
+
+
+def normalize_advantages(turns, args, all_reduce=lambda x: x):
+    """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place.
+
+    Where the rewards tie, all are 0: the rounding that is left is no reason to learn, and divided by its own deviation
+    it would be a whole update. A KL penalty is a sum of differences of log-probs, which are some nats each.
+    """
+    a, values = flat(turns, "advantage"), flat(turns, "value")
+    rewards = [abs(args.reward_scale * turn.reward) + args.kl_coef * len(turn.penalties) for turn in turns]
+    mean, std = deviation(a, a + values + rewards, all_reduce)
+    scaled = [(x - mean) / std if std else 0.0 for x in a]
+    fill_in(turns, "advantage", scaled, per_token=isinstance(turns[0].advantage, list))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: numbers in, one loss a unit out. A unit is a turn or a token; a variant is a function and a table entry.
 
 def ppo_clip(logprobs, old_logprobs, advantages, args):
-    """The clipped surrogate (Schulman et al. 2017, eq. 7). All tensors and the returned loss have shape (units,)."""
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - args.clip, 1 + args.clip) * advantages)
-    if "ratio-10" in official.switches(args.compat) and (ratio > 10).any():
-        loss = -ratio.clamp(1 - args.clip, 1 + args.clip) * advantages
-    metrics = {
-        "approx_kl": (ratio - 1 - log_ratio).detach(),                # the k3 estimate of KL(old || new)
-        "clipfrac": ((ratio - 1).abs() > args.clip).float(),
-    }
+    """The clipped surrogate (Schulman et al. 2017, eq. 7), see losses.surrogate:
+
+        -min(r A, clip(r, 1 - clip, 1 + clip) A),   r = exp(logprobs - old_logprobs).
+
+    All tensors and the returned loss have shape (units,).
+    """
+    loss, metrics = losses.surrogate(logprobs, old_logprobs, advantages, args.clip, args.clip)
+    if "ratio-10" in official.switches(args.compat):
+        loss = torch.where(logprobs - old_logprobs > math.log(10), -(1 + args.clip) * advantages, loss)
     return loss, metrics
 
 
@@ -361,7 +374,7 @@ def make_batch(processor, items, device, per="turn"):
             turns.append(turn)
     column = lambda name: torch.tensor(flat(turns, name), dtype=torch.float32, device=device)
     tensors = TurnTensors(
-        torch.tensor(rows, device=device), torch.tensor(positions, device=device),
+        torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(positions, dtype=torch.int64, device=device),
         turn_of.to(device), weights.to(device), old_logprobs.to(device),
         column("advantage"), column("value"), column("target"), reference.to(device))
     return batch, tensors, turns
@@ -395,22 +408,21 @@ def read_values(actor_critic, episodes):
 
 @torch.no_grad()
 def score_values(actor_critic, processor, episodes, token_budget, device, pace=alone, per="turn"):
-    """Fill in `turn.value` for all turns, or all their tokens, with the critic as it is before the update: a pass over all conversations."""
+    """Fill in `turn.value` for all turns, or all their tokens, with the critic as it is before the update: a pass over
+    all conversations."""
     items = conversations_of(episodes)
-    for micro, weight in pace(buckets_of(items, actor_critic.policy.config, token_budget), items[:1]):
+    for micro, _ in pace(buckets_of(items, actor_critic.policy.config, token_budget), [(items[0][0], [])]):
         batch, tensors, turns = make_batch(processor, micro, device, per)
-        values = actor_critic.values(batch, tensors).tolist()
-        if weight:
-            fill_in(turns, "value", values, per_token=per == "token")
+        fill_in(turns, "value", actor_critic.values(batch, tensors).tolist(), per_token=per == "token")
 
 
 @torch.no_grad()
 def score_reference(actor_critic, processor, episodes, args, reference, device, pace=alone):
-    """Fill in the log-probs of all conversations by the reference policy and, with --kl-in reward, the penalties of all turns. Returns the
-    sum of the KL estimates over all sampled tokens."""
+    """Fill in the log-probs of all conversations by the reference policy and, with --kl-in reward, the penalties of all
+    turns. Returns the sum of the KL estimates over all sampled tokens."""
     items, total = conversations_of(episodes), 0.0
     with reference():
-        for micro, weight in pace(buckets_of(items, actor_critic.policy.config, args.token_budget), items[:1]):
+        for micro, weight in pace(buckets_of(items, actor_critic.policy.config, args.token_budget), [(items[0][0], [])]):
             batch, tensors, _ = make_batch(processor, micro, device)
             logprobs = actor_critic(batch, tensors, args.temperature, with_values=False)[0].tolist()
             for (conversation, _), row in zip(micro if weight else [], logprobs):
@@ -440,25 +452,25 @@ def units(logprobs, tensors, unit, per="turn"):
 
 
 def gather(x, tensors, unit):
-    """Numbers of all sampled tokens (tokens,) -> of the units (units,): a token's own, the sum over a turn, the mean over a conversation."""
+    """Numbers of all sampled tokens (tokens,) -> of the units (units,): a token's own, the sum over a turn, the mean over
+    a conversation (0 where nothing was sampled)."""
     drawn = tensors.turn_of >= 0
     if unit == "token":
         return x
     if unit == "turn":
         return torch.zeros_like(tensors.advantages).index_add(0, tensors.turn_of[drawn], x)
-    return x.new_zeros(len(drawn)).index_add(0, drawn.nonzero()[:, 0], x) / drawn.sum(1)
+    return x.new_zeros(len(drawn)).index_add(0, drawn.nonzero()[:, 0], x) / drawn.sum(1).clamp(min=1)
 
 
-def count_units(items, unit):
-    """Number of turns, of sampled tokens or of conversations ("sequence") in a list of items."""
-    if unit == "sequence":
-        return len(items)
-    return sum(turn.end - turn.start if unit == "token" else 1 for _, turns in items for turn in turns)
+def count_units(items):
+    """How many turns, sampled tokens and conversations ("sequence") there are in a list of items, as a dict."""
+    turns = [turn for _, turns in items for turn in turns]
+    return {"turn": len(turns), "token": sum(turn.end - turn.start for turn in turns), "sequence": len(items)}
 
 
 def counts(tensors, unit, mean):
     """What each unit counts in the mean: 1, or for a mean over sequences one over the units of its own, (units,)."""
-    if mean == "units":
+    if mean == "units" or unit == "sequence":
         return 1.0
     row = (tensors.turn_of >= 0).nonzero()[:, 0] if unit == "token" else tensors.rows
     return 1 / torch.bincount(row)[row]
@@ -471,11 +483,11 @@ def unit_of(args):
     return unit, "sequence" if loss.mean == "sequences" else unit
 
 
-def minibatch_loss(actor_critic, processor, items, args, n_units, n_values, device, train_policy=True):
+def minibatch_loss(actor_critic, processor, items, args, n, device, train_policy=True):
     """The loss of one micro-batch, scaled so that the micro-batches of a minibatch, over all ranks, add up to the mean.
 
-    n_units: of what the policy loss is a mean over; n_values: turns, or tokens for an estimator over tokens. Returns (loss, metrics), the
-    metrics as sums over this micro-batch's units divided by the minibatch's count.
+    n: how many turns, tokens and sequences the minibatch has on all ranks. Every mean is one sum over one such count, so
+    that it does not matter what shares a micro-batch. Returns (loss, metrics), these sums over counts, too.
     """
     estimator, (unit, over) = ESTIMATORS[args.advantage], unit_of(args)
     batch, tensors, _ = make_batch(processor, items, device, estimator.per)
@@ -486,38 +498,37 @@ def minibatch_loss(actor_critic, processor, items, args, n_units, n_values, devi
     policy, metrics = LOSSES[args.loss].f(new, old, advantages, args)
     value, drawn = torch.zeros((), device=device), tensors.turn_of >= 0
     if estimator.values:
-        value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip).sum() / n_values
+        value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip).sum() / n[estimator.per]
     if args.kl_coef and args.kl_in == "loss":
         kl = losses.KL[args.kl_estimator](logprobs[drawn], tensors.reference[drawn])
         policy = policy + args.kl_coef * gather(kl, tensors, unit)     # of a turn the sum: its log-prob is a sum, too
     count = counts(tensors, unit, LOSSES[args.loss].mean)
-    share = count_units(items, over) / n_units          # of the minibatch's units that lie in this micro-batch
-    policy, entropy = (count * policy).sum() / n_units, entropy[drawn].mean() * share
+    policy, entropy = (count * policy).sum() / n[over], entropy[drawn].sum() / n["token"]
     loss = args.value_coef * value
     if train_policy:
         loss = loss + policy - args.entropy_coef * entropy
-    metrics = {name: (count * x).sum() / n_units for name, x in metrics.items()}
+    metrics = {name: (count * x).sum() / n[over] for name, x in metrics.items()}
     metrics |= {"policy_loss": policy, "value_loss": value, "entropy": entropy,
-                "drawn_vs_scored": (logprobs - tensors.old_logprobs)[drawn].abs().mean() * share}
+                "drawn_vs_scored": (logprobs - tensors.old_logprobs)[drawn].abs().sum() / n["token"]}
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, reference=None, all_reduce=lambda x: x, pace=alone,
-           device="cpu"):
+def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, reference=None, places=None,
+           all_reduce=lambda x: x, pace=alone, device="cpu"):
     """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
 
-    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm.
-    With `train_policy` False only the critic learns (warm-up). `reference`: what --kl-coef measures from, see variants/reference.py.
-    `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
+    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. With
+    `train_policy` False only the critic learns (warm-up). `reference`: what --kl-coef measures from, see
+    variants/reference.py. `places`: where this rank's conversations stand among those of all ranks (see `parts`); None:
+    there are no others. `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
     """
-    turns = [turn for episode in episodes for turn in episode.turns]
-    estimator, (_, over) = ESTIMATORS[args.advantage], unit_of(args)
-    if "first-token-unscored" in official.switches(args.compat):
-        for conversation, own in conversations_of(episodes):
+    estimator, switches = ESTIMATORS[args.advantage], official.switches(args.compat)
+    items, turns = conversations_of(episodes), [turn for episode in episodes for turn in episode.turns]
+    if "first-token-unscored" in switches:
+        for conversation, own in items:
             for turn in own:
                 conversation.weights[turn.start] = 0.0
-    if args.kl_coef:
-        kl = score_reference(actor_critic, processor, episodes, args, reference, device, pace)
+    kl = score_reference(actor_critic, processor, episodes, args, reference, device, pace) if args.kl_coef else 0.0
     if estimator.values and (estimator.per == "token" or actor_critic.trunk is not None):
         score_values(actor_critic, processor, episodes, args.token_budget, device, pace, estimator.per)
     elif estimator.values:
@@ -525,40 +536,46 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
     estimator.f(episodes, args)
     explained = explained_variance(turns, all_reduce)
     if estimator.normalize:
-        normalize_advantages(turns, (lambda x: x) if "rank-advantages" in official.switches(args.compat) else all_reduce)
-    items, metrics = conversations_of(episodes), defaultdict(list)
-    generator = torch.Generator().manual_seed(seed)
+        normalize_advantages(turns, args, (lambda x: x) if "rank-advantages" in switches else all_reduce)
+    own = [len(items), sum(len(conversation.ids) for conversation, _ in items), count_units(items)["token"], kl]
+    total, tokens, drawn, kl = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+    generator, steps = torch.Generator().manual_seed(seed), []
     for _ in range(args.epochs):
-        order = torch.randperm(len(items), generator=generator).tolist()
-        for k in range(args.minibatches):
-            chunk = [items[i] for i in order[k::args.minibatches]]
-            own = torch.tensor([count_units(chunk, over), count_units(chunk, estimator.per)], dtype=torch.float64)
-            n_units, n_values = all_reduce(own).tolist()
-            if not n_units:                                            # fewer conversations a rank than minibatches
-                continue
-            sums = defaultdict(float)
-            for micro, weight in pace(buckets_of(chunk, actor_critic.policy.config, args.token_budget), items[:1]):
-                loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n_units, n_values, device, train_policy)
-                (weight * loss).backward()
-                for name, value in numbers.items():
-                    sums[name] += weight * value.double().cpu()
-            totals = dict(zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()))
-            totals["grad_norm"] = step(totals["policy_loss"] + totals["value_loss"])
-            for name, value in totals.items():
-                metrics[name].append(value)
-    first = metrics.pop("drawn_vs_scored")[0]          # later minibatches differ because the policy has moved
-    tokens = all_reduce(torch.tensor([sum(len(conversation.ids) for conversation, _ in items),
-                                      sum(turn.end - turn.start for turn in turns)], dtype=torch.float64)).tolist()
-    return {name: sum(x) / len(x) for name, x in metrics.items()} | {
-        "drawn_vs_scored": first, "explained_variance": explained, "rollout_tokens": tokens[0], "drawn_tokens": tokens[1],
-        "trained_tokens": args.epochs * tokens[0]} | (
-        {"kl_reference": (all_reduce(torch.tensor(kl, dtype=torch.float64)) / tokens[1]).item()} if args.kl_coef else {})
+        order = torch.randperm(int(total), generator=generator).tolist()
+        for part in parts(range(len(items)) if places is None else places, order, args.minibatches):
+            steps.append(one_step(actor_critic, processor, [items[i] for i in part], items[0][0], args, step, train_policy,
+                                  all_reduce, pace, device))
+    first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)          # afterwards the policy has moved
+    return averages(steps) | {
+        "drawn_vs_scored": first, "explained_variance": explained, "rollout_tokens": tokens, "drawn_tokens": drawn,
+        "trained_tokens": args.epochs * tokens} | ({"kl_reference": kl / drawn} if args.kl_coef else {})
+
+
+def one_step(actor_critic, processor, chunk, spare, args, step, train_policy, all_reduce, pace, device):
+    """One optimizer step on this rank's part of a minibatch. `spare` is a conversation to pass for other ranks' sake.
+
+    Returns {metric: (mean, how many it is a mean over)}; nothing where no rank has a conversation, and then no step is made.
+    """
+    own = count_units(chunk)
+    n = dict(zip(own, all_reduce(torch.tensor(list(own.values()), dtype=torch.float64)).tolist()))
+    if not n["token"]:
+        return {}
+    sums = defaultdict(float)
+    for micro, weight in pace(buckets_of(chunk, actor_critic.policy.config, args.token_budget), [(spare, [])]):
+        loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n, device, train_policy)
+        (weight * loss).backward()
+        for name, value in numbers.items():
+            sums[name] += weight * value.double().cpu()
+    means = dict(zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()))
+    over = {"value_loss": ESTIMATORS[args.advantage].per, "entropy": "token", "drawn_vs_scored": "token"}
+    return {name: (mean, n[over.get(name, unit_of(args)[1])]) for name, mean in means.items()} | {
+        "grad_norm": (step(means["policy_loss"] + means["value_loss"]), 1)}
 
 
 def explained_variance(turns, all_reduce=lambda x: x):
-    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a perfect one, NaN for none."""
-    target = torch.tensor(flat(turns, "target"), dtype=torch.float64)
-    error = target - torch.tensor(flat(turns, "value"), dtype=torch.float64)
-    n, t, t2, e, e2 = all_reduce(torch.stack([torch.ones_like(target).sum(), target.sum(), (target**2).sum(), error.sum(), (error**2).sum()]))
-    variance = t2 / n - (t / n) ** 2
-    return (1 - (e2 / n - (e / n) ** 2) / variance).item() if variance > 1e-12 else float("nan")
+    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a perfect one, NaN
+    where there is none or nothing to explain."""
+    targets, values = flat(turns, "target"), flat(turns, "value")
+    _, spread = deviation(targets, targets, all_reduce)
+    _, rest = deviation([t - v for t, v in zip(targets, values)], [0.0], all_reduce)
+    return 1 - (rest / spread) ** 2 if spread else math.nan

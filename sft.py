@@ -8,12 +8,12 @@ the right one (the paper's sub-optimal trajectories, its figure 15); the wrong a
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from common import derive
-from model import alone, bucket, collate
+from common import averages, derive
+from model import alone, bucket, collate, parts
 from variants import sft_losses
 from variants.sft_losses import Loss
 
@@ -67,54 +67,68 @@ def nll(logprobs, before, rows, args):
 LOSSES = {"nll": Loss(nll)} | sft_losses.LOSSES
 
 
+def blank(example):
+    """The example with nothing to learn from: passed for other ranks' sake it adds 0 to every sum."""
+    return replace(example, sampled=[False] * len(example.ids), before=torch.zeros(0))
+
+
 def passes(model, processor, examples, spare, args, pace, device):
-    """Forward passes over all examples, alike in length together: yields (examples, batch, model's output, weight). `spare` is one example, for
-    passes that others need (see `alone`)."""
+    """Pass all examples, alike in length together; yield (examples, batch, model's output, weight). `spare`: an example
+    for passes that others need (see `alone`)."""
     beside = [0 if e.image is None else model.config.image_tokens(model.vision_frozen) for e in examples]
     batches = [[examples[i] for i in indices] for indices in bucket([len(e.ids) for e in examples], args.token_budget, beside)]
-    for micro, weight in pace(batches, [spare]):
+    for micro, weight in pace(batches, [blank(spare)]):
         batch = collate(processor, [e.ids for e in micro], [e.sampled for e in micro], [e.image for e in micro]).to(device)
         yield micro, batch, model(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets), weight
 
 
 @torch.no_grad()
-def score(model, processor, examples, args, *, pace=alone, device="cpu"):
+def score(model, processor, examples, spare, args, *, pace=alone, device="cpu"):
     """Note in each example the log-probs that its targets have now, as `before`."""
-    for micro, batch, out, _ in passes(model, processor, examples, examples[0], args, pace, device):
+    for micro, batch, out, _ in passes(model, processor, examples, spare, args, pace, device):
         for example, logprobs, targets in zip(micro, out.logprobs.cpu(), batch.targets.cpu()):
             example.before = logprobs[targets >= 0]
 
 
-def update(model, processor, examples, args, *, step, all_reduce=lambda x: x, pace=alone, device="cpu"):
-    """Learn from a batch of examples: one optimizer step on the mean loss a target token, over all ranks, or --epochs passes of --minibatches
-    steps each. Returns the metrics, means over the steps.
+def update(model, processor, examples, args, *, step, places=None, spare=None, all_reduce=lambda x: x, pace=alone,
+           device="cpu"):
+    """Learn from a batch of examples: one optimizer step on the mean loss per target token, over all ranks, or --epochs
+    passes of --minibatches steps each. Returns the metrics: means over all target tokens (None where there are none) and
+    over the steps that were made.
 
-    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. `pace`: see `alone`.
+    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. `places`:
+    where this rank's examples stand among those of all ranks (see `parts`); None: there are no others. `spare`: an
+    example to pass for others' sake, for a rank that may have none. `pace`: see `alone`.
     """
+    places = range(len(examples)) if places is None else places
+    spare = spare or examples[0]
     if LOSSES[args.sft_loss].before == "step":
-        score(model, processor, examples, args, pace=pace, device=device)
-    metrics = []
-    for _ in range(args.epochs):
-        for k in range(args.minibatches):
-            metrics.append(one_step(model, processor, examples[k::args.minibatches], examples[0], args, step, all_reduce, pace, device))
-    means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-    return means | {"trained_tokens": sum(m["trained_tokens"] for m in metrics)}
+        score(model, processor, examples, spare, args, pace=pace, device=device)
+    total = int(all_reduce(torch.tensor(len(examples), dtype=torch.float64)))
+    steps = [one_step(model, processor, [examples[i] for i in part], spare, args, step, all_reduce, pace, device)
+             for _ in range(args.epochs) for part in parts(places, range(total), args.minibatches)]
+    return dict.fromkeys(("nll", "loss", "entropy", "grad_norm")) | averages(steps) | {
+        "trained_tokens": sum(metrics["trained_tokens"][0] for metrics in steps if metrics)}
 
 
 def one_step(model, processor, examples, spare, args, step, all_reduce, pace, device):
-    """One optimizer step; see `update`."""
+    """One optimizer step on this rank's part of a minibatch; see `update`. Returns {metric: (mean, how many it is a mean
+    over)}; nothing where no rank has a target, and then no step is made."""
     counts = torch.tensor([sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)], dtype=torch.float64)
-    n_tokens, trained_tokens = all_reduce(counts).tolist()
+    n, trained_tokens = all_reduce(counts).tolist()
+    if not n:
+        return {}
     sums = torch.zeros(3, dtype=torch.float64)
     for micro, batch, out, weight in passes(model, processor, examples, spare, args, pace, device):
         asked = batch.targets >= 0
         logprobs, rows = out.logprobs[asked], asked.nonzero()[:, 0]
         before = torch.cat([e.before for e in micro]).to(device) if LOSSES[args.sft_loss].before else None
-        loss = weight * LOSSES[args.sft_loss].f(logprobs, before, rows, args).sum() / n_tokens
+        loss = weight * LOSSES[args.sft_loss].f(logprobs, before, rows, args).sum() / n
         loss.backward()
-        sums += weight * torch.stack([-logprobs.sum(), loss * n_tokens, out.entropy[asked].sum()]).detach().double().cpu()
-    nll_mean, loss, entropy = (all_reduce(sums) / n_tokens).tolist()
-    return {"nll": nll_mean, "loss": loss, "entropy": entropy, "grad_norm": step(loss), "trained_tokens": trained_tokens}
+        sums += weight * torch.stack([-logprobs.sum(), loss * n, out.entropy[asked].sum()]).detach().double().cpu()
+    nll_mean, loss, entropy = (all_reduce(sums) / n).tolist()
+    return {"nll": (nll_mean, n), "loss": (loss, n), "entropy": (entropy, n), "grad_norm": (step(loss), 1),
+            "trained_tokens": (trained_tokens, 1)}
 
 
 # --tune -> does the parameter of this name learn? Cross-attention layers are the language model's: their projections and norms of queries and

@@ -366,24 +366,26 @@ class Trainer:
         return range(first, first + n)
 
     def sft_update(self, i):
-        args, scored = self.args, 0
-        seeds = self.processes.share(self.seeds(i, args.batch_size))
-        examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
+        args, processes, scored = self.args, self.processes, 0
+        seeds, places = processes.share(self.seeds(i, args.batch_size)), processes.share(range(args.batch_size))
         if args.sft_data == "own":
             episodes = self.play(seeds)
             scored += sum(len(conversation.ids) for episode in episodes for conversation in episode.conversations)
-            nothing = dataclasses.replace(examples[0], sampled=[False] * len(examples[0].sampled))      # for a rank without a right answer
-            examples = sft.own_answers(episodes) or [nothing]
+            right = [sft.own_answers([episode]) for episode in episodes]
+            examples, places = sum(right, []), processes.places(map(len, right))
+        else:
+            examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
+        spare = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
         self.batch = examples
         if sft.LOSSES[args.sft_loss].before:
             scored += sum(len(example.ids) for example in examples)
         if self.reference:
-            with autocast(args, self.processes.device), self.reference(), self.ledger.phase("update", self.model):
-                sft.score(self.model, self.processor, examples, args, pace=self.pace, device=self.processes.device)
-        with autocast(args, self.processes.device), self.ledger.phase("update", self.model):
-            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, all_reduce=self.processes.all_reduce,
-                                 pace=self.pace, device=self.processes.device)
-        scored = self.processes.all_reduce(torch.tensor(float(scored), dtype=torch.float64)).item()
+            with autocast(args, processes.device), self.reference(), self.ledger.phase("update", self.model):
+                sft.score(self.model, self.processor, examples, spare, args, pace=self.pace, device=processes.device)
+        with autocast(args, processes.device), self.ledger.phase("update", self.model):
+            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, places=places, spare=spare,
+                                 all_reduce=processes.all_reduce, pace=self.pace, device=processes.device)
+        scored = processes.all_reduce(torch.tensor(float(scored), dtype=torch.float64)).item()
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         return metrics
 
@@ -400,11 +402,14 @@ class Trainer:
         args, start = self.args, time.time()
         hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
         episodes = self.play(hands, args.samples)
+        places = self.processes.places(len(ppo.conversations_of(episodes[k:k + args.samples]))
+                                       for k in range(0, len(episodes), args.samples))
         rolled, self.batch = time.time(), episodes
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
         with autocast(args, self.processes.device), self.ledger.phase("update", self.module):
             metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=derive("minibatches", args.seed, i),
-                                 train_policy=i >= args.critic_warmup, reference=self.reference, all_reduce=self.processes.all_reduce,
+                                 train_policy=i >= args.critic_warmup, reference=self.reference, places=places,
+                                 all_reduce=self.processes.all_reduce,
                                  pace=self.pace, device=self.processes.device)
         self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
         scored = metrics["rollout_tokens"] * ((self.reference is not None) + (ppo.ESTIMATORS[args.advantage].per == "token" and
@@ -478,8 +483,12 @@ def describe(i, args, metrics, seconds_left):
         body = (f"reward {m['reward']:+6.2f}  success {100 * m['success']:5.1f} %  per step {100 * m['per_step']:5.1f} %  kl {m['approx_kl']:.1e}  "
                 f"clip {100 * m['clipfrac']:4.1f} %  {ev}entropy {m['entropy']:.2f}  "
                 f"grad {m['grad_norm']:.2f}  {m['rollout_tokens_per_second']:,.0f} tok/s")
+    elif metrics["nll"] is None:
+        body = "nothing to learn from"
     else:
         body = f"nll {metrics['nll']:.4f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+    if metrics["empty_minibatches"]:
+        body += f"  empty {metrics['empty_minibatches']}"
     if metrics["skipped"]:
         body += f"  skipped {metrics['skipped']}"
     return f"step {i:>4}/{args.steps}  {body}  left {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"

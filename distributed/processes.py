@@ -79,6 +79,16 @@ class Processes:
         """This rank's share of a sequence that all ranks hold."""
         return items[self.rank::self.world]
 
+    def places(self, counts):
+        """Where this rank's items stand in the order in which one process would hold all of them. counts: how many items
+        each of the things has that `share` gave to this rank."""
+        found, first = [], 0
+        for index, count in sorted(gather([(k * self.world + self.rank, n) for k, n in enumerate(counts)])):
+            if index % self.world == self.rank:
+                found += range(first, first + count)
+            first += count
+        return found
+
     def print(self, *text):
         """Print on the first rank. Once the reader has gone, the run ends as after SIGTERM, which saves it."""
         if self.rank == 0:

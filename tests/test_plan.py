@@ -76,7 +76,7 @@ def test_ppo_micro_batch(medium, processor, task, tune):
     sft.freeze(policy, tune)
     module = ppo.ActorCritic(policy, args.critic)
     batch, _, _ = ppo.make_batch(processor, items, "cpu")
-    learn = lambda: ppo.minibatch_loss(module, processor, items, args, 1, 1, "cpu")[0].backward()
+    learn = lambda: ppo.minibatch_loss(module, processor, items, args, ppo.count_units(items), "cpu")[0].backward()
     learn()
     most, left = real_bytes(learn)
     micro = plan.Micro(*batch.input_ids.shape, int((batch.targets >= 0).sum()) // BATCH)

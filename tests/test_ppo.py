@@ -112,7 +112,7 @@ def test_normalized_advantages_over_ranks():
     everything = episode([0] * 11, [0] * 11).turns
     for turn, value in zip(everything, values):
         turn.advantage = value
-    ppo.normalize_advantages(everything)
+    ppo.normalize_advantages(everything, settings())
     advantages = torch.tensor([t.advantage for t in everything])
     assert advantages.mean().abs() < 1e-6 and abs(advantages.std(correction=0) - 1) < 1e-6
 
@@ -123,9 +123,9 @@ def test_normalized_advantages_over_ranks():
             turn.advantage = value
     mean = sum(values) / 11
     for part, other in ((parts[0], values[4:]), (parts[1], values[:4])):
-        sent = iter([torch.tensor([len(other), sum(other)], dtype=torch.float64),
+        sent = iter([torch.tensor([len(other), sum(other), 3 * len(other), sum(map(abs, other))], dtype=torch.float64),
                      torch.tensor(sum((x - mean) ** 2 for x in other), dtype=torch.float64)])
-        ppo.normalize_advantages(part, lambda x: x + next(sent))
+        ppo.normalize_advantages(part, settings(), lambda x: x + next(sent))
     assert [t.advantage for part in parts for t in part] == pytest.approx(advantages.tolist(), abs=1e-6)
 
 
@@ -238,7 +238,7 @@ def test_ratio_is_one_before_the_first_step(model, processor, task, hands, unit,
     logprobs, _, values = ppo.ActorCritic(model, "detached")(batch, tensors, temperature)
     new, old, advantages = ppo.units(logprobs, tensors, unit)
     assert (new - old).exp().sub(1).abs().max() < 1e-4
-    assert len(new) == ppo.count_units(ppo.conversations_of(episodes), unit)
+    assert len(new) == ppo.count_units(ppo.conversations_of(episodes))[unit]
     assert values.shape == (len(turns),) and len(turns) == sum(len(e.turns) for e in episodes)
 
 

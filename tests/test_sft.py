@@ -161,10 +161,49 @@ def test_scored_is_what_the_next_pass_finds(model, processor, task):
 
 
 def test_minibatches_and_epochs(model, processor):
+    """Means are over all target tokens: a minibatch of two dialogues counts twice as much as one of one."""
     examples, losses = sft.make_batch(processor, [(GeneralPoints(), 1.0)], range(5), mistakes=0.0), []
-    metrics = sft.update(model, processor, examples, settings(epochs=2, minibatches=3), step=lambda loss: losses.append(loss) or 1.0)
-    assert len(losses) == 6 and metrics["loss"] == pytest.approx(sum(losses) / 6)
+    metrics = sft.update(model, processor, examples, settings(epochs=2, minibatches=3), step=lambda loss: losses.append(loss) or len(losses))
+    tokens = [sum(sum(e.sampled) for e in examples[k::3]) for k in range(3)] * 2
+    assert len(losses) == 6 and len(set(tokens)) > 1
+    assert metrics["loss"] == metrics["nll"] == pytest.approx(sum(x * n for x, n in zip(losses, tokens)) / sum(tokens))
+    assert metrics["grad_norm"] == 3.5 and metrics["empty_minibatches"] == 0
     assert metrics["trained_tokens"] == 2 * sum(len(e.ids) for e in examples)
+
+
+@pytest.mark.parametrize("loss", sft.LOSSES)
+def test_minibatches_without_an_example_are_no_steps(model, processor, loss):
+    """Three dialogues in seven minibatches, one with nothing to learn from, and none at all."""
+    examples, steps = sft.make_batch(processor, [(GeneralPoints(), 1.0)], range(3), mistakes=0.0), []
+    sft.score(model, processor, examples, examples[0], settings())
+    update = lambda some: sft.update(model, processor, some, settings(epochs=2, minibatches=7, sft_loss=loss), spare=examples[0],
+                                     step=lambda loss: steps.append(loss) or 1.0)
+    metrics = update([*examples[:2], sft.blank(examples[2])])
+    assert len(steps) == 4 and metrics["empty_minibatches"] == 10 and all(math.isfinite(x) for x in metrics.values())
+    assert metrics["trained_tokens"] == 2 * sum(len(e.ids) for e in examples[:2])
+    assert update([]) == {"nll": None, "loss": None, "entropy": None, "grad_norm": None, "trained_tokens": 0, "empty_minibatches": 14}
+    assert len(steps) == 4
+
+
+@pytest.mark.parametrize("loss, x, value, gradient", [
+    ("psft", 100, -1.2, 0), ("psft", 1e4, -1.2, 0), ("psft", -100, 0, 0), ("psft", -1e4, 0, 0),
+    ("iw-sft", 100, -1.2 * 99, -1.2), ("iw-sft", 1e4, -1.2 * 9999, -1.2), ("iw-sft", -100, 0.8 * 101, -0.8), ("iw-sft", -1e4, 0.8 * 10001, -0.8)])
+def test_far_from_the_earlier_model_all_is_finite(loss, x, value, gradient):
+    now = torch.tensor([x - 1.0], requires_grad=True)
+    found = sft.LOSSES[loss].f(now, torch.tensor([-1.0]), torch.tensor([0]), settings(clip=0.2))
+    assert found.item() == pytest.approx(value, rel=1e-5, abs=1e-30)
+    assert torch.autograd.grad(found.sum(), now)[0].item() == pytest.approx(gradient, rel=1e-5, abs=1e-30)
+
+
+def test_weights_of_long_and_of_impossible_dialogues_are_finite():
+    """iw-sft: a product of 2000 ratios of 1.2; dft: p log p of a token that cannot be."""
+    now = torch.full((2000,), -1.0, requires_grad=True)
+    loss = sft.LOSSES["iw-sft"].f(now, now.detach() - 1, torch.zeros(2000, dtype=torch.int64), settings(clip=0.2))
+    assert torch.allclose(torch.autograd.grad(loss.sum(), now)[0], torch.tensor(-math.exp(20)))
+    for far in (-100.0, -1e4):
+        p = torch.tensor([far], requires_grad=True)
+        loss = sft.LOSSES["dft"].f(p, None, torch.tensor([0]), settings())
+        assert loss.item() == pytest.approx(0, abs=1e-30) and torch.autograd.grad(loss.sum(), p)[0].item() == pytest.approx(0, abs=1e-30)
 
 
 def test_own_right_answers_become_examples():
@@ -178,12 +217,16 @@ def test_own_right_answers_become_examples():
 
 
 def test_own_answers_through_the_trainer(model, processor, monkeypatch):
-    """Without a single right answer a step is skipped and counted; with some, it learns from them alone."""
+    """Without a single right answer nothing is learnt and nothing has failed; with some, it learns from them alone."""
     args = train.apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny", batch_size=3, sft_data="own", max_new_tokens=4), 32)
     trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
     before = copy.deepcopy(model.state_dict())
-    trainer.update(0)                                                              # of a random model: none is right
-    assert trainer.skipped == 1 and all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for i in range(args.max_skipped + 1):
+        metrics = trainer.update(i)                                                # of a random model: none is right
+        assert metrics["nll"] is None and metrics["empty_minibatches"] == 1 and metrics["trained_tokens"] == 0
+    assert trainer.skipped == 0 and all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    said = train.describe(1, args, metrics | {"skipped": 0, "tokens_per_second": 0.0}, 0)
+    assert "nothing to learn from  empty 1" in said
     real = trainer.play
 
     def lucky(seeds):
@@ -193,6 +236,6 @@ def test_own_answers_through_the_trainer(model, processor, monkeypatch):
 
     monkeypatch.setattr(trainer, "play", lucky)
     metrics = trainer.update(1)
-    assert trainer.skipped == 1 and len(trainer.batch) == 1 and math.isfinite(metrics["nll"])
+    assert trainer.skipped == 0 and len(trainer.batch) == 1 and math.isfinite(metrics["nll"])
     assert metrics["trained_tokens"] == len(trainer.batch[0].ids)
     assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())

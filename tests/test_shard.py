@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import ppo  # noqa: E402
+import sft  # noqa: E402
 import train  # noqa: E402
 from distributed import checkpoint, shard  # noqa: E402
 from llama import folders  # noqa: E402
@@ -44,14 +46,38 @@ CASES = {                                                                   # na
     "tied": (["--task", "gp-l", *SFT], []),
     "separate": (["--task", "gp-vl", *PPO, "--critic", "separate", "--tune", "no-vision"], ["--checkpoint-activations"]),
 }
-ONLY_SHARDED = ("shared", "tied", "separate")
+MEASURED = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds", "rollout_tokens_per_second", "memory_gb"}
+DEALT = ["--epochs", "2", "--token-budget", "300", "--lr", "1e-4", "--steps", "2"]
+for name, how in {
+        "sft in 7": [*SFT, "--batch-size", "5", "--sft-loss", "psft"],
+        "own in 4": [*SFT, "--batch-size", "5", "--sft-loss", "iw-sft", "--sft-data", "own"],
+        "ppo in 4": [*PPO, "--hands", "5", "--samples", "3", "--advantage", "gae-token", "--loss", "grpo"],
+        # conversations vary from route to route
+        "ppo in 7": [*PPO, "--hands", "3", "--critic", "separate", "--kl-coef", "0.1", "--task", "virl-l", "--attempts", "1",
+                     "--after-failure", "walk-on"],
+        # some minibatches are empty
+        "ppo in 9": [*PPO, "--hands", "5", "--entropy-coef", "0.1"]}.items():
+    CASES[name] = (["--task", "gp-l", *how, *DEALT, "--minibatches", name[-1]], [])
+ONLY = dict.fromkeys(("shared", "tied", "separate", "sft in 7", "own in 4", "ppo in 7"), "sharded")
+ONLY |= dict.fromkeys(("ppo in 4", "ppo in 9"), "whole")
 
 
 def run(processes, *argv):
     args, typed, _ = train.parse([str(word) for word in argv])
     if not args.resume:
         train.agree(processes, args, typed)
+    if args.sft_data == "own":
+        with mock.patch("sft.own_answers", lucky_answers):
+            return train.train(args, processes, typed)
     train.evaluate_only(args, processes) if args.algo == "eval" else train.train(args, processes, typed)
+
+
+def lucky_answers(episodes, real=sft.own_answers):
+    """A random model is never right: say that it was in every second hand, once or twice, and so nowhere on one of the ranks."""
+    for episode in episodes:
+        for k, turn in enumerate(episode.turns):
+            turn.info["correct"] = (episode.seed % 4, k) in ((0, 0), (2, 0), (2, 1))
+    return real(episodes)
 
 
 def model_of(name, small):
@@ -67,6 +93,10 @@ def worker(folder, small):
         if name not in ONLY_SHARDED:
             run(processes, *common, "--shard", "off", "--out", folder / name / "whole")
         run(processes, *common, "--shard", "on", *differently, "--out", folder / name / "sharded")
+        common = ["--model", model_of(name, small), *COMMON, *argv]
+        for way, argv in (("whole", ["--shard", "off"]), ("sharded", ["--shard", "on", *differently])):
+            if ONLY.get(name, way) == way:
+                run(processes, *common, *argv, "--out", folder / name / way)
     for steps in ([], ["--steps", 1], ["--resume", "--override"]):          # whole, then in two parts
         common = ["--model", small, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
         run(processes, *common, *steps, "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
@@ -217,22 +247,21 @@ def saved_tensors(path):
     return tensors
 
 
-@pytest.mark.parametrize("name, way", [(name, way) for name in CASES for way in ("whole", "sharded")[name in ONLY_SHARDED:]])
+@pytest.mark.parametrize("name, way", [(name, way) for name in CASES for way in ("whole", "sharded") if ONLY.get(name, way) == way])
 def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
     """Losses, the norm of the gradients before clipping, weights, critic, after three clipped updates."""
     one, two = one_rank(name), two_ranks / name / way
-    names = ["nll", "entropy", "grad_norm"] if "sft" in CASES[name][0] else ["reward", "policy_loss", "value_loss", "entropy", "grad_norm"]
     for x, y in zip(records(one, "step"), records(two, "step"), strict=True):
-        assert [x[n] for n in names] == pytest.approx([y[n] for n in names], abs=1e-4)
-        assert x["flops"] == y["flops"] and x["counted_tflops"] == y["counted_tflops"]      # empty passes, and what is passed again, are no one's
+        assert x.pop("flops") == y.pop("flops") and x["counted_tflops"] == y["counted_tflops"]      # empty passes, and what is passed again, are no one's
+        assert x.keys() == y.keys() and {n: x[n] for n in x.keys() - MEASURED} == pytest.approx({n: y[n] for n in y.keys() - MEASURED}, abs=1e-4)
     assert [record["eval"] for record in records(one, "eval")] == [record["eval"] for record in records(two, "eval")]
     start, a, b = (Llama.from_pretrained(folder).state_dict() for folder in (model_of(name, small[0]), one / "final", two / "final"))
     assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4                         # it did learn
     assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
-    a, b = (saved_tensors(folder / "checkpoints/step_000003") for folder in (one, two))
+    a, b = (saved_tensors(max(folder.glob("checkpoints/step_*"))) for folder in (one, two))
     assert a.keys() == b.keys() and {name.split(".")[-1] for name in a} >= {"weight", "exp_avg", "exp_avg_sq", "step"}
     assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
-    assert records(one, "step")[0]["grad_norm"] > 0.1                                   # so that clipping had something to do
+    assert max(step["grad_norm"] or 0 for step in records(one, "step")) > 0.1                                   # so that clipping had something to do
 
 
 def test_sharded_resumed_equals_uninterrupted(two_ranks):

@@ -180,7 +180,7 @@ def test_a_longer_verifier_message_changes_no_unit(model, processor, unit, name)
         assert torch.equal(tensors.old_logprobs[tensors.rows, tensors.positions], tensors.old_logprobs[drawn]) or per == "turn"
         seen.append([*ppo.units(tensors.old_logprobs, tensors, unit, per)[1:], tensors.reference[drawn]]
                     + ([] if unit == "sequence" else [ppo.counts(tensors, unit, "sequences")]))
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)) and len(seen[0][0]) == ppo.count_units(ppo.conversations_of(episodes), unit)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)) and len(seen[0][0]) == ppo.count_units(ppo.conversations_of(episodes))[unit]
 
 
 # ------------------------------------------------------------------------------------------------------------------ losses
@@ -240,6 +240,51 @@ def test_means_by_hand():
     assert (ppo.counts(tensors, "token", "sequences") * x).sum().item() / 2 == pytest.approx((3 + 11) / 2)
     assert (ppo.counts(tensors, "token", "units") * x).sum().item() / 4 == 5
     assert (ppo.counts(tensors_by_hand("turn"), "turn", "sequences") * torch.tensor([1.0, 3.0, 7.0])).sum().item() / 2 == pytest.approx((2 + 7) / 2)
+
+
+def with_gradient(loss, log_ratio, advantage, name="old"):
+    """Values and gradients in float32 of a loss at a log ratio, where what it is compared with is -1."""
+    new = torch.full((3,), log_ratio - 1.0, requires_grad=True)
+    value, metrics = loss(new, torch.full((3,), -1.0), torch.full((3,), advantage))
+    return value.tolist()[0], torch.autograd.grad(value.sum(), new)[0].tolist()[0], metrics["approx_kl"].tolist()[0]
+
+
+MOST = math.exp(20)            # what larger ratios count as
+#          log ratio, A: value and gradient of -min(r A, clip(r) A), and r - 1 - log r
+FAR = {(100, 1): (-1.1, 0, MOST - 101), (1e4, 2): (-2.2, 0, MOST - 10001), (100, -1): (MOST, MOST, MOST - 101), (1e4, -1): (MOST, MOST, MOST - 10001),
+       (-100, 1): (0, 0, 99), (-1e4, 1): (0, 0, 9999), (-100, -1): (0.9, 0, 99), (-1e4, -2): (1.8, 0, 9999), (100, 0): (0, 0, MOST - 101)}
+
+
+@pytest.mark.parametrize("name", ppo.LOSSES)
+@pytest.mark.parametrize("log_ratio, advantage", FAR)
+def test_far_from_the_old_policy_all_is_finite(name, log_ratio, advantage):
+    """0 where the gate is shut; where it is open and leads back, a gradient of the right sign and a finite size."""
+    value, gradient, kl = with_gradient(lambda *x: ppo.LOSSES[name].f(*x, settings(clip=0.1, clip_high=0.1)), log_ratio, float(advantage))
+    expected = FAR[log_ratio, advantage]
+    if name == "dual-clip" and log_ratio > 0 > advantage:
+        expected = (-3 * advantage, 0, expected[2])
+    if name == "reinforce":
+        expected = (-(log_ratio - 1) * advantage, -advantage, expected[2])
+    assert (value, gradient, kl) == pytest.approx(expected, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("log_ratio", [19, 20, 21, 88, 89, 1e30])
+def test_a_shut_gate_passes_nothing_at_any_distance(log_ratio):
+    for name in ("ppo", "clip-higher", "dual-clip", "gspo"):
+        assert with_gradient(lambda *x: ppo.LOSSES[name].f(*x, settings(compat="ratio-10")), log_ratio, 1.0)[1] == 0
+    assert with_gradient(lambda *x: ppo.ppo_clip(*x, settings(compat="ratio-10", clip=0.1)), log_ratio, -1.0)[:2] == (pytest.approx(1.1), 0)
+
+
+@pytest.mark.parametrize("x, k1, k2, k3, gradient", [
+    (0, 0, 0, 0, 0), (1, 1, 0.5, math.exp(-1), 1 - math.exp(-1)), (100, 100, 5000, 99, 1), (1e4, 1e4, 5e7, 9999, 1),
+    (-100, -100, 5000, MOST - 101, 1 - MOST), (-1e4, -1e4, 5e7, MOST - 10001, 1 - MOST)])
+def test_kl_far_from_the_reference(x, k1, k2, k3, gradient):
+    """x = log p - log q. The gradients of log p are 1, x and 1 - q / p: it is pulled towards the reference, however far."""
+    for name, value, slope in (("k1", k1, 1), ("k2", k2, x), ("k3", k3, gradient)):
+        p = torch.tensor(x - 2.0, requires_grad=True)
+        found = losses.KL[name](p, torch.tensor(-2.0))
+        assert found.item() == pytest.approx(value, rel=1e-5)
+        assert torch.autograd.grad(found, p)[0].item() == pytest.approx(slope, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------- KL
@@ -464,10 +509,11 @@ def test_leaking_gae_by_hand():
 
 
 def test_ratio_10_by_hand():
-    """A = -1 at a ratio of 11 and A = 1 at 1/2, clip range 0.1: -min(-11, -1.1) and -min(0.5, 0.9); clipped alone 1.1 and -0.9."""
-    new, old, advantages = torch.tensor([math.log(11), math.log(0.5)]), torch.zeros(2), torch.tensor([-1.0, 1.0])
+    """A = -1 and A = 1 at a ratio of 11, A = 1 at 1/2, clip range 0.1: -min(-11, -1.1), -min(11, 1.1), -min(0.5, 0.9). The first
+    clipped alone: 1.1. What shares its micro-batch is judged by itself, as in the released code's, which hold one turn."""
+    new, old, advantages = torch.tensor([11, 11, 0.5]).log(), torch.zeros(3), torch.tensor([-1.0, 1.0, 1.0])
     loss = lambda new, compat: ppo.ppo_clip(new, old, advantages, settings(clip=0.1, compat=compat))[0].tolist()
-    assert loss(new, "") == pytest.approx([11, -0.5]) and loss(new, "ratio-10") == pytest.approx([1.1, -0.9])
+    assert loss(new, "") == pytest.approx([11, -1.1, -0.5]) and loss(new, "ratio-10") == pytest.approx([1.1, -1.1, -0.5])
     assert loss(new - 0.1, "ratio-10") == loss(new - 0.1, "")                  # 9.95: as ever
 
 

@@ -66,6 +66,13 @@ def groups_of(episodes):
     return groups.values()
 
 
+def leave_one_out(scores):
+    """Each score less the mean of the n - 1 others: n/(n-1) times (score - mean). The mean is exact, so that scores which
+    tie are worth exactly 0; a lone one keeps what it is worth."""
+    n, mean = len(scores), statistics.mean(scores)
+    return [n / (n - 1) * (score - mean) for score in scores] if n > 1 else scores
+
+
 def give(episode, per_token):
     """Hand out a chain of numbers to the tokens of an episode's turns, as their advantages."""
     rest = iter(per_token)
@@ -124,10 +131,9 @@ def rloo(episodes, args):
         A_i = R_i - 1/(n-1) sum_{j != i} R_j   for each of its turns;   R = G_1.
     """
     for group in groups_of(episodes):
-        scores = [returns(episode, args)[0] for episode in group]
-        for episode, score in zip(group, scores):
+        for episode, advantage in zip(group, leave_one_out([returns(episode, args)[0] for episode in group])):
             for turn in episode.turns:
-                turn.advantage = score - (sum(scores) - score) / (len(scores) - 1)
+                turn.advantage = advantage
 
 
 def grpo(episodes, args, divide=True):

@@ -21,16 +21,27 @@ class Loss:
     mean: str = "units"        # over all "units" of the minibatch, or over the units of each of its "sequences" and then over these
 
 
+def ratio(log_ratio):
+    """exp(log_ratio), finite: from 20 on it counts as 20 (e^20 = 4.9e8), with the gradient of that. So a gate that is open
+    still pulls back what is beyond, and one that is shut gives 0; times an infinity it would be NaN."""
+    return (log_ratio.clamp(max=20).detach() + (log_ratio - log_ratio.detach())).exp()
+
+
+def divergence(log_ratio):
+    """r - 1 - log r, never negative: the k3 estimate of a KL divergence (Schulman 2020), of old || new from r = new / old."""
+    return ratio(log_ratio) - 1 - log_ratio
+
+
 def surrogate(logprobs, old_logprobs, advantages, low, high):
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with a range of its own in each direction:
 
         -min(r A, clip(r, 1 - low, 1 + high) A),   r = exp(logprobs - old_logprobs).
     """
     log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    outside = (ratio < 1 - low) | (ratio > 1 + high)
-    return loss, {"approx_kl": (ratio - 1 - log_ratio).detach(), "clipfrac": outside.float()}
+    r = ratio(log_ratio)
+    loss = -torch.minimum(r * advantages, r.clamp(1 - low, 1 + high) * advantages)
+    outside = (r < 1 - low) | (r > 1 + high)
+    return loss, {"approx_kl": divergence(log_ratio).detach(), "clipfrac": outside.float()}
 
 
 def clip(logprobs, old_logprobs, advantages, args):
@@ -54,7 +65,7 @@ def dual_clip(logprobs, old_logprobs, advantages, args):
 def reinforce(logprobs, old_logprobs, advantages, args):
     """The policy gradient itself (Williams 1992): -log pi A, without a ratio. Exact on the first step of a rollout only: --minibatches 1."""
     log_ratio = (logprobs - old_logprobs).detach()
-    return -logprobs * advantages, {"approx_kl": log_ratio.exp() - 1 - log_ratio, "clipfrac": torch.zeros_like(log_ratio)}
+    return -logprobs * advantages, {"approx_kl": divergence(log_ratio), "clipfrac": torch.zeros_like(log_ratio)}
 
 
 LOSSES = {
@@ -83,7 +94,7 @@ def k2(logprobs, reference):
 
 def k3(logprobs, reference):
     """q / p - 1 - log(q / p), never negative; GRPO's. Its gradient, (1 - q / p) that of log p, is in expectation that of KL(q || p)."""
-    return (reference - logprobs).exp() - 1 - (reference - logprobs)
+    return divergence(reference - logprobs)
 
 
 KL = {"k1": k1, "k2": k2, "k3": k3}

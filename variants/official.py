@@ -14,8 +14,8 @@ PPO = {
                    "flow into it (GAE over turns); nothing of the next hand can be due to this one",
     "first-token-unscored": "the first token of an answer counts neither in its log-prob nor in its gradient; it was sampled like all others",
     "bf16-logprobs": "log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to 0.1 against a clip range of 0.1",
-    "ratio-10": "if a ratio in a micro-batch exceeds 10, all of it takes the clipped surrogate alone, whose gradient is zero outside of the "
-                "range even where it would lead back (--loss ppo)",
+    "ratio-10": "where a ratio exceeds 10, the clipped surrogate alone counts, whose gradient is zero outside of the range even where it "
+                "would lead back (--loss ppo); the released code looks for such a ratio in a micro-batch, which holds one turn",
     "rank-advantages": "each rank normalises the advantages of its own episodes; the mean and deviation of a rank depend on how many there are",
 }
 NAMES = frozenset(PPO).union(*COMPAT.values())
