@@ -275,7 +275,7 @@ def test_imports_follow_the_map():
                "study/figures": {"envs", "harness", "numpy", "study", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy", "common"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
                "study/compat": {"study", "variants"}, "study/experiments": {"envs", "study"}, "study/__main__": {"harness", "study"},
                "variants/lora": {"torch", "model", "distributed", "harness"},
-               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch"}, "variants/reference": {"torch", "model"},
+               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "model", "variants", "distributed", "harness", "train"},
                "harness/ranges": set(), "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
                "harness/check": {"envs", "harness", "model", "ppo", "sft", "torch", "variants"},
