@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+import envs
 import model as M
 import train
 from distributed.checkpoint import Checkpoints
@@ -102,6 +103,17 @@ def test_a_pipeline_chats_and_stops(transformers, tmp_path, kind):
     ids = torch.tensor([prompt])
     ids = chat.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
     assert ids[0, len(prompt):].tolist() == [*answer[:2], end]
+
+
+def test_the_tiny_model_answers_alike(transformers):
+    """A hand of cards in words, from its folder as it stands."""
+    model = M.Llama.from_pretrained(TINY / "gp", dtype=torch.float32)
+    processor, messages = M.Processor.from_pretrained(TINY / "gp"), envs.GeneralPoints().reset(3)[0].messages
+    options = dict(max_new_tokens=80, temperature=0, stop_ids=processor.stop_ids)
+    ours = M.generate(model, [processor.render(messages).ids], **options)[0][0]
+    chat = transformers.pipeline("text-generation", model=str(TINY / "gp"), dtype=torch.float32)
+    theirs = chat(messages, max_new_tokens=80, do_sample=False)[0]["generated_text"][-1]["content"]
+    assert theirs == processor.decode(ours.ids) and "formula" in theirs and ours.ended
 
 
 # ----------------------------------------------------------------------------------------- theirs, read by us
