@@ -48,7 +48,7 @@ def quantities(config, input_ids, *, lengths=None, images=None, cache=None, targ
     tokens, pairs: in self-attention layers, new tokens and the keys that each of them sees
     patches, vision tokens, vision pairs: in the tower, which takes all tiles of an image, black ones too, and pads the patches of each
     features, image keys: what is projected, and made into keys and values
-    looks, glances: in cross-attention layers, new tokens from <|image|> on, and the vision tokens that each of them sees
+    looks, glances: in cross-attention layers, new tokens from <|image|> on, and the vision tokens that each sees
     targets: positions that the head works on
     """
     B, T = input_ids.shape
@@ -64,7 +64,8 @@ def quantities(config, input_ids, *, lengths=None, images=None, cache=None, targ
             done |= {"patches": N * tiles * (P - 1), "vision tokens": N * S, "vision pairs": int((2 * real * S - real**2).sum())}
         before = (input_ids[images.rows.to(input_ids.device)] == config.image_token_id).int().argmax(1).cpu()
         new = new - before                                     # what precedes <|image|> does not look
-        done |= {"features": N * tiles * P, "image keys": N * tiles * P, "looks": int(new.sum()), "glances": int((new * real).sum())}
+        done |= {"features": N * tiles * P, "image keys": N * tiles * P,
+                 "looks": int(new.sum()), "glances": int((new * real).sum())}
     elif cache is not None and cache.has_image.any():
         seen = cache.cross.shape[4] if cache.cross_mask is None else cache.cross_mask.sum(1).cpu()[cache.has_image]
         new = new[cache.has_image]

@@ -62,8 +62,9 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 def opened(done, B, T, N):
-    """The same with every pair of B rows of T tokens and N images, and with what is dropped of the tokens before them."""
-    return done | {"pairs": B * T * T} | ({"looks": N * T, "glances": N * T * TILES * PATCHES} if "glances" in done else {}) | (
+    """The same with every pair of B rows of T tokens and N images, and what is dropped of the tokens before them."""
+    looks = {"looks": N * T, "glances": N * T * TILES * PATCHES} if "glances" in done else {}
+    return done | {"pairs": B * T * T} | looks | (
         {"vision pairs": N * (TILES * PADDED)**2} if "vision pairs" in done else {})
 
 
@@ -101,7 +102,8 @@ def test_the_11b_model_costs_what_its_operators_sum_up_to():
         llama = Llama(config)
     targets = torch.arange(T)[None] - (T - answers)
     done, costs = counted(llama, input_ids=plan.make_ids(config, 1, T, True), targets=targets, images=plan.make_images(config, 1))
-    every_pair = done | {"pairs": T * T, "vision pairs": done["vision tokens"]**2, "looks": T, "glances": T * done["features"]}
+    every_pair = done | {"pairs": T * T, "vision pairs": done["vision tokens"]**2,
+                         "looks": T, "glances": T * done["features"]}
     both = sum(sum(flops.flops(flops.rates(llama), every_pair, way).values()) for way in (0, 1))
     assert plan.count_flops(llama, True, T, answers, train=True) == both + costs["head"][0]
     row = flops.table(config, T, answers).splitlines()[-1].split()
@@ -121,8 +123,8 @@ def test_adapters_that_are_off_cost_nothing(model):
 # ------------------------------------------------------------------------------------------------------------- pairs, by the masks
 
 def watch(lengths, before):
-    """An attention that computes nothing and sums up what its masks leave open to tokens that are no padding -> (function, {kind: pairs}).
-    before: tokens of a row that precede its image, whose glances are dropped."""
+    """An attention that computes nothing and sums up what its masks leave open to tokens that are no padding
+    -> (function, {kind: pairs}). before: tokens of a row that precede its image, whose glances are dropped."""
     found = Counter()
 
     def attention(q, k, v, visible):
@@ -131,7 +133,8 @@ def watch(lengths, before):
         mask = dense_mask(visible, q, S, 1)
         seen = torch.ones(B, T, S) if mask is None else (mask[:, 0] == 0).expand(B, T, S)
         real = {"pairs": lengths, "glances": lengths[:1] + lengths[2:3], "vision pairs": [S, S]}[kind]
-        asked = (torch.arange(T) < torch.tensor(real)[:, None]) & (torch.arange(T) >= (before if kind == "glances" else 0))
+        start = before if kind == "glances" else 0
+        asked = (torch.arange(T) < torch.tensor(real)[:, None]) & (torch.arange(T) >= start)
         found[kind] += int((seen * asked[:, :, None]).sum())
         return q
     return attention, found
@@ -163,7 +166,7 @@ def test_quantities_by_hand(model):
     ids = torch.tensor([[7, 7, 7], [7, model.config.image_token_id, 7]])
     assert flops.quantities(model.config, ids, images=images, targets=torch.tensor([[-100, 3, 3], [-100, -100, 0]])) == {
         "tokens": 6, "pairs": 12, "targets": 3, "patches": 4 * 16, "vision tokens": 4 * 24, "vision pairs": 17 * 96 + (96 - 17) * 17,
-        "features": 68, "image keys": 68, "looks": 2, "glances": 17 + 17}                  # the token before the image does not look
+        "features": 68, "image keys": 68, "looks": 2, "glances": 17 + 17}                  # not from before the image
 
 
 @pytest.mark.parametrize("rows", [(0, 2), (0, 1)])

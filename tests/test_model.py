@@ -69,9 +69,9 @@ def reference(theirs, folder):
 def as_trained(theirs):
     """Undo two differences of transformers 5 from Meta's code, with which the weights were trained.
 
-    It concatenates the *output* of vision layer i for each i of intermediate_layers_indices; Meta's code, and the first
-    transformers versions with mllama, take its *input*, which is the output of layer i - 1. And it lets tokens before
-    their image attend to it (issue 39379), for which Meta zeroes the attention and the MLP: the layer passes them on.
+    It concatenates the *output* of vision layer i for each i of intermediate_layers_indices; Meta's code, and
+    the first transformers versions with mllama, take its *input*, the output of layer i - 1. And it lets tokens
+    before their image attend to it (issue 39379), while Meta zeroes attention and MLP: the layer passes them on.
     """
     vision = getattr(theirs.model, "vision_model", None)
     if vision is not None:
@@ -150,7 +150,7 @@ def test_reference_has_every_part_open(mllama):
 
 @pytest.mark.parametrize("at", [[1, 2], [3, 11], [7, 1], [10, 10]])
 def test_tokens_before_their_image_are_as_without_one(mllama, at):
-    """Row by row: what precedes <|image|> equals the text alone, whatever the picture; what follows does not."""
+    """Row by row: what precedes <|image|> equals the text alone, and what follows does not."""
     _, theirs, ours = mllama
     ids, images = random_ids(3, 12, image_at=[(0, at[0]), (2, at[1])]), random_images([3, 6], rows=[0, 2])
     logits = our_logits(ours, ids, images=images)
@@ -163,9 +163,10 @@ def test_tokens_before_their_image_are_as_without_one(mllama, at):
 
 
 def test_a_cross_layer_by_hand(tiny):
-    """Token by token in float64: x + tanh(gate) attention, then + tanh(gate) MLP, for tokens that see an image only."""
+    """In float64: x + tanh(gate) attention, then + tanh(gate) MLP, for the tokens that see an image."""
     layer = copy.deepcopy(tiny.layers[1]).double()
-    x, vision = (torch.randn(1, n, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 20))
+    random = torch.Generator().manual_seed(0)
+    x, vision = (torch.randn(1, n, 32, dtype=torch.float64, generator=random) for n in (5, 20))
     real = torch.arange(20) < 15
     step = M.Step(None, None, vision=vision, looks=True, image=M.Visible(key_mask=real[None]),
                   sees=torch.tensor([[[0.0], [0.0], [1.0], [1.0], [1.0]]], dtype=torch.float64))
@@ -175,7 +176,8 @@ def test_a_cross_layer_by_hand(tiny):
         q = attn.q_proj.weight @ norm(x[0, t], layer.input_layernorm.weight)
         heads = []
         for h in range(4):                                     # four query heads of 8 channels, two key heads
-            keys, values = (proj.weight[h // 2 * 8:h // 2 * 8 + 8] @ vision[0, real].T for proj in (attn.k_proj, attn.v_proj))
+            own = slice(h // 2 * 8, h // 2 * 8 + 8)
+            keys, values = (proj.weight[own] @ vision[0, real].T for proj in (attn.k_proj, attn.v_proj))
             keys = torch.stack([norm(key, attn.k_norm.weight) for key in keys.T])
             scores = keys @ norm(q[h * 8:h * 8 + 8], attn.q_norm.weight) / math.sqrt(8)
             heads.append(values @ (scores.exp() / scores.exp().sum()))

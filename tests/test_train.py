@@ -262,7 +262,8 @@ def test_imports_follow_the_map():
     """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
     allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes", "harness"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "common": set(), "envs": {"numpy", "common", "scenes", "games"},
                **{f"games/{name}": set() for name in ("solver", "answers", "observations", "prompts")}, "games/verifier": {"games", "scenes"},
-               "model": {"torch", "numpy", "kernels", "llama"}, "llama/checks": set(), "llama/config": {"llama"},
+               "model": {"torch", "numpy", "kernels", "llama"},
+               "llama/checks": set(), "llama/config": {"llama"},
                "llama/images": {"torch", "numpy", "PIL", "llama"},
                "llama/folders": {"torch", "safetensors", "llama"},
                "llama/processor": {"torch", "numpy", "tokenizers", "llama"},
