@@ -229,7 +229,7 @@ class SelfLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Look at the image, through gates. Rows without one pass unchanged, and so do tokens before their <|image|>,
+    """Look at the image, through gates. Rows without one pass unchanged, and so do tokens before <|image|>,
     as in Meta's code, with which the weights were trained. (transformers lets these look, and skips their MLP
     alone: its issue 39379.)"""
 
@@ -461,7 +461,7 @@ class Llama(nn.Module):
         return table
 
     def show(self, step, input_ids, images, dtype):
-        """Encode images. Tokens from <|image|> on see its real tiles; `look` drops what those before it see."""
+        """Encode images. Tokens from <|image|> on see its real tiles; `look` leaves those before it alone."""
         if self.config.vision is None:
             raise ValueError("this model has no vision encoder, so it takes no images")
         if step.cache is not None and not step.fresh:
@@ -477,7 +477,7 @@ class Llama(nn.Module):
         step.sees = here[images.rows].cumsum(1)[:, :, None].to(dtype)                         # (N, T, 1)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)      # (N, S)
         if not real.all():
-            step.image = Visible(key_mask=real)                # an image has a real tile: no softmax over nothing
+            step.image = Visible(key_mask=real)                # an image has a real tile, so no row is empty
         if step.cache is not None:
             self.keep_images(step.cache, images.rows, real)
 

@@ -48,7 +48,7 @@ def quantities(config, input_ids, *, lengths=None, images=None, cache=None, targ
     tokens, pairs: in self-attention layers, new tokens and the keys that each of them sees
     patches, vision tokens, vision pairs: in the tower, which takes all tiles of an image, black ones too, and pads the patches of each
     features, image keys: what is projected, and made into keys and values
-    looks, glances: in cross-attention layers, new tokens from <|image|> on, and the vision tokens that each sees
+    looks, glances: in cross-attention layers, new tokens from <|image|> on, and what each sees of it
     targets: positions that the head works on
     """
     B, T = input_ids.shape

@@ -62,7 +62,7 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 def opened(done, B, T, N):
-    """The same with every pair of B rows of T tokens and N images, and what is dropped of the tokens before them."""
+    """The same with every pair of B rows of T tokens and N images, tokens before an image among them."""
     looks = {"looks": N * T, "glances": N * T * TILES * PATCHES} if "glances" in done else {}
     return done | {"pairs": B * T * T} | looks | (
         {"vision pairs": N * (TILES * PADDED)**2} if "vision pairs" in done else {})
@@ -124,7 +124,7 @@ def test_adapters_that_are_off_cost_nothing(model):
 
 def watch(lengths, before):
     """An attention that computes nothing and sums up what its masks leave open to tokens that are no padding
-    -> (function, {kind: pairs}). before: tokens of a row that precede its image, whose glances are dropped."""
+    -> (function, {kind: pairs}). before: tokens of a row before its image; their glances do not count."""
     found = Counter()
 
     def attention(q, k, v, visible):
@@ -166,7 +166,7 @@ def test_quantities_by_hand(model):
     ids = torch.tensor([[7, 7, 7], [7, model.config.image_token_id, 7]])
     assert flops.quantities(model.config, ids, images=images, targets=torch.tensor([[-100, 3, 3], [-100, -100, 0]])) == {
         "tokens": 6, "pairs": 12, "targets": 3, "patches": 4 * 16, "vision tokens": 4 * 24, "vision pairs": 17 * 96 + (96 - 17) * 17,
-        "features": 68, "image keys": 68, "looks": 2, "glances": 17 + 17}                  # not from before the image
+        "features": 68, "image keys": 68, "looks": 2, "glances": 17 + 17}      # none from before the image
 
 
 @pytest.mark.parametrize("rows", [(0, 2), (0, 1)])

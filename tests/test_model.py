@@ -70,8 +70,8 @@ def as_trained(theirs):
     """Undo two differences of transformers 5 from Meta's code, with which the weights were trained.
 
     It concatenates the *output* of vision layer i for each i of intermediate_layers_indices; Meta's code, and
-    the first transformers versions with mllama, take its *input*, the output of layer i - 1. And it lets tokens
-    before their image attend to it (issue 39379), while Meta zeroes attention and MLP: the layer passes them on.
+    the first transformers versions with mllama, take its *input*, the output of layer i - 1. And it lets
+    tokens before their image attend to it (issue 39379); Meta zeroes attention and MLP: they pass unchanged.
     """
     vision = getattr(theirs.model, "vision_model", None)
     if vision is not None:
