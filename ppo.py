@@ -238,24 +238,22 @@ def fill_in(turns, name, numbers, per_token):
 
 
 def deviation(x, sizes, all_reduce=lambda x: x):
-    """Mean and standard deviation of x over all ranks. The deviation is 0 where it is only rounding: within some steps of
-    float32, in which values and log-probs come, of what x was added up from (`sizes`)."""
+    """Mean and standard deviation of x over all ranks. The deviation is 0 where it is but the rounding of what x was added
+    up from, numbers of these `sizes`."""
     x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
     sums = [len(x), x.sum(), len(sizes), sizes.abs().sum()]
     n, total, count, size = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     std = math.sqrt(all_reduce(((x - total / n) ** 2).sum()).item() / n)
-    return total / n, 0.0 if std <= 2**-21 * size / count else std     # NaN stays NaN, for `step` to find
+    return total / n, 0.0 if std <= advantages.ROUNDING * size / count else std        # NaN stays NaN, for `step` to find
 
 
 def normalize_advantages(turns, args, all_reduce=lambda x: x):
     """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place.
 
-    Where the rewards tie, all are 0: the rounding that is left is no reason to learn, and divided by its own deviation
-    it would be a whole update. A KL penalty is a sum of differences of log-probs, which are some nats each.
+    Where the rewards tie, all are 0: the rounding that is left is no reason to learn.
     """
-    a, values = flat(turns, "advantage"), flat(turns, "value")
-    rewards = [abs(args.reward_scale * turn.reward) + args.kl_coef * len(turn.penalties) for turn in turns]
-    mean, std = deviation(a, a + values + rewards, all_reduce)
+    a = flat(turns, "advantage")
+    mean, std = deviation(a, a + [advantages.size(turn, args) for turn in turns], all_reduce)
     scaled = [(x - mean) / std if std else 0.0 for x in a]
     fill_in(turns, "advantage", scaled, per_token=isinstance(turns[0].advantage, list))
 

@@ -123,7 +123,7 @@ def test_normalized_advantages_over_ranks():
             turn.advantage = value
     mean = sum(values) / 11
     for part, other in ((parts[0], values[4:]), (parts[1], values[:4])):
-        sent = iter([torch.tensor([len(other), sum(other), 3 * len(other), sum(map(abs, other))], dtype=torch.float64),
+        sent = iter([torch.tensor([len(other), sum(other), 2 * len(other), sum(map(abs, other))], dtype=torch.float64),
                      torch.tensor(sum((x - mean) ** 2 for x in other), dtype=torch.float64)])
         ppo.normalize_advantages(part, settings(), lambda x: x + next(sent))
     assert [t.advantage for part in parts for t in part] == pytest.approx(advantages.tolist(), abs=1e-6)

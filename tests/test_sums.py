@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ppo
-import train
+import sft
 from distributed.processes import Processes
+from envs import GeneralPoints
 from model import parts
 from test_ppo import critic_of, episode, settings
 
@@ -51,7 +52,7 @@ def test_the_token_budget_changes_nothing(model, processor, loss, unit, advantag
     critic = critics[COMBINATIONS.index((loss, unit, advantage)) % len(critics)]
     kl = dict(kl_coef=0.1, kl_estimator="k2") if loss == "dual-clip" else {}
     whole, a = learn(model, processor, 10**6, critic, loss=loss, unit=unit, advantage=advantage, **kl)
-    for budget in (1, 60, 110):
+    for budget in (1, 60):
         gradient, b = learn(model, processor, budget, critic, loss=loss, unit=unit, advantage=advantage, **kl)
         assert (gradient - whole).norm() < 1e-5 * whole.norm()
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6, nan_ok=True)
@@ -140,11 +141,19 @@ def test_small_but_real_differences_still_count(name, more):
     assert worth(name, episodes).tolist() == pytest.approx([sign * x for x in expected], rel=1e-3)
 
 
-def test_penalties_that_are_rounding_tie_too():
-    episodes, rng = tied("monte-carlo", 5.0), random.Random(0)
+@pytest.mark.parametrize("name", ["monte-carlo", "gae", "grpo", "reinforce++"])
+@pytest.mark.parametrize("reward, tokens", [(5.0, 1), (0.0, 30)])
+def test_penalties_that_are_rounding_tie_too(name, reward, tokens):
+    """Before the first step the policy is its own reference: log-probs of some nats differ in their last digits."""
+    episodes, rng = tied(name, reward), random.Random(0)
     for each in episodes:
-        each.turns[0].penalties = [0.1 * rng.uniform(-1e-7, 1e-7)]
-    assert (worth("monte-carlo", episodes, kl_coef=0.1) == 0).all()
+        turn = each.turns[0]
+        turn.end = turn.start + tokens
+        turn.penalties = [0.1 * rng.uniform(-1e-7, 1e-7) for _ in range(tokens)]
+    assert worth(name, episodes, kl_coef=0.1).abs().max() < 1e-12
+    for turn in episodes[1].turns + episodes[4].turns:
+        turn.penalties[0] += 1e-3
+    assert worth(name, episodes, kl_coef=0.1).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
@@ -157,12 +166,13 @@ def test_nothing_to_explain(offset):
     assert ppo.explained_variance(turns) == pytest.approx(0.75)                # the error is half of it, its variance a quarter
 
 
+@pytest.mark.parametrize("name", TIES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_number_that_is_none_is_not_hidden(bad):
-    """A critic that broke down: the step is to find a loss that is not finite."""
-    episodes = tied("gae", 5.0)
-    episodes[0].turns[0].value = bad
-    assert not worth("gae", episodes).isfinite().any()
+def test_a_number_that_is_none_is_not_hidden(name, bad):
+    """A policy or a reference that broke down: the step is to find a loss that is not finite, and all ranks to skip it."""
+    episodes = tied(name, 5.0)
+    episodes[0].turns[0].penalties = [bad]
+    assert not worth(name, episodes).isfinite().all()
 
 
 def test_a_single_turn_is_worth_nothing():
@@ -193,3 +203,38 @@ def test_ranks_deal_the_minibatches_of_one(monkeypatch, world, hands, n):
         whole = [everyone[i] for i in order[k::n]]
         assert sorted(sum(minibatch, [])) == sorted(whole)
         assert all(part == [pair for pair in whole if pair in part] for part in minibatch)     # in the same order
+
+
+@pytest.mark.parametrize("loss, advantage, critic", [("ppo", "gae", "shared"), ("gspo", "gae", "separate"), ("grpo", "gae-token", "detached"),
+                                                     ("reinforce", "monte-carlo", "detached")])
+def test_a_pass_for_others_sake_adds_nothing(model, processor, loss, advantage, critic):
+    """Not even where the conversation that is passed, which another minibatch learns from, has a loss that is not finite."""
+    spare, *chunk = ppo.conversations_of(ragged())
+    for name in ("logprobs", "weights"):
+        setattr(spare[0], name, [float("nan")] * len(spare[0].ids))
+    for turn in [turn for _, turns in chunk for turn in turns]:
+        count = turn.end - turn.start
+        turn.value, turn.advantage, turn.target = ([x] * count if advantage == "gae-token" else x for x in (0.1, 0.7, 0.8))
+    args, found = settings(loss=loss, advantage=advantage, unit="token", critic=critic, entropy_coef=0.1), []
+    for pace in (lambda batches, spare: [(batch, 1.0) for batch in batches],
+                 lambda batches, spare: [(spare, 0.0), *[(batch, 1.0) for batch in batches], (spare, 0.0)]):
+        module = critic_of(copy.deepcopy(model), critic)
+        metrics = ppo.one_step(module, processor, chunk, spare[0], args, lambda loss: loss, True, lambda x: x, pace, "cpu")
+        found.append((metrics, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}))
+    (a, expected), (b, gradients) = found
+    assert a == b and set(expected) <= set(gradients)
+    assert all(torch.equal(gradient, expected.get(name, torch.zeros_like(gradient))) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("loss", sft.LOSSES)
+def test_a_pass_for_others_sake_teaches_nothing(model, processor, loss):
+    spare, *examples = sft.make_batch(processor, [(GeneralPoints(), 1.0)], range(3), mistakes=0.0)
+    sft.score(model, processor, examples, spare, settings())
+    spare.before, found = torch.full((sum(spare.sampled),), float("nan")), []
+    for pace in (lambda batches, spare: [(batch, 1.0) for batch in batches], lambda batches, spare: [*[(batch, 1.0) for batch in batches], (spare, 0.0)]):
+        copied = copy.deepcopy(model)
+        args = settings(sft_loss=loss)
+        metrics = sft.one_step(copied, processor, examples, spare, args, lambda loss: loss, lambda x: x, pace, "cpu")
+        found.append((metrics, [p.grad for p in copied.parameters() if p.grad is not None]))
+    (a, expected), (b, gradients) = found
+    assert a == b and all(torch.equal(x, y) for x, y in zip(expected, gradients, strict=True))

@@ -11,11 +11,17 @@ Per turn, an advantage, a value and a target (what the critic learns) are one nu
 for each sampled token, and a value is then V of the state before that token. `gae` and `gae-loo` are in ppo.py.
 """
 
+import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
+
+
+# Differences within some steps of float32, in which values and log-probs come, are none: divided by their own deviation
+# they would be worth a whole update.
+ROUNDING = 2**-21
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class Estimator:
 def earned(turn, args):
     """r_k, what a turn earned by itself: the scaled reward less the KL penalties of its tokens."""
     return args.reward_scale * turn.reward - sum(turn.penalties)
+
+
+def size(turn, args):
+    """How large what an advantage is added up from is: the reward, values, log-probs (in penalties; some nats each)."""
+    values = turn.value if isinstance(turn.value, list) else [turn.value]
+    return abs(args.reward_scale * turn.reward) + max(map(abs, values)) + args.kl_coef * len(turn.penalties)
 
 
 def token_rewards(turn, args):
@@ -145,7 +157,9 @@ def grpo(episodes, args, divide=True):
     for group in groups_of(episodes):
         scores = [returns(episode, args)[0] for episode in group]
         mean = statistics.mean(scores)                             # exact, so that equal scores are worth exactly 0
-        scale = statistics.pstdev(scores) + 1e-6 if divide else 1.0
+        spread = math.sqrt(statistics.fmean((score - mean) ** 2 for score in scores))
+        ties = spread <= ROUNDING * statistics.fmean(size(turn, args) for episode in group for turn in episode.turns)
+        scale = (math.inf if ties else spread + 1e-6) if divide else 1.0
         for episode, score in zip(group, scores):
             for turn in episode.turns:
                 turn.advantage = (score - mean) / scale
