@@ -32,25 +32,26 @@ MAX_NESTING = 100       # brackets in a value that is decoded as JSON, whatever 
 
 # A quote ends a string if what comes next may follow a string; an apostrophe or a quotation inside does not.
 # In JSON a quote without a backslash does. The quantifiers are possessive (*+): nothing is tried twice.
-_KEY = r"""["'`“”‘’][\w ]{1,40}["'`“”‘’]\s*+:"""
+_QUOTES = "\"'`“”„«»‘’"
+_KEY = rf"[{_QUOTES}][\w ]{{1,40}}[{_QUOTES}]\s*+:"
 _ENDS = rf"(?=[ \t\r]*+(?:\n|\Z)|\s*+(?:[,:}}\])`]|//|{_KEY}))"
 _QUOTED = "|".join(
-    rf"[{opening}](?:[^{closing}\\]|\\(?:.|\Z)|[{closing}](?!{_ENDS}))*+(?:[{closing}]|\Z)"
-    for opening, closing in (('"', '"'), ("'", "'"), ("“”", "“”\""), ("‘’`", "‘’`'")))
-_WORD = r"""[^\s{},:\[\]"'`“”‘’][^{},:\[\]\n]*+"""
+    rf"[{opening}](?:[^{closing}\\]|\\(?:.|\Z)|[{closing}](?!{_ENDS}))*+([{closing}]|\Z)"
+    for opening, closing in (('"', '"'), ("'", "'"), ("“”„«»", "“”«»\""), ("‘’`", "‘’`'")))
+_WORD = rf"[^\s{{}},:\[\]{_QUOTES}][^{{}},:\[\]\n]*+"
 _STRING = re.compile(_QUOTED, re.DOTALL)
-_TOKEN = re.compile(rf"(?:[\s,\[\]]|//[^\n]*+)*+"
+_TOKEN = re.compile(rf"(?:[\s,\[\]]|(?<!:)//[^\n]*+)*+"
                     rf"(?:(?P<brace>[{{}}])|(?P<name>{_QUOTED}|{_WORD})\s*+(?P<colon>:)?|:|\Z)", re.DOTALL)
-_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)     # \x: of Python
 _EDGES = " \t\r\n,`"
-_QUOTES = "\\\"'`“”‘’"
+_MARKS = _QUOTES + "\\"     # a backslash: of a string in a string
 
 
 def _unescape(match):
     code = match[1]
-    if len(code) == 5:
+    if len(code) > 1:
         return chr(int(code[1:], 16))
-    return {"n": "\n", "t": "\t", "r": "\r"}.get(code, code if code in _QUOTES + "/" else match[0])
+    return {"n": "\n", "t": "\t", "r": "\r"}.get(code, code if code in _MARKS + "/" else match[0])
 
 
 class _Object:
@@ -65,7 +66,7 @@ class _Object:
     def open(self, key, start, end):
         """Note a key from `start` to `end`, with which the value before ends and another begins."""
         self.close(start)
-        key = _ESCAPE.sub(_unescape, key, count=MAX_ESCAPES).strip(_QUOTES + " \n").lower()
+        key = _ESCAPE.sub(_unescape, key, count=MAX_ESCAPES).strip(_MARKS + " \n").lower()
         self.last = self.values[" ".join(key.split())] = [end, end]
 
 
@@ -107,10 +108,13 @@ def _value(text):
         except ValueError:
             pass
     string = _STRING.match(text)
-    rest = text[string.end():].lstrip() if string else "more"
-    if not rest or rest.startswith("//"):
-        text = string[0].rstrip(_EDGES + _QUOTES + "}]")
-    return _ESCAPE.sub(_unescape, text.strip(_EDGES + _QUOTES), count=MAX_ESCAPES)
+    if string and re.match(r"\s*(?://|\Z)|\s*\n", text[string.end():]):
+        closed = string[string.lastindex]
+        text = string[0][1:-1] if closed else string[0].strip(_EDGES + _MARKS + "}]")
+        text = re.sub(rf"\A([{_QUOTES}])(.*)\1\Z", r"\2", text, flags=re.DOTALL)        # ""1+1=2""
+    else:
+        text = text.strip(_EDGES + _MARKS)
+    return _ESCAPE.sub(_unescape, text, count=MAX_ESCAPES)
 
 
 def _fields(text, *keys):
@@ -164,7 +168,7 @@ def read_answer(text):
         words = [re.search("[A-Z0-9]+", item.upper()) for item in _items(cards)]
         cards = [_RANKS.get(word[0], word[0]) if word else "" for word in words]
     if number is not None:
-        number = [item.strip(_QUOTES + " ") for item in _items(number)]
+        number = [item.strip(_MARKS + " ") for item in _items(number)]
     if formula is not None:
         formula = _formula(formula) if isinstance(formula, str) else ""
     return cards, number, formula
@@ -178,7 +182,7 @@ def read_step(text):
     fields = _fields(text, "action", "current observation", "current instruction")
     action, *said = ["" if isinstance(value, list) else value for value in fields]
     if action is not None:
-        quotes = str.maketrans(dict.fromkeys(_QUOTES, " "))
+        quotes = str.maketrans(dict.fromkeys(_MARKS, " "))
         action = " ".join(action.lower().translate(quotes).split())
         for bracket in "()":
             action = action.replace(f" {bracket}", bracket).replace(f"{bracket} ", bracket)

@@ -27,7 +27,7 @@ _VERBS = _DENYING | frozenset("""
     may might must will seem seems appear appears there's it's i'm i've you're you've we're we've that's
     here's see sees saw seen seeing observe observes observed observing notice noticed spot spotted find
     found view viewing look looks looking think say says located situated standing stands stand stop
-    stopped know facing with that which where and or yes true
+    stopped know facing with that which where and or yes true show shows showing based
 """.split())
 _PLACES = frozenset("""
     on to at in of by near nearby next from for as like my your our its this toward towards around along
@@ -40,7 +40,7 @@ _NOUNS = frozenset("""
     streets road roads building buildings tree trees car cars traffic light lights crosswalk sidewalk
     sky city way ways junction crossroads four-way three-way 4-way 3-way empty quiet busy large small
     observation walking walk moving move going go heading continue continuing maybe perhaps possibly
-    probably
+    probably current both sides middle continues me us
 """.split())
 _IDLE = _ARTICLES | _VERBS | _PLACES | _NOUNS
 _LANDMARK = frozenset(("landmark", "landmarks"))
@@ -75,11 +75,12 @@ def _denying(word):
 
 
 def _idle(word):
-    return word in _IDLE or word.isdigit() or "intersection" in word or _denying(word)
+    number = re.fullmatch("(o_)?[0-9]+", word)      # O_4: of the history
+    return bool(number) or word in _IDLE or "intersection" in word or _denying(word)
 
 
 def _words(text):
-    parts = (part.strip("\"'[]{}*?-") for part in re.findall(r"[:=]|[^\s:=]+", text))
+    parts = (part.strip("\"'[]{}<>*?-") for part in re.findall(r"[:=]|[^\s:=]+", text))
     return [part for part in parts if part]
 
 

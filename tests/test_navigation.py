@@ -12,6 +12,7 @@ from PIL import Image
 import envs
 from envs import Navigation, Point, judge_step, rail, relative_turn
 from scenes.routes import Leg, Place, Route
+from test_observations import ODD_NAMES
 
 
 def place(name):
@@ -138,6 +139,28 @@ def test_the_expert_is_always_right(here, rule, image):
     assert observation.messages == []
     with pytest.raises(RuntimeError, match="reset"):
         env.step("again")
+
+
+@pytest.mark.parametrize("rule", envs.SPACES)
+@pytest.mark.parametrize("image", [False, True])
+def test_the_expert_is_right_whatever_landmarks_are_called(here, monkeypatch, rule, image):
+    for first, second in zip(ODD_NAMES, ODD_NAMES[1:] + ODD_NAMES[:1]):
+        names = (first, None, second)
+        legs = [replace(leg, landmark=name) for leg, name in zip(ROUTE.legs, names)]
+        monkeypatch.setattr(envs, "known_routes", lambda *_: [replace(ROUTE, legs=tuple(legs))])
+        env, (_, info) = game(rule=rule, image=image)
+        for _ in range(info["points"]):
+            _, reward, terminated, _, step = env.step(env.oracle())
+            assert reward == 1 and step["recognized"] and step["translated"], (first, second)
+        assert terminated and step["success"]
+
+
+def test_demonstrations_are_written_as_people_write(here, monkeypatch):
+    legs = (replace(ROUTE.legs[0], landmark="Café Zürich"), *ROUTE.legs[1:])
+    monkeypatch.setattr(envs, "known_routes", lambda *_: [replace(ROUTE, legs=legs)])
+    answers = {Navigation(drop_rate=0.0).demonstrate(seed)[-1]["content"] for seed in range(40)}
+    assert any('"Café Zürich is on your right front; You' in text for text in answers)
+    assert not any("\\u" in text for text in answers)
 
 
 def test_a_wrong_answer_is_retried_where_one_stands(here):

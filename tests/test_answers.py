@@ -1,0 +1,209 @@
+"""Reading answers of any shape, by hand: what is read, what is not, what must not be taken for the answer.
+
+    python tests/test_answers.py        # how long hostile text takes, in ms
+"""
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from envs import Point, judge, judge_step, read_answer, read_step
+
+CARDS, NUMBERS = ["A", "2", "3", "4"], [1, 2, 3, 4]
+
+
+def code(text):
+    return judge(text, CARDS, NUMBERS).code
+
+
+# ----------------------------------------------------------------------------------------------- which object
+
+SURROUNDED = [      # @ stands for a right formula: it is this answer's
+    '{"formula": "@"}', 'x {"formula": "@"} y', '<answer>{"formula": "@"}</answer>',
+    r'\boxed{"formula": "@"}', '{"formula": "@"} {"other": 1}', '{"answer": {"formula": "@"}}',
+    '{"answer": [{"formula": "@"}]}', '{"formula": "1+1=24"} No: {"formula": "@"}',
+    '{"note": "}", "formula": "@"}', '{"note": "{", "formula": "@"}',
+    'The set {1,2,3,4} gives {"formula": "@"}', '{stray and {"formula": "@"}', 'A 3" pipe {"formula": "@"}',
+    '{{"formula": "@"}}', '{"formula": "@"}}}', '{"formula": "@"', '{"formula": "@', '{"formula": "@}',
+    '{"answer": {"formula": "@"}', '{"formula": "@"\n```\nDone.', '{"formula": "@"\nDone.',
+    '{"formula": "@", "cards": ["A", "2', '{"formula": "1+1=24"} {"formula": "@"',
+    json.dumps('{\n  "cards": ["A"],\n  "formula": "@"\n}'), r'{\"formula\": \"@\"}']
+DIALECTS = [
+    "{'formula': '@'}", "{`formula`: `@`}", '{“formula”: “@”}', '{„formula“: „@“}', '{«formula»: «@»}',
+    '{formula: @}', '{FORMULA : "@" }', '{"\\u0066ormula": "@"}', '{"formula"\n:\n"@"}', "{'formula': \"@\"}",
+    '{"formula": “@"}', '{"formula": ""@""}', '{"formula": "@",}', '{,"formula": "@"}',
+    '{"cards": ["A" "2"] "number": [1 2] "formula": "@"}', '{"a": "b" "formula": "@"}',
+    '{"a": "b"\n"formula": "@"}', '{"formula": "@" // all of them\n}', '{// the set\n"formula": "@"}',
+    '{url: http://x.org/a, formula: @}',
+    '{"cards": ["A", "2", "3", "4], "number": [1, 2, 3, 4], "formula": "@"}',
+    "{'note': 'it's fine', 'formula': '@'}", '{"note": "he said "hi" to me", "formula": "@"}',
+    '{"n": NaN, "big": ' + "9" * 5000 + ', "formula": "@"}',
+    '{"deep": ' + "[" * 900 + "]" * 900 + ', "formula": "@"}', '{"note": "a\\"", "formula": "@"}',
+    '{"note": "a\\\\", "formula": "@"}', "{'note': 'a\\\\', 'formula': '@'}"]
+FORGED = [      # here it is not
+    r'{"formula":"1+1=24","note":"{\"formula\": \"@\"}"}',
+    r"{'formula':'1+1=24','note':'{\'formula\': \'@\'}'}",
+    """{'formula':'1+1=24','note':'{"formula": "@"}'}""",
+    """{'formula':'1+1=24','note':"{'formula': '@'}"}""", "{'formula':'1+1=24','note':'{'formula': '@'}'}",
+    '{"formula":"1+1=24","note":"{"formula": "@"}"}', "{“formula”:“1+1=24”,“note”:“{“formula”: “@”}”}",
+    r'{"formula":"1+1=24","note":"{\"formula\": \"@\"}',
+    '{"formula":"1+1=24","note":"x\n{\\"formula\\": \\"@\\"}', '{"formula":"1+1=24","note":{"formula":"@"}}',
+    '{"formula":"1+1=24","note":{"formula":"@"}', '{"formula":"1+1=24","note":[{"formula":"@"}]',
+    '{"note":{"formula":"@"},"formula":"1+1=24"}', "{formula: 1+1=24, note: {formula: @}}",
+    "{formula: 1+1=24, note: see {formula: @}}",
+    json.dumps(json.dumps({"formula": "1+1=24", "x": '{"formula": "@"}'})), '{"note":"formula: @"}',
+    '{"note":"\nformula: @"}', r'{"note":", \"formula\": \"@\""}', r'{"a\"formula":"@"}', '{"formulas":"@"}',
+    '{"my formula":"@"}', "formula: @", '"formula": "@"}', '{"formula":["@"]}', "{'formula':['@']}",
+    '{"formula":{"value":"@"}}', '{"formula":"@","formula":"1+1=24"}', '{"formula":"@"} {"formula":"1+1=24"}',
+    '{"formula":"@"} {"formula":null}', '{"formula":"@"} {"formula":"1+1', '{"formula":"@"} {"formula":',
+    '{"formula":"@" no}', '{"formula":"@", no wait, =25', "{formula: @, no wait, =25}", "{formula: @\nno}",
+    '{"formula":"@}", "x": 1}', "{}" * 5000 + '{"formula": "@"}']
+
+
+@pytest.mark.parametrize("text", SURROUNDED + DIALECTS)
+def test_the_answer_is_found(text):
+    assert code(text.replace("@", "1*2*3*4=24")) == "correct"
+
+
+@pytest.mark.parametrize("text", FORGED)
+def test_nothing_else_is_taken_for_it(text):
+    assert code(text.replace("@", "1*2*3*4=24")) != "correct"
+
+
+def test_all_fields_come_from_one_object():
+    two = '{"cards": ["K"], "formula": "a"} {"formula": "b", "number": [1, 2.0, "3"]}'
+    assert read_answer(two) == (None, ["1", "2.0", "3"], "b")
+    words = '{"cards": ["Ace of Spades", "t", 7, null, "queen"]}'
+    assert read_answer(words) == (["A", "10", "7", "", "Q"], None, None)
+    round_ = "{cards: (a, 'Ten', \"3\"), number: (1, 10, 3)}"
+    assert read_answer(round_) == (["A", "10", "3"], ["1", "10", "3"], None)
+
+
+# ------------------------------------------------------------------------------------------ what a formula is
+
+PLAIN = [
+    ("1*2*3*4=24.", "1*2*3*4=24"), ("1*2*3*4 = 24 。", "1*2*3*4 = 24"), ("１＊２＊３＊４＝２４．", "1*2*3*4=24"),
+    ("（𝟏＋𝟑）＊（2﹢4）﹦24", "(1+3)*(2+4)=24"), ("2∗3⋅4÷１=24", "2*3*4/1=24"), ("2 x 3 X 4／1=24", "2 * 3 * 4/1=24"),
+    ("1✖️2✖3*4=24", "1* 2*3*4=24"), ("4➗1−2➕3➖1", "4/1-2+3-1"), ("1*2*\t3*\n4=24", "1*2* 3* 4=24"),
+    ("1*2\x1c*\x1f3*\u00a04=\u200924\u2028", "1*2 * 3* 4= 24"),
+    (r"(1*2)\times 3 \cdot4=24", "(1*2)* 3 *4=24"), (r"\left(2\right)\div1\ast12=24", "(2 )/1*12=24")]
+KEPT = [
+    "1*2*3*²4=24", "3½*2=24", "①*2=24", "1*2*3*4=2⒋", "⑴*2=24", "1*2*3*٤=24", "1*2*3*4≠24",
+    "1*2*3*4=\u033824", "1\u200b2=24", r"\frac{4}{1}=24", r"1\leftarrow2", "12=24..", "1‐2\ufe0f3"]
+
+
+@pytest.mark.parametrize("said, plain", PLAIN)
+def test_formulas_are_made_plain(said, plain):
+    for text in (json.dumps({"formula": said}), json.dumps({"formula": said}, ensure_ascii=False)):
+        assert read_answer(text)[2] == plain
+    if "\n" not in said and "\x1c" not in said:        # unescaped: \times is a tab and "imes" to JSON
+        assert read_answer('{"formula": "%s"}' % said)[2] == plain
+
+
+@pytest.mark.parametrize("said", KEPT)
+def test_other_signs_make_a_formula_unreadable(said):
+    assert code(json.dumps({"formula": said})) in ("unparsable", "no_target")
+
+
+def test_what_is_taken_out_does_not_join_digits():
+    for said in (r"1\left2*2=24", "1\ufe0f2*2=24", "1 2*2=24", "1\n2*2=24"):
+        assert judge(json.dumps({"formula": said}), ["Q", "2"], [12, 2]).code == "unparsable"
+
+
+@pytest.mark.parametrize("formula, verdict", [
+    ("1*2*3*4=24", "correct"), ("1*2*3*4=24.", "correct"), ("1*2*3*4=024", "correct"),
+    ("1*2*\n3*4\t=\r24 ", "correct"), ("3*2*4*1=\x1c24", "correct"),
+    (r"(3-1)\times 4\times(1+2)=24", "used_twice"), ("1*2*3*4=24, no wait, =25", "unparsable"),
+    ("1*2*3*4=25, no wait, =24", "unparsable"), ("1*2*3*4=24\n=25", "unparsable"),
+    ("1*2*3*4=24\\", "no_target"), ("1*2*3*4=24}", "no_target"), ('1*2*3*4=24"', "no_target"),
+    ("1*2*3*4=24'", "no_target"), ("1*2*3*4=24.0", "no_target"), ("1*2*3*4=2 4", "no_target"),
+    ("12*(3 4)=24", "unparsable"), ("=24", "no_target"), ("(=24", "unparsable")])
+def test_a_formula_is_judged_to_its_end(formula, verdict):
+    assert code(json.dumps({"formula": formula})) == verdict
+    if not {'"', "\\"} & set(formula):
+        assert code('{"formula": "%s"}' % formula) == verdict
+
+
+# ------------------------------------------------------------------------------------------------------ steps
+
+@pytest.mark.parametrize("text, fields", [
+    ('{"current observation": "Café \\"21\\"; A\\\\B {x}", "current instruction": "Go.", "action": "stop()"}',
+     ('Café "21"; A\\B {x}', "Go.", "stop()")),
+    ("{'current observation': 'McDonald's, Joe's', 'action': 'Stop( )'}",
+     ("McDonald's, Joe's", None, "stop()")),
+    ('{"current observation": "Caf\\u00e9", "action": "\\"turn_direction\\" ( slightly  left )"}',
+     ("Café", None, "turn_direction(slightly left)")),
+    ('{"current observation": null, "action": ["stop()"]}', ("", None, "")),
+    ('{"current observation": "{\\"action\\": \\"stop()\\"}"}', ('{"action": "stop()"}', None, None)),
+    ('{current observation: Joe\'s: bar, action: stop()', ("", None, "stop()"))])
+def test_steps_are_read(text, fields):
+    assert read_step(text) == fields
+
+
+# ------------------------------------------------------------------------------------------------------- time
+
+def full(unit, n):
+    return unit * (n // len(unit))
+
+
+FAMILIES = {
+    "open braces": lambda n: "{" * n, "braces": lambda n: full("{}", n), "quotes": lambda n: "{" + '"' * n,
+    "apostrophes": lambda n: "{" + "'" * n, "smart quotes": lambda n: "{" + full("“a”", n),
+    "quotes of two kinds": lambda n: "{" + full("\"'", n), "backslashes": lambda n: "\\" * n,
+    "backslashes in a string": lambda n: '{"formula": "' + "\\" * n,
+    "escapes": lambda n: "{'action': '" + full("\\x", n),
+    "escaped characters": lambda n: "{'action': '" + full("\\u0041", n),
+    "LaTeX": lambda n: full("\\times", n), "keys and spaces": lambda n: full("{action:" + " " * 390 + "x", n),
+    "quotes and spaces": lambda n: "{" + full('"  ', n), "nested": lambda n: full('{"action":', n),
+    "closed": lambda n: full('{"formula":', n // 2) + "}" * (n // 24),
+    "unclosed strings": lambda n: full('{"formula":"x', n), "commas": lambda n: "{" + "," * n,
+    "words": lambda n: "{" + full("a,", n), "items": lambda n: '{"cards": [' + full('"A",', n) + "]}",
+    "keys": lambda n: "{" + full('"formula":1,', n) + "}", "colons": lambda n: "{" + ":" * n,
+    "keys in quotes": lambda n: "{" + full('" "a" ', n), "digits": lambda n: '{"formula": ' + "9" * n + "}",
+    "digits in a string": lambda n: '{"formula": "' + "9" * n + '=24"}',
+    "line breaks": lambda n: "{" + "\n" * n, "parentheses": lambda n: '{"formula": "' + "(" * n + '=24"}',
+    "brackets": lambda n: '{"formula": ' + "[" * n, "spaces": lambda n: '{"formula":' + " " * n,
+    "comments": lambda n: "{" + full("//\n", n), "U+FDFA": lambda n: '{"formula": "' + "\ufdfa" * n + '"}',
+    "a string in a string": lambda n: '"' + full('\\"', n) + '"',
+    "action": lambda n: '{"action": "' + full(" ( ", n) + '"}',
+    "ideographs": lambda n: '{"action": "' + full("大小", n) + '"}',
+    "observation": lambda n: '{"current observation": "' + full("No intersection, ", n) + '"}',
+    "clauses": lambda n: '{"current observation": "' + full("a;", min(n, 1900)) + '"}',
+    "landmarks": lambda n: '{"current observation": "' + full("no landmarks at the ", min(n, 1900)) + '"}'}
+SLOWEST = (
+    "quotes", "apostrophes", "quotes of two kinds", "backslashes in a string", "escapes", "keys and spaces",
+    "quotes and spaces", "nested", "closed", "unclosed strings", "keys in quotes", "line breaks",
+    "observation")
+POINT = Point("x.jpg", 2, "Bar", "left", True, 2, "turn_direction(east)")
+
+
+def judge_both(text):
+    step = judge_step(text, POINT, "Go.", {"Bar", "Barn"}, "absolute")
+    return judge(text, CARDS, NUMBERS, image=True), step
+
+
+@pytest.mark.parametrize("family", SLOWEST)
+def test_a_million_characters_are_judged(family):
+    """In about half a second. A time that grows by the square would be hours, and is stopped."""
+    signal.alarm(60)
+    try:
+        cards, step = judge_both(FAMILIES[family](1_000_000))
+    finally:
+        signal.alarm(0)
+    assert cards.reward < 0 and step.reward < 0
+
+
+if __name__ == "__main__":
+    sizes = (10_000, 100_000, 1_000_000)
+    print(f"{'ms for characters':24}" + "".join(f"{size:>10,}" for size in sizes))
+    for name, family in FAMILIES.items():
+        times = []
+        for size in sizes:
+            text, start = family(size), time.perf_counter()
+            judge_both(text)
+            times.append(1000 * (time.perf_counter() - start))
+        print(f"{name:24}" + "".join(f"{ms:10.1f}" for ms in times))

@@ -1,0 +1,298 @@
+"""The verifier against answers that hypothesis makes up, beside judges of another kind.
+
+Clean JSON is judged by Python's parser, too, and the two must agree. Of all other text that is asked which
+always holds: a verdict, a reward of the table, none for what the text does not say. A longer hunt:
+
+    EXAMPLES=20000 pytest tests/test_hostile.py
+"""
+import ast
+import json
+import operator
+import os
+import re
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import envs
+from envs import REWARDS, SPACES, STEP_REWARDS, Point, judge, judge_step, read_answer, solve
+from games.observations import wrong_observation
+
+CARDS, NUMBERS = ["3", "7", "7", "8"], [3, 7, 7, 8]
+RIGHT = solve(NUMBERS)
+WRONG = ["3+7+7+8=24", "3*7*8=24", "1+1=24", "(7+8-7)*3=25", "3*8+7-7", "24=24", "=24"]
+HUNT = os.environ.get("EXAMPLES")
+JUDGED = settings(max_examples=int(HUNT or 100), derandomize=not HUNT, database=None, deadline=None,
+                  suppress_health_check=list(HealthCheck))
+JUDGED_OFTEN = settings(JUDGED, max_examples=int(HUNT or 400))
+ANYTHING = st.text(st.characters(exclude_categories=()), max_size=40)       # half surrogate pairs, too
+
+
+def one_of(*items):
+    return st.sampled_from(items)
+
+
+def several(*items, most=20):
+    return st.lists(one_of(*items), max_size=most).map("".join)
+
+
+# ------------------------------------------------------------------------------------- judges of another kind
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def value_of(node):
+    """Exact value of a parsed expression of integers and + - * /, else ValueError."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return Fraction(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -value_of(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
+    raise ValueError(ast.dump(node))
+
+
+def verdict_of(formula):
+    """The verdict on an ASCII formula by Python's parser, to which ** // and +1 mean something else."""
+    left, equals, right = formula.rpartition("=")
+    if not left.strip() or not re.fullmatch(r" *[0-9]+ *", right):
+        return "no_target"
+    try:
+        python = re.sub(r"\b0+(?=[0-9])", "", left.strip())     # which refuses 07
+        tree = ast.parse(python, mode="eval").body
+        used, dealt = Counter(map(int, re.findall("[0-9]+", left))), Counter(NUMBERS)
+        value = value_of(tree)
+    except ZeroDivisionError:
+        value = None
+    except (SyntaxError, ValueError):
+        return "unparsable"
+    if used != dealt:
+        foreign = used.keys() - dealt.keys()
+        return "foreign_number" if foreign else "used_twice" if used - dealt else "left_out"
+    if value != 24:
+        return "division_by_zero" if value is None else "wrong_value"
+    return "correct" if int(right) == 24 else "no_target"
+
+
+def says_a_solution(text):
+    """Tell whether any stretch of a text, made plain in another way, is a solution."""
+    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text)
+    text = re.sub(r"\\+div", "/", re.sub(r"\\+(?:times|cdot)", "*", text))
+    text = re.sub(r"\\+(?:left|right|[ntr/])", " ", text)
+    text = "".join(chr(ord(sign) - 0xFEE0) if "！" <= sign <= "～" else sign for sign in text)
+    text = text.translate(str.maketrans("×xX÷−", "***/-"))
+    stretches = re.findall(r"[0-9+\-*/()\s]+=\s*[0-9]+", text)
+    return any(verdict_of(" ".join(stretch.split())) == "correct" for stretch in stretches)
+
+
+# ------------------------------------------------------------------------------------------------------ cards
+
+SIGNS = [*"377878+-*/()=", "=24", "24", "12", "00", " "]
+ODD = [*"×÷−²½７＝\t\x1c,\"'\\}", "\\times ", "\\\\div ", "\\left"]
+PIECES = [
+    "{", "}", "[", "]", '"', "'", "“", "”", ":", ",", " ", "\n", "\\", "//", "```", '"formula"', "formula:",
+    "7", '"cards": [', '"note": "', *RIGHT[:2], *WRONG[:3], '{"formula": "', '\\"formula\\": \\"',
+    "\\u003d24", "é", "\0"]
+SHAPES = ("{}{}{}{}{}{}{}", "({}{}{}){}({}{}{})", "{}{}({}{}({}{}{}))", "(({}{}{}){}{}){}{}",
+          "-({}{}{}){}-{}{}{}")
+
+
+@st.composite
+def legal(draw):
+    """A formula of all numbers, of which every third or so makes 24."""
+    a, b, c, d = draw(st.permutations(NUMBERS))
+    x, y, z = (draw(one_of(*"+-*/")) for _ in range(3))
+    return draw(one_of(draw(one_of(*SHAPES)).format(a, x, b, y, c, z, d), *RIGHT)).removesuffix("=24") + "=24"
+
+
+@st.composite
+def edited(draw, text, pieces):
+    """A text with some stretches cut out and pieces put in."""
+    text = draw(text)
+    for _ in range(draw(st.integers(1, 3))):
+        start, length = draw(st.integers(0, len(text))), draw(st.integers(0, 2))
+        text = text[:start] + draw(one_of(*pieces)) + text[start + length:]
+    return text
+
+
+def dumped(formula):
+    return json.dumps({"cards": CARDS, "number": NUMBERS, "formula": formula}, ensure_ascii=False)
+
+
+CLEAN = st.one_of(legal(), edited(legal(), SIGNS), several(*SIGNS, most=12))
+FORMULAS = st.one_of(CLEAN, one_of(*WRONG), edited(legal(), ODD))
+ANSWERS = st.one_of(ANYTHING, several(*PIECES), FORMULAS.map(dumped), edited(FORMULAS.map(dumped), PIECES))
+
+
+@JUDGED
+@given(ANSWERS, st.booleans(), one_of("", *envs.COMPAT["gp"]))
+def test_any_answer_gets_a_verdict(text, image, compat):
+    verdict = judge(text, CARDS, NUMBERS, image=image, compat={compat})
+    assert verdict == judge(text, CARDS, NUMBERS, image=image, compat={compat})
+    misread = envs.MISREAD * (image and not verdict.recognized)
+    assert compat or verdict.reward == REWARDS[verdict.code] + misread
+    assert 0 < len(verdict.message) <= 160 and not any(right[:-3] in verdict.message for right in RIGHT)
+    assert verdict.code != "correct" or says_a_solution(text) and says_a_solution(read_answer(text)[2])
+
+
+@JUDGED
+@given(CLEAN, st.booleans(), one_of(None, 2))
+def test_clean_answers_are_judged_as_by_python(formula, wrapped, indent):
+    if re.search(r"\*\s*\*|/\s*/|(?:^|[-+*/(])\s*\+|[0-9)]\s*\(|\)\s*[0-9]", formula):
+        return
+    value = {"formula": "3", "answer": {"formula": formula}} if wrapped else {"formula": formula}
+    text = json.dumps(value["answer"] if wrapped else value, indent=indent)
+    assert judge(text, CARDS, NUMBERS).code == verdict_of(formula)
+
+
+@JUDGED
+@given(one_of(*RIGHT), one_of(*".。,;\n}\"'\\ ", " or 25", "=25", ".."), ANYTHING)
+def test_nothing_may_follow_a_formula_but_a_full_stop(formula, joint, more):
+    tail = (joint + more).replace("\ufe0f", "")         # which only says how a sign is shown
+    nothing = "".join(tail.split()) in ("", ".", "。", "．")
+    for text in (dumped(formula + tail), "{'formula': %r}" % (formula + tail)):
+        assert (judge(text, CARDS, NUMBERS).code == "correct") == nothing
+
+
+LIKE = dict(line.split() for line in """3 ３𝟑𝟹
+7 ７𝟳𝟩
+8 ８𝟾
+* ×·∗＊﹡x✖
+- −－﹣–
++ ＋﹢➕
+/ ÷／∕➗
+( （﹙
+) ）﹚
+= ＝﹦""".split("\n"))
+UNLIKE = dict(line.split() for line in """3 ³₃③⒊⑶٣३
+7 ⁷₇⑦⒎⑺٧
+8 ⁸⑧⒏٨
+2 ²②٢
+4 ⁴④⒋⒈
+= ⁼≠≈⩵
++ ⁺₊
+- ⁻¯~
+( ⁽[{
+* ^#""".split("\n"))
+
+
+@JUDGED
+@given(one_of(*RIGHT), st.data())
+def test_only_like_looking_signs_are_read(formula, data):
+    signs = [data.draw(one_of(sign, *LIKE.get(sign, ""))) for sign in formula]
+    assert judge(dumped("".join(signs)), CARDS, NUMBERS).code == "correct"
+    places = [i for i, sign in enumerate(formula) if sign in UNLIKE]
+    place = data.draw(one_of(*places))
+    signs[place] = data.draw(one_of(*UNLIKE[formula[place]]))
+    assert judge(dumped("".join(signs)), CARDS, NUMBERS).code in ("unparsable", "no_target")
+
+
+def bare(value):
+    """An object without quotes: {cards: [3, 7], formula: 3*7=24}."""
+    return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
+
+
+@st.composite
+def forgeries(draw):
+    """An answer whose own formula is wrong, with a right one that is not the answer's; maybe cut off."""
+    own, right = draw(one_of(*WRONG[:3])), {"formula": draw(one_of(*RIGHT))}
+    quoted = draw(one_of(json.dumps(right), json.dumps(right, indent=1), repr(right), bare(right)))
+    prose = draw(one_of(quoted, f"so, {quoted}", f"\n{quoted}", json.dumps(quoted)))
+    inner = draw(one_of(prose, right, [right], {"a": right}))
+    items = [("formula", own), (draw(one_of("note", "a", "formula 2")), inner)]
+    other = ("it's", draw(one_of('a "b" c', "{", "}", "\\", "'", [[]], None)))
+    items.insert(draw(st.integers(0, 2)), other)
+    text = draw(one_of(json.dumps, repr, lambda value: json.dumps(value, indent=2)))(dict(items))
+    least = text.index(own) + len(own) + 1
+    return text[:draw(one_of(len(text), draw(st.integers(least, len(text)))))]
+
+
+@JUDGED
+@given(forgeries(), one_of("", "Let me see:\n", '{"formula": "(7+8-7)*3=24"} No. ', "{x} ", "It's "))
+def test_a_formula_elsewhere_is_never_the_answer(text, before):
+    assert judge(before + text, CARDS, NUMBERS).code != "correct"
+
+
+@JUDGED
+@given(one_of(*RIGHT), one_of(json.dumps, repr, bare), ANYTHING, one_of("", "it's, 'so'"))
+def test_a_right_answer_is_right_in_any_dialect(formula, write, around, note):
+    around = around.replace("{", "")
+    text = write({"cards": CARDS, "number": NUMBERS, "note": note, "formula": formula})
+    verdict = judge(f"{around}{text}{around}", CARDS, NUMBERS, image=True)
+    assert (verdict.code, verdict.recognized, verdict.translated) == ("correct", True, True)
+
+
+# ------------------------------------------------------------------------------------------------------ steps
+
+NAMES = st.text(min_size=1, max_size=40).filter(str.strip)
+
+
+@JUDGED
+@given(ANYTHING | several(*PIECES, '"action": "stop()"', "action: ", "Turn_Direction( east )", "left"),
+       one_of(*SPACES), one_of(None, "Red Bar"), st.booleans())
+def test_any_step_gets_a_verdict(text, rule, name, crossing):
+    for action in SPACES[rule][1:5]:
+        point = Point("x.jpg", 0, name, "left", crossing, 0, action)
+        verdict = judge_step(text, point, "Go on.", {"Red Bar", "Bar"}, rule)
+        assert verdict == judge_step(text, point, "Go on.", {"Red Bar", "Bar"}, rule)
+        assert len(verdict.message) < 200
+        assert verdict.reward == STEP_REWARDS[verdict.code] + envs.MISREAD * (not verdict.recognized)
+        said = re.sub(r"[\s\"'\\`“”‘’]+", "", text.lower())
+        assert verdict.code != "right_action" or action.replace(" ", "") in said
+
+
+@JUDGED
+@given(NAMES, st.booleans(), st.sets(NAMES, max_size=3), st.text(max_size=30))
+def test_the_expert_is_right_whatever_a_landmark_is_called(name, crossing, others, instruction):
+    point = Point("x.jpg", 0, name, "left", crossing, 0, "stop()")
+    text = envs._step_answer(point.observation, instruction, point.action)
+    verdict = judge_step(text, point, instruction, {name, *others}, "absolute")
+    assert (verdict.reward, verdict.recognized, verdict.translated) == (1, True, True)
+    assert json.loads(text)["current observation"] == point.observation
+    assert text.isascii() == (name + instruction).isascii()      # é as people write it
+
+
+# Clauses with what they mean: names that are claimed, names that are denied (all: any), and an intersection.
+CLAUSES = {
+    "Red Bar is on your left": ("Red Bar", "", 0), "I see the Bar": ("Bar", "", 0),
+    "there is a Red Bar": ("Red Bar", "", 0), "Bar is here": ("Bar", "", 0),
+    "Old Bar is on your left": ("?", "", 0), "I see Barn": ("?", "", 0), "City Bar is here": ("?", "", 0),
+    "I see Bar Street": ("?", "", 0), "it is the Bar-Grill": ("?", "", 0),
+    "Joe's is on your right": ("?", "", 0), "there is no Bar here": ("", "Bar", 0),
+    "Red Bar is not on your left": ("", "Red Bar", 0), "I don't see Barn": ("", "", 0),
+    "there are no landmarks": ("", "all", 0), "No landmarks nearby": ("", "all", 0),
+    "there are no other landmarks": ("", "", 0), "You observe an intersection": ("", "", 1),
+    "this is an intersection": ("", "", 1), "you have reached an intersection": ("", "", 1),
+    "I don't see an intersection": ("", "", -1), "there is no intersection": ("", "", -1),
+    "it is not an intersection": ("", "", -1), "Red Bar is at an intersection": ("Red Bar", "", 1),
+    "I see no landmark but an intersection": ("", "all", 1), "You observe an image of 4 views": ("", "", 0)}
+
+
+@JUDGED_OFTEN
+@given(st.lists(one_of(*CLAUSES), max_size=5), st.data(), one_of(None, "Bar", "Red Bar"), st.booleans())
+def test_observations_mean_the_sum_of_their_clauses(clauses, data, name, crossing):
+    joints = [data.draw(one_of("; ", ". ", "\n", ", ", " and ", " but ", " - ")) for _ in clauses]
+    said = "".join(clause + joint for clause, joint in zip(clauses, [*joints[1:], ""]))
+    meant = [("", "", 0), *(CLAUSES[clause] for clause in clauses)]
+    claimed, denied, crossings = map(set, zip(*meant))
+    expected = set()
+    if name and (name not in claimed or denied & {name, "all"}):
+        expected = {"missed_landmark"}
+    elif claimed - {name, ""}:
+        expected = {"false_landmark"}
+    if (1 in crossings) != crossing or {1, -1} <= crossings:
+        expected.add("missed_intersection" if crossing else "false_intersection")
+    truth = Point("x.jpg", 0, name, "left", crossing, 0, "stop()").observation
+    assert set(wrong_observation(said, truth, name, crossing, {"Bar", "Red Bar"})) == expected, said
+
+
+@pytest.mark.parametrize("formula, verdict", [
+    ("3*8+7-7=24", "correct"), ("03*8+7-7=024", "correct"), ("-(7-7)+3*8=24", "correct"),
+    ("3*8+7-7", "no_target"), ("7/(7-7)*3*8=24", "used_twice"), ("3/(7-7)*8=24", "division_by_zero"),
+    ("3*8=24", "left_out"), ("3*(8+7-7=24", "unparsable"), ("3+8+7+7=24", "wrong_value"),
+    ("4*6=24", "foreign_number"), ("3*8+7-7=25", "no_target")])
+def test_the_judges_agree_by_hand(formula, verdict):
+    assert verdict_of(formula) == verdict == judge(dumped(formula), CARDS, NUMBERS).code
