@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import attention, bench, rivals
+from benchmarks import kernels as bench
+from benchmarks import rivals
+from kernels import attention
 from kernels.visible import Visible
 
 CPU, CEILINGS = torch.device("cpu"), {"flops": 1e11, "bytes": 1e10}

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import train
+from benchmarks import kernels as bench
 from distributed import plan
 from harness import ranges
 from harness.check import settle
 from harness.settings import Args, SettingError, flag_of, parse
-from kernels import bench
 from model import Config
 from scenes import cities, routes
 from study import __main__ as study

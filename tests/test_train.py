@@ -278,6 +278,11 @@ def test_imports_follow_the_map():
                "variants/lora": {"torch", "model", "distributed", "harness"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "model", "variants", "distributed", "harness", "train"},
+               **{f"benchmarks/{name}": may for name, may in {
+                   "kernels": {"torch", "common", "harness", "kernels", "benchmarks"},
+                   "rivals": {"torch", "kernels", "liger_kernel", "cut_cross_entropy"},
+                   "generate": {"torch", "transformers", "envs", "harness", "model"},
+                   "scenes": {"harness", "scenes"}, "soak": {"harness", "model"}}.items()},
                "harness/ranges": set(), "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
                "harness/check": {"envs", "harness", "model", "ppo", "sft", "torch", "variants"},
                "harness/files": {"common"}, "harness/terminal": set(),

@@ -1,7 +1,7 @@
 """What the kernels gain on this machine: time, rate and memory of each, next to all that could stand in their place.
 
-    python -m kernels.bench                                    # on a GPU the sizes of the 11B model; on a CPU the twins, small, a minute
-    python -m kernels.bench --only decode logprob --json bench.json
+    python -m benchmarks.kernels                                    # on a GPU the sizes of the 11B model; on a CPU the twins, small, a minute
+    python -m benchmarks.kernels --only decode logprob --json bench.json
 
 Every implementation must first agree with float64. Then they take turns, so that a busy moment hits all, each on another set of inputs than
 the time before. Preparing masks and compiling are not timed. A row of the table holds
@@ -33,7 +33,7 @@ import torch
 from common import to_json
 from harness.ranges import FILE, command_line
 from kernels import use_triton
-from kernels.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention_cases, logprob_cases
+from benchmarks.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention_cases, logprob_cases
 
 # Errors that always pass: scores, probabilities and results rounded to bfloat16 are off by some units of 2^-8, float32 sums of thousands
 # of terms by many of 2^-24. A wrong mask or a lost block is off by 0.1 and more. Larger ones pass at the level of PyTorch's own: see `allowed`.
@@ -237,7 +237,7 @@ def describe(device, dtype, quick):
 
 
 def main(argv=None):
-    parser = command_line("python -m kernels.bench", __doc__)
+    parser = command_line("python -m benchmarks.kernels", __doc__)
     parser.add_argument("--only", nargs="+", metavar="CASE", default=[],
                         help=f"cases by name or first word. On a GPU: {', '.join(LARGE)}. On a CPU: {', '.join(SMALL)}; "
                              f"{', '.join(ON_REQUEST)} takes minutes and runs only when named")

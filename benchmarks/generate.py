@@ -1,0 +1,82 @@
+"""Measure tokens per second of `generate` next to transformers' `generate`: same weights, batch 1 and 64, text and image.
+
+    python -m benchmarks.generate --model docs/tiny/gp --new-tokens 64 --repeats 5 --threads 2
+
+Both sample at temperature 1 from real prompts of the game and must draw exactly `new-tokens` tokens per row. Medians
+of interleaved repeats after one that warms up; prefill and image encoding are included.
+"""
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from envs import GeneralPoints
+from harness.ranges import command_line, integer, text
+from model import Llama, Processor, generate
+
+TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp"
+
+
+def reference_inputs(processor, conversations, images):
+    """Return the arguments of transformers' generate for prompts of equal length."""
+    ids = torch.tensor(conversations)
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if images is not None:
+        sees = (ids == processor.image_token_id).cumsum(1) > 0
+        mask = sees[:, :, None] & images.aspect_ratio_mask.bool()[:, None]                    # (B, T, tiles)
+        inputs |= dict(pixel_values=images.pixel_values[:, None], aspect_ratio_ids=images.aspect_ratio_ids[:, None],
+                       aspect_ratio_mask=images.aspect_ratio_mask[:, None],
+                       cross_attention_mask=mask.long()[:, :, None])
+    return inputs
+
+
+def measure(runs, tokens, repeats):
+    """Return the median tokens per second of each function in `runs`, interleaved so that a busy moment hits all."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def main(argv=None):
+    parser = command_line("python -m benchmarks.generate", __doc__)
+    parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
+    for name, default in (("new-tokens", 64), ("repeats", 5), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=integer(1), default=default)
+    args = parser.parse_args(argv)
+    import transformers                        # slow to import, and not there without the 'test' extra
+    torch.set_num_threads(args.threads)
+    processor = Processor.from_pretrained(args.model)
+    ours = Llama.from_pretrained(args.model, dtype=torch.float32)
+    theirs = transformers.MllamaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
+    theirs.model.vision_model.intermediate_layers_indices = [
+        i - 1 for i in ours.config.vision.intermediate_layers_indices]
+    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}, {args.threads} threads, {args.new_tokens} new tokens")
+    sampling = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0, top_p=1.0,
+                    temperature=1.0, pad_token_id=processor.pad_id)
+    for image in (False, True):
+        env = GeneralPoints(image=image, size=(224, 56))
+        for batch in (1, 64):
+            prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
+            conversations = [prompt.ids for prompt in prompts]
+            images = processor.images([prompt.images[0] if image else None for prompt in prompts])
+            inputs = reference_inputs(processor, conversations, images)
+            rates = measure({
+                "ours": lambda: generate(ours, conversations, images=images, max_new_tokens=args.new_tokens,
+                                         stop_ids=[], seeds=list(range(batch))),
+                "transformers": lambda: theirs.generate(**inputs, **sampling),
+            }, batch * args.new_tokens, args.repeats)
+            print(f"{'image' if image else 'text':<5}  batch {batch:>2}  "
+                  + "  ".join(f"{name} {rate:>7,.0f} tok/s" for name, rate in rates.items())
+                  + f"  ratio {rates['ours'] / rates['transformers']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Train on two ranks for half an hour while one of them, chosen by chance, is killed every minute or so.
+
+    python -m benchmarks.soak --minutes 30
+
+torchrun starts them again and they resume. At the end the run must hold every update once, its weights must be those
+of a run that nobody disturbed, bit for bit, and the memory of a life must not grow after its first updates. Prints
+what it saw, also to docs/soak.json.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness.folder import git_commit
+from harness.ranges import above, command_line, integer
+from model import Llama
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM = 20              # seconds of a life after its first update until its memory must be flat
+
+
+def start(out, steps):
+    """Start torchrun with two ranks of a small gp-vl PPO run, each on one thread."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1000]
+    argv = ["--task", "gp-vl", "--algo", "ppo", "--model", ROOT / "docs/tiny/gp", "--shard", "on", "--hands", 8,
+            "--samples", 2, "--eval-hands", 0, "--save-every", 5, "--steps", steps, "--out", out]
+    return subprocess.Popen(list(map(str, [sys.executable, *torchrun, ROOT / "train.py", *argv])),
+                            stdout=open(f"{out}.output", "a"), stderr=subprocess.STDOUT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ranks(torchrun):
+    """Return the process ids of its workers."""
+    tasks = Path(f"/proc/{torchrun.pid}/task")
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
+def resident(pid):
+    """Return the bytes that a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def records(out, event="step"):
+    """Read what the run logged of an event; nothing where it has not logged yet."""
+    log = out / "log.jsonl"
+    lines = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    return [line for line in lines if line["event"] == event]
+
+
+def learnt(out):
+    """Read the log of all updates but for times and memory."""
+    measured = "second", "memory"
+    return [{name: value for name, value in line.items() if not any(word in name for word in measured)}
+            for line in records(out)]
+
+
+def weights(out):
+    """Read the weights that a run ended with."""
+    return Llama.from_pretrained(out / "final").state_dict()
+
+
+def watch(torchrun, out, minutes, seed=0):
+    """Kill and look on until the run ends.
+
+    Returns the kills [(seconds, updates done)], the lives {pid: [(seconds, updates done, resident bytes)]} and the
+    seconds that the run took.
+    """
+    rng, begun, kills, lives = random.Random(seed), time.time(), [], {}
+    due = rng.uniform(40, 100)
+    while torchrun.poll() is None:
+        time.sleep(1)
+        now = time.time() - begun
+        for pid in ranks(torchrun):
+            try:
+                lives.setdefault(pid, []).append((now, len(records(out)), resident(pid)))
+            except (FileNotFoundError, IndexError):
+                continue                                                       # it has just ended
+        if now > due and now < 60 * minutes and ranks(torchrun):
+            os.kill(rng.choice(ranks(torchrun)), signal.SIGKILL)
+            kills.append((round(now, 1), len(records(out))))
+            due = now + rng.uniform(40, 100)
+    return kills, lives, time.time() - begun
+
+
+def growth(life):
+    """Return the share by which the memory of a life grew, from `WARM` seconds after its first new update to its end;
+    None for a short life."""
+    first = next((t for t, steps, _ in life if steps > life[0][1] + 1), float("inf"))
+    flat = [size for t, _, size in life if t > first + WARM]
+    third = len(flat) // 3
+    return sum(flat[-third:]) / sum(flat[:third]) - 1 if third >= 5 else None
+
+
+def main(argv=None):
+    parser = command_line("python -m benchmarks.soak", __doc__)
+    parser.add_argument("--minutes", type=above(0), default=30.0, help="how long to kill (default: 30)")
+    parser.add_argument("--steps", type=integer(1), default=300, help="updates of the run (default: 300)")
+    args = parser.parse_args(argv)
+    folder = Path(tempfile.mkdtemp())
+    out, calm = folder / "disturbed", folder / "calm"
+    kills, lives, seconds = watch(start(out, args.steps), out, args.minutes)
+    _, calm_lives, calm_seconds = watch(start(calm, args.steps), calm, 0)
+    grown = {name: sorted(round(g, 4) for g in map(growth, some.values()) if g is not None)
+             for name, some in (("disturbed", lives), ("calm", calm_lives))}
+    ours, theirs, starts = weights(out), weights(calm), records(out, "start")
+    result = {
+        "steps": args.steps,
+        "minutes": round(seconds / 60, 1),
+        "minutes_undisturbed": round(calm_seconds / 60, 1),
+        "kills": len(kills),
+        "starts": len(starts),
+        "updates_in_order": [line["step"] for line in records(out)] == list(range(1, args.steps + 1)),
+        "same_log": learnt(out) == learnt(calm),
+        "same_weights": all(ours[name].equal(theirs[name]) for name in ours),
+        "memory_growth_of_lives": grown,
+        "commit": git_commit(),
+        "hardware": starts[0]["hardware"],
+        "kills_at": kills,
+    }
+    print(json.dumps(result, indent=2))
+    (ROOT / "docs/soak.json").write_text(json.dumps(result) + "\n")
+    if not (result["updates_in_order"] and result["same_log"] and result["same_weights"]):
+        sys.exit(f"not the same: see {folder}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
