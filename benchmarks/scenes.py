@@ -8,8 +8,8 @@ import statistics
 import tempfile
 import time
 
+from games import cities, routes, streets, views
 from harness.ranges import command_line, integer
-from scenes import cities, routes, views
 
 
 def timed(run, *args):
@@ -29,13 +29,13 @@ def main(argv=None):
     parser.add_argument("--repeats", type=integer(1), default=7)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as root:
-        for name in cities.CITIES:
+        for name in streets.CITIES:
             print(f"{name:<18} laid out, routes and files written in {timed(cities.build, name, root)[0]:.2f} s")
         seconds, world = timed(routes.load, str(cities.build("new-york", root)))
         print(f"new-york's {len(world.routes)} training routes loaded in {seconds:.2f} s")
         for width, size in ((256, 53), (2560, 640)):
             views_folder = cities.build("london", root, width=width) / "street_views"
-            files = [views_folder / f"{name}.jpg" for name in cities.town("london").ids[:args.repeats + 1]]
+            files = [views_folder / f"{name}.jpg" for name in streets.town("london").ids[:args.repeats + 1]]
             print(f"a panorama of {width} pixels drawn in {median(cities.draw, files):.0f} ms")
             read, again = (median(lambda file: views.grid(file, heading, size), files) for heading in (33, 77))
             print(f"its four views of {size} pixels: {read:.1f} ms, of which without reading the file {again:.1f} ms")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from operator import add, mul, sub, truediv
 
 from games.answers import MAX_FORMULA, read_answer, read_step
+from games.compass import COMPASS
 from games.observations import fold, wrong_observation
 from games.prompts import PROMPTS
 from games.solver import arith
-from scenes.cities import COMPASS
 
 # The verdicts, in the order in which they are tried: the first that applies is the only one (appendix A).
 REWARDS = {

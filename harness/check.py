@@ -14,6 +14,11 @@ import torch
 import envs
 import ppo
 import sft
+from games import streets
+from games.cards import LOOKS
+from games.prompts import load_prompts
+from games.rails import known_routes
+from games.verifier import SPACES
 from harness.ranges import SettingError, one_of, several, shown, text, writable
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
@@ -62,11 +67,11 @@ def check_games_words(args):
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
 
 
-CITIES = (*envs.cities.CITIES, "others", "broad")
+CITIES = (*streets.CITIES, "others", "broad")
 WORDS = {              # game: (what a rule may be, what a look may be)
     "gp": (text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", envs.face_values),
-           one_of(tuple(envs.LOOKS))),
-    "virl": (one_of(tuple(envs.SPACES)),
+           one_of(tuple(LOOKS))),
+    "virl": (one_of(tuple(SPACES)),
              text(f"a folder of routes or one of {', '.join(CITIES)}",
                   lambda look: look in CITIES or Path(look).is_dir())),
 }
@@ -188,13 +193,13 @@ def check_files(args):
     if args.out and not writable(args.out):
         raise SettingError(f"{spelled(args, 'out')}: expected a folder that can be made or written to")
     if args.prompts:
-        attempt(args, "prompts", "a JSON file of templates", envs.load_prompts, args.prompts)
+        attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
     size = envs.GAMES[args.game].sizes[args.preset]
     for name in ("routes", "ood_routes", "look"):
         folder = getattr(args, name)
         if args.game == "virl" and folder and folder not in CITIES:
             for held_out in (False, True):
-                attempt(args, name, "a folder of routes in the released format", envs.known_routes,
+                attempt(args, name, "a folder of routes in the released format", known_routes,
                         folder, held_out, args.image, size, bool(args.skip_bad_routes))
 
 

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import envs
 import train
+from games import rails
 from model import Config, Llama, Processor
 
 torch.set_num_threads(2)
@@ -20,7 +21,7 @@ torch.set_num_threads(2)
 def working_folder(tmp_path_factory):
     """A folder in which built-in cities are made once for all tests; a process that is started there finds them, too."""
     folder = tmp_path_factory.mktemp("work")
-    envs.BUILT_IN = folder / envs.BUILT_IN
+    rails.BUILT_IN = folder / rails.BUILT_IN
     return folder
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scenes import cities, draw, streets
+from games import cities, drawing, show, streets
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"]
@@ -58,13 +58,13 @@ def signed(angle):
 # ------------------------------------------------------------------------------------------------------ the files
 
 def test_the_lists_of_cities():
-    assert len(cities.OTHERS) == 9 and len(cities.BROAD) == 4
-    assert {"new-york", *cities.OTHERS, *cities.BROAD} == set(cities.CITIES)
-    types = [word for name in ("new-york", *cities.OTHERS, *cities.BROAD) for word in set(cities.CITIES[name].types)]
+    assert len(streets.OTHERS) == 9 and len(streets.BROAD) == 4
+    assert {"new-york", *streets.OTHERS, *streets.BROAD} == set(streets.CITIES)
+    types = [word for name in ("new-york", *streets.OTHERS, *streets.BROAD) for word in set(streets.CITIES[name].types)]
     assert max(Counter(types).values()) == 2        # New York's two parts share theirs
 
 
-@pytest.mark.parametrize("name", cities.CITIES)
+@pytest.mark.parametrize("name", streets.CITIES)
 def test_remarks_and_headings_follow_from_the_geocodes(root, name):
     mapping = pickle.loads((cities.build(name, root) / "gps_pano_mapping.pkl").read_bytes())
     assert len(set(mapping.values())) == len(mapping)
@@ -114,11 +114,11 @@ def test_new_york_has_every_direction_and_turn_and_a_held_out_set(root):
 
 
 def test_the_same_bytes_in_any_process(root, tmp_path):
-    code = "import sys; from scenes import cities; f = cities.build('new-york', sys.argv[1]); " \
-           "cities.draw(f / 'street_views' / f'{cities.town(\"new-york\").ids[7]}.jpg')"
+    code = "import sys; from games import cities, streets; f = cities.build('new-york', sys.argv[1]); " \
+           "cities.draw(f / 'street_views' / f'{streets.town(\"new-york\").ids[7]}.jpg')"
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True)
     folder = cities.build("new-york", root)
-    cities.draw(folder / "street_views" / f"{cities.town('new-york').ids[7]}.jpg")
+    cities.draw(folder / "street_views" / f"{streets.town('new-york').ids[7]}.jpg")
     (other,) = tmp_path.iterdir()
     assert other.name == folder.name
     files = [path.relative_to(other) for path in other.rglob("*") if path.is_file()]
@@ -128,7 +128,7 @@ def test_the_same_bytes_in_any_process(root, tmp_path):
 def test_processes_that_race_for_a_folder_share_it(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         folders = pool.starmap(cities.build, [("lagos", tmp_path)] * 6, chunksize=1)
-        panorama = folders[0] / "street_views" / f"{cities.town('lagos').ids[0]}.jpg"
+        panorama = folders[0] / "street_views" / f"{streets.town('lagos').ids[0]}.jpg"
         pool.map(cities.draw, [panorama] * 4, chunksize=1)
     assert set(folders) == {folders[0]} and list(tmp_path.iterdir()) == [folders[0]]       # nothing left aside
     assert sorted(path.suffix for path in panorama.parent.iterdir()) == [".jpg", ".json"]
@@ -141,7 +141,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     folder = cities.build("lagos", tmp_path)
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        cities.draw(folder / "street_views" / f"{cities.town('lagos').ids[0]}.jpg")
+        cities.draw(folder / "street_views" / f"{streets.town('lagos').ids[0]}.jpg")
     assert not list((folder / "street_views").glob("*.jpg")) and not list((folder / "street_views").glob(".*"))
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
@@ -159,9 +159,9 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
     for width in (0, -2, 255, 1e3, "256", 10**6):
         assert "width" in message(cities.build, "lima", tmp_path, width=width)
     views = cities.build("lima", root) / "street_views"
-    foreign = cities.town("cairo").ids[0]
+    foreign = streets.town("cairo").ids[0]
     assert f"{foreign}.jpg: lima has no panorama of that name" in message(cities.draw, views / f"{foreign}.jpg")
-    assert "no panorama" in message(cities.draw, views / f"{cities.town('lima').ids[0]}.png")
+    assert "no panorama" in message(cities.draw, views / f"{streets.town('lima').ids[0]}.png")
     assert "city.json: not a built-in city's file" in message(cities.draw, tmp_path / "street_views" / "x.jpg")
     for text in ("[]", "{", '{"city": "atlantis", "width": 2, "digest": ""}', '{"city": [], "width": 2, "digest": ""}'):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -171,13 +171,13 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     (old / "city.json").write_text((views.parent / "city.json").read_text().replace('"digest": "', '"digest": "0'))
-    assert "another version" in message(cities.draw, old / "street_views" / f"{cities.town('lima').ids[0]}.jpg")
-    assert "no route 100, expected 0 to 99" in message(cities.draw_map, views.parent, 100)
-    assert "only new-york" in message(cities.draw_map, views.parent, 0, held_out=True)
+    assert "another version" in message(cities.draw, old / "street_views" / f"{streets.town('lima').ids[0]}.jpg")
+    assert "no route 100, expected 0 to 99" in message(show.draw_map, views.parent, 100)
+    assert "only new-york" in message(show.draw_map, views.parent, 0, held_out=True)
 
 
 def test_the_command_line_saves_a_map_and_views(tmp_path, capsys):
-    cities.main(["milan", "--route", "2", "--out", str(tmp_path), "--width", "128", "--size", "20"])
+    show.main(["milan", "--route", "2", "--out", str(tmp_path), "--width", "128", "--size", "20"])
     saved = re.search("saved (.*)", capsys.readouterr().out)[1].split(", ")
     assert [Image.open(file).size for file in saved][:2] == [(900, 900), (45, 45)]
     assert len(saved) == 1 + len(points_of(routes_of(tmp_path, "milan")[2]))
@@ -185,9 +185,9 @@ def test_the_command_line_saves_a_map_and_views(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------ the streets
 
-@pytest.mark.parametrize("name", cities.CITIES)
+@pytest.mark.parametrize("name", streets.CITIES)
 def test_streets_and_signs_keep_their_distances(name):
-    town = cities.town(name)
+    town = streets.town(name)
     ends = town.nodes[np.array(town.edges)]                         # (E, 2, 2)
     lengths = np.linalg.norm(ends[:, 0] - ends[:, 1], axis=1)
     assert lengths.min() >= 60 and lengths.max() <= 140 and len(town.nodes) >= 50
@@ -205,7 +205,7 @@ def test_streets_and_signs_keep_their_distances(name):
     marks = [*town.corners.values(), *town.places.values()]
     for i, mark in enumerate(marks):
         color, emblem, kind = mark.name.split(" ", 2)
-        spoken = cities.CITIES.values() if name in cities.BROAD else (town.city,)
+        spoken = streets.CITIES.values() if name in streets.BROAD else (town.city,)
         assert (color, emblem) == (mark.color, mark.emblem) and kind in [city.types[mark.board] for city in spoken]
         assert all(math.dist(mark.xy, other.xy) > 400 for other in marks[:i] if other.name == mark.name)
 
@@ -214,19 +214,19 @@ def test_streets_and_signs_keep_their_distances(name):
 
 @lru_cache(maxsize=64)
 def picture(town, index, rotation=0.0, width=256):
-    return draw.panorama(town, index, rotation, width).astype(int)
+    return drawing.panorama(town, index, rotation, width).astype(int)
 
 
 def pixel(eye, point, height, rotation, width):
     """Row and column (floats) of a point `height` metres above the ground: the released data's convention."""
     lon = (math.degrees(math.atan2(*(np.subtract(point, eye)))) - 180 + rotation + 180) % 360 - 180
-    lat = -math.degrees(math.atan2(height - draw.EYE, math.dist(point, eye)))
+    lat = -math.degrees(math.atan2(height - drawing.EYE, math.dist(point, eye)))
     return (lat / 180 + 0.5) * (width // 2 - 1), (lon / 360 + 0.5) * (width - 1)
 
 
 @pytest.mark.parametrize("name", ["new-york", "london", "tokyo"])
 def test_a_sign_is_where_the_geometry_says_and_not_hidden(root, name):
-    town, folder = cities.town(name), cities.build(name, root, width=512)
+    town, folder = streets.town(name), cities.build(name, root, width=512)
     marks = [*town.corners.values(), *town.places.values()]
     for mark in marks[::6]:
         path = folder / "street_views" / f"{town.ids[mark.at]}.jpg"
@@ -234,13 +234,13 @@ def test_a_sign_is_where_the_geometry_says_and_not_hidden(root, name):
         rotation = json.loads(path.with_suffix(".metadata.json").read_text())["rotation"]
         image, eye = np.asarray(Image.open(path)).astype(int), town.panoramas[mark.at]
         away = (np.array(mark.xy) - eye) / math.dist(mark.xy, eye)
-        right, middle = np.array([away[1], -away[0]]), (draw.STRIP + draw.TOP) / 2
+        right, middle = np.array([away[1], -away[0]]), (drawing.STRIP + drawing.TOP) / 2
         spots = [(x * far, y * far, color) for far, color in ((3.5, mark.color), (2.3, streets.EMBLEMS[mark.emblem]))
                  for x, y in ((-1, 0), (1, 0), (0, 1))]         # on the board and on the disc; left, right and above the emblem
         for across, up, color in spots:
             row, column = pixel(eye, mark.xy + across * right, middle + up, rotation, 512)
             seen = image[round(row), round(column) % 512]
-            distance = {name: np.abs(seen - rgb).sum() for name, rgb in cities.COLORS.items()}
+            distance = {name: np.abs(seen - rgb).sum() for name, rgb in streets.COLORS.items()}
             assert min(distance, key=distance.get) == color and distance[color] < 150, (mark, seen)
 
 
@@ -249,9 +249,9 @@ def area(town, mark, index):
     def others(marks):
         return {key: other for key, other in marks.items() if other is not mark}
     without = dataclasses.replace(town, corners=others(town.corners), places=others(town.places))
-    seen, own = picture(town, index), [cities.COLORS[color] for color in (mark.color, streets.EMBLEMS[mark.emblem])]
+    seen, own = picture(town, index), [streets.COLORS[color] for color in (mark.color, streets.EMBLEMS[mark.emblem])]
     colored = np.min([np.abs(seen - color).sum(-1) for color in own], axis=0) < 90
-    return 100 * (colored & (np.abs(seen - draw.panorama(without, index, 0.0, 256)).sum(-1) > 12)).mean()
+    return 100 * (colored & (np.abs(seen - drawing.panorama(without, index, 0.0, 256)).sum(-1) > 12)).mean()
 
 
 def neighbors_of(town, index):
@@ -260,14 +260,14 @@ def neighbors_of(town, index):
 
 
 def test_a_sign_is_large_at_its_own_point_only():
-    town = cities.town("new-york")
+    town = streets.town("new-york")
     for mark in [*town.corners.values()][::25] + [*town.places.values()][::40]:
         elsewhere = [area(town, mark, i) for i in neighbors_of(town, mark.at)]
         assert len(elsewhere) >= 2 and 0.3 < area(town, mark, mark.at) > 2.5 * max(elsewhere)
 
 
 def test_rotation_turns_the_picture():
-    town, step = cities.town("milan"), 360 / 255        # degrees a column: the first and last are the same direction
+    town, step = streets.town("milan"), 360 / 255        # degrees a column: the first and last are the same direction
     turned = picture(town, 3, rotation=20 + 40 * step)
     assert np.abs(turned[:, 40:255] - picture(town, 3, rotation=20.0)[:, :215]).mean() < 0.5
     assert np.abs(turned[:, 0] - turned[:, 255]).mean() < 6
@@ -275,14 +275,14 @@ def test_rotation_turns_the_picture():
 
 def test_emblems_and_boards_differ():
     kinds = [(emblem, board) for emblem in streets.EMBLEMS for board in range(3)]
-    small = [np.asarray(draw.board("Blue", emblem, board, 14)).astype(int) for emblem, board in kinds]
+    small = [np.asarray(drawing.board("Blue", emblem, board, 14)).astype(int) for emblem, board in kinds]
     for i, a in enumerate(small):
         assert all(np.abs(a - b).mean() > 12 for b in small[:i])
 
 
-@pytest.mark.parametrize("name", cities.CITIES)
+@pytest.mark.parametrize("name", streets.CITIES)
 def test_every_city_can_be_drawn_at_any_size(name):
-    town = cities.town(name)
+    town = streets.town(name)
     for width in (64, 130, 512):
-        image = draw.panorama(town, len(town.panoramas) - 1, 77.0, width)
+        image = drawing.panorama(town, len(town.panoramas) - 1, 77.0, width)
         assert image.shape == (width // 2, width, 3) and image.dtype == np.uint8 and image.std() > 15

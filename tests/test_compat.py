@@ -9,7 +9,8 @@ import pytest
 
 import envs
 from envs import COMPAT, GeneralPoints, Navigation, judge
-from scenes.routes import Leg, Route
+from games.rails import relative_turn
+from games.routes import Leg, Route
 from test_envs import HOSTILE as HOSTILE_CARDS
 from test_envs import answer
 from test_navigation import HOSTILE as HOSTILE_STEPS
@@ -248,7 +249,7 @@ def test_a_hand_of_four_equal_cards_can_be_shown_and_solved():
     (0, 359, "slightly left", "right"), (0, 45, "slightly right", "slightly right"), (46, 0, "left", "left"),
     (10, 10, "slightly left", "slightly left")])
 def test_turns_past_north(old, new, wrapped, unwrapped):
-    assert (envs.relative_turn(old, new), envs.relative_turn(old, new, wrap=False)) == (wrapped, unwrapped)
+    assert (relative_turn(old, new), relative_turn(old, new, wrap=False)) == (wrapped, unwrapped)
 
 
 @pytest.mark.parametrize("compat, words", [("", ["slightly right", "slightly left"]), ("unwrapped-angles", ["left", "right"])])

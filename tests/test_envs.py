@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 from envs import GeneralPoints, judge, solve
-from scenes import cards
+from games import cards
 
 PRIME = 2 ** 61 - 1
 

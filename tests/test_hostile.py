@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import envs
-from envs import REWARDS, SPACES, STEP_REWARDS, Point, judge, judge_step, read_answer, solve
+from envs import REWARDS, SPACES, STEP_REWARDS, judge, judge_step, read_answer, solve
 from games.observations import wrong_observation
+from games.rails import Point
 
 CARDS, NUMBERS = ["3", "7", "7", "8"], [3, 7, 7, 8]
 RIGHT = solve(NUMBERS)

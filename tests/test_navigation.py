@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import envs
-from envs import Navigation, Point, judge_step, rail, relative_turn
-from scenes.routes import Leg, Place, Route
+from envs import Navigation, judge_step
+from games.rails import Point, instructions, rail, relative_turn
+from games.routes import Leg, Place, Route
 from test_observations import ODD_NAMES
 
 
@@ -70,7 +71,7 @@ def test_rail_by_hand(here):
     relative = rail(ROUTE, 270, "relative", random.Random(0), 0.0)
     assert [p.action for p in relative] == ["turn_direction(right)", "forward()", "forward()", "turn_direction(right)",
                                             "turn_direction(left)", "forward()", "stop()"]
-    assert envs.instructions(ROUTE.legs, 270) == SENTENCES
+    assert instructions(ROUTE.legs, 270) == SENTENCES
 
 
 def test_names_can_be_hidden(here):

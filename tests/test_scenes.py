@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scenes import cities, routes, views
+from games import cities, routes, unpickle, views
 
 METRE = 1 / (6_371_000 * math.pi / 180)     # degrees of latitude
 MAPPING = "gps_pano_mapping.pkl"
@@ -424,7 +424,7 @@ def test_damaged_tables_are_refused_or_read_but_never_crash(tmp_path):
 
 def test_json_is_read_instead_of_the_pickle(tmp_path, capsys):
     folder = write_folder(tmp_path, table={(float(lat), np.float64(lon)): name for (lat, lon), name in TABLE.items()})
-    done = subprocess.run([sys.executable, "-m", "scenes.routes", str(folder / MAPPING)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "games.unpickle", str(folder / MAPPING)], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1])
     out = folder / "gps_pano_mapping.json"
     assert done.returncode == 0 and f"{out}: {len(TABLE)} panoramas" in done.stdout, done
@@ -434,7 +434,7 @@ def test_json_is_read_instead_of_the_pickle(tmp_path, capsys):
     routes.load.cache_clear()
     assert routes.load(folder) == before
     with pytest.raises(SystemExit) as caught:
-        routes.main([str(folder / MAPPING)])
+        unpickle.main([str(folder / MAPPING)])
     message = f"{folder / MAPPING}: not a table of panoramas: refused to load os.system\n"
     assert caught.value.code == 1 and capsys.readouterr().err == message
     for content, message in ((b"{}", "not a table"), (b"[1]", "entry 0: expected"), (b"[[1, 2]]", "entry 0: expected"),

@@ -18,7 +18,7 @@ from harness import ranges
 from harness.check import settle
 from harness.settings import Args, SettingError, flag_of, parse
 from model import Config
-from scenes import cities, routes
+from games import cities, show, unpickle
 from study import __main__ as study
 from study import faces
 
@@ -407,15 +407,15 @@ OTHERS = [
     (plan.main, "--algo sft --hands 3", "--hands 3: expected with --algo ppo"),
     (plan.main, "--gpus 33", "--hands 32: expected at least 33"),
     (plan.main, "--nonsense", "unrecognized arguments: --nonsense"),
-    (cities.main, "atlantis", "city atlantis: expected one of new-york, milan"),
-    (cities.main, "milan --size 0", "--size 0: expected an integer from 1 to 8192"),
-    (cities.main, "milan --width 65", "--width 65: expected an integer from 64 to 8192 in steps of 2"),
-    (cities.main, "milan --route 99999", "--route 99999: expected an integer from 0 to 99"),
-    (cities.main, "milan --route -1", "--route -1: expected an integer"),
-    (cities.main, "new-york --held-out --route 200", "--route 200: expected an integer from 0 to 199"),
-    (cities.main, "milan --held-out", "--held-out: expected with new-york"),
-    (cities.main, "milan --out file", "--out file: expected a folder that can be made"),
-    (routes.main, "nowhere.pkl", "pickle nowhere.pkl: expected a file"),
+    (show.main, "atlantis", "city atlantis: expected one of new-york, milan"),
+    (show.main, "milan --size 0", "--size 0: expected an integer from 1 to 8192"),
+    (show.main, "milan --width 65", "--width 65: expected an integer from 64 to 8192 in steps of 2"),
+    (show.main, "milan --route 99999", "--route 99999: expected an integer from 0 to 99"),
+    (show.main, "milan --route -1", "--route -1: expected an integer"),
+    (show.main, "new-york --held-out --route 200", "--route 200: expected an integer from 0 to 199"),
+    (show.main, "milan --held-out", "--held-out: expected with new-york"),
+    (show.main, "milan --out file", "--out file: expected a folder that can be made"),
+    (unpickle.main, "nowhere.pkl", "pickle nowhere.pkl: expected a file"),
     (bench.main, "--json nowhere/x.json", "--json nowhere/x.json: expected a file that can be written"),
     (bench.main, "--json .", "--json .: expected a file"),
     (bench.main, "--only nonsense", "--only nonsense: expected one of logprob"),

@@ -17,7 +17,8 @@ from test_navigation import game, here    # noqa: F401 (here is a fixture)
 import envs
 import train
 from envs import GAMES, GeneralPoints, Mixed, Navigation
-from scenes import cards
+from games import cards, compass
+from games.rails import instructions
 
 SMALL = dict(image=True, size=(56, 14))
 GP = GeneralPoints.shifts("10", "black", True)
@@ -291,10 +292,10 @@ def test_only_the_picture_differs_from_id():
 def test_relative_wording_by_hand(here):    # noqa: F811
     """ROUTE: north, east, northwest, from a start to the west."""
     env, _ = game(**VIRL["relative-wording"])
-    assert envs.instructions(env.routes[0].legs, 270, wording="relative")[::2] == [
+    assert instructions(env.routes[0].legs, 270, wording="relative")[::2] == [
         "You face west. First, turn right by 90 degrees.", "Turn right by 90 degrees.", "Turn left by 135 degrees."]
-    assert envs.instructions(env.routes[0].legs, 23, wording="relative")[0] == "You face northeast. First, turn slightly left by 45 degrees."
-    assert envs.instructions(env.routes[0].legs, 182, wording="relative")[0] == "You face south. First, turn right by 180 degrees."
+    assert instructions(env.routes[0].legs, 23, wording="relative")[0] == "You face northeast. First, turn slightly left by 45 degrees."
+    assert instructions(env.routes[0].legs, 182, wording="relative")[0] == "You face south. First, turn right by 180 degrees."
 
 
 def where_to(text):
@@ -311,7 +312,7 @@ def test_the_heading_is_in_the_prompt(look):
     env, turns = Navigation(look=look, **VIRL["relative-wording"]), 0
     for seed in range(200):
         observation, terminated = env.reset(seed)[0], False
-        assert not re.search("|".join(envs.cities.COMPASS), " ".join(env.sentences[2:]))
+        assert not re.search("|".join(compass.COMPASS), " ".join(env.sentences[2:]))
         while not terminated:
             point, text = env.points[env.index], observation.messages[0]["content"]
             if point.action.startswith("turn"):

@@ -19,7 +19,7 @@ import train
 from distributed import checkpoint
 from distributed.checkpoint import Checkpoints
 from model import Llama
-from scenes import cities, routes
+from games import cities, rails, routes
 
 HERE = Path(train.__file__).parent
 SHORT = {              # what makes a run short, by its algorithm
@@ -235,7 +235,7 @@ def test_routes_of_ones_own(small, tmp_path, capsys):
     assert [set(sets) for sets in evals] == [{"id", "rule-ood"}, {"id", "rule-ood", "visual-ood"}] and evals[0]["id"]["n"] == 2    # not 4
     bad = next(panorama for panorama in shown[1] if panorama not in shown[0])
     Path(bad).write_bytes(Path(bad).read_bytes()[:-100])
-    for cache in (routes.load, envs.known_routes):
+    for cache in (routes.load, rails.known_routes):
         cache.cache_clear()
     with pytest.raises(SystemExit):
         run(*common, "--out", tmp_path / "three")
@@ -259,9 +259,13 @@ def test_plot(small, tmp_path, monkeypatch):
 
 
 def test_imports_follow_the_map():
-    """scenes and envs know no torch and no model; model no game; sft and ppo only model; the third parties are the listed ones."""
-    allowed = {**{f"scenes/{name}": {"numpy", "PIL", "scenes", "harness"} for name in ("cards", "streets", "draw", "cities", "views", "routes")}, "common": set(), "envs": {"numpy", "common", "scenes", "games"},
-               **{f"games/{name}": set() for name in ("solver", "answers", "observations", "prompts")}, "games/verifier": {"games", "scenes"},
+    """games and envs know no torch and no model; model no game; sft and ppo only model; third parties are listed."""
+    allowed = {"common": set(), "envs": {"numpy", "common", "games"},
+               **{f"games/{name}": set() for name in ("solver", "answers", "observations", "prompts", "compass")},
+               **{f"games/{name}": {"games"} for name in ("verifier", "rails")},
+               **{f"games/{name}": {"numpy", "PIL", "games"} for name in
+                  ("cards", "streets", "drawing", "cities", "views", "routes")},
+               "games/show": {"numpy", "PIL", "games", "harness"}, "games/unpickle": {"games", "harness"},
                "model": {"torch", "numpy", "kernels", "llama"},
                "llama/checks": set(), "llama/config": {"llama"},
                "llama/images": {"torch", "numpy", "PIL", "llama"},
@@ -282,9 +286,9 @@ def test_imports_follow_the_map():
                    "kernels": {"torch", "common", "harness", "kernels", "benchmarks"},
                    "rivals": {"torch", "kernels", "liger_kernel", "cut_cross_entropy"},
                    "generate": {"torch", "transformers", "envs", "harness", "model"},
-                   "scenes": {"harness", "scenes"}, "soak": {"harness", "model"}}.items()},
+                   "scenes": {"games", "harness"}, "soak": {"harness", "model"}}.items()},
                "harness/ranges": set(), "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
-               "harness/check": {"envs", "harness", "model", "ppo", "sft", "torch", "variants"},
+               "harness/check": {"envs", "games", "harness", "model", "ppo", "sft", "torch", "variants"},
                "harness/files": {"common"}, "harness/terminal": set(),
                "harness/folder": {"torch", "common", "distributed", "harness", "model", "variants"},
                "train": {"torch", "common", "envs", "harness", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}

@@ -1,10 +1,10 @@
 """Built-in cities for V-IRL navigation: routes through them, and a folder in the released data format for each.
 
 The street views of the paper are not ours to give away, so these cities are made up: a seeded street plan with signs
-for landmarks (scenes/streets.py), routes along the streets, and panoramas that are drawn when first asked for
-(scenes/draw.py). Look at a route:
+for landmarks (games/streets.py), routes along the streets, and panoramas that are drawn when first asked for
+(games/drawing.py). Look at a route:
 
-    python -m scenes.cities new-york --route 3 --out /tmp/new-york
+    python -m games.show new-york --route 3 --out /tmp/new-york
 """
 import hashlib
 import json
@@ -17,24 +17,16 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from harness.ranges import FOLDER, command_line, integer, one_of
-from scenes import draw as drawing
-from scenes.streets import BROAD, CITIES, COLORS, OTHERS, VERSION, apart, bearing, geocode, town  # noqa: F401
+from games import drawing
+from games.compass import SIDES, word
+from games.streets import COLORS, VERSION, apart, bearing, geocode, town
 
-COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")     # 45 degrees apart
 ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all others (100, 0)
-SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")     # likewise
 
 
 # ----------------------------------------------------------------------------------------------------------- routes
-
-def word(heading):
-    """A heading in words: "southeast"."""
-    return COMPASS[round(heading / 45) % 8]
-
 
 def _turns(old, new):
     """Whether going from heading old to new is a turn worth an instruction: no U-turn, and another compass word."""
@@ -63,7 +55,7 @@ def _walk(plan, rng):
     return tuple(path)
 
 
-def _marks(plan, path):
+def marks_of(plan, path):
     """The landmark (or None) where each leg of a path ends."""
     at = {mark.at: mark for mark in (*plan.corners.values(), *plan.places.values())}
     return [at.get(point) for point in path[1:]]
@@ -72,7 +64,7 @@ def _marks(plan, path):
 def _blocks(plan, path):
     """milestone_info of a path: one block a leg, as the released data writes them."""
     blocks = []
-    for i, (a, b, mark) in enumerate(zip(path, path[1:], _marks(plan, path)), 1):
+    for i, (a, b, mark) in enumerate(zip(path, path[1:], marks_of(plan, path)), 1):
         a, b = plan.panoramas[a], plan.panoramas[b]
         heading = bearing(a, b)
         remark = "No landmark nearby"
@@ -89,7 +81,7 @@ def _route(plan, path):
     """One entry of route_infos.json."""
     def place(mark):
         return mark and {"name": mark.name, "geocode": geocode(plan.city, mark.xy)}
-    *marks, last = map(place, _marks(plan, path))
+    *marks, last = map(place, marks_of(plan, path))
     points = [geocode(plan.city, plan.panoramas[point]) for point in path]
     return {"start_place": {"relocated_geocode": points[0]}, "init_heading": 0, "dest_place": last,
             "route_results": {"geocode_list": points[1:], "landmark_list": marks}, "milestone_info": _blocks(plan, path)}
@@ -100,7 +92,7 @@ def _routes(plan, rng, count):
     paths = {}      # in order, unlike a set
     while len(paths) < count:
         path = _walk(plan, rng)
-        names = [mark.name for mark in _marks(plan, path) if mark] if path else [""] * 2
+        names = [mark.name for mark in marks_of(plan, path) if mark] if path else [""] * 2
         if len(set(names)) == len(names):
             paths[path] = None
     return [_route(plan, path) for path in paths]
@@ -152,7 +144,7 @@ def _digest(plan):
 
 
 @lru_cache(maxsize=32)
-def _plan_of(folder):
+def plan_of(folder):
     """(town, {panorama id: number}, width) of a folder that build() wrote; ValueError: another one, another version."""
     path = Path(folder) / "city.json"
     try:
@@ -169,7 +161,7 @@ def draw(panorama):
     """Draw the panorama .../street_views/<id>.jpg of a built-in city and save it and its .metadata.json, each at once.
     Several processes may do so together. ValueError: not in a built-in city's folder, or no panorama of that city."""
     path = Path(panorama)
-    plan, numbers, width = _plan_of(str(path.parent.parent))
+    plan, numbers, width = plan_of(str(path.parent.parent))
     if path.suffix != ".jpg" or path.stem not in numbers:
         raise ValueError(f"{path}: {plan.name} has no panorama of that name")
     number = numbers[path.stem]
@@ -193,98 +185,3 @@ def _save(path, write):
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-def _read_route(folder, index, held_out):
-    """Route `index` of a folder; ValueError if there is no such route."""
-    path = Path(folder) / ("held_out_infos.json" if held_out else "route_infos.json")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; only new-york has held-out routes")
-    routes = json.loads(path.read_text(encoding="utf-8"))[0]
-    if not 0 <= index < len(routes):
-        raise ValueError(f"{path}: no route {index}, expected 0 to {len(routes) - 1}")
-    return routes[index]
-
-
-def _path_of(plan, route):
-    """The panorama numbers of a route of this city: start, turning points, destination."""
-    numbers = {tuple(geocode(plan.city, xy)): i for i, xy in enumerate(plan.panoramas)}
-    points = [route["start_place"]["relocated_geocode"], *route["route_results"]["geocode_list"]]
-    return [numbers[tuple(point)] for point in points]
-
-
-def draw_map(folder, route_index, held_out=False, pixels=900):
-    """A route on the map of its surroundings, a square RGB image, north up: streets, the board of every landmark, the
-    names of those on the route, the start (green), the turning points and the destination (red)."""
-    plan = _plan_of(str(folder))[0]
-    path = _path_of(plan, _read_route(folder, route_index, held_out))
-    points = plan.panoramas[path]
-    reach = max(np.ptp(points, axis=0).max() / 2 + 70, 160)
-    scale, middle = pixels / (2 * reach), (points.max(0) + points.min(0)) / 2
-
-    def at(xy):
-        return tuple((np.asarray(xy) - middle) * (scale, -scale) + pixels / 2)
-    asphalt, pavement, soil = plan.city.look["ground"]
-    image = Image.new("RGB", (pixels, pixels), soil)
-    draw = ImageDraw.Draw(image)
-    for width, color in ((2 * drawing.WALL, pavement), (2 * drawing.ROAD, asphalt)):
-        for a, b in plan.edges:
-            draw.line([at(plan.nodes[a]), at(plan.nodes[b])], color, round(width * scale))
-        for xy in plan.nodes:
-            draw.circle(at(xy), width * scale / 2, color)
-    draw.line([at(xy) for xy in points], (255, 255, 255), round(2.5 * scale), "curve")
-    for i, xy in enumerate(points):
-        color = (40, 160, 60) if i == 0 else (200, 40, 40) if i == len(points) - 1 else (255, 255, 255)
-        draw.circle(at(xy), 4 * scale, color, (0, 0, 0))
-        draw.text(at(xy), "S" if i == 0 else str(i), (0, 0, 0), drawing.font(6 * scale), "mm")
-    size, marks = round(9 * scale), [*plan.corners.values(), *plan.places.values()]
-    for mark in marks:
-        corner = tuple(round(v - size / 2) for v in at(mark.xy))
-        image.paste(drawing.board(mark.color, mark.emblem, mark.board, size), corner)
-    for mark in filter(None, _marks(plan, path)):
-        (x, y), above = at(mark.xy), mark.xy[1] >= plan.panoramas[mark.at][1]      # away from the street
-        y, anchor = (y - 0.6 * size, "ms") if above else (y + 0.6 * size, "ma")
-        draw.text((x, y), mark.name, (0, 0, 0), drawing.font(16), anchor, stroke_width=3, stroke_fill=(255, 255, 255))
-    return image
-
-
-def main(arguments=None):
-    """Save a route's map and the views at its start, turning points and destination."""
-    parser = command_line("python -m scenes.cities", "Save a map of a built-in city's route and the four street views "
-                          "(front, right / back, left) at its start, turning points and destination.")
-    parser.add_argument("city", type=one_of(tuple(CITIES)), help=", ".join(CITIES))
-    parser.add_argument("--route", type=integer(0), default=0, metavar="N", help="which of the city's routes (0)")
-    parser.add_argument("--held-out", action="store_true", help="one of new-york's held-out routes")
-    parser.add_argument("--out", type=FOLDER, default="city", metavar="FOLDER",
-                        help="where to, the city's data included (city)")
-    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560, help="pixels of a panorama (2560)")
-    parser.add_argument("--size", type=integer(1, 8192), default=640, help="pixels of one view (640)")
-    args = parser.parse_args(arguments)
-    count = ROUTES.get(args.city, (100, 0))[args.held_out]
-    if not count:
-        parser.error("--held-out: expected with new-york, the only city with held-out routes")
-    if args.route >= count:
-        parser.error(f"--route {args.route}: expected an integer from 0 to {count - 1}")
-    from scenes import views        # which imports this module
-    try:
-        folder = build(args.city, args.out, width=args.width)
-        plan, route = town(args.city), _read_route(folder, args.route, args.held_out)
-        files = [Path(args.out) / f"{args.city}-route-{args.route}{'-held-out' * args.held_out}-map.png"]
-        draw_map(folder, args.route, args.held_out).save(files[0])
-        path = _path_of(plan, route)
-        points = plan.panoramas[path]
-        headings = [bearing(a, b) for a, b in zip(points, points[1:])]
-        for i, (number, heading) in enumerate(zip(path, headings[:1] + headings)):     # as one arrives
-            grid = views.grid(str(folder / "street_views" / f"{plan.ids[number]}.jpg"), round(heading), args.size)
-            files.append(Path(str(files[0]).replace("-map", f"-{i}")))
-            grid.save(files[-1])
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
-    print(route["milestone_info"])
-    print("saved " + ", ".join(map(str, files)))
-
-
-if __name__ == "__main__":
-    main()

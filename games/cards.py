@@ -1,6 +1,6 @@
 """Playing cards: from a hand to the picture that the model sees.
 
-    python -c "from scenes.cards import draw_hand; draw_hand([('A', 'spades'), ('K', 'hearts')], (600, 400)).save('hand.png')"
+    python -c "from games.cards import draw_hand; draw_hand([('A', 'spades'), ('K', 'hearts')], (600, 400)).save('hand.png')"
 """
 from functools import lru_cache
 

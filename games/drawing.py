@@ -4,8 +4,8 @@ A column looks in one compass direction. The walls its ray meets give, per pixel
 wall or the ground the pixel lies in metres; windows, shops and lane markings are functions of those metres. Signs and
 trees are pictures pasted on upright rectangles. Look at one:
 
-    python -c "from PIL import Image; from scenes import draw, streets
-    Image.fromarray(draw.panorama(streets.town('london'), 0, rotation=0, width=2048)).show()"
+    python -c "from PIL import Image; from games import drawing, streets
+    Image.fromarray(drawing.panorama(streets.town('london'), 0, rotation=0, width=2048)).show()"
 
 Positions are metres (east, north), headings degrees clockwise from north, colors RGB from 0 to 255.
 """
@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from scenes.streets import COLORS, EMBLEMS, bearing, distances, pieces_of
+from games.streets import COLORS, EMBLEMS, bearing, distances, pieces_of
 
 EYE = 2.5           # camera above the ground
 ROAD = 5            # half-widths: asphalt, and from wall to wall

@@ -1,5 +1,5 @@
 """Routes through streets: what the navigation game walks along. They are read from a folder in the format of the
-released V-IRL data, in which the built-in cities (scenes/cities.py) are written, too:
+released V-IRL data, in which the built-in cities (games/cities.py) are written, too:
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it is there
@@ -7,7 +7,7 @@ released V-IRL data, in which the built-in cities (scenes/cities.py) are written
 
 The pickle comes from the internet: no function that it names is ever imported. To turn it into plain JSON:
 
-    python -m scenes.routes FOLDER/gps_pano_mapping.pkl
+    python -m games.unpickle FOLDER/gps_pano_mapping.pkl
 """
 import io
 import json
@@ -23,9 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from harness.ranges import command_line, text
-from scenes.cities import COMPASS, SIDES
-from scenes.views import read_rotation
+from games.compass import COMPASS, SIDES
+from games.views import read_rotation
 
 EARTH = 6_371_000.0     # metres
 RADIUS = 20.0           # metres: a point is moved to the nearest panorama if there is one as near as this
@@ -345,22 +344,3 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     if not routes:
         raise ValueError(f"{infos}: no route is left; {skipped[0]}" if skipped else f"{infos}: no routes in it")
     return World(tuple(routes), tuple(skipped))
-
-
-def main(argv=None):
-    parser = command_line("python -m scenes.routes", "Turn a pickled table of panoramas into JSON, without running "
-                          "any code that it may hold.")
-    parser.add_argument("pickle", type=text("a file", os.path.isfile),
-                        help="FOLDER/gps_pano_mapping.pkl; the JSON is written beside it")
-    path = Path(parser.parse_args(argv).pickle)
-    out = path.with_suffix(".json")
-    try:
-        rows = [[*geocode, name] for geocode, name in read_mapping(path).items()]
-        out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
-    print(f"{out}: {len(rows)} panoramas, read instead of {path.name} from now on")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 A city is a seeded plan of intersections (grids, rings, hexagons, ...) joined up by streets, with panoramas some 20 m
 apart, and landmarks: signs at most corners and beside half of the streets. See how a plan comes out:
 
-    python -c "from scenes import streets; print(streets.town('london').corners)"
+    python -c "from games import streets; print(streets.town('london').corners)"
 
 Positions are metres (east, north) from the city's origin, headings degrees clockwise from north.
 """
@@ -31,7 +31,7 @@ class City:
     types: tuple[str, str, str]     # last words of the landmarks' names, one a board
     longest: float                  # metres: longer streets are not built
     plan: tuple                     # street plans laid over one another, see _points()
-    look: dict                      # for scenes/draw.py
+    look: dict                      # for games/drawing.py
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _grid(center, rotation, dx, dy, columns, rows):
 
 
 def _look(walls, floors, towers, fronts, window, sky, clouds, ground, trees, strip):
-    """What scenes/draw.py needs: colors of walls; storeys (from, to) and the share of towers; widths of houses, m;
+    """What games/drawing.py needs: colors of walls; storeys (from, to) and the share of towers; widths of houses, m;
     windows (share of the width, of the height, color of the frame); sky (zenith, horizon) and its clouds, 0 to 1;
     asphalt, pavement, soil; the kind of tree; the strip with the name (background, letters)."""
     def rgb(text):

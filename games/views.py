@@ -1,7 +1,7 @@
 """Street views: what someone at a panorama sees who faces a compass heading, cut out of the panorama (equirectangular:
 columns are compass directions, rows elevations). Look at one:
 
-    python -c "from scenes import views; views.grid('FOLDER/street_views/ID.jpg', 90, 640).save('grid.png')"
+    python -c "from games import views; views.grid('FOLDER/street_views/ID.jpg', 90, 640).save('grid.png')"
 """
 import json
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scenes import cities
+from games import cities
 
 CROSS = 5           # black pixels between the four views of a grid
 FINEST = 1.75       # a panorama with more columns than this a pixel in a view's middle is made smaller, lest it alias

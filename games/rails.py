@@ -1,0 +1,90 @@
+"""Lay routes on rails: the points at which a walker decides, the expert's actions there, and the instructions.
+
+    python -c "from games import rails; print(rails.instructions(rails.known_routes('lagos', False, False, 53, False)[0].legs, 0))"
+"""
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from games import cities, routes
+from games.compass import COMPASS, word
+from games.streets import BROAD, CITIES, OTHERS
+
+BUILT_IN = Path("runs/cities")      # where the built-in cities are kept once they are made
+
+
+@dataclass
+class Point:
+    """One decision on a route."""
+    panorama: str           # file of the street view
+    heading: float          # degrees; which way one faces
+    landmark: str | None    # its name, and on which side it is
+    side: str | None
+    intersection: bool      # is one told to be at an intersection?
+    instruction: int        # index of the sentence to follow
+    action: str             # the expert's
+
+    @property
+    def observation(self):
+        """The truth in words."""
+        remark = f"{self.landmark} is on your {self.side}" if self.landmark else "No landmarks nearby"
+        return remark + "; You observe an intersection" * self.intersection
+
+
+def relative_turn(old, new, wrap=True):
+    """Word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to (-180, 180], which the
+    released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left or right, 0 is slightly left."""
+    turn = 180 - (180 - (new - old)) % 360 if wrap else new - old
+    return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
+
+
+def instructions(legs, heading, named=True, wrap=True, wording="both"):
+    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move, with
+    or without the names of the landmarks. wrap: see relative_turn.
+
+    wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what angle to turn,
+    in steps of the compass's 45 degrees, as "right" alone may lead in any of several directions. Later headings follow from the
+    turns before, which under the absolute rule are in the prompt's history."""
+    sentences, facing = [], word(heading)
+    for i, leg in enumerate(legs):
+        turn, goal = relative_turn(heading, leg.heading, wrap), "destination" if leg is legs[-1] else "next intersection"
+        where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark and named else ""
+        steps = COMPASS.index(leg.direction) - COMPASS.index(facing)
+        angle = (-steps if "left" in turn else steps) % 8 * 45
+        start = "" if i or wording == "both" else f"You face {facing}. "
+        whither = f"to face {leg.direction}" if wording == "both" else f"by {angle} degrees"
+        sentences += [f"{start}{'Turn' if i else 'First, turn'} {turn} {whither}.",
+                      f"Move forward until you reach {goal}{where}."]
+        heading, facing = leg.heading, leg.direction
+    return sentences
+
+
+def rail(route, heading, rule, rng, drop_rate, wrap=True):
+    """The Points of a route: its start, each candidate between two turning points with probability 1 - drop_rate,
+    the turning points, the destination. A turn moves one on to the next point (released code)."""
+    points, place, landmark, side = [], route.start, None, None
+    for i, leg in enumerate(route.legs):
+        turn = leg.direction if rule == "absolute" else relative_turn(heading, leg.heading, wrap)
+        points.append(Point(place.panorama, heading, landmark, side, i > 0, 2 * i, f"turn_direction({turn})"))
+        heading, place, landmark, side = leg.heading, leg.end, leg.landmark, leg.side
+        points += [Point(between.panorama, heading, None, None, False, 2 * i + 1, "forward()")
+                   for between in leg.between if rng.random() >= drop_rate]
+    return points + [Point(place.panorama, heading, landmark, side, False, 2 * i + 1, "stop()")]
+
+
+@lru_cache(maxsize=64)
+def known_routes(look, held_out, image, size, skip_bad):
+    """All routes of a look: a folder in the released format, a built-in city, "others" (the nine of visual-OOD) or
+    "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones were skipped."""
+    names = {"others": OTHERS, "broad": BROAD}.get(look, (look,))
+    for name in names:
+        if name not in CITIES and not Path(name).is_dir():
+            raise ValueError(f"{name}: neither a folder of routes nor a built-in city: {', '.join(CITIES)}, others, broad")
+    width = max(256, 4 * size) if image else 256        # of the panoramas that are drawn for a built-in city
+    folders = [cities.build(name, BUILT_IN, width=width) if name in CITIES else name for name in names]
+    worlds = [routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad) for folder in folders]
+    for folder, world in zip(folders, worlds):
+        if world.skipped:
+            print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}", flush=True)
+    return [route for group in itertools.zip_longest(*(world.routes for world in worlds)) for route in group if route]
