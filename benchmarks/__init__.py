@@ -1,7 +1,7 @@
-"""Measure what this project gains; nobody but their tests imports these.
+"""Measure the parts of this project against the clock. Only tests import it.
 
-    python -m benchmarks.kernels             # attention and log-probs next to all that could stand in their place (rivals.py)
-    python -m benchmarks.generate            # sampling next to transformers
-    python -m benchmarks.scenes              # cities and views
-    python -m benchmarks.soak --minutes 30   # two ranks, one of which is killed every minute or so
+    python -m benchmarks.kernels               attention and log-probs, next to all their rivals (rivals.py)
+    python -m benchmarks.generate              sampling, next to transformers
+    python -m benchmarks.scenes                cities, panoramas and views
+    python -m benchmarks.soak --minutes 30     two ranks, one of which is killed every minute or so
 """

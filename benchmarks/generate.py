@@ -1,9 +1,10 @@
-"""Measure tokens per second of `generate` next to transformers' `generate`: same weights, batch 1 and 64, text and image.
+"""Measure the tokens per second of `generate`, next to those of transformers with the same weights.
 
     python -m benchmarks.generate --model docs/tiny/gp --new-tokens 64 --repeats 5 --threads 2
 
-Both sample at temperature 1 from real prompts of the game and must draw exactly `new-tokens` tokens per row. Medians
-of interleaved repeats after one that warms up; prefill and image encoding are included.
+Both sample at temperature 1 from real prompts of the game, text and image, batch 1 and 64, and must draw
+exactly `new-tokens` tokens per row. Medians of interleaved repeats after one that warms up; prefill and
+image encoding are included.
 """
 import os
 import statistics
@@ -26,14 +27,15 @@ def reference_inputs(processor, conversations, images):
     if images is not None:
         sees = (ids == processor.image_token_id).cumsum(1) > 0
         mask = sees[:, :, None] & images.aspect_ratio_mask.bool()[:, None]                    # (B, T, tiles)
-        inputs |= dict(pixel_values=images.pixel_values[:, None], aspect_ratio_ids=images.aspect_ratio_ids[:, None],
+        inputs |= dict(pixel_values=images.pixel_values[:, None],
+                       aspect_ratio_ids=images.aspect_ratio_ids[:, None],
                        aspect_ratio_mask=images.aspect_ratio_mask[:, None],
                        cross_attention_mask=mask.long()[:, :, None])
     return inputs
 
 
 def measure(runs, tokens, repeats):
-    """Return the median tokens per second of each function in `runs`, interleaved so that a busy moment hits all."""
+    """Return the median tokens per second of each function. They take turns: a busy moment hits all."""
     seconds = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
@@ -52,15 +54,15 @@ def main(argv=None):
     import transformers                        # slow to import, and not there without the 'test' extra
     torch.set_num_threads(args.threads)
     processor = Processor.from_pretrained(args.model)
-    ours = Llama.from_pretrained(args.model, dtype=torch.float32)
-    theirs = transformers.MllamaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    ours, theirs = (kind.from_pretrained(args.model, dtype=torch.float32).eval()
+                    for kind in (Llama, transformers.MllamaForConditionalGeneration))
     # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
     theirs.model.vision_model.intermediate_layers_indices = [
         i - 1 for i in ours.config.vision.intermediate_layers_indices]
-    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, {args.threads} threads, {args.new_tokens} new tokens")
-    sampling = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0, top_p=1.0,
-                    temperature=1.0, pad_token_id=processor.pad_id)
+    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}, {args.threads} threads, {args.new_tokens} new tokens")
+    sampling = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0,
+                    top_p=1.0, temperature=1.0, pad_token_id=processor.pad_id)
     for image in (False, True):
         env = GeneralPoints(image=image, size=(224, 56))
         for batch in (1, 64):

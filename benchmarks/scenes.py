@@ -1,8 +1,9 @@
-"""Measure how long it takes to lay out the built-in cities, to draw a panorama, to cut its views, to load a data set.
+"""Measure how long it takes to lay out the built-in cities, to load routes, to draw and cut a panorama.
 
     python -m benchmarks.scenes --repeats 7
 
-Medians, one thread; nothing is cached but what a run of many pictures has at hand (a city's plan, a size's geometry).
+Medians, one thread. Nothing is cached but what a run of many pictures has at hand: a city's plan, a size's
+geometry.
 """
 import statistics
 import tempfile
@@ -20,7 +21,7 @@ def timed(run, *args):
 
 
 def median(run, inputs):
-    """Return the median milliseconds of run(x) over the inputs, of which the first warms up and does not count."""
+    """Return the median milliseconds of run(x) over the inputs. The first warms up and does not count."""
     return 1000 * statistics.median([timed(run, x)[0] for x in inputs][1:])
 
 
@@ -30,15 +31,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as root:
         for name in streets.CITIES:
-            print(f"{name:<18} laid out, routes and files written in {timed(cities.build, name, root)[0]:.2f} s")
+            seconds, _ = timed(cities.build, name, root)
+            print(f"{name:<18} laid out, routes and files written in {seconds:.2f} s")
         seconds, world = timed(routes.load, str(cities.build("new-york", root)))
         print(f"new-york's {len(world.routes)} training routes loaded in {seconds:.2f} s")
         for width, size in ((256, 53), (2560, 640)):
             views_folder = cities.build("london", root, width=width) / "street_views"
             files = [views_folder / f"{name}.jpg" for name in streets.town("london").ids[:args.repeats + 1]]
             print(f"a panorama of {width} pixels drawn in {median(cities.draw, files):.0f} ms")
-            read, again = (median(lambda file: views.grid(file, heading, size), files) for heading in (33, 77))
-            print(f"its four views of {size} pixels: {read:.1f} ms, of which without reading the file {again:.1f} ms")
+            # The second heading finds each panorama in memory.
+            first, again = (median(lambda file: views.grid(file, heading, size), files)
+                            for heading in (33, 77))
+            print(f"its four views of {size} pixels: {first:.1f} ms, {again:.1f} ms without reading the file")
 
 
 if __name__ == "__main__":

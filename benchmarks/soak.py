@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak --minutes 30
 
-torchrun starts them again and they resume. At the end the run must hold every update once, its weights must be those
-of a run that nobody disturbed, bit for bit, and the memory of a life must not grow after its first updates. Prints
-what it saw, also to docs/soak.json.
+torchrun starts them again and they resume. At the end the run must hold every update once, its weights must
+be those of a run that nobody disturbed, bit for bit, and the memory of a life must not grow after its first
+updates. Prints what it saw, also to docs/soak.json.
 """
 import json
 import os
@@ -28,8 +28,9 @@ WARM = 20              # seconds of a life after its first update until its memo
 def start(out, steps):
     """Start torchrun with two ranks of a small gp-vl PPO run, each on one thread."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1000]
-    argv = ["--task", "gp-vl", "--algo", "ppo", "--model", ROOT / "docs/tiny/gp", "--shard", "on", "--hands", 8,
-            "--samples", 2, "--eval-hands", 0, "--save-every", 5, "--steps", steps, "--out", out]
+    argv = ["--task", "gp-vl", "--algo", "ppo", "--model", ROOT / "docs/tiny/gp", "--shard", "on",
+            "--hands", 8, "--samples", 2, "--eval-hands", 0, "--save-every", 5, "--steps", steps,
+            "--out", out]
     return subprocess.Popen(list(map(str, [sys.executable, *torchrun, ROOT / "train.py", *argv])),
                             stdout=open(f"{out}.output", "a"), stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -68,8 +69,8 @@ def weights(out):
 def watch(torchrun, out, minutes, seed=0):
     """Kill and look on until the run ends.
 
-    Returns the kills [(seconds, updates done)], the lives {pid: [(seconds, updates done, resident bytes)]} and the
-    seconds that the run took.
+    Returns the kills [(seconds, updates done)], the lives {pid: [(seconds, updates done, resident bytes)]}
+    and the seconds that the run took.
     """
     rng, begun, kills, lives = random.Random(seed), time.time(), [], {}
     due = rng.uniform(40, 100)
@@ -89,8 +90,8 @@ def watch(torchrun, out, minutes, seed=0):
 
 
 def growth(life):
-    """Return the share by which the memory of a life grew, from `WARM` seconds after its first new update to its end;
-    None for a short life."""
+    """Return the share by which the memory of a life grew, from `WARM` seconds after its first new update
+    to its end; None for a short life."""
     first = next((t for t, steps, _ in life if steps > life[0][1] + 1), float("inf"))
     flat = [size for t, _, size in life if t > first + WARM]
     third = len(flat) // 3
