@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from common import averages, derive
+from games.seeds import derive
+from llama.metrics import averages
 from model import alone, bucket, collate, generate, parts
 from variants import advantages, losses, official
 from variants.advantages import Estimator, earned

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common import averages, derive
+from games.seeds import derive
+from llama.metrics import averages
 from model import alone, bucket, collate, parts
 from variants import sft_losses
 from variants.sft_losses import Loss

@@ -27,10 +27,10 @@ import torch.distributed as dist
 
 import ppo
 import sft
-from common import TRAINING, derive, to_json
 from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, first, gather, leave, lost
 from envs import GAMES, Mixed, load_prompts
+from games.seeds import TRAINING, derive
 from harness import files, terminal
 from harness.check import attempt, settle
 from harness.folder import RunFolder, chosen, git_commit, write_atomically
@@ -558,7 +558,7 @@ def evaluate_only(args, processes):
     if processes.rank == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         record = {"config": dataclasses.asdict(args), "commit": git_commit(), "hardware": processes.hardware, "eval": results}
-        write_atomically(Path(args.out) / "eval.json", to_json(record, indent=2))
+        write_atomically(Path(args.out) / "eval.json", files.to_json(record, indent=2))
 
 
 def main(argv=None):

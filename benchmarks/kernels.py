@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention_cases, logprob_cases
-from common import to_json
+from harness.files import to_json
 from harness.folder import git_commit
 from harness.ranges import FILE, command_line
 from kernels import use_triton

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from common import to_json
 from distributed.processes import first, gather
+from harness.files import to_json
 from model import split_shards, to_released
 
 BLOCK = 2**24       # bytes read at a time

@@ -4,6 +4,7 @@ names, lines of JSON. All may import it.
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -12,8 +13,6 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from common import to_json
 
 LOCK = ".lock"      # inside the folder that it is for
 GRACE = 5.0         # seconds in which a private name may not have its lock yet
@@ -154,7 +153,23 @@ def write_atomically(path, text):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Lines of JSON
+# JSON that any reader takes, and lines of it
+
+def to_json(record, **how):
+    """Return plain data as JSON text. NaN and infinities, which JSON has not, become null.
+
+    how: of json.dumps. What its `default` makes of an object may hold such numbers, too."""
+    def finite(x):
+        if isinstance(x, float):
+            return x if math.isfinite(x) else None
+        if isinstance(x, dict):
+            return {key: finite(value) for key, value in x.items()}
+        return [finite(value) for value in x] if isinstance(x, (list, tuple)) else x
+
+    if "default" in how:
+        how["default"] = lambda x, plain=how["default"]: finite(plain(x))
+    return json.dumps(finite(record), allow_nan=False, **how)
+
 
 def read_lines(file, needs):
     """Read a file with a JSON object per line that has the fields `needs`, {name: type}.

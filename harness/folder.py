@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from common import to_json
 from distributed import checkpoint
 from distributed.processes import first
-from harness.files import Held, Lock, read_lines, replace, sweep, write_atomically
+from harness.files import Held, Lock, read_lines, replace, sweep, to_json, write_atomically
 from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible

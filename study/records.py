@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import to_json
+from harness.files import to_json
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand

@@ -260,8 +260,8 @@ def test_plot(small, tmp_path, monkeypatch):
 
 def test_imports_follow_the_map():
     """games and envs know no torch and no model; model no game; sft and ppo only model; third parties are listed."""
-    allowed = {"common": set(), "envs": {"numpy", "common", "games"},
-               **{f"games/{name}": set() for name in ("solver", "answers", "observations", "prompts", "compass")},
+    allowed = {"envs": {"numpy", "games"},
+               **{f"games/{name}": set() for name in ("solver", "answers", "observations", "prompts", "compass", "seeds")},
                **{f"games/{name}": {"games"} for name in ("verifier", "rails")},
                **{f"games/{name}": {"numpy", "PIL", "games"} for name in
                   ("cards", "streets", "drawing", "cities", "views", "routes")},
@@ -271,27 +271,28 @@ def test_imports_follow_the_map():
                "llama/images": {"torch", "numpy", "PIL", "llama"},
                "llama/folders": {"torch", "safetensors", "llama"},
                "llama/processor": {"torch", "numpy", "tokenizers", "llama"},
-               "sft": {"torch", "common", "model", "variants"}, "ppo": {"torch", "common", "model", "variants"},
+               "sft": {"torch", "games", "llama", "model", "variants"},
+               "ppo": {"torch", "games", "llama", "model", "variants"}, "llama/metrics": set(),
                "kernels/__init__": {"torch", "triton"},
                **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
-               "distributed/shard": {"torch", "llama", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "common", "model", "distributed"},
+               "distributed/shard": {"torch", "llama", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "model", "distributed", "harness"},
                "distributed/processes": {"torch", "harness"},
                "distributed/plan": {"torch", "harness", "kernels", "model", "ppo", "sft"},
-               "study/figures": {"envs", "harness", "numpy", "study", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy", "common"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
+               "study/figures": {"envs", "harness", "numpy", "study", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy", "harness"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
                "study/compat": {"study", "variants"}, "study/experiments": {"envs", "study"}, "study/__main__": {"harness", "study"},
                "variants/lora": {"torch", "model", "distributed", "harness"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "model", "variants", "distributed", "harness", "train"},
                **{f"benchmarks/{name}": may for name, may in {
-                   "kernels": {"torch", "common", "harness", "kernels", "benchmarks"},
+                   "kernels": {"torch", "harness", "kernels", "benchmarks"},
                    "rivals": {"torch", "kernels", "liger_kernel", "cut_cross_entropy"},
                    "generate": {"torch", "transformers", "envs", "harness", "model"},
                    "scenes": {"games", "harness"}, "soak": {"harness", "model"}}.items()},
                "harness/ranges": set(), "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
                "harness/check": {"envs", "games", "harness", "model", "ppo", "sft", "torch", "variants"},
-               "harness/files": {"common"}, "harness/terminal": set(),
-               "harness/folder": {"torch", "common", "distributed", "harness", "model", "variants"},
-               "train": {"torch", "common", "envs", "harness", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}
+               "harness/files": set(), "harness/terminal": set(),
+               "harness/folder": {"torch", "distributed", "harness", "model", "variants"},
+               "train": {"torch", "envs", "games", "harness", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}
     for name, may in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -13,8 +13,9 @@ import model as M
 import ppo
 import sft
 import train
-from common import TRAINING, derive, to_json
 from envs import GeneralPoints, Navigation
+from games.seeds import TRAINING, derive
+from harness.files import to_json
 from study import records as study
 from test_train import records, run
 
