@@ -16,14 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from games import views
-from games.answers import read_answer, read_step    # noqa: F401
 from games.cards import FACES, LOOKS, RANKS, STYLES, draw_hand
-from games.prompts import PROMPTS, TASKS, check_prompts, load_prompts   # noqa: F401
+from games.prompts import check_prompts
 from games.rails import instructions, known_routes, rail
 from games.seeds import derive
 from games.solver import miss, solvable, solve
-from games.verifier import MISREAD, REWARDS, SPACES, STEP_REWARDS, TURNS, UNJUDGED  # noqa: F401
-from games.verifier import Verdict, judge, judge_step   # noqa: F401
+from games.verifier import SPACES, UNJUDGED, judge, judge_step
 
 EXHAUSTED = -1.0    # on top, when the last attempt fails
 

@@ -29,7 +29,8 @@ import ppo
 import sft
 from distributed import checkpoint, plan, shard
 from distributed.processes import Interrupt, Processes, first, gather, leave, lost
-from envs import GAMES, Mixed, load_prompts
+from envs import GAMES, Mixed
+from games.prompts import load_prompts
 from games.seeds import TRAINING, derive
 from harness import files, terminal
 from harness.check import attempt, settle

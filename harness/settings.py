@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import ppo
 import sft
-from envs import GAMES, TASKS
+from envs import GAMES
+from games.prompts import TASKS
 from harness.ranges import (
     Kind, SettingError, above, at_least, between, command_line, inside, integer, numbers, one_of, real, several,
     shown, text)

@@ -6,7 +6,7 @@
 
 from dataclasses import dataclass
 
-from envs import TASKS
+from games.prompts import TASKS
 from study import figures
 from study.figures import Group
 from study.runner import Run

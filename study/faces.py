@@ -12,7 +12,7 @@ from collections import Counter
 import ppo
 import train
 from distributed.processes import Processes
-from envs import read_answer
+from games.answers import read_answer
 from harness.ranges import SettingError, command_line, integer, one_of
 
 VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")

@@ -7,7 +7,7 @@ fails there and on rule-ood fails at its arithmetic (first tries tell it best, a
 each set; the model's pre-training knew face-5, face-7, target-12 and target-20.
 """
 
-from envs import TASKS
+from games.prompts import TASKS
 from study import figures
 from study.experiments import ARMS, Experiment
 from study.figures import Group

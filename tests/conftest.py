@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 import envs
 import train
 from games import rails
+from games.verifier import SPACES
 from model import Config, Llama, Processor
 
 torch.set_num_threads(2)
@@ -38,7 +39,7 @@ def small(tmp_path_factory, working_folder):
     """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
     args = train.apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
-    mixture = train.foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in envs.SPACES]
+    mixture = train.foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
     tokenizer = train.train_tokenizer(mixture, config.vocab_size, "|".join(train.APART.values()))
     processor = Processor(tokenizer, image_config=train.TINY_IMAGES)
     model = Llama(config)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from envs import judge, judge_step, read_answer, read_step
+from games.answers import read_answer, read_step
 from games.rails import Point
+from games.verifier import judge, judge_step
 
 CARDS, NUMBERS = ["A", "2", "3", "4"], [1, 2, 3, 4]
 

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 import envs
-from envs import COMPAT, GeneralPoints, Navigation, judge
+from envs import COMPAT, GeneralPoints, Navigation
+from games.answers import read_answer
+from games.cards import FACES
 from games.rails import relative_turn
 from games.routes import Leg, Route
+from games.solver import solvable
+from games.verifier import judge
 from test_envs import HOSTILE as HOSTILE_CARDS
 from test_envs import answer
 from test_navigation import HOSTILE as HOSTILE_STEPS
@@ -207,7 +211,7 @@ def chances(deal, iid):
     """(share of solvable hands with two cards of one rank, mean number of face cards) of black hands under the rule "10"."""
     total = pair = faces = 0.0
     for ranks in itertools.product(range(1, 14), repeat=4):
-        if not envs.solvable([min(rank, 10) for rank in ranks], 24):
+        if not solvable([min(rank, 10) for rank in ranks], 24):
             continue
         weight = 1.0
         if not iid:                                         # in how many ways four cards of these ranks lie in the deck
@@ -229,9 +233,9 @@ def test_independent_draws(deal):
         twice = sum(len(set(zip(hand["cards"], hand["suits"]))) < 4 for hand in hands)
         assert twice > 300 if compat else twice == 0        # the same card twice
         assert np.mean([len(set(hand["cards"])) < 4 for hand in hands]) == pytest.approx(pair, abs=0.03)       # 4 standard errors
-        counts = [sum(rank in envs.FACES for rank in hand["cards"]) for hand in hands]
+        counts = [sum(rank in FACES for rank in hand["cards"]) for hand in hands]
         assert np.mean(counts) == pytest.approx(faces, abs=0.055) and (deal == "any" or min(counts) == 1)
-        assert np.mean([hand["cards"][3] in envs.FACES for hand in hands]) == pytest.approx(faces / 4, abs=0.03)     # no place is special
+        assert np.mean([hand["cards"][3] in FACES for hand in hands]) == pytest.approx(faces / 4, abs=0.03)     # no place is special
     assert expected[0] - deck[0] > 0.1
 
 
@@ -286,7 +290,7 @@ def test_hostile_answers_to_cards(image, compat):
                                   answer(f"1+2/(3/({10**17 + 1}/1-{10**17}/1))=24")])
 def test_floats_do_not_overflow_or_divide_by_zero(text):
     """Every number was dealt as often as it is used, so the value is computed and looked at."""
-    left = envs.read_answer(text)[2].partition("=")[0]
+    left = read_answer(text)[2].partition("=")[0]
     numbers = [int(n) for n in "".join(c if c.isdigit() else " " for c in left).split()]
     assert judge(text, [], numbers, compat=set(COMPAT["gp"])).code in ("wrong_value", "division_by_zero", "unparsable")
 

@@ -18,8 +18,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
-from envs import GeneralPoints, judge, solve
-from games import cards
+from envs import GeneralPoints
+from games import cards, solver
+from games.answers import read_answer
+from games.cards import RANKS
+from games.prompts import PROMPTS, load_prompts
+from games.solver import solve
+from games.verifier import REWARDS, judge
 
 PRIME = 2 ** 61 - 1
 
@@ -108,8 +113,8 @@ def test_solver_finds_what_brute_force_finds(target, hands):
 @pytest.mark.parametrize("highest, solvable", [(13, 1362), (10, 566)])
 def test_known_counts_of_solvable_hands(highest, solvable):
     hands = list(itertools.combinations_with_replacement(range(1, highest + 1), 4))
-    assert sum(envs.solvable(hand, 24) for hand in hands) == solvable
-    assert all(envs.solvable(hand, 24) == bool(solve(hand, 24)) for hand in hands)
+    assert sum(solver.solvable(hand, 24) for hand in hands) == solvable
+    assert all(solver.solvable(hand, 24) == bool(solve(hand, 24)) for hand in hands)
 
 
 @pytest.mark.parametrize("numbers, target, formulas", [
@@ -156,7 +161,7 @@ def test_hands_come_from_one_deck_and_are_solvable(look, suits):
         assert len(set(hand)) == 4
         assert info["numbers"] == envs.card_values(info["cards"], "11-12-13") and solve(info["numbers"], 24)
         seen |= set(hand)
-    assert seen == set(itertools.product(envs.RANKS, suits))     # every card of the look turns up, no other does
+    assert seen == set(itertools.product(RANKS, suits))     # every card of the look turns up, no other does
 
 
 def test_face_deal():
@@ -343,7 +348,7 @@ def test_any_dialect_is_read(text):
 
 def test_names_of_cards_are_read():
     text = answer("10+10+4=24", cards=["ten", "T", "Queen", "jack of hearts", "KING", "q"])
-    assert envs.read_answer(text)[0] == ["10", "10", "Q", "J", "K", "Q"]
+    assert read_answer(text)[0] == ["10", "10", "Q", "J", "K", "Q"]
 
 
 HOSTILE = [
@@ -421,10 +426,10 @@ def test_mutations_never_crash_leak_or_pass_for_right():
             text = "".join(text)
             result = judge(text, env.cards, env.numbers, 24)
             codes[result.code] += 1
-            assert result.reward == envs.REWARDS[result.code]
+            assert result.reward == REWARDS[result.code]
             assert len(result.message) <= 80 and not any(solution in result.message for solution in solutions)
             if result.code == "correct":        # then Python agrees
-                left = envs.read_answer(text)[2].partition("=")[0]
+                left = read_answer(text)[2].partition("=")[0]
                 used = list(map(int, re.findall("[0-9]+", left)))
                 stripped = re.sub(r"0*([1-9])", r"\1", left.replace(" ", ""))
                 assert sorted(used) == sorted(env.numbers) and evaluate(stripped, fingerprints(used))[0] == 24
@@ -530,12 +535,12 @@ def test_load_prompts_replaces_what_it_names(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"gp-l": "{{go}} {cards} {rule} {target}", "wrong_value": "{number}!",
                                 "rule_same": "={J}"}))
-    env = GeneralPoints(prompts=envs.load_prompts(path), attempts=2)
+    env = GeneralPoints(prompts=load_prompts(path), attempts=2)
     observation, info = env.reset(0)
     assert observation.messages[0]["content"] == f"{{go}} {info['cards']} =10 24"
     wrong = answer("+".join(map(str, env.numbers)) + "=24")
     assert env.step(wrong)[0].messages[0]["content"] == f"{sum(env.numbers)}!"
-    assert env.prompts["misread"] == envs.PROMPTS["misread"]
+    assert env.prompts["misread"] == PROMPTS["misread"]
 
 
 @pytest.mark.parametrize("content, key", [
@@ -560,7 +565,7 @@ def test_bad_templates_are_named_in_one_line(tmp_path, content, key):
     path = tmp_path / "prompts.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError) as error:
-        envs.load_prompts(path)
+        load_prompts(path)
     message = str(error.value)
     assert message.startswith(str(path)) and key in message and "\n" not in message
 

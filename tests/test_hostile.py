@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import envs
-from envs import REWARDS, SPACES, STEP_REWARDS, judge, judge_step, read_answer, solve
+from games.answers import read_answer
 from games.observations import wrong_observation
 from games.rails import Point
+from games.solver import solve
+from games.verifier import MISREAD, REWARDS, SPACES, STEP_REWARDS, judge, judge_step
 
 CARDS, NUMBERS = ["3", "7", "7", "8"], [3, 7, 7, 8]
 RIGHT = solve(NUMBERS)
@@ -133,7 +135,7 @@ ANSWERS = st.one_of(ANYTHING, several(*PIECES), FORMULAS.map(dumped), edited(FOR
 def test_any_answer_gets_a_verdict(text, image, compat):
     verdict = judge(text, CARDS, NUMBERS, image=image, compat={compat})
     assert verdict == judge(text, CARDS, NUMBERS, image=image, compat={compat})
-    misread = envs.MISREAD * (image and not verdict.recognized)
+    misread = MISREAD * (image and not verdict.recognized)
     assert compat or verdict.reward == REWARDS[verdict.code] + misread
     assert 0 < len(verdict.message) <= 160 and not any(right[:-3] in verdict.message for right in RIGHT)
     assert verdict.code != "correct" or says_a_solution(text) and says_a_solution(read_answer(text)[2])
@@ -240,7 +242,7 @@ def test_any_step_gets_a_verdict(text, rule, name, crossing):
         verdict = judge_step(text, point, "Go on.", {"Red Bar", "Bar"}, rule)
         assert verdict == judge_step(text, point, "Go on.", {"Red Bar", "Bar"}, rule)
         assert len(verdict.message) < 200
-        assert verdict.reward == STEP_REWARDS[verdict.code] + envs.MISREAD * (not verdict.recognized)
+        assert verdict.reward == STEP_REWARDS[verdict.code] + MISREAD * (not verdict.recognized)
         said = re.sub(r"[\s\"'\\`“”‘’]+", "", text.lower())
         assert verdict.code != "right_action" or action.replace(" ", "") in said
 

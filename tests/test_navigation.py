@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 import envs
-from envs import Navigation, judge_step
+from envs import Navigation
+from games.prompts import PROMPTS
 from games.rails import Point, instructions, rail, relative_turn
 from games.routes import Leg, Place, Route
+from games.verifier import SPACES, TURNS, judge_step
 from test_observations import ODD_NAMES
 
 
@@ -88,7 +90,7 @@ def test_points_between_drop_by_the_seed(here):
     kept = [env.reset(seed)[1]["points"] - 4 for seed in range(400)]         # of three candidates
     assert np.bincount(kept) / 400 == pytest.approx([1 / 8, 3 / 8, 3 / 8, 1 / 8], abs=0.08)
     assert {env.reset(seed)[1]["instructions"][0].split(" to face")[0] for seed in range(60)} == {
-        f"First, turn {word}" for word in envs.TURNS}                       # the route gives no heading: the seed does
+        f"First, turn {word}" for word in TURNS}                       # the route gives no heading: the seed does
     assert env.reset(7) == env.reset(7) != env.reset(8)
     with pytest.raises(ValueError, match="seed"):
         env.reset(-1)
@@ -129,7 +131,7 @@ def test_the_prompt_with_a_picture_hides_what_is_seen_now(here):
 
 
 @pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("rule", envs.SPACES)
+@pytest.mark.parametrize("rule", SPACES)
 def test_the_expert_is_always_right(here, rule, image):
     env, (_, info) = game(rule=rule, image=image)
     for k in range(info["points"]):
@@ -142,7 +144,7 @@ def test_the_expert_is_always_right(here, rule, image):
         env.step("again")
 
 
-@pytest.mark.parametrize("rule", envs.SPACES)
+@pytest.mark.parametrize("rule", SPACES)
 @pytest.mark.parametrize("image", [False, True])
 def test_the_expert_is_right_whatever_landmarks_are_called(here, monkeypatch, rule, image):
     for first, second in zip(ODD_NAMES, ODD_NAMES[1:] + ODD_NAMES[:1]):
@@ -229,7 +231,7 @@ def verdict(text, point=CORNER, rule="absolute"):
     ("", ["missed_landmark", "missed_intersection"])])
 def test_the_observation_at_a_corner(observation, wrong):
     result = verdict(answer(observation, action="forward()"))
-    assert result.message == " ".join([*(envs.PROMPTS[key] for key in wrong), "The action is wrong."])
+    assert result.message == " ".join([*(PROMPTS[key] for key in wrong), "The action is wrong."])
     assert result.recognized == (not wrong) and result.reward == (-2.5 if wrong else -1)
     right = verdict(answer(observation, action="turn_direction(east)"))
     assert right.code == "right_action" and right.reward == (-0.5 if wrong else 1)
@@ -283,7 +285,7 @@ def test_any_bytes_get_a_verdict():
 
 
 def test_no_message_gives_the_action_away():
-    words = {word for space in envs.SPACES.values() for action in space for word in re.findall(r"[a-z]+", action)}
+    words = {word for space in SPACES.values() for action in space for word in re.findall(r"[a-z]+", action)}
     for observation in ("", "Red Star", "intersection", "Blue Fish Hotel is on your left"):
         for text in (answer(observation, action="forward()"), answer(observation, action="nowhere()"), "?"):
             for point in (CORNER, replace(STREET, action="stop()")):
@@ -313,7 +315,7 @@ def test_descriptions_tell_what_is_in_the_picture(here):
     for seed in range(200):
         question, answer = env.demonstrate(seed)
         point = env.points[env.index]
-        assert question["content"][1]["text"] == envs.PROMPTS["describe"]
+        assert question["content"][1]["text"] == PROMPTS["describe"]
         assert answer == {"role": "assistant", "content": point.observation, "train": True}
         points[point.landmark] += 1
     assert set(points) == {None, "Red Star Diner", "Blue Fish Hotel"} and points[None] < 60        # mostly at a landmark
@@ -342,7 +344,7 @@ def solve(text):
     return "stop()" if done == len(turns) and landmark in now else "forward()"
 
 
-@pytest.mark.parametrize("rule", envs.SPACES)
+@pytest.mark.parametrize("rule", SPACES)
 @pytest.mark.parametrize("look", ["new-york", "others"])
 def test_the_action_follows_from_the_text(rule, look):
     env = Navigation(rule=rule, look=look, held_out=True)

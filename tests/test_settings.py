@@ -14,11 +14,11 @@ import pytest
 import train
 from benchmarks import kernels as bench
 from distributed import plan
+from games import cities, show, unpickle
 from harness import ranges
 from harness.check import settle
 from harness.settings import Args, SettingError, flag_of, parse
 from model import Config
-from games import cities, show, unpickle
 from study import __main__ as study
 from study import faces
 

@@ -17,8 +17,11 @@ from test_navigation import game, here    # noqa: F401 (here is a fixture)
 import envs
 import train
 from envs import GAMES, GeneralPoints, Mixed, Navigation
-from games import cards, compass
+from games import cards, compass, solver
+from games.prompts import TASKS
 from games.rails import instructions
+from games.solver import solve
+from games.verifier import SPACES
 
 SMALL = dict(image=True, size=(56, 14))
 GP = GeneralPoints.shifts("10", "black", True)
@@ -52,7 +55,7 @@ def test_five_card_hands_are_solvable_by_brute_force():
     rng, found = random.Random(0), []
     for numbers in [(1, 1, 1, 1, 1), (10, 10, 10, 10, 9), *(tuple(rng.choices((1, 2, 9, 10), k=5)) for _ in range(30))]:
         found.append(solvable(numbers))
-        assert envs.solvable(numbers, 24) == found[-1], numbers
+        assert solver.solvable(numbers, 24) == found[-1], numbers
     assert {True, False} == set(found)
 
 
@@ -69,7 +72,7 @@ def test_the_expert_solves_every_hand_of_every_set(name, rule):
         assert reward == 5 and terminated and info["success"] and info["recognized"] and info["translated"]
 
 
-@pytest.mark.parametrize("rule", envs.SPACES)
+@pytest.mark.parametrize("rule", SPACES)
 @pytest.mark.parametrize("name", ["fake-rule", "relative-wording"])
 def test_the_expert_walks_every_route_of_every_set(name, rule):
     env = Navigation(**{"rule": rule, **Navigation.shifts(rule, "new-york", False)[name]})
@@ -151,7 +154,7 @@ def test_fake_rule_hands_have_an_answer_by_either_rule_and_never_the_same():
         prompt_of_stated, info_of_stated = stated.reset(seed)
         new, old = (envs.card_values(info["cards"], rule) for rule in ("11-12-13", "10"))
         assert info["numbers"] == old and solvable(old) and solvable(new) and set("JQK") & set(info["cards"])
-        text = answer(envs.solve(new)[0], info["cards"], new)
+        text = answer(solve(new)[0], info["cards"], new)
         _, reward, *_, said = env.step(text)
         assert reward == -2 and said["verdict"] == "foreign_number"
         same += prompt == prompt_of_stated
@@ -378,7 +381,7 @@ def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
         assert factory().reset(3) == of_one().reset(3)
 
 
-@pytest.mark.parametrize("task", envs.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_every_set_can_be_asked_for(task):
     args = train.apply_preset(train.Args(task=task, algo="eval", preset="tiny"), 128)
     known = GAMES[args.game].shifts(args.rule, args.look, args.image)

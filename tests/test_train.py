@@ -18,8 +18,8 @@ import envs
 import train
 from distributed import checkpoint
 from distributed.checkpoint import Checkpoints
-from model import Llama
 from games import cities, rails, routes
+from model import Llama
 
 HERE = Path(train.__file__).parent
 SHORT = {              # what makes a run short, by its algorithm
@@ -279,7 +279,7 @@ def test_imports_follow_the_map():
                "distributed/processes": {"torch", "harness"},
                "distributed/plan": {"torch", "harness", "kernels", "model", "ppo", "sft"},
                "study/figures": {"envs", "harness", "numpy", "study", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy", "harness"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
-               "study/compat": {"study", "variants"}, "study/experiments": {"envs", "study"}, "study/__main__": {"harness", "study"},
+               "study/compat": {"study", "variants"}, "study/experiments": {"games", "study"}, "study/__main__": {"harness", "study"},
                "variants/lora": {"torch", "model", "distributed", "harness"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "model", "variants", "distributed", "harness", "train"},
@@ -288,7 +288,7 @@ def test_imports_follow_the_map():
                    "rivals": {"torch", "kernels", "liger_kernel", "cut_cross_entropy"},
                    "generate": {"torch", "transformers", "envs", "harness", "model"},
                    "scenes": {"games", "harness"}, "soak": {"harness", "model"}}.items()},
-               "harness/ranges": set(), "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
+               "harness/ranges": set(), "harness/settings": {"envs", "games", "harness", "ppo", "sft", "variants"},
                "harness/check": {"envs", "games", "harness", "model", "ppo", "sft", "torch", "variants"},
                "harness/files": set(), "harness/terminal": set(),
                "harness/folder": {"torch", "distributed", "harness", "model", "variants"},
