@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from games.seeds import derive
+from llama.batches import alone, bucket, collate, parts
+from llama.generate import generate
 from llama.metrics import averages
-from model import alone, bucket, collate, generate, parts
 from variants import advantages, losses, official
 from variants.advantages import Estimator, earned
 from variants.losses import Loss

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from games.seeds import derive
+from llama.batches import alone, bucket, collate, parts
 from llama.metrics import averages
-from model import alone, bucket, collate, parts
 from variants import sft_losses
 from variants.sft_losses import Loss
 

@@ -37,7 +37,9 @@ from harness.check import attempt, settle
 from harness.folder import RunFolder, chosen, git_commit, write_atomically
 from harness.ranges import SettingError, UserError
 from harness.settings import GAME_SETTINGS, PRESETS, Args, apply_preset, parse, resumed  # noqa: F401
-from model import Config, Llama, Processor
+from llama.config import Config
+from llama.processor import Processor
+from model import Llama
 from study import figures
 from study.explain import Probe
 from study.flops import Ledger

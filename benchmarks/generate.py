@@ -15,7 +15,9 @@ import torch
 
 from envs import GeneralPoints
 from harness.ranges import command_line, integer, text
-from model import Llama, Processor, generate
+from llama.generate import generate
+from llama.processor import Processor
+from model import Llama
 
 TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp"
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.processes import first, gather
 from harness.files import to_json
-from model import split_shards, to_released
+from llama.folders import split_shards, to_released
 
 BLOCK = 2**24       # bytes read at a time
 

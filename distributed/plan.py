@@ -30,7 +30,12 @@ from harness.check import attempt, settle
 from harness.ranges import SettingError
 from harness.settings import parse
 from kernels import logits, logprob
-from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw
+from llama.batches import Batch, bucket
+from llama.cache import KVCache
+from llama.config import Config
+from llama.generate import draw_tokens
+from llama.images import Images
+from model import CrossLayer, Llama, SelfLayer, VisionLayer
 
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
@@ -237,7 +242,7 @@ def measure_rollout(model, rows, lengths, image, *, cuda=True):
                   images=make_images(model.config, rows) if first else None)
             cache.lengths += drawn - 1                                                        # all steps but the last, which is
             logits = model(make_ids(model.config, rows, 1, False), cache=cache, logits="last").logits      # the longest
-            draw(logits, torch.empty(rows, device="meta"), 1.0)
+            draw_tokens(logits, torch.empty(rows, device="meta"), 1.0)
         return sum(layer.nbytes for layer in cache.kv), 0 if cache.cross is None else cache.cross.nbytes, ledger.peak
 
 

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from distributed.checkpoint import is_checkpoint, load_policy, rows
 from distributed.processes import gather
 from llama.folders import find_tensors, finite, opened
-from model import CrossLayer, Images, Llama, SelfLayer, VisionLayer
+from llama.images import Images
+from model import CrossLayer, Llama, SelfLayer, VisionLayer
 
 BLOCKS = (SelfLayer, CrossLayer, VisionLayer)
 

@@ -23,7 +23,7 @@ from harness.files import Held, Lock, read_lines, replace, sweep, to_json, write
 from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible
-from model import read_json
+from llama.folders import read_json
 from variants import lora
 
 LOG = "log.jsonl"

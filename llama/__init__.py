@@ -1,1 +1,1 @@
-"""What stands under model.py: Hugging Face folders, sizes, images and chat."""
+"""What stands under model.py: sizes, Hugging Face folders, chat and images, KV cache, generation, batches."""

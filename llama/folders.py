@@ -180,3 +180,40 @@ def split_shards(tensors, limit):
             size = tensor.nbytes
         shards[-1].append(name)
     return shards
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole models
+
+def load_weights(model, folder, device="cpu", dtype=None):
+    """Give a model on the meta device the weights of a folder, of one file or shards; dtype None: the file's.
+
+    FileNotFoundError for what is absent; ValueError, on one line, for broken files, and for tensors that are
+    missing, unexpected, misshaped, not floats, or hold NaN.
+    """
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}     # a tied one once
+    state = read_weights(find_tensors(folder, shapes, model.config), str(device), dtype)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def save_model(model, folder, max_shard_size):
+    """Write config.json and safetensors in the released layout, all or nothing."""
+    config = model.config
+    tensors = {to_released(name, config): tensor for name, tensor in model.state_dict().items()
+               if not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    files = {"config.json": json.dumps(config.to_dict() | {"torch_dtype": dtype}, indent=2)}
+    shards = split_shards(tensors, max_shard_size)
+    places = {}                                                # {tensor: file}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        files[file] = {name: tensors[name] for name in names}
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        files[INDEX] = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+    write_files(folder, files, replaces="model*.safetensors*")

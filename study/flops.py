@@ -200,7 +200,7 @@ class Ledger:
             tensor.register_hook(lambda gradient: self.add("update", rate, done, 1))
 
     def paced(self, pace):
-        """`pace` (see model.alone); what it yields with weight 0, for the other ranks' sake, is not counted."""
+        """`pace` (see llama.batches.alone); what it yields with weight 0, for the other ranks' sake, is not counted."""
         def counted(batches, spare):
             for batch, weight in pace(batches, spare):
                 self.idle = weight == 0
@@ -248,6 +248,6 @@ def table(config, length, answers):
 if __name__ == "__main__":
     from distributed.plan import LLAMA_11B
     from harness.ranges import command_line
-    from model import Config
+    from llama.config import Config
     command_line("python -m study.flops", __doc__).parse_args()
     print(table(Config.from_dict(LLAMA_11B), 512, 128))

@@ -13,7 +13,9 @@ import envs
 import train
 from games import rails
 from games.verifier import SPACES
-from model import Config, Llama, Processor
+from llama.config import Config
+from llama.processor import Processor
+from model import Llama
 
 torch.set_num_threads(2)
 

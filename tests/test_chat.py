@@ -11,9 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import envs
-import model as M
 import train
 from distributed.checkpoint import Checkpoints
+from llama.config import Config
+from llama.generate import generate
+from llama.processor import CHATML, LLAMA3, Processor
+from model import Llama
 from test_model import make_processor
 
 TINY = Path(train.__file__).parent / "docs/tiny"
@@ -35,7 +38,7 @@ def transformers():
 
 def processor_of(kind):
     """A tokenizer of bytes: "base" has the generation_config.json of a model that was not trained to chat."""
-    specials = M.CHATML if kind == "chatml" else [*M.LLAMA3, "<|end_of_text|>"]
+    specials = CHATML if kind == "chatml" else [*LLAMA3, "<|end_of_text|>"]
     old = {"eos_token_id": 260, "max_length": 99} if kind == "base" else None
     return make_processor(specials, generation_config=old)
 
@@ -57,9 +60,9 @@ def gp(tmp_path):
 # --------------------------------------------------------------------------------- ours, read by transformers
 
 def test_transformers_renders_as_we_do(transformers, saved):
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(saved), M.Processor.from_pretrained(saved)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(saved), Processor.from_pretrained(saved)
     assert theirs.eos_token_id == ours.end_id and theirs.pad_token_id == ours.pad_id
-    assert theirs.bos_token == (None if ours.chatml else M.LLAMA3[0])
+    assert theirs.bos_token == (None if ours.chatml else LLAMA3[0])
     for messages in CHATS:
         for reply in (True, False):
             ids = theirs.apply_chat_template(messages, add_generation_prompt=reply, return_dict=False)
@@ -69,7 +72,7 @@ def test_transformers_renders_as_we_do(transformers, saved):
 @pytest.mark.parametrize("game", ["gp", "virl", "small"])
 def test_transformers_sees_as_we_do(transformers, small, game):
     folder = small[0] if game == "small" else TINY / game
-    theirs, ours = transformers.AutoProcessor.from_pretrained(folder), M.Processor.from_pretrained(folder)
+    theirs, ours = transformers.AutoProcessor.from_pretrained(folder), Processor.from_pretrained(folder)
     found = theirs.apply_chat_template(SHOWN, add_generation_prompt=True, tokenize=True, return_dict=True,
                                        return_tensors="pt")
     rendered = ours.render(SHOWN)
@@ -85,12 +88,12 @@ def test_transformers_sees_as_we_do(transformers, small, game):
 def test_a_pipeline_chats_and_stops(transformers, tmp_path, kind):
     """At the end token, the third that a random model answers once two rows of its head are swapped."""
     processor = processor_of(kind)
-    model = M.Llama(M.Config.from_dict(dict(
+    model = Llama(Config.from_dict(dict(
         model_type="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, eos_token_id=7)))
     model.init_weights(seed=3, std=0.3)
     prompt, end = processor.render(QUESTION).ids, processor.end_id
-    answer = M.generate(model, [prompt], max_new_tokens=3, temperature=0, stop_ids=[])[0][0].ids
+    answer = generate(model, [prompt], max_new_tokens=3, temperature=0, stop_ids=[])[0][0].ids
     assert len(set(answer)) == 3 and end not in answer
     rows = model.lm_head.weight.data
     rows[[answer[2], end]] = rows[[end, answer[2]]]
@@ -107,10 +110,10 @@ def test_a_pipeline_chats_and_stops(transformers, tmp_path, kind):
 
 def test_the_tiny_model_answers_alike(transformers):
     """A hand of cards in words, from its folder as it stands."""
-    model = M.Llama.from_pretrained(TINY / "gp", dtype=torch.float32)
-    processor, messages = M.Processor.from_pretrained(TINY / "gp"), envs.GeneralPoints().reset(3)[0].messages
+    model = Llama.from_pretrained(TINY / "gp", dtype=torch.float32)
+    processor, messages = Processor.from_pretrained(TINY / "gp"), envs.GeneralPoints().reset(3)[0].messages
     options = dict(max_new_tokens=80, temperature=0, stop_ids=processor.stop_ids)
-    ours = M.generate(model, [processor.render(messages).ids], **options)[0][0]
+    ours = generate(model, [processor.render(messages).ids], **options)[0][0]
     chat = transformers.pipeline("text-generation", model=str(TINY / "gp"), dtype=torch.float32)
     theirs = chat(messages, max_new_tokens=80, do_sample=False)[0]["generated_text"][-1]["content"]
     assert theirs == processor.decode(ours.ids) and "formula" in theirs and ours.ended
@@ -124,8 +127,8 @@ def test_a_folder_of_transformers_5(transformers, tmp_path):
     transformers.AutoProcessor.from_pretrained(TINY / "gp").save_pretrained(a)
     transformers.AutoModelForImageTextToText.from_pretrained(TINY / "gp").save_pretrained(a)
     assert not (a / "preprocessor_config.json").exists()
-    model, first = M.Llama.from_pretrained(a), M.Processor.from_pretrained(TINY / "gp")
-    again = M.Processor.from_pretrained(a, model.config, images=True)
+    model, first = Llama.from_pretrained(a), Processor.from_pretrained(TINY / "gp")
+    again = Processor.from_pretrained(a, model.config, images=True)
     assert again.image_config == first.image_config and again.render(SHOWN) == first.render(SHOWN)
     assert (again.stop_ids, again.pad_id) == (first.stop_ids, first.pad_id)
     again.save_pretrained(b)
@@ -138,7 +141,7 @@ def test_where_both_files_prepare_images_the_nested_one_counts(gp):
     """As in transformers."""
     values = json.loads((gp / "preprocessor_config.json").read_text()) | {"resample": 3, "crop_size": None}
     (gp / "processor_config.json").write_text(json.dumps({"image_processor": values}))
-    assert M.Processor.from_pretrained(gp).image_config["resample"] == 3
+    assert Processor.from_pretrained(gp).image_config["resample"] == 3
 
 
 KEPT = {
@@ -155,9 +158,9 @@ def test_files_that_pass_through(gp, tmp_path, name):
     (gp / "chat_template.jinja").unlink()
     (gp / name).parent.mkdir(exist_ok=True)
     (gp / name).write_bytes(KEPT[name])
-    M.Processor.from_pretrained(gp).save_pretrained(tmp_path / "b")
+    Processor.from_pretrained(gp).save_pretrained(tmp_path / "b")
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    write_rest = M.Processor.from_pretrained(tmp_path / "b").save_pretrained
+    write_rest = Processor.from_pretrained(tmp_path / "b").save_pretrained
     checkpoints.save(1, {"x": torch.ones(2)}, {}, write_rest)
     checkpoints.finish()
     checkpoints.verify(checkpoints.newest())
@@ -172,7 +175,7 @@ def test_what_tokenizer_config_says_is_kept(gp, tmp_path, template):
     (gp / "chat_template.jinja").unlink()
     config = {"tokenizer_class": "LlamaTokenizer", "chat_template": template, "eos_token": "<|end_of_text|>"}
     (gp / "tokenizer_config.json").write_text(json.dumps(config))
-    M.Processor.from_pretrained(gp).save_pretrained(tmp_path / "b")
+    Processor.from_pretrained(gp).save_pretrained(tmp_path / "b")
     assert json.loads((tmp_path / "b/tokenizer_config.json").read_text()).items() >= config.items()
     assert not (tmp_path / "b/chat_template.jinja").exists()
 
@@ -191,16 +194,16 @@ STATES = [
 
 @pytest.mark.parametrize("change", STATES)
 def test_what_a_caller_left_in_the_tokenizer(gp, tmp_path, change):
-    expected = M.Processor.from_pretrained(gp).render(CHATS[2]).ids
+    expected = Processor.from_pretrained(gp).render(CHATS[2]).ids
     tokenizer = Tokenizer.from_file(str(gp / "tokenizer.json"))
     change(tokenizer)
     tokenizer.save(str(gp / "tokenizer.json"))
-    processor = M.Processor.from_pretrained(gp)
+    processor = Processor.from_pretrained(gp)
     assert processor.render(CHATS[2]).ids == expected
     processor.save_pretrained(tmp_path / "b")
     saved = json.loads((tmp_path / "b/tokenizer.json").read_text())
     assert saved["truncation"] is saved["padding"] is saved["model"]["dropout"] is None
-    assert M.Processor.from_pretrained(tmp_path / "b").render(CHATS[2]).ids == expected
+    assert Processor.from_pretrained(tmp_path / "b").render(CHATS[2]).ids == expected
 
 
 def test_truncation_that_transformers_stored(transformers, tmp_path):
@@ -208,15 +211,15 @@ def test_truncation_that_transformers_stored(transformers, tmp_path):
     theirs("many words", truncation=True, max_length=3, padding="max_length")
     theirs.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]["max_length"] == 3
-    expected = M.Processor.from_pretrained(TINY / "gp").render(CHATS[2])
-    assert M.Processor.from_pretrained(tmp_path).render(CHATS[2]) == expected
+    expected = Processor.from_pretrained(TINY / "gp").render(CHATS[2])
+    assert Processor.from_pretrained(tmp_path).render(CHATS[2]) == expected
 
 
 def test_layout_tokens_are_special_whatever_the_file_says(gp):
     """Else a user's text could end its own turn."""
     text = (gp / "tokenizer.json").read_text()
     (gp / "tokenizer.json").write_text(text.replace('"special": true', '"special": false'))
-    processor, layout = M.Processor.from_pretrained(gp), [*M.LLAMA3, "<|image|>"]
+    processor, layout = Processor.from_pretrained(gp), [*LLAMA3, "<|image|>"]
     ids = processor.encode("".join(layout))
     assert not {processor.tokenizer.token_to_id(token) for token in layout} & set(ids)
 
@@ -238,7 +241,7 @@ def test_stop_tokens_of_all_files_and_the_one_trained_on(gp, tmp_path, generatio
     (gp / "generation_config.json").unlink()
     if generation is not None:
         (gp / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.6}))
-    processor = M.Processor.from_pretrained(gp)
+    processor = Processor.from_pretrained(gp)
     assert (processor.stop_ids, processor.pad_id) == (stops, pad)
     processor.save_pretrained(tmp_path / "b")
     saved = json.loads((tmp_path / "b/generation_config.json").read_text())

@@ -14,7 +14,12 @@ import sft
 import train
 from distributed import plan, shard
 from kernels.visible import dense_mask
-from model import Batch, Config, Images, KVCache, Llama, generate
+from llama.batches import Batch
+from llama.cache import KVCache
+from llama.config import Config
+from llama.generate import generate
+from llama.images import Images
+from model import Llama
 from study import flops
 from variants import lora
 

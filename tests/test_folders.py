@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distributed import shard
-from model import Config, Llama, Processor
+from llama.config import Config
+from llama.processor import Processor
+from model import Llama
 
 NAN, INF = math.nan, math.inf
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]

@@ -18,7 +18,9 @@ import sft
 import train
 from distributed.plan import LLAMA_11B
 from envs import GeneralPoints
-from model import Config, Linear, Llama, collate
+from llama.batches import collate
+from llama.config import Config
+from model import Linear, Llama
 from variants import lora
 
 HERE = Path(train.__file__).parent

@@ -17,9 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import model as M
+from kernels.attention import Visible
 from llama import folders
-from llama.images import to_rgb
+from llama.cache import KVCache
+from llama.config import Config, tile_layouts
+from llama.generate import draw_tokens, draw_uniform, generate, pad
+from llama.images import Images, to_rgb
+from llama.processor import CHATML, LLAMA3, Processor
+from model import Llama, Step
 
 IMAGE, VOCAB, TILE = 120, 120, 28
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -46,7 +51,7 @@ def randomise(module, seed=0):
 @pytest.fixture(scope="module")
 def tiny():
     """A mllama made here, for tests that need no reference."""
-    return randomise(M.Llama(M.Config.from_dict(MLLAMA)))
+    return randomise(Llama(Config.from_dict(MLLAMA)))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def mllama(transformers, tmp_path_factory):
 
 def reference(theirs, folder):
     randomise(theirs).save_pretrained(folder)
-    return folder, as_trained(theirs), M.Llama.from_pretrained(folder)
+    return folder, as_trained(theirs), Llama.from_pretrained(folder)
 
 
 def as_trained(theirs):
@@ -96,12 +101,12 @@ def random_ids(rows, length, seed=0, image_at=()):
 
 def random_images(aspect_ratio_ids, rows=None, seed=0):
     """Images with these aspect ratio ids (1-based); padded tiles are zero, as in real batches."""
-    layouts = M.tile_layouts(4)
+    layouts = tile_layouts(4)
     n = len(aspect_ratio_ids)
     tiles = torch.tensor([layouts[i - 1][0] * layouts[i - 1][1] for i in aspect_ratio_ids])
     mask = (torch.arange(4) < tiles[:, None]).long()
     pixels = torch.randn(n, 4, 3, TILE, TILE, generator=torch.Generator().manual_seed(seed)) * mask[:, :, None, None, None]
-    return M.Images(pixels, torch.tensor(aspect_ratio_ids), mask, torch.arange(n) if rows is None else torch.tensor(rows))
+    return Images(pixels, torch.tensor(aspect_ratio_ids), mask, torch.arange(n) if rows is None else torch.tensor(rows))
 
 
 def image_inputs(ids, images):
@@ -123,7 +128,7 @@ def our_logits(ours, ids, **kwargs):
 
 
 def one_image(images, i):
-    return M.Images(images.pixel_values[i:i + 1], images.aspect_ratio_ids[i:i + 1], images.aspect_ratio_mask[i:i + 1], torch.tensor([0]))
+    return Images(images.pixel_values[i:i + 1], images.aspect_ratio_ids[i:i + 1], images.aspect_ratio_mask[i:i + 1], torch.tensor([0]))
 
 
 def assert_close(a, b, limit=1e-4):
@@ -168,8 +173,8 @@ def test_a_cross_layer_by_hand(tiny):
     random = torch.Generator().manual_seed(0)
     x, vision = (torch.randn(1, n, 32, dtype=torch.float64, generator=random) for n in (5, 20))
     real = torch.arange(20) < 15
-    step = M.Step(None, None, vision=vision, looks=True, image=M.Visible(key_mask=real[None]),
-                  sees=torch.tensor([[[0.0], [0.0], [1.0], [1.0], [1.0]]], dtype=torch.float64))
+    step = Step(None, None, vision=vision, has_images=True, image=Visible(key_mask=real[None]),
+                after_image=torch.tensor([[[0.0], [0.0], [1.0], [1.0], [1.0]]], dtype=torch.float64))
     norm = lambda v, weight: v / (v.square().mean() + 1e-5).sqrt() * weight
     attn, mlp, expected = layer.cross_attn, layer.mlp, x[0].clone()
     for t in (2, 3, 4):
@@ -245,7 +250,7 @@ def test_transformers_reads_what_we_save(transformers, mllama, tmp_path, shard):
     as_trained(again)
     ids, images = random_ids(2, 10, image_at=[(0, 1), (1, 2)]), random_images([6, 2])
     assert_close(their_logits(again.eval(), ids, images), their_logits(theirs, ids, images))
-    assert_close(our_logits(M.Llama.from_pretrained(tmp_path), ids, images=images), their_logits(theirs, ids, images))
+    assert_close(our_logits(Llama.from_pretrained(tmp_path), ids, images=images), their_logits(theirs, ids, images))
     ours.save_pretrained(tmp_path)                         # a later save in one file leaves no stale shard or index
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -260,7 +265,7 @@ def test_both_tensor_layouts_load(tiny, tmp_path):
         newer["model." + name if name.startswith(("vision_model", "multi_modal")) else name] = tensor
     assert not set(newer) & set(released)
     save_file(newer, tmp_path / "model.safetensors")
-    for name, tensor in M.Llama.from_pretrained(tmp_path).state_dict().items():
+    for name, tensor in Llama.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(tensor, tiny.state_dict()[name]), name
 
 
@@ -273,7 +278,7 @@ def test_cached_decoding_equals_full_forward(mllama):
     ids = random_ids(4, 20, image_at=[(0, 2), (1, 0), (3, 4)])
     images = random_images([1, 2, 5], rows=[0, 1, 3])
     full = our_logits(ours, ids, images=images)
-    cache, ends = M.KVCache(ours.config, 4), [0] * 4
+    cache, ends = KVCache(ours.config, 4), [0] * 4
     for step, counts in enumerate([[5, 7, 6, 8], [3, 1, 4, 2], [1] * 4, [1] * 4, [2, 3, 1, 1]]):
         chunk = torch.full((4, max(counts)), 77)           # 77: padding that would show if anything attended to it
         for b, n in enumerate(counts):
@@ -295,7 +300,7 @@ def test_kernels_compute_the_same_model(tiny, monkeypatch):
         tiny.zero_grad()
         out = tiny(ids, lengths=lengths, images=images, targets=targets, temperature=0.7)
         (out.logprobs.sum() + out.entropy.sum()).backward()
-        cache = M.KVCache(tiny.config, 3)
+        cache = KVCache(tiny.config, 3)
         cached = [our_logits(tiny, ids[:, :6], lengths=torch.tensor([6, 4, 5]), cache=cache, images=images)[[0, 1, 2], [5, 3, 4]]]
         cached += [our_logits(tiny, ids[:, t:t + n], cache=cache)[:, -1] for t, n in ((6, 1), (7, 2))]
         return [out.logprobs.detach(), out.entropy.detach(), *cached, *(p.grad for p in tiny.parameters())]
@@ -317,7 +322,7 @@ def test_autocast_reaches_the_kernels_and_the_cache(tiny, kernels, monkeypatch):
     with torch.autocast("cpu", torch.float16):
         found = tiny(ids, images=images, targets=ids.clamp(max=99)).logprobs
         found.sum().backward()
-        samples, cache = M.generate(tiny, ids.tolist(), images=images, max_new_tokens=3, temperature=0, stop_ids=[])
+        samples, cache = generate(tiny, ids.tolist(), images=images, max_new_tokens=3, temperature=0, stop_ids=[])
     assert_close(found.detach(), expected, 0.05)
     assert cache.kv[0].dtype == cache.cross.dtype == torch.float16 and all(len(sample.ids) == 3 for sample in samples)
     assert all(p.grad.dtype == torch.float32 for p in tiny.parameters() if p.grad is not None)
@@ -329,7 +334,7 @@ def test_greedy_tokens_identical(mllama, with_image):
     _, theirs, ours = mllama
     ids = random_ids(2, 10, seed=3, image_at=[(0, 2), (1, 5)] if with_image else [])
     images = random_images([2, 6]) if with_image else None
-    samples, _ = M.generate(ours, ids.tolist(), images=images, max_new_tokens=64, temperature=0, stop_ids=[])
+    samples, _ = generate(ours, ids.tolist(), images=images, max_new_tokens=64, temperature=0, stop_ids=[])
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64,
                                eos_token_id=None, pad_token_id=0, **(image_inputs(ids, images) if images else {}))
     assert [s.ids for s in samples] == expected[:, 10:].tolist()
@@ -352,10 +357,10 @@ def start(model, rows=range(4), **kwargs):
     pool = {0: 0, 2: 1}
     images, chosen = random_images([2, 6]), [r for r in rows if r in pool]
     pick = torch.tensor([pool[r] for r in chosen], dtype=torch.long)
-    images = M.Images(images.pixel_values[pick], images.aspect_ratio_ids[pick], images.aspect_ratio_mask[pick],
-                      torch.tensor([rows.index(r) for r in chosen])) if chosen else None
+    images = Images(images.pixel_values[pick], images.aspect_ratio_ids[pick], images.aspect_ratio_mask[pick],
+                    torch.tensor([rows.index(r) for r in chosen])) if chosen else None
     options = dict(max_new_tokens=12, stop_ids=range(0, 12), seeds=[100 + r for r in rows]) | kwargs
-    return M.generate(model, [CONVERSATIONS[r] for r in rows], images=images, **options)
+    return generate(model, [CONVERSATIONS[r] for r in rows], images=images, **options)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
@@ -382,7 +387,7 @@ def test_logprob_drawn_is_logprob_scored(tiny, temperature):
     assert [s.ids for s in start(tiny, temperature=temperature)[0]] == [s.ids for s in samples]
     assert [s.ids for s in start(tiny, temperature=temperature, seeds=[1, 2, 3, 4])[0]] != [s.ids for s in samples]
     conversations = [c + s.ids for c, s in zip(CONVERSATIONS, samples)]
-    ids, lengths = M.pad(conversations)
+    ids, lengths = pad(conversations)
     targets = torch.full_like(ids, -100)
     for b, (c, s) in enumerate(zip(CONVERSATIONS, samples)):
         targets[b, len(c) - 1:len(c) - 1 + len(s.ids)] = torch.tensor(s.ids)
@@ -397,7 +402,7 @@ def test_logprob_drawn_is_logprob_scored(tiny, temperature):
 def test_sampling_follows_the_distribution():
     """20000 draws by inverse CDF: frequencies within 4 standard errors; impossible tokens never."""
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0, -1.0, -math.inf]]).expand(20000, -1)
-    tokens, logprobs = M.draw(logits, M.draw_uniform(None, 20000, 1)[:, 0], 0.8)
+    tokens, logprobs = draw_tokens(logits, draw_uniform(None, 20000, 1)[:, 0], 0.8)
     p = (logits[0] / 0.8).softmax(0)
     frequency = torch.bincount(tokens, minlength=6) / 20000
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()
@@ -409,9 +414,9 @@ def test_the_largest_random_number_draws_a_possible_token(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 1.0))
     logits = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
     logits[:, 50:] = -math.inf
-    tokens, logprobs = M.draw(logits, M.draw_uniform(None, 500, 1)[:, 0], 1.0)
+    tokens, logprobs = draw_tokens(logits, draw_uniform(None, 500, 1)[:, 0], 1.0)
     assert (tokens < 50).all() and logprobs.isfinite().all()
-    assert M.draw(logits, torch.zeros(500), 1.0)[0].tolist() == [0] * 500
+    assert draw_tokens(logits, torch.zeros(500), 1.0)[0].tolist() == [0] * 500
 
 
 def test_turns_continue_and_prefix_is_fed_once(tiny):
@@ -431,20 +436,20 @@ def test_turns_continue_and_prefix_is_fed_once(tiny):
         assert cache.lengths.tolist() == [held[row] for row in stay]
         fed.clear()
         seeds = [1000 * turn + row for row in live]
-        samples, cache = M.generate(tiny, [lists[r] for r in live], cache=cache, max_new_tokens=9, stop_ids=range(0, 9), seeds=seeds)
+        samples, cache = generate(tiny, [lists[r] for r in live], cache=cache, max_new_tokens=9, stop_ids=range(0, 9), seeds=seeds)
         assert fed[0] == (len(live), max(len(lists[r]) - held[r] for r in live)) and all(shape[1] == 1 for shape in fed[1:])
         images = random_images([2, 6], rows=[0, 2])
         order = [r for r in live if r in (0, 2)]
         pick = torch.tensor([[0, 2].index(r) for r in order])
-        fresh = M.Images(images.pixel_values[pick], images.aspect_ratio_ids[pick], images.aspect_ratio_mask[pick],
-                         torch.tensor([live.index(r) for r in order]))
-        scratch, _ = M.generate(tiny, [lists[r] for r in live], images=fresh, max_new_tokens=9, stop_ids=range(0, 9), seeds=seeds)
+        fresh = Images(images.pixel_values[pick], images.aspect_ratio_ids[pick], images.aspect_ratio_mask[pick],
+                       torch.tensor([live.index(r) for r in order]))
+        scratch, _ = generate(tiny, [lists[r] for r in live], images=fresh, max_new_tokens=9, stop_ids=range(0, 9), seeds=seeds)
         assert [s.ids for s in scratch] == [s.ids for s in samples]
     handle.remove()
 
 
 def test_a_cache_grows_around_what_it_holds(tiny):
-    cache = M.KVCache(tiny.config, 2)
+    cache = KVCache(tiny.config, 2)
     tiny(random_ids(2, 70), cache=cache)
     before = [layer.clone() for layer in cache.kv]
     cache.reserve(300)
@@ -459,8 +464,8 @@ def test_samples_hand_out_states_and_features(tiny):
     images = random_images([2, 6], rows=[0, 2])
     assert [s.features is None for s in samples] == [False, True, False, True]
     assert_close(torch.stack([samples[0].features, samples[2].features]), tiny.vision_model(images))
-    known = M.Images(None, images.aspect_ratio_ids, images.aspect_ratio_mask, images.rows, torch.stack([samples[0].features, samples[2].features]))
-    ids, lengths = M.pad(CONVERSATIONS)
+    known = Images(None, images.aspect_ratio_ids, images.aspect_ratio_mask, images.rows, torch.stack([samples[0].features, samples[2].features]))
+    ids, lengths = pad(CONVERSATIONS)
     for given in (images, known):
         hidden = tiny(ids, lengths=lengths, images=given).hidden
         assert_close(hidden[range(4), lengths - 1], torch.stack([s.hidden for s in samples]))
@@ -483,7 +488,7 @@ def test_image_is_encoded_once(tiny):
     calls = []
     handle = tiny.vision_model.register_forward_hook(lambda *_: calls.append(1))
     samples, cache = start(tiny)
-    M.generate(tiny, [c + s.ids + [50] for c, s in zip(CONVERSATIONS, samples)], cache=cache, max_new_tokens=3, stop_ids=[])
+    generate(tiny, [c + s.ids + [50] for c, s in zip(CONVERSATIONS, samples)], cache=cache, max_new_tokens=3, stop_ids=[])
     handle.remove()
     assert len(calls) == 1
 
@@ -495,12 +500,12 @@ def test_image_and_token_must_match(tiny):
             tiny(torch.tensor(ids), images=images)
     with pytest.raises(ValueError, match="one image"):
         tiny(torch.tensor([[IMAGE, 2, IMAGE]]), images=random_images([1, 1], rows=[0, 0]))
-    cache = M.KVCache(tiny.config, 1)
+    cache = KVCache(tiny.config, 1)
     tiny(torch.tensor([[1, 2]]), cache=cache)
     with pytest.raises(ValueError, match="first tokens"):
         tiny(torch.tensor([[IMAGE, 2]]), cache=cache, images=images)
     with pytest.raises(ValueError, match="at least one token"):
-        M.generate(tiny, [[1, 2]], cache=cache, max_new_tokens=1, stop_ids=[])
+        generate(tiny, [[1, 2]], cache=cache, max_new_tokens=1, stop_ids=[])
 
 
 def test_rollout_then_training_in_one_process(tiny):
@@ -545,11 +550,11 @@ def folder(tiny, tmp_path):
 
 def test_built_on_meta_and_cast(folder, monkeypatch):
     built = []
-    monkeypatch.setattr(M.Llama, "init_weights", lambda self: built.append(self))
-    m = M.Llama.from_pretrained(folder, dtype=torch.bfloat16)
+    monkeypatch.setattr(Llama, "init_weights", lambda self: built.append(self))
+    m = Llama.from_pretrained(folder, dtype=torch.bfloat16)
     assert not built and all(p.dtype == torch.bfloat16 and not p.is_meta for p in m.parameters())
     m.save_pretrained(folder)
-    assert next(M.Llama.from_pretrained(folder).parameters()).dtype == torch.bfloat16              # None keeps the file's
+    assert next(Llama.from_pretrained(folder).parameters()).dtype == torch.bfloat16              # None keeps the file's
     assert our_logits(m, random_ids(1, 4)).isfinite().all()
 
 
@@ -568,7 +573,7 @@ def edit(folder, change):
 def test_wrong_tensors_are_named(folder, change, words):
     edit(folder, change)
     with pytest.raises(ValueError) as error:
-        M.Llama.from_pretrained(folder)
+        Llama.from_pretrained(folder)
     assert all(word in str(error.value) for word in [*words, "model.safetensors"]) and "\n" not in str(error.value)
 
 
@@ -596,20 +601,20 @@ def set_config(folder, **values):
 def test_unusable_folders(folder, damage, kind, words):
     damage(folder)
     with pytest.raises(kind) as error:
-        M.Llama.from_pretrained(folder)
+        Llama.from_pretrained(folder)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_llama_with_biases_is_refused():
     with pytest.raises(ValueError, match="attention_bias"):
-        M.Config.from_dict(TEXT | dict(model_type="llama", attention_bias=True))
+        Config.from_dict(TEXT | dict(model_type="llama", attention_bias=True))
 
 
 def test_missing_shard_is_named(tiny, tmp_path):
     tiny.save_pretrained(tmp_path, max_shard_size=60_000)
     next(tmp_path.glob("model-00002-*")).unlink()
     with pytest.raises(FileNotFoundError, match="model-00002"):
-        M.Llama.from_pretrained(tmp_path)
+        Llama.from_pretrained(tmp_path)
 
 
 def test_full_disk_leaves_nothing_half_written(tiny, folder, tmp_path, monkeypatch):
@@ -634,7 +639,7 @@ def test_full_disk_leaves_nothing_half_written(tiny, folder, tmp_path, monkeypat
 
 
 def test_fresh_weights_are_seeded_and_sane():
-    m = M.Llama(M.Config.from_dict(MLLAMA))
+    m = Llama(Config.from_dict(MLLAMA))
     first = {k: v.clone() for k, v in m.state_dict().items()}
     m.init_weights(seed=1)
     assert not torch.equal(first["lm_head.weight"], m.lm_head.weight)
@@ -654,7 +659,7 @@ def make_processor(specials, **kwargs):
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    return M.Processor(tokenizer, **kwargs)
+    return Processor(tokenizer, **kwargs)
 
 
 PREPROCESSOR = dict(size=dict(height=TILE, width=TILE), max_image_tiles=4, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3], resample=2)
@@ -662,12 +667,12 @@ PREPROCESSOR = dict(size=dict(height=TILE, width=TILE), max_image_tiles=4, image
 
 @pytest.fixture
 def llama3():
-    return make_processor([*M.LLAMA3, "<|image|>", "<|end_of_text|>"], image_config=PREPROCESSOR, generation_config={"eos_token_id": [261, 259]})
+    return make_processor([*LLAMA3, "<|image|>", "<|end_of_text|>"], image_config=PREPROCESSOR, generation_config={"eos_token_id": [261, 259]})
 
 
 @pytest.fixture
 def chatml():
-    return make_processor(M.CHATML)
+    return make_processor(CHATML)
 
 
 def spell(processor, ids):
@@ -717,7 +722,7 @@ def test_turns_are_exact_prefixes(kind, ended, request):
 
 
 def test_user_text_makes_no_special_tokens(llama3, chatml):
-    for processor, words in ((llama3, M.LLAMA3 + ["<|image|>", "<|end_of_text|>"]), (chatml, M.CHATML)):
+    for processor, words in ((llama3, LLAMA3 + ["<|image|>", "<|end_of_text|>"]), (chatml, CHATML)):
         text = "a".join(words)
         ids = processor.encode(text)
         assert not processor.special_ids & set(ids) and processor.decode(ids) == text
@@ -740,19 +745,19 @@ def test_position_of(llama3):
 
 
 def test_processor_round_trip(llama3, chatml, tmp_path):
-    assert make_processor(M.CHATML, generation_config={"eos_token_id": 0, "pad_token_id": 0}).stop_ids[0] == 0
-    assert make_processor(M.CHATML, generation_config={"pad_token_id": 0}).pad_id == 0
+    assert make_processor(CHATML, generation_config={"eos_token_id": 0, "pad_token_id": 0}).stop_ids[0] == 0
+    assert make_processor(CHATML, generation_config={"pad_token_id": 0}).pad_id == 0
     llama3.save_pretrained(tmp_path / "a")
-    again = M.Processor.from_pretrained(tmp_path / "a")
+    again = Processor.from_pretrained(tmp_path / "a")
     assert again.render(DIALOGUE) == llama3.render(DIALOGUE) and again.image_config == llama3.image_config
     assert (again.stop_ids, again.pad_id) == (llama3.stop_ids, llama3.pad_id)
     chatml.save_pretrained(tmp_path / "b")
-    assert M.Processor.from_pretrained(tmp_path / "b").image_config is None
+    assert Processor.from_pretrained(tmp_path / "b").image_config is None
     (tmp_path / "a" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json"):
-        M.Processor.from_pretrained(tmp_path / "a")
+        Processor.from_pretrained(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
-        M.Processor.from_pretrained(tmp_path / "nowhere")
+        Processor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="special tokens"):
         make_processor(["<s>"])
 
@@ -864,12 +869,12 @@ def test_transparency_turns_white(mode):
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder with SmolLM2-135M-Instruct")
 def test_smollm2_greedy_text(transformers):
     folder = os.environ["SMOLLM2"]
-    processor = M.Processor.from_pretrained(folder)
+    processor = Processor.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = M.Llama.from_pretrained(folder, dtype=torch.float32)
+    ours = Llama.from_pretrained(folder, dtype=torch.float32)
     questions = ["What is the capital of France?", "Name three uses of a hammer."]
     prompts = [processor.render([{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": q}]).ids for q in questions]
-    samples, _ = M.generate(ours, prompts, max_new_tokens=48, temperature=0, stop_ids=processor.stop_ids)
+    samples, _ = generate(ours, prompts, max_new_tokens=48, temperature=0, stop_ids=processor.stop_ids)
     for prompt, sample in zip(prompts, samples):
         ids = torch.tensor([prompt])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48, eos_token_id=processor.stop_ids)

@@ -15,7 +15,11 @@ import sft
 import train
 from distributed import plan
 from kernels.attention import attention_reference
-from model import Config, KVCache, Llama, Processor, generate
+from llama.cache import KVCache
+from llama.config import Config
+from llama.generate import generate
+from llama.processor import Processor
+from model import Llama
 
 BATCH = 3
 

@@ -11,7 +11,7 @@ import ppo
 import sft
 import train
 from envs import GeneralPoints, Navigation
-from model import Sample
+from llama.generate import Sample
 
 GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56))}
 

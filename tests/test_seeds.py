@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import model as M
 import ppo
 import sft
 import train
 from envs import GeneralPoints, Navigation
 from games.seeds import TRAINING, derive
 from harness.files import to_json
+from llama.generate import draw_uniform
 from study import records as study
 from test_train import records, run
 
@@ -58,11 +58,11 @@ def test_a_run_walks_all_routes_equally_often():
 def test_what_is_drawn_depends_on_all_bits_of_a_seed():
     """torch's generator on the CPU takes 5 and 5 + 2**32 for the same."""
     seeds = [5, 5 + 2**32, 5 + 2**62, 0, 2**63 - 1]
-    rows = M.draw_uniform(seeds, len(seeds), 48)
+    rows = draw_uniform(seeds, len(seeds), 48)
     assert rows.shape == (5, 48) and rows.dtype == torch.float32 and 0 <= rows.min() and rows.max() < 1
     assert len(set(map(tuple, rows.tolist()))) == len(seeds)
-    assert torch.equal(rows, M.draw_uniform(seeds, len(seeds), 48))
-    numbers = M.draw_uniform([derive("draws", k) for k in range(2000)], 2000, 48)
+    assert torch.equal(rows, draw_uniform(seeds, len(seeds), 48))
+    numbers = draw_uniform([derive("draws", k) for k in range(2000)], 2000, 48)
     assert abs(numbers.mean() - 0.5) < 4 * (1 / 12 / numbers.numel()) ** 0.5               # four standard errors
 
 

@@ -18,7 +18,7 @@ from games import cities, show, unpickle
 from harness import ranges
 from harness.check import settle
 from harness.settings import Args, SettingError, flag_of, parse
-from model import Config
+from llama.config import Config
 from study import __main__ as study
 from study import faces
 

@@ -10,7 +10,7 @@ import ppo
 import sft
 import train
 from envs import GeneralPoints
-from model import bucket, collate
+from llama.batches import bucket, collate
 
 GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56))}
 

@@ -25,7 +25,8 @@ import sft  # noqa: E402
 import train  # noqa: E402
 from distributed import checkpoint, shard  # noqa: E402
 from llama import folders  # noqa: E402
-from model import Config, Llama, from_any_layout  # noqa: E402
+from llama.config import Config  # noqa: E402
+from model import Llama  # noqa: E402
 
 GAME = ["--attempts", "2", "--max-new-tokens", "4", "--eval-sets", "id", "--device", "cpu"]
 # A large eps: no step out of rounding noise.
@@ -290,7 +291,7 @@ def test_a_rank_reads_its_own_rows_only(two_ranks, small):
     for read, own, gathered in ranks:
         assert len(read) == sum(len(part) > 0 for _, part in own.values())
         for theirs, count in read.items():
-            name = from_any_layout(theirs)
+            name = folders.from_any_layout(theirs)
             assert count == own[name][1].numel() and (count < gathered[name].numel() or len(gathered[name]) == 1)
 
 

@@ -11,7 +11,7 @@ import ppo
 import sft
 from distributed.processes import Processes
 from envs import GeneralPoints
-from model import parts
+from llama.batches import parts
 from test_ppo import critic_of, episode, settings
 
 

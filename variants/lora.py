@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Config, Linear, Llama
+from llama.config import Config
+from model import Linear, Llama
 
 # What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are computed from its weight.
 GROUPS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")}

@@ -1,0 +1,128 @@
+"""Sample answers from a model, with a KV cache that goes on from turn to turn.
+
+    from llama.generate import generate
+    from llama.processor import Processor
+    from model import Llama
+
+    model, processor = Llama.from_pretrained(FOLDER), Processor.from_pretrained(FOLDER)
+    ids = processor.render([{"role": "user", "content": "Hello"}]).ids
+    samples, cache = generate(model, [ids], max_new_tokens=50, stop_ids=processor.stop_ids)
+    print(processor.decode(samples[0].ids))
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels import product_type
+from llama.cache import KVCache
+
+
+@dataclass
+class Sample:
+    """One answer."""
+    ids: list                               # drawn ids, with the end token if it was drawn
+    logprobs: list                          # of each, when it was drawn
+    ended: bool = False                     # by a stop id, not by max_new_tokens
+    hidden: torch.Tensor | None = None      # (D,) at the last token before them, normed: what a critic reads
+    features: torch.Tensor | None = None    # (S, F) of the row's image, on the host; see `generate`
+
+
+@torch.no_grad()
+def generate(model, conversations, *, cache=None, images=None, max_new_tokens, temperature=1.0, stop_ids,
+             seeds=None, keep_features=False):
+    """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
+
+    conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
+    and only the rest is fed. images: with the first call only. temperature 0 is greedy, with the log-probs of
+    temperature 1. seeds: one per row, whose draws then depend on no other row (default: torch's generator).
+    keep_features: hand out what the vision encoder made of the images, to train a model whose encoder is
+    frozen (see Images.features). To go on: append sample.ids and the next forced tokens to each list, call
+    cache.keep(rows that go on), then this again.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    weight, B, stop_ids = model.embed_tokens.weight, len(conversations), set(stop_ids)
+    cache = KVCache(model.config, B, weight.device, product_type(weight)) if cache is None else cache
+    ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
+    cache.reserve(int((cache.lengths + lengths).max()) + max(max_new_tokens, ids.shape[1]))
+    uniform = draw_uniform(seeds, B, max_new_tokens).to(weight.device)
+
+    out = model(ids.to(weight.device), lengths=lengths, images=images, cache=cache, logits="last")
+    samples = [Sample([], [], hidden=hidden) for hidden in out.hidden[torch.arange(B), lengths - 1]]
+    if keep_features and images is not None:
+        for row, features in zip(images.rows.tolist(), out.features.cpu()):
+            samples[row].features = features
+    logits, out = out.logits, None                             # frees the rest
+
+    rows, drawn, view = list(range(B)), [], cache              # rows[slot]: the row that computes there
+    for t in range(max_new_tokens):
+        tokens, logprobs = draw_tokens(logits, uniform[:, t], temperature)
+        drawn.append((rows[:len(tokens)], logprobs))
+        done = []
+        for slot, token in enumerate(tokens.tolist()):         # the one wait for the device per token
+            samples[rows[slot]].ids.append(token)
+            if token in stop_ids:
+                samples[rows[slot]].ended = True
+                done.append(slot)
+        if len(done) == len(tokens) or t == max_new_tokens - 1:
+            break
+        if done:                                               # finished rows go to the end, and cost no more
+            n = len(tokens) - len(done)
+            to, source = swaps(done, n)
+            cache.move(to, source)
+            tokens[to], uniform[to] = tokens[source], uniform[source]
+            for slot, row in zip(to, [rows[s] for s in source]):
+                rows[slot] = row
+            tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
+        logits = model(tokens[:, None], cache=view, logits="last").logits
+
+    values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())
+    for slots, _ in drawn:
+        for row in slots:
+            samples[row].logprobs.append(next(values))
+    moved = [slot for slot, row in enumerate(rows) if slot != row]
+    cache.move([rows[slot] for slot in moved], moved)          # every row back to its place
+    return samples, cache
+
+
+def pad(rows):
+    """Pad lists of ids with 0 on the right -> (B, T) int64 and lengths (B,)."""
+    if not all(rows):
+        raise ValueError("every conversation needs at least one token that the cache does not hold yet")
+    width = max(map(len, rows))
+    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    return padded, torch.tensor([len(row) for row in rows])
+
+
+def draw_uniform(seeds, rows, steps):
+    """Draw (rows, steps) numbers in [0, 1), row i from seeds[i].
+
+    NumPy's generators take all 64 bits of a seed; torch's on the CPU reads 32.
+    """
+    if seeds is None:
+        uniform = torch.rand(rows, steps)
+    else:
+        streams = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+        numbers = [stream.random(steps, dtype=np.float32) for stream in streams]
+        uniform = torch.from_numpy(np.stack(numbers))
+    return uniform.clamp_(max=1 - 2**-22)                      # so that u * total < total after rounding
+
+
+def draw_tokens(logits, uniform, temperature):
+    """Draw by inverse CDF: logits (n, V), uniform (n,) -> tokens (n,) and their log-probs (n,) float32."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        cdf = logprobs.exp().cumsum(-1)
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def swaps(done, n):
+    """List the slots to exchange so that the n unfinished rows come first -> (to, source)."""
+    finished = set(done)
+    front = [slot for slot in done if slot < n]
+    back = [slot for slot in range(n, n + len(done)) if slot not in finished]
+    return front + back, back + front
