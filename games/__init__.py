@@ -1,1 +1,2 @@
-"""What the two games of envs.py stand on: solver, reader and verifier, rails, cards, cities and their pictures."""
+"""What the two games of envs.py stand on: solver, reader and verifier, rails, cards, cities and their
+pictures."""

@@ -1,6 +1,6 @@
 """Playing cards: from a hand to the picture that the model sees.
 
-    python -c "from games.cards import draw_hand; draw_hand([('A', 'spades'), ('K', 'hearts')], (600, 400)).save('hand.png')"
+    python -c "from games import cards; cards.draw_hand([('K', 'hearts')], (600, 400)).save('hand.png')"
 """
 from functools import lru_cache
 
@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 FACES = ("J", "Q", "K")
-LOOKS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds"), "all": ("spades", "clubs", "hearts", "diamonds")}
+LOOKS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds")}
+LOOKS["all"] = LOOKS["black"] + LOOKS["red"]
 
 # Every card is drawn once, 1000 x 1400 pixels, and scaled down. Shapes are polygons (N, 2), y downwards.
 
@@ -22,17 +23,22 @@ def _bar(x, y, width, height):
     return [(x + i * width / 2, y + j * height / 2) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
-COLORS = {"table": (0x35, 0x65, 0x4D), "paper": (253, 253, 250), "line": (40, 40, 60), "edge": (150, 150, 150),
+COLORS = {"table": (0x35, 0x65, 0x4D), "paper": (253, 253, 250),
+          "line": (40, 40, 60), "edge": (150, 150, 150),
           "gold": (244, 196, 72), "skin": (248, 218, 188), "steel": (196, 206, 216), "wood": (150, 100, 60),
-          "leaf": (70, 130, 80), "lip": (190, 60, 60), "J": (206, 150, 66), "Q": (124, 70, 34), "K": (110, 100, 94)}
-STYLES = ("plain", "mirrored", "recoloured")     # how a card is drawn: left and right exchanged; rank and suit in colours no deck has
-RECOLOURED = {"spades": (20, 60, 205), "clubs": (0, 130, 60), "hearts": (235, 120, 0), "diamonds": (150, 40, 180)}
+          "leaf": (70, 130, 80), "lip": (190, 60, 60),
+          "J": (206, 150, 66), "Q": (124, 70, 34), "K": (110, 100, 94)}
+# how a card is drawn: left and right exchanged; rank and suit in colours no deck has
+STYLES = ("plain", "mirrored", "recoloured")
+RECOLOURED = {"spades": (20, 60, 205), "clubs": (0, 130, 60),
+              "hearts": (235, 120, 0), "diamonds": (150, 40, 180)}
 BLACK, RED = {"ink": (16, 16, 20), "robe": (48, 76, 150)}, {"ink": (206, 18, 32), "robe": (178, 38, 46)}
 # rank: (rows of the two side columns, rows of the middle column), from -1, the highest, to 1, the lowest
 PIPS = {"A": ((), (0,)), "2": ((), (-1, 1)), "3": ((), (-1, 0, 1)), "4": ((-1, 1), ()), "5": ((-1, 1), (0,)),
         "6": ((-1, 0, 1), ()), "7": ((-1, 0, 1), (-1 / 2,)), "8": ((-1, 0, 1), (-1 / 2, 1 / 2)),
         "9": ((-1, -1 / 3, 1 / 3, 1), (0,)), "10": ((-1, -1 / 3, 1 / 3, 1), (-2 / 3, 2 / 3))}
-# The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand carries.
+# The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand
+# carries.
 LOCKS = {"J": [_oval(500, 370, 132, 120), _oval(395, 440, 45), _oval(605, 440, 45)],
          "Q": [_oval(500, 430, 150, 195)], "K": [_oval(500, 375, 128, 140)]}
 BUST = [("robe", [(372, 500), (628, 500), (760, 560), (806, 705), (194, 705), (240, 560)]),
@@ -42,7 +48,8 @@ BUST = [("robe", [(372, 500), (628, 500), (760, 560), (806, 705), (194, 705), (2
         ("paper", [(366, 505), (420, 462), (500, 545), (580, 462), (634, 505), (500, 625)]),
         ("skin", _oval(500, 372, 90, 116))]
 REGALIA = {
-    "J": [("gold", _oval(610, 195, 80, 26)), ("robe", _oval(500, 250, 142, 72)), ("gold", _bar(500, 290, 256, 36)),
+    "J": [("gold", _oval(610, 195, 80, 26)), ("robe", _oval(500, 250, 142, 72)),
+          ("gold", _bar(500, 290, 256, 36)),
           ("wood", _bar(738, 480, 18, 440)), ("steel", [(738, 140), (778, 250), (738, 300), (698, 250)])],
     "Q": [("gold", [(402, 290), (370, 205), (436, 240), (500, 180), (564, 240), (630, 205), (598, 290)]),
           ("paper", _bar(500, 284, 208, 26)), ("paper", _oval(370, 205, 17)), ("paper", _oval(500, 180, 17)),
@@ -52,7 +59,8 @@ REGALIA = {
     "K": [("K", _oval(500, 440, 96, 120)), ("skin", _oval(500, 352, 84, 94)),
           ("gold", [(392, 292), (352, 160), (432, 222), (500, 130), (568, 222), (648, 160), (608, 292)]),
           ("robe", _bar(500, 284, 232, 36)), ("ink", _oval(352, 160, 15)), ("ink", _oval(500, 130, 15)),
-          ("ink", _oval(648, 160, 15)), ("steel", [(722, 690), (722, 250), (737, 200), (752, 250), (752, 690)]),
+          ("ink", _oval(648, 160, 15)),
+          ("steel", [(722, 690), (722, 250), (737, 200), (752, 250), (752, 690)]),
           ("gold", _bar(737, 520, 120, 28))]}
 FEATURES = [_oval(464, 358, 10), _oval(536, 358, 10), _bar(464, 332, 40, 6), _bar(536, 332, 40, 6),
             [(500, 360), (488, 402), (506, 402)]]
@@ -66,16 +74,18 @@ def _suit_shapes(suit):
     heart = np.stack([16 * np.sin(t) ** 3, y - 2.5], 1) / 30
     stem = [(-0.03, 0), (0.03, 0), (0.06, 0.3), (0.18, 0.5), (-0.18, 0.5), (-0.06, 0.3)]
     return {"spades": [heart * (0.9, -0.88) + (0, -0.06), stem],
-            "clubs": [_oval(0, -0.26, 0.23), _oval(-0.25, 0.1, 0.23), _oval(0.25, 0.1, 0.23), _oval(0, 0, 0.1), stem],
+            "clubs": [_oval(0, -0.26, 0.23), _oval(-0.25, 0.1, 0.23), _oval(0.25, 0.1, 0.23),
+                      _oval(0, 0, 0.1), stem],
             "hearts": [heart],
-            "diamonds": [[(0, -0.52), (0.2, -0.23), (0.39, 0), (0.2, 0.23), (0, 0.52), (-0.2, 0.23), (-0.39, 0),
-                          (-0.2, -0.23)]]}[suit]
+            "diamonds": [[(0, -0.52), (0.2, -0.23), (0.39, 0), (0.2, 0.23),
+                          (0, 0.52), (-0.2, 0.23), (-0.39, 0), (-0.2, -0.23)]]}[suit]
 
 
 def _fill(draw, shapes, color, x=0, y=0, scale=1, outline=None):
     """Fill polygons scaled by `scale` (a number or (x, y) factors) and moved to (x, y)."""
     for shape in shapes:
-        draw.polygon([tuple(point) for point in (np.array(shape) * scale + (x, y)).tolist()], color, outline, 5)
+        points = (np.array(shape) * scale + (x, y)).tolist()
+        draw.polygon(list(map(tuple, points)), color, outline, 5)
 
 
 def _glyph(card, rank, color, x, y, width, height):
@@ -84,7 +94,8 @@ def _glyph(card, rank, color, x, y, width, height):
     left, top, right, bottom = font.getbbox(rank, stroke_width=12)
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).text((-left, -top), rank, 255, font, stroke_width=12)
-    mask = mask.resize((min(width, round(mask.width * height / mask.height)), height), Image.Resampling.LANCZOS)
+    width = min(width, round(mask.width * height / mask.height))
+    mask = mask.resize((width, height), Image.Resampling.LANCZOS)
     card.paste(color, (x - mask.width // 2, y), mask)
 
 
@@ -113,7 +124,8 @@ def _draw_face(card, rank, mark, colors):
 
 @lru_cache(maxsize=256)
 def draw_card(rank, suit, height, style="plain"):
-    """One card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round corners. style: of STYLES."""
+    """One card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round corners.
+    style: of STYLES."""
     colors, mark = {**COLORS, **(RED if suit in LOOKS["red"] else BLACK)}, _suit_shapes(suit)
     if style == "recoloured":
         colors["ink"] = RECOLOURED[suit]
@@ -131,14 +143,16 @@ def draw_card(rank, suit, height, style="plain"):
 
 
 def draw_hand(hand, size, style="plain"):
-    """A hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width, height) pixels, whose width
-    the cards share evenly. Five at (224, 56) are as large as four (the height is what limits both), but no longer one to a
-    56-pixel tile; a wider picture would not help, as the model scales it down to its four tiles. At (1200, 1200) they are
-    4/5 as large. style: of STYLES; a mirrored hand keeps its order, each card is mirrored where it lies."""
+    """A hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width, height)
+    pixels, whose width the cards share evenly. Five at (224, 56) are as large as four (the height is what
+    limits both), but no longer one to a 56-pixel tile; a wider picture would not help, as the model scales it
+    down to its four tiles. At (1200, 1200) they are 4/5 as large. style: of STYLES; a mirrored hand keeps its
+    order, each card is mirrored where it lies."""
     width, height = size
     card_height = max(7, int(min(0.96 * height, 1.4 * 0.9 * width / len(hand))))
     canvas = Image.new("RGB", (width, height), COLORS["table"])
     for i, (rank, suit) in enumerate(hand):
         card = draw_card(rank, suit, card_height, style)
-        canvas.paste(card, (round((i + 0.5) * width / len(hand) - card.width / 2), (height - card.height) // 2), card)
+        left = round((i + 0.5) * width / len(hand) - card.width / 2)
+        canvas.paste(card, (left, (height - card.height) // 2), card)
     return canvas

@@ -1,8 +1,9 @@
-"""Built-in cities for V-IRL navigation: routes through them, and a folder in the released data format for each.
+"""Built-in cities for V-IRL navigation: routes through them, and a folder in the released data format for
+each.
 
-The street views of the paper are not ours to give away, so these cities are made up: a seeded street plan with signs
-for landmarks (games/streets.py), routes along the streets, and panoramas that are drawn when first asked for
-(games/drawing.py). Look at a route:
+The street views of the paper are not ours to give away, so these cities are made up: a seeded street plan
+with signs for landmarks (games/streets.py), routes along the streets, and panoramas that are drawn when first
+asked for (games/drawing.py). Look at a route:
 
     python -m games.show new-york --route 3 --out /tmp/new-york
 """
@@ -26,16 +27,18 @@ from games.streets import COLORS, VERSION, apart, bearing, geocode, town
 ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all others (100, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------- routes
+# ----------------------------------------------------------------------------------------------------- routes
 
 def _turns(old, new):
-    """Whether going from heading old to new is a turn worth an instruction: no U-turn, and another compass word."""
+    """Whether going from heading old to new is a turn worth an instruction: no U-turn, and another compass
+    word."""
     return 20 <= apart(old, new) <= 155 and word(round(old)) != word(round(new))
 
 
 def _walk(plan, rng):
-    """A random route of 2 to 5 legs, one street each, as the panorama numbers of its start, its turning points and its
-    destination (at a corner's landmark, or at a place on the last street); None where the walk got stuck."""
+    """A random route of 2 to 5 legs, one street each, as the panorama numbers of its start, its turning
+    points and its destination (at a corner's landmark, or at a place on the last street); None where the walk
+    got stuck."""
     legs = rng.choices((2, 3, 4, 5), (22, 38, 26, 14))[0]
     path, heading = [rng.randrange(len(plan.nodes))], None
     for leg in range(legs):
@@ -47,7 +50,8 @@ def _walk(plan, rng):
             if leg < legs - 1:
                 choices.append((node, new))
             else:
-                choices += [(mark.at, new) for mark in (plan.corners.get(node), plan.places.get(edge)) if mark]
+                marks = plan.corners.get(node), plan.places.get(edge)
+                choices += [(mark.at, new) for mark in marks if mark]
         if not choices:
             return None
         node, heading = rng.choice(choices)
@@ -84,7 +88,8 @@ def _route(plan, path):
     *marks, last = map(place, marks_of(plan, path))
     points = [geocode(plan.city, plan.panoramas[point]) for point in path]
     return {"start_place": {"relocated_geocode": points[0]}, "init_heading": 0, "dest_place": last,
-            "route_results": {"geocode_list": points[1:], "landmark_list": marks}, "milestone_info": _blocks(plan, path)}
+            "route_results": {"geocode_list": points[1:], "landmark_list": marks},
+            "milestone_info": _blocks(plan, path)}
 
 
 def _routes(plan, rng, count):
@@ -98,15 +103,15 @@ def _routes(plan, rng, count):
     return [_route(plan, path) for path in paths]
 
 
-# -------------------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------------------- the folder
 
 def build(name, root, *, width=256):
     """The city as a folder in the released format, root/<name>-<width>-<digest>, made on first use; -> Path.
 
-    route_infos.json (100 routes; "new-york": 1000, and 200 others in held_out_infos.json), gps_pano_mapping.pkl,
-    city.json, and an empty street_views/: `draw` fills it, width x width/2 pixels a panorama, on demand. Several
-    processes may call this at once. ValueError: unknown city, or a width that is not an even number from 64 to 8192.
-    """
+    route_infos.json (100 routes; "new-york": 1000, and 200 others in held_out_infos.json),
+    gps_pano_mapping.pkl, city.json, and an empty street_views/: `draw` fills it, width x width/2 pixels a
+    panorama, on demand. Several processes may call this at once. ValueError: unknown city, or a width that is
+    not an even number from 64 to 8192. """
     plan = town(name)
     if not (isinstance(width, int) and width % 2 == 0 and 64 <= width <= 8192):
         raise ValueError(f"width {width!r}: expected an even number from 64 to 8192")
@@ -140,12 +145,14 @@ def build(name, root, *, width=256):
 @lru_cache(maxsize=None)
 def _digest(plan):
     """Eight characters that differ wherever the city does: another generator never finds stale files."""
-    return hashlib.sha256(repr((VERSION, COLORS, plan.name, plan.city, plan.corners, plan.places)).encode()).hexdigest()[:8]
+    everything = VERSION, COLORS, plan.name, plan.city, plan.corners, plan.places
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:8]
 
 
 @lru_cache(maxsize=32)
 def plan_of(folder):
-    """(town, {panorama id: number}, width) of a folder that build() wrote; ValueError: another one, another version."""
+    """(town, {panorama id: number}, width) of a folder that build() wrote; ValueError: another one, another
+    version."""
     path = Path(folder) / "city.json"
     try:
         city = json.loads(path.read_text(encoding="utf-8"))
@@ -158,8 +165,9 @@ def plan_of(folder):
 
 
 def draw(panorama):
-    """Draw the panorama .../street_views/<id>.jpg of a built-in city and save it and its .metadata.json, each at once.
-    Several processes may do so together. ValueError: not in a built-in city's folder, or no panorama of that city."""
+    """Draw the panorama .../street_views/<id>.jpg of a built-in city and save it and its .metadata.json, each
+    at once. Several processes may do so together. ValueError: not in a built-in city's folder, or no panorama
+    of that city."""
     path = Path(panorama)
     plan, numbers, width = plan_of(str(path.parent.parent))
     if path.suffix != ".jpg" or path.stem not in numbers:
@@ -170,7 +178,8 @@ def draw(panorama):
     lat, lon = geocode(plan.city, plan.panoramas[number])
     metadata = json.dumps({"panoId": path.stem, "lat": lat, "lng": lon, "rotation": rotation})
     path.parent.mkdir(exist_ok=True)
-    _save(path.with_suffix(".metadata.json"), lambda file: file.write(metadata.encode()))   # before the jpg: it needs it
+    # before the jpg: it needs it
+    _save(path.with_suffix(".metadata.json"), lambda file: file.write(metadata.encode()))
     _save(path, lambda file: picture.save(file, "JPEG", quality=95, subsampling=0))
 
 

@@ -1,11 +1,10 @@
 """Panoramas of the built-in cities, by ray casting: one ray a column of the picture, numpy only.
 
-A column looks in one compass direction. The walls its ray meets give, per pixel, sky, wall or ground, and where on the
-wall or the ground the pixel lies in metres; windows, shops and lane markings are functions of those metres. Signs and
-trees are pictures pasted on upright rectangles. Look at one:
+A column looks in one compass direction. The walls its ray meets give, per pixel, sky, wall or ground, and
+where on the wall or the ground the pixel lies in metres; windows, shops and lane markings are functions of
+those metres. Signs and trees are pictures pasted on upright rectangles. Look at one:
 
-    python -c "from PIL import Image; from games import drawing, streets
-    Image.fromarray(drawing.panorama(streets.town('london'), 0, rotation=0, width=2048)).show()"
+    python -c "from games import drawing; drawing.board('Red', 'Star', 0, 256).save('board.png')"
 
 Positions are metres (east, north), headings degrees clockwise from north, colors RGB from 0 to 255.
 """
@@ -31,7 +30,7 @@ GLASS = (62, 78, 98)
 AWNINGS = ((150, 60, 50), (60, 84, 70), (60, 70, 100), (120, 105, 80), (80, 80, 84), (150, 125, 80))
 
 
-# ------------------------------------------------------------------------------------------------------------ signs
+# ------------------------------------------------------------------------------------------------------ signs
 
 @lru_cache(maxsize=64)
 def font(size):
@@ -41,7 +40,8 @@ def font(size):
 
 @lru_cache(maxsize=16)
 def emblem(name, pixels):
-    """The silhouette of one of EMBLEMS, an "L" image of pixels x pixels, drawn at 4 times the size for smooth edges."""
+    """The silhouette of one of EMBLEMS, an "L" image of pixels x pixels, drawn at 4 times the size for smooth
+    edges."""
     n = 4 * pixels
     mask = Image.new("L", (n, n))
     draw = ImageDraw.Draw(mask)
@@ -82,8 +82,8 @@ def emblem(name, pixels):
 
 
 def board(color, emblem_name, kind, pixels):
-    """The board of a sign, an RGB image: the landmark's color with the emblem on a disc of the emblem's own color; kind
-    0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on white."""
+    """The board of a sign, an RGB image: the landmark's color with the emblem on a disc of the emblem's own
+    color; kind 0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on white."""
     color = COLORS[color]
     image = Image.new("RGB", (pixels, pixels), ((30, 30, 34), (0, 0, 0), (255, 255, 255))[kind])
     draw, edge, cut = ImageDraw.Draw(image), round(0.02 * pixels), 0.3 * pixels
@@ -101,12 +101,14 @@ def board(color, emblem_name, kind, pixels):
         draw.ellipse(((0.5 - radius) * pixels,) * 2 + ((0.5 + radius) * pixels,) * 2, fill)
     bright = np.dot(own, (0.3, 0.59, 0.11)) > 125
     size = round(0.42 * pixels)
-    image.paste((0, 0, 0) if bright else (255, 255, 255), ((pixels - size) // 2,) * 2, emblem(emblem_name, size))
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    image.paste(ink, ((pixels - size) // 2,) * 2, emblem(emblem_name, size))
     return image
 
 
 def _sign(color, emblem_name, kind, name, strip, pixels):
-    """The whole sign, (rows, pixels, 4) uint8 with alpha: board, name, posts. strip: colors (background, letters)."""
+    """The whole sign, (rows, pixels, 4) uint8 with alpha: board, name, posts. strip: colors (background,
+    letters)."""
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
     draw, top, bottom = ImageDraw.Draw(image), (TOP - STRIP) * scale, (TOP - POSTS) * scale
@@ -147,28 +149,32 @@ def _tree(kind):
             end = 80 + 74 * math.cos(angle), 75 + 46 * math.sin(angle) + 34 * abs(math.cos(angle))
             draw.line((80, 75, (80 + end[0]) / 2, 58 + 30 * math.sin(angle), *end), color, 6)
             continue
-        round_, slim = (rng.gauss(80, 24), rng.gauss(88, 32), 20), (rng.gauss(80, 9), rng.uniform(15, 215), 15)
+        round_ = rng.gauss(80, 24), rng.gauss(88, 32), 20
+        slim = rng.gauss(80, 9), rng.uniform(15, 215), 15
         x, y, r = round_ if kind == "round" else slim
         draw.ellipse((x - r, y - r, x + r, y + r), color)
     return np.asarray(image)
 
 
-# ------------------------------------------------------------------------------------------------------------ walls
+# ------------------------------------------------------------------------------------------------------ walls
 
 def _starts(town):
-    """Where the walls along a street begin at a node: {(node, neighbor, side): metres from the node}, side 1 right and
-    -1 left of the street as one leaves the node; and the walls across the corners, [(p, q), ...]. The corner is
-    cut back to 13.5 m along its bisector, behind any sign."""
+    """Where the walls along a street begin at a node: {(node, neighbor, side): metres from the node}, side 1
+    right and -1 left of the street as one leaves the node; and the walls across the corners, [(p, q), ...].
+    The corner is cut back to 13.5 m along its bisector, behind any sign."""
     starts, corners = {}, []
     for node, streets in enumerate(town.neighbors):
-        here, order = town.nodes[node], sorted(streets, key=lambda other: bearing(town.nodes[node], town.nodes[other]))
+        here = town.nodes[node]
+        headings = {other: bearing(here, town.nodes[other]) for other in streets}
+        order = sorted(streets, key=headings.get)
         for first, second in zip(order, order[1:] + order[:1]):
-            half = math.radians((bearing(here, town.nodes[second]) - bearing(here, town.nodes[first])) % 360 or 360) / 2
+            half = math.radians((headings[second] - headings[first]) % 360 or 360) / 2
             start = max(WALL / math.tan(half), -WALL)
             if half < 1.3:
                 start = max(start + 2, (13.5 - WALL * math.sin(half)) / math.cos(half))
             starts[node, first, 1] = starts[node, second, -1] = start
-            ends = [_beside(here, town.nodes[other], start, side * WALL) for other, side in ((first, 1), (second, -1))]
+            ends = [_beside(here, town.nodes[other], start, side * WALL)
+                    for other, side in ((first, 1), (second, -1))]
             room = min(math.dist(here, town.nodes[first]), math.dist(here, town.nodes[second]))
             if math.dist(*ends) > 1 and start < 0.6 * room:
                 corners.append(ends)
@@ -208,10 +214,12 @@ def _walls(town):
     rng, rows, look = random.Random(f"houses of {town.name}"), [], town.city.look
     ends = _streets(town, town.nodes.mean(0), math.inf)
     for p, q in _fronts(town, rng):
-        tower, floors, storey = rng.random() < look["towers"], rng.randint(*look["floors"]), rng.uniform(3.1, 3.7)
+        tower = rng.random() < look["towers"]
+        floors, storey = rng.randint(*look["floors"]), rng.uniform(3.1, 3.7)
         floors = round(floors * rng.uniform(2, 4)) if tower else floors
         color = np.array(rng.choice(look["walls"])) * rng.uniform(0.88, 1.08)
-        rest = (SHOP + storey * floors, *color, storey, rng.uniform(2.4, 3.4), rng.random(), *rng.choice(AWNINGS))
+        bay, seed, awning = rng.uniform(2.4, 3.4), rng.random(), rng.choice(AWNINGS)
+        rest = (SHOP + storey * floors, *color, storey, bay, seed, *awning)
         rows.append((*p, *q, *rest))
         x, y = (q - p) / np.linalg.norm(q - p) * 12
         back = np.array((q, p)) + (-y, x)
@@ -219,10 +227,12 @@ def _walls(town):
             rows += [(*q, *back[0], *rest), (*back[0], *back[1], *rest), (*back[1], *p, *rest)]
     rows = np.array(rows, np.float32)
     along = rows[:, 2:4] - rows[:, :2]
-    light = 0.84 + 0.16 * np.cos(2 * np.arctan2(along[:, 1], along[:, 0]) - 1)      # in the sun or in the shade
-    return {"p": rows[:, :2], "q": rows[:, 2:4], "width": np.hypot(*along.T), "light": light.astype(np.float32),
-            "height": rows[:, 4], "color": rows[:, 5:8], "storey": rows[:, 8], "bay": rows[:, 9], "seed": rows[:, 10],
-            "awning": rows[:, 11:14]}
+    # in the sun or in the shade
+    light = 0.84 + 0.16 * np.cos(2 * np.arctan2(along[:, 1], along[:, 0]) - 1)
+    return {"p": rows[:, :2], "q": rows[:, 2:4], "width": np.hypot(*along.T),
+            "light": light.astype(np.float32),
+            "height": rows[:, 4], "color": rows[:, 5:8], "storey": rows[:, 8], "bay": rows[:, 9],
+            "seed": rows[:, 10], "awning": rows[:, 11:14]}
 
 
 def _cross(a, b):
@@ -230,7 +240,8 @@ def _cross(a, b):
 
 
 def _cast(eye, rays, p, q):
-    """Rays (C, 2) from eye against segments p-q (M, 2): distance (C, M), inf where missed, and share of p-q (C, M)."""
+    """Rays (C, 2) from eye against segments p-q (M, 2): distance (C, M), inf where missed, and share of p-q
+    (C, M)."""
     w, e = (p - eye)[None], (q - p)[None]
     with np.errstate(divide="ignore", invalid="ignore"):
         det = _cross(rays[:, None], e)
@@ -247,7 +258,8 @@ def _fraction(x):
 
 
 def _paint_walls(look, walls, index, z, u, distance):
-    """Colors (N, 3) of points on the walls `index` (N,), z metres up, u metres along, `distance` metres away."""
+    """Colors (N, 3) of points on the walls `index` (N,), z metres up, u metres along, `distance` metres
+    away."""
     (wide, tall, frame), height = look["window"], walls["height"][index]
     color, light = walls["color"][index], walls["light"][index]
     row, column = (z - SHOP) / walls["storey"][index], u / walls["bay"][index]
@@ -261,7 +273,7 @@ def _paint_walls(look, walls, index, z, u, distance):
     low = np.flatnonzero(z < SHOP)                                      # shops, 4.2 m each
     color[low] = _paint_shops(color[low], walls["awning"][index[low]], z[low], u[low], pane[low])
     light = np.where((height - z < 0.7) | ((z > SHOP - 0.4) & (z < SHOP)), 1.14 * light, light)     # cornices
-    light = np.where((height - z > 0.7) & (height - z < 0.95), 0.6 * light, light)                  # and a shadow
+    light = np.where((height - z > 0.7) & (height - z < 0.95), 0.6 * light, light)      # and a shadow
     return _mix(color * light[:, None], np.array(look["sky"][1], np.float32), 1 - np.exp(-distance / 600))
 
 
@@ -274,10 +286,11 @@ def _paint_shops(color, awning, z, u, pane):
     return np.where(((z >= 2.9) & (z < 3.7) & (across < 0.46))[:, None], awning * stripe[:, None], color)
 
 
-# ----------------------------------------------------------------------------------------------------- ground and sky
+# --------------------------------------------------------------------------------------------- ground and sky
 
 def _paint_ground(look, a, b, x, y, distance):
-    """Colors (N, 3) of points on the ground; a, b (S, 2): ends of the streets around, of which the nearest counts."""
+    """Colors (N, 3) of points on the ground; a, b (S, 2): ends of the streets around, of which the nearest
+    counts."""
     def place(start, forward):
         """Metres along the street from one end, and to the right of it."""
         x1, y1 = x - start[..., 0], y - start[..., 1]
@@ -292,7 +305,8 @@ def _paint_ground(look, a, b, x, y, distance):
         nearest[off < best] = i
         np.minimum(best, off, out=best)
     along, across = place(a[nearest], forward[nearest])
-    off, across, along = np.sqrt(best), np.abs(across), np.minimum(along, size[nearest] - along)    # from the nearer end
+    # from the nearer end
+    off, across, along = np.sqrt(best), np.abs(across), np.minimum(along, size[nearest] - along)
     grain = np.sin(np.floor(x * 4) * 12.9 + np.floor(y * 4) * 78.2) * 437.5
     light = 0.97 + 0.06 * _fraction(grain) * np.maximum(1 - distance / 30, 0)
     joint = (off > ROAD) & (distance < 25) & (np.minimum(_fraction(x / 1.6), _fraction(y / 1.6)) < 0.045)
@@ -307,21 +321,23 @@ def _paint_ground(look, a, b, x, y, distance):
 
 
 def _paint_sky(look, x, y, rise, eye):
-    """Colors (N, 3) of the sky in directions (x, y), `rise` = tangent of the elevation; other clouds for each eye."""
+    """Colors (N, 3) of the sky in directions (x, y), `rise` = tangent of the elevation; other clouds for each
+    eye."""
     zenith, horizon = np.array(look["sky"], np.float32)
     color = _mix(horizon, zenith, np.minimum(rise / (rise + 0.6) * 1.3, 1))
-    x, y = x / (rise + 0.25) * 2.2 + eye[0] % 97, y / (rise + 0.25) * 2.2 + eye[1] % 89      # on a ceiling of clouds
+    # on a ceiling of clouds
+    x, y = x / (rise + 0.25) * 2.2 + eye[0] % 97, y / (rise + 0.25) * 2.2 + eye[1] % 89
     puff = np.sin(x + 1.3 * np.sin(y * 0.8)) + np.sin(y * 1.3 + 1.7 * np.sin(x * 0.6))
     puff += 0.5 * np.sin(3.1 * x + 2 * np.sin(2.7 * y))
     cover = np.clip(puff - 2 + 2.4 * look["clouds"], 0, 1)
     return _mix(color, np.float32(250), cover * 0.8 * np.minimum(1, rise * 6))
 
 
-# ---------------------------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------------------ the picture
 
 def _scene(town, eye, rays, rise):
-    """Walls, ground and sky seen from eye along rays (C, 2); rise (R,) = tangent of the elevation of each row, top to
-    bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
+    """Walls, ground and sky seen from eye along rays (C, 2); rise (R,) = tangent of the elevation of each
+    row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
     look, walls, rise = town.city.look, _walls(town), rise[:, None]
     p, q = walls["p"], walls["q"]
     away = np.minimum(np.hypot(*(p - eye).T), np.hypot(*(q - eye).T))
@@ -329,7 +345,8 @@ def _scene(town, eye, rays, rise):
     hit, share = _cast(eye, rays, p[close], q[close])     # (C, M)
     column = np.arange(len(rays))
     tops = (walls["height"][close] - EYE) / hit     # tangent of the elevation, 0 where missed
-    first, second = hit.argmin(1), tops.argmax(1)   # the nearest wall, and the one that stands out highest behind it
+    # the nearest wall, and the one that stands out highest behind it
+    first, second = hit.argmin(1), tops.argmax(1)
     reach, low, high = hit[column, first], tops[column, first], tops[column, second]
     picture = np.empty((len(rise) * len(rays), 3), np.float32)
     ground, sky = (rise < -EYE / reach) | ((rise <= 0) & np.isinf(reach)), rise > high
@@ -353,8 +370,8 @@ def _scene(town, eye, rays, rise):
 
 
 def _sprites(town, eye, density):
-    """Signs and trees around eye, farthest first: (distance, left end, right end, top, image (rows, columns, 4)), ends
-    as seen by who looks at the front. density: columns of the picture a radian."""
+    """Signs and trees around eye, farthest first: (distance, left end, right end, top, image (rows, columns,
+    4)), ends as seen by who looks at the front. density: columns of the picture a radian."""
     found, eye = [], np.asarray(eye, float)
     for mark in (*town.corners.values(), *town.places.values()):
         distance = math.dist(mark.xy, eye)
@@ -381,8 +398,10 @@ def _left(reader, xy):
 
 @lru_cache(maxsize=16)
 def _trees(town):
-    """Where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the corners."""
-    rng, trees, ends = random.Random(f"trees of {town.name}"), [], _streets(town, town.nodes.mean(0), math.inf)
+    """Where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
+    corners."""
+    rng, trees = random.Random(f"trees of {town.name}"), []
+    ends = _streets(town, town.nodes.mean(0), math.inf)
     for a, b in town.edges if town.city.look["trees"] else ():
         here, there = town.nodes[a], town.nodes[b]
         piece = math.dist(here, there) / pieces_of(here, there)
@@ -417,9 +436,10 @@ def _facing(p, q, eye):
 
 
 def panorama(town, index, rotation, width, detail=2):
-    """The equirectangular picture at panorama `index` of a streets.Town: (width / 2, width, 3) uint8. Heading h is at
-    longitude h - 180 + rotation, the middle of the first and last columns at -180 and 180 degrees, of the first and last
-    rows at straight up and straight down (released code). Each pixel is the mean of detail x detail rays."""
+    """The equirectangular picture at panorama `index` of a streets.Town: (width / 2, width, 3) uint8. Heading
+    h is at longitude h - 180 + rotation, the middle of the first and last columns at -180 and 180 degrees, of
+    the first and last rows at straight up and straight down (released code). Each pixel is the mean of detail
+    x detail rays."""
     eye, height = town.panoramas[index].astype(np.float32), width // 2
     x, y = ((np.arange(n * detail) + 0.5) / detail - 0.5 for n in (width, height))
     headings = np.radians((x / (width - 1) - 0.5) * 360 + 180 - rotation)

@@ -1,6 +1,7 @@
-"""Lay routes on rails: the points at which a walker decides, the expert's actions there, and the instructions.
+"""Lay routes on rails: the points at which a walker decides, the expert's actions there, and the
+instructions.
 
-    python -c "from games import rails; print(rails.instructions(rails.known_routes('lagos', False, False, 53, False)[0].legs, 0))"
+    python -c "from games import rails; print(rails.relative_turn(350, 10))"
 """
 import itertools
 from dataclasses import dataclass
@@ -33,22 +34,25 @@ class Point:
 
 
 def relative_turn(old, new, wrap=True):
-    """Word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to (-180, 180], which the
-    released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left or right, 0 is slightly left."""
+    """Word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to (-180, 180],
+    which the released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left or right, 0
+    is slightly left."""
     turn = 180 - (180 - (new - old)) % 360 if wrap else new - old
     return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
 
 
 def instructions(legs, heading, named=True, wrap=True, wording="both"):
-    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to move, with
-    or without the names of the landmarks. wrap: see relative_turn.
+    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to
+    move, with or without the names of the landmarks. wrap: see relative_turn.
 
-    wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what angle to turn,
-    in steps of the compass's 45 degrees, as "right" alone may lead in any of several directions. Later headings follow from the
-    turns before, which under the absolute rule are in the prompt's history."""
+    wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what
+    angle to turn, in steps of the compass's 45 degrees, as "right" alone may lead in any of several
+    directions. Later headings follow from the turns before, which under the absolute rule are in the prompt's
+    history."""
     sentences, facing = [], word(heading)
     for i, leg in enumerate(legs):
-        turn, goal = relative_turn(heading, leg.heading, wrap), "destination" if leg is legs[-1] else "next intersection"
+        turn = relative_turn(heading, leg.heading, wrap)
+        goal = "destination" if leg is legs[-1] else "next intersection"
         where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark and named else ""
         steps = COMPASS.index(leg.direction) - COMPASS.index(facing)
         angle = (-steps if "left" in turn else steps) % 8 * 45
@@ -61,8 +65,8 @@ def instructions(legs, heading, named=True, wrap=True, wording="both"):
 
 
 def rail(route, heading, rule, rng, drop_rate, wrap=True):
-    """The Points of a route: its start, each candidate between two turning points with probability 1 - drop_rate,
-    the turning points, the destination. A turn moves one on to the next point (released code)."""
+    """The Points of a route: its start, each candidate between two turning points with probability 1 -
+    drop_rate, the turning points, the destination. A turn moves one on to the next point (released code)."""
     points, place, landmark, side = [], route.start, None, None
     for i, leg in enumerate(route.legs):
         turn = leg.direction if rule == "absolute" else relative_turn(heading, leg.heading, wrap)
@@ -75,16 +79,21 @@ def rail(route, heading, rule, rng, drop_rate, wrap=True):
 
 @lru_cache(maxsize=64)
 def known_routes(look, held_out, image, size, skip_bad):
-    """All routes of a look: a folder in the released format, a built-in city, "others" (the nine of visual-OOD) or
-    "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones were skipped."""
+    """All routes of a look: a folder in the released format, a built-in city, "others" (the nine of
+    visual-OOD) or "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones
+    were skipped."""
     names = {"others": OTHERS, "broad": BROAD}.get(look, (look,))
     for name in names:
         if name not in CITIES and not Path(name).is_dir():
-            raise ValueError(f"{name}: neither a folder of routes nor a built-in city: {', '.join(CITIES)}, others, broad")
+            known = ", ".join((*CITIES, "others", "broad"))
+            raise ValueError(f"{name}: neither a folder of routes nor a built-in city: {known}")
     width = max(256, 4 * size) if image else 256        # of the panoramas that are drawn for a built-in city
     folders = [cities.build(name, BUILT_IN, width=width) if name in CITIES else name for name in names]
-    worlds = [routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad) for folder in folders]
+    worlds = [routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad)
+              for folder in folders]
     for folder, world in zip(folders, worlds):
         if world.skipped:
-            print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}", flush=True)
-    return [route for group in itertools.zip_longest(*(world.routes for world in worlds)) for route in group if route]
+            print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}",
+                  flush=True)
+    groups = itertools.zip_longest(*(world.routes for world in worlds))
+    return [route for group in groups for route in group if route]

@@ -1,9 +1,9 @@
-"""Routes through streets: what the navigation game walks along. They are read from a folder in the format of the
-released V-IRL data, in which the built-in cities (games/cities.py) are written, too:
+"""Routes through streets: what the navigation game walks along. They are read from a folder in the format of
+the released V-IRL data, in which the built-in cities (games/cities.py) are written, too:
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
-    gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it is there
-    street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
+    gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it
+    is there street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
 
 The pickle comes from the internet: no function that it names is ever imported. To turn it into plain JSON:
 
@@ -52,7 +52,8 @@ class Leg:
 
 @dataclass(frozen=True)
 class Route:
-    name: str                       # "route 17 of path/to/route_infos.json", counted from 0: for error messages
+    # "route 17 of path/to/route_infos.json", counted from 0: for error messages
+    name: str
     start: Place
     init_heading: int               # degrees, 1 to 360; 0: none given, the game draws one
     legs: tuple[Leg, ...]
@@ -65,14 +66,15 @@ class World:
 
 
 def distance(a, b):
-    """Metres on the sphere between points (..., 2) of latitude and longitude in degrees, by the haversine formula."""
+    """Metres on the sphere between points (..., 2) of latitude and longitude in degrees, by the haversine
+    formula."""
     a, b = np.radians(a), np.radians(b)
     half = np.sin((b - a) / 2) ** 2     # (..., 2)
     chord = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
     return 2 * EARTH * np.arcsin(np.sqrt(np.minimum(chord, 1)))
 
 
-# ----------------------------------------------------------------------------------------------- which panoramas exist
+# -------------------------------------------------------------------------------------- which panoramas exist
 
 def _brief(value):
     """A value of unknown size and origin as one short line."""
@@ -126,11 +128,12 @@ def _scalar(dtype, data):
 
 
 class _Plain(pickle._Unpickler):    # the one in Python: the one in C can be made to fill all memory
-    """Reads dicts, tuples, lists, strings, numbers and numpy scalars. pickle.load would import and call whatever the
-    author of the file wrote."""
+    """Reads dicts, tuples, lists, strings, numbers and numpy scalars. pickle.load would import and call
+    whatever the author of the file wrote."""
 
     def find_class(self, module, name):
-        known = {"numpy.dtype": _Dtype, "numpy.core.multiarray.scalar": _scalar, "numpy._core.multiarray.scalar": _scalar}
+        known = {"numpy.dtype": _Dtype, "numpy.core.multiarray.scalar": _scalar,
+                 "numpy._core.multiarray.scalar": _scalar}
         if f"{module}.{name}" not in known:
             raise pickle.UnpicklingError(f"refused to load {module}.{name}")
         return known[f"{module}.{name}"]
@@ -146,7 +149,8 @@ def _unpickle(path):
 
 
 def read_mapping(path):
-    """{(latitude, longitude): panorama id} of a gps_pano_mapping .pkl or .json ([[latitude, longitude, id], ...]).
+    """{(latitude, longitude): panorama id} of a gps_pano_mapping .pkl or .json ([[latitude, longitude, id],
+    ...]).
 
     ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
     path = Path(path)
@@ -154,7 +158,8 @@ def read_mapping(path):
         table = _read_json(path)
     else:
         table = _unpickle(path)
-        table = isinstance(table, dict) and [(*key, value) if isinstance(key, tuple) else key for key, value in table.items()]
+        table = isinstance(table, dict) and [
+            (*key, value) if isinstance(key, tuple) else key for key, value in table.items()]
     if not isinstance(table, list):
         raise ValueError(f"{path}: not a table of panoramas")
     mapping = {}
@@ -199,7 +204,7 @@ def _snap(points, known):
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- routes
+# ----------------------------------------------------------------------------------------------------- routes
 
 def _get(raw, *keys):
     """raw[key][key]...; ValueError that names the key which is missing."""
@@ -211,14 +216,15 @@ def _get(raw, *keys):
 
 
 def _blocks(text):
-    """milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a field at the end
-    of its line, and commas and quotes around it do not matter."""
+    """milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a field
+    at the end of its line, and commas and quotes around it do not matter."""
     if not isinstance(text, str):
         raise ValueError(f"milestone_info: expected a string, got {_brief(text)}")
     blocks = []
     for block in text.split("}"):
         fields = (line.strip().rstrip(",").split(":", 1) for line in block.strip().lstrip("{").split("\n"))
-        fields = {pair[0].strip().strip("\"'"): pair[1].strip().strip("\"'") for pair in fields if len(pair) == 2}
+        fields = ([part.strip().strip("\"'") for part in pair] for pair in fields if len(pair) == 2)
+        fields = dict(fields)
         blocks += [fields] if fields else []
     return blocks
 
@@ -228,22 +234,24 @@ def _read_block(block):
     towards = _get(block, "to_next_intersection_heading")
     match = re.fullmatch(r"(-?[0-9]{1,3})(?:\.[0-9]*)? *\( *([A-Za-z]+) *\)", towards)
     if not match or match[2].lower() not in COMPASS:
-        raise ValueError(f'to_next_intersection_heading: expected the like of "177 (south)", got {_brief(towards)}')
+        raise ValueError('to_next_intersection_heading: expected the like of "177 (south)", '
+                         f'got {_brief(towards)}')
     heading, direction = int(match[1]) % 360, match[2].lower()
     remark = block.get("landmarks", "No landmark nearby")
     if remark.lower() in ("no landmark nearby", "no landmarks nearby"):
         return heading, direction, None, None
     match = re.fullmatch(rf"(.*\S) is on your ({'|'.join(SIDES)})\.?", remark)
     if not match:
-        raise ValueError(f'landmarks: expected the like of "Joe\'s Diner is on your left behind", got {_brief(remark)}')
+        raise ValueError('landmarks: expected the like of "Joe\'s Diner is on your left behind", '
+                         f'got {_brief(remark)}')
     return heading, direction, match[1], match[2]
 
 
 def _between(start, end, known):
     """The panoramas on the way from one Place to another.
 
-    Released code: it keeps a panorama twice or more if several of the POINTS are snapped to it (sparse panoramas), and
-    the walker then goes forward without moving. Here it is kept once."""
+    Released code: it keeps a panorama twice or more if several of the POINTS are snapped to it (sparse
+    panoramas), and the walker then goes forward without moving. Here it is kept once."""
     a, b = np.array(start.geocode), np.array(end.geocode)
     places = []
     for place in _snap([a + (b - a) * step / POINTS for step in range(1, POINTS + 1)], known):
@@ -272,7 +280,8 @@ def _route(raw, name, known):
             heading, direction, landmark, side = _read_block(block)
         except ValueError as error:
             raise ValueError(f"milestone_info, block {i}: {error}") from None
-        legs.append(Leg(heading, direction, landmark, side, _between(places[i], places[i + 1], known), places[i + 1]))
+        between = _between(places[i], places[i + 1], known)
+        legs.append(Leg(heading, direction, landmark, side, between, places[i + 1]))
     heading = int(_number(raw.get("init_heading", 0), "init_heading"))
     return Route(name, places[0], heading and (heading - 1) % 360 + 1, tuple(legs))
 
@@ -316,10 +325,10 @@ def _pictures(route):
 def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     """The World of a folder in the released format.
 
-    held_out: read held_out_infos.json instead of route_infos.json, if the folder (a built-in training city) has one.
-    pictures: look at all the panoramas' files, too, unless the folder is a built-in city, which draws them on demand.
-    skip_bad: leave bad routes out and list them in World.skipped.
-    ValueError (one line) that names the file and the route otherwise, and if no route is left."""
+    held_out: read held_out_infos.json instead of route_infos.json, if the folder (a built-in training city)
+    has one. pictures: look at all the panoramas' files, too, unless the folder is a built-in city, which
+    draws them on demand. skip_bad: leave bad routes out and list them in World.skipped. ValueError (one line)
+    that names the file and the route otherwise, and if no route is left."""
     folder = Path(folder)
     infos = folder / "held_out_infos.json"
     infos = infos if held_out and infos.exists() else folder / "route_infos.json"
@@ -327,7 +336,8 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     if not isinstance(raws, list) or not raws or not isinstance(raws[0], list):
         raise ValueError(f"{infos}: expected [routes, count]")
     known = _known(folder)
-    check = lru_cache(maxsize=None)(_check_picture) if pictures and not (folder / "city.json").exists() else None
+    look = pictures and not (folder / "city.json").exists()
+    check = lru_cache(maxsize=None)(_check_picture) if look else None
     routes, skipped = [], []
     for i, raw in enumerate(raws[0]):
         name = f"route {i} of {infos}"
@@ -342,5 +352,6 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
             if not skip_bad:
                 raise ValueError(f"{skipped[0]} (--skip-bad-routes leaves such routes out)") from None
     if not routes:
-        raise ValueError(f"{infos}: no route is left; {skipped[0]}" if skipped else f"{infos}: no routes in it")
+        why = f"no route is left; {skipped[0]}" if skipped else "no routes in it"
+        raise ValueError(f"{infos}: {why}")
     return World(tuple(routes), tuple(skipped))

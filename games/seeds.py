@@ -11,7 +11,7 @@ TRAINING = 2**62
 def derive(*keys):
     """Return a number in [0, 2**63) that depends on all keys (words and integers) and on their order.
 
-    A hash rather than arithmetic: seed * 1_009 + turn is the same number for many pairs, grows beyond 64 bits,
-    and turns neighbours into neighbours."""
+    A hash rather than arithmetic: seed * 1_009 + turn is the same number for many pairs, grows beyond 64
+    bits, and turns neighbours into neighbours."""
     text = "".join(f"{key}\0" for key in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

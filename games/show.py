@@ -1,4 +1,5 @@
-"""Save a route of a built-in city: its map, and the street views at its start, turning points and destination.
+"""Save a route of a built-in city: its map, and the street views at its start, turning points and
+destination.
 
     python -m games.show new-york --route 3 --out /tmp/new-york
 """
@@ -33,8 +34,9 @@ def _path_of(plan, route):
 
 
 def draw_map(folder, route_index, held_out=False, pixels=900):
-    """A route on the map of its surroundings, a square RGB image, north up: streets, the board of every landmark, the
-    names of those on the route, the start (green), the turning points and the destination (red)."""
+    """A route on the map of its surroundings, a square RGB image, north up: streets, the board of every
+    landmark, the names of those on the route, the start (green), the turning points and the destination
+    (red)."""
     plan = plan_of(str(folder))[0]
     path = _path_of(plan, _read_route(folder, route_index, held_out))
     points = plan.panoramas[path]
@@ -63,20 +65,23 @@ def draw_map(folder, route_index, held_out=False, pixels=900):
     for mark in filter(None, marks_of(plan, path)):
         (x, y), above = at(mark.xy), mark.xy[1] >= plan.panoramas[mark.at][1]      # away from the street
         y, anchor = (y - 0.6 * size, "ms") if above else (y + 0.6 * size, "ma")
-        draw.text((x, y), mark.name, (0, 0, 0), drawing.font(16), anchor, stroke_width=3, stroke_fill=(255, 255, 255))
+        draw.text((x, y), mark.name, (0, 0, 0), drawing.font(16), anchor,
+                  stroke_width=3, stroke_fill=(255, 255, 255))
     return image
 
 
 def main(arguments=None):
     """Save a route's map and the views at its start, turning points and destination."""
-    parser = command_line("python -m games.show", "Save a map of a built-in city's route and the four street views "
-                          "(front, right / back, left) at its start, turning points and destination.")
+    parser = command_line("python -m games.show", "Save a map of a built-in city's route and the four street "
+                          "views (front, right / back, left) at its start, turning points and destination.")
     parser.add_argument("city", type=one_of(tuple(CITIES)), help=", ".join(CITIES))
-    parser.add_argument("--route", type=integer(0), default=0, metavar="N", help="which of the city's routes (0)")
+    parser.add_argument("--route", type=integer(0), default=0, metavar="N",
+                        help="which of the city's routes (0)")
     parser.add_argument("--held-out", action="store_true", help="one of new-york's held-out routes")
     parser.add_argument("--out", type=FOLDER, default="city", metavar="FOLDER",
                         help="where to, the city's data included (city)")
-    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560, help="pixels of a panorama (2560)")
+    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560,
+                        help="pixels of a panorama (2560)")
     parser.add_argument("--size", type=integer(1, 8192), default=640, help="pixels of one view (640)")
     args = parser.parse_args(arguments)
     count = ROUTES.get(args.city, (100, 0))[args.held_out]
@@ -93,7 +98,8 @@ def main(arguments=None):
         points = plan.panoramas[path]
         headings = [bearing(a, b) for a, b in zip(points, points[1:])]
         for i, (number, heading) in enumerate(zip(path, headings[:1] + headings)):     # as one arrives
-            grid = views.grid(str(folder / "street_views" / f"{plan.ids[number]}.jpg"), round(heading), args.size)
+            panorama = folder / "street_views" / f"{plan.ids[number]}.jpg"
+            grid = views.grid(panorama, round(heading), args.size)
             files.append(Path(str(files[0]).replace("-map", f"-{i}")))
             grid.save(files[-1])
     except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
 """Where everything is in the built-in cities: streets, panoramas, landmarks; and the specs of the cities.
 
-A city is a seeded plan of intersections (grids, rings, hexagons, ...) joined up by streets, with panoramas some 20 m
-apart, and landmarks: signs at most corners and beside half of the streets. See how a plan comes out:
+A city is a seeded plan of intersections (grids, rings, hexagons, ...) joined up by streets, with panoramas
+some 20 m apart, and landmarks: signs at most corners and beside half of the streets. See how a plan comes
+out:
 
     python -c "from games import streets; print(streets.town('london').corners)"
 
@@ -16,11 +17,12 @@ from functools import lru_cache
 
 import numpy as np
 
-VERSION = 2         # of the generator: raise it when the same spec would give other cities, routes or pictures
+# Of the generator: raise it when the same spec would give other cities, routes or pictures.
+VERSION = 2
 COLORS = {"Red": (214, 26, 32), "Orange": (255, 132, 0), "Yellow": (255, 226, 26), "Green": (24, 146, 50),
           "Cyan": (40, 214, 226), "Blue": (26, 62, 206), "Purple": (116, 30, 150), "Pink": (255, 140, 200)}
-EMBLEMS = {"Star": "Cyan", "Moon": "Purple", "Heart": "Red", "Crown": "Yellow", "Fish": "Blue", "Tree": "Green",
-           "Ring": "Orange", "Cross": "Pink"}       # each on a disc of a color of its own
+EMBLEMS = {"Star": "Cyan", "Moon": "Purple", "Heart": "Red", "Crown": "Yellow",      # each on a disc of a
+           "Fish": "Blue", "Tree": "Green", "Ring": "Orange", "Cross": "Pink"}       # color of its own
 DEGREE = math.pi / 180 * 6371000    # metres in a degree of latitude
 
 
@@ -58,7 +60,7 @@ class Town:
     places: dict                # edge: the Landmark beside it
 
 
-# --------------------------------------------------------------------------------------------------------- geometry
+# --------------------------------------------------------------------------------------------------- geometry
 
 def bearing(a, b):
     """Compass heading from point a to point b, degrees in [0, 360)."""
@@ -88,12 +90,12 @@ def pieces_of(a, b):
     return max(3, round(math.dist(a, b) / 20))
 
 
-# ---------------------------------------------------------------------------------------------------------- streets
+# ---------------------------------------------------------------------------------------------------- streets
 
 def _points(rng, kind, center, rotation, *shape):
-    """Intersections of one plan, (N, 2), before it is merged with the others. The kinds:
-    lattice (dx, dy, columns, rows, stagger, skip): rows dy apart, each shifted by `stagger` columns against the one
-    before; skip leaves out the middle of every hexagon. rings (gap, count): 1, 6, 12, ... points around the center.
+    """Intersections of one plan, (N, 2), before it is merged with the others. The kinds: lattice (dx, dy,
+    columns, rows, stagger, skip): rows dy apart, each shifted by `stagger` columns against the one before;
+    skip leaves out the middle of every hexagon. rings (gap, count): 1, 6, 12, ... points around the center.
     scatter (radius, gap): anywhere, at least gap apart."""
     if kind == "lattice":
         dx, dy, columns, rows, stagger, skip = shape
@@ -101,7 +103,8 @@ def _points(rng, kind, center, rotation, *shape):
                   for j in range(rows) for i in range(columns) if not (skip and (i - j // 2 - j) % 3 == 0)]
     elif kind == "rings":
         gap, count = shape
-        turns = [(k * gap, 2 * math.pi * i / (6 * k or 1)) for k in range(count + 1) for i in range(6 * k or 1)]
+        turns = [(k * gap, 2 * math.pi * i / (6 * k or 1))
+                 for k in range(count + 1) for i in range(6 * k or 1)]
         points = [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in turns]
     else:
         radius, gap = shape
@@ -111,19 +114,20 @@ def _points(rng, kind, center, rotation, *shape):
             if math.hypot(*point) < radius and all(math.dist(point, other) > gap for other in points):
                 points.append(point)
     jitter = 3.5 if kind == "lattice" else 5
-    points = np.array([(x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)) for x, y in points])
+    points = [(x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)) for x, y in points]
     cos, sin = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
-    return points @ np.array([[cos, -sin], [sin, cos]]) + center    # clockwise, as headings are
+    return np.array(points) @ np.array([[cos, -sin], [sin, cos]]) + center    # clockwise, as headings are
 
 
 def _connect(points, longest, shortest=60, angle=38, clear=38):
-    """Streets between points, shortest first (a greedy triangulation): none crosses another, meets one at less than
-    `angle` degrees or passes a point within `clear` metres. -> [(a, b), ...]"""
-    pairs = [(math.dist(points[a], points[b]), a, b) for a in range(len(points)) for b in range(a + 1, len(points))]
+    """Streets between points, shortest first (a greedy triangulation): none crosses another, meets one at
+    less than `angle` degrees or passes a point within `clear` metres. -> [(a, b), ...]"""
+    pairs = [(math.dist(points[a], points[b]), a, b)
+             for a in range(len(points)) for b in range(a + 1, len(points))]
     edges, headings = [], [[] for _ in points]
     for _, a, b in sorted(pair for pair in pairs if shortest <= pair[0] <= longest):
         there, back = bearing(points[a], points[b]), bearing(points[b], points[a])
-        if any(apart(there, h) < angle for h in headings[a]) or any(apart(back, h) < angle for h in headings[b]):
+        if any(apart(new, old) < angle for new, end in ((there, a), (back, b)) for old in headings[end]):
             continue
         near = distances(points, points[a], points[b]) < clear
         near[[a, b]] = False
@@ -143,7 +147,8 @@ def _crossed(points, edges, a, b):
     p, q = points[[c for c, _ in others]], points[[d for _, d in others]]
 
     def side(start, end, point):
-        return np.sign((end - start)[..., 0] * (point - start)[..., 1] - (end - start)[..., 1] * (point - start)[..., 0])
+        along, away = end - start, point - start
+        return np.sign(along[..., 0] * away[..., 1] - along[..., 1] * away[..., 0])
     a, b = points[a], points[b]
     return bool(((side(a, b, p) != side(a, b, q)) & (side(p, q, a) != side(p, q, b))).any())
 
@@ -165,12 +170,13 @@ def _streets(city, rng):
         points = points[degree >= 2]
 
 
-# -------------------------------------------------------------------------------------------------------- landmarks
+# -------------------------------------------------------------------------------------------------- landmarks
 
 def _corner(points, neighbors, node, rng):
-    """Where a sign can stand at a node, or None: some 10 m away, between two streets. Of all such spots one where the
-    side is beyond doubt whichever street one arrives by (4 degrees from the border between two of SIDES), and, if there
-    is one, where the sign is not cut by the border of two views (it is 30 degrees wide)."""
+    """Where a sign can stand at a node, or None: some 10 m away, between two streets. Of all such spots one
+    where the side is beyond doubt whichever street one arrives by (4 degrees from the border between two of
+    SIDES), and, if there is one, where the sign is not cut by the border of two views (it is 30 degrees
+    wide)."""
     streets = sorted(bearing(points[node], points[other]) for other in neighbors)
     spots = []
     for first, second in zip(streets, streets[1:] + [streets[0] + 360]):
@@ -188,7 +194,8 @@ def _corner(points, neighbors, node, rng):
 
 
 def _beside(points, edges, edge, spots, rng):
-    """(panorama, where a sign can stand beside it) on an edge, or None. spots: {panorama: xy} along the edge."""
+    """(panorama, where a sign can stand beside it) on an edge, or None. spots: {panorama: xy} along the
+    edge."""
     a, b = points[list(edges[edge])]
     along = (b - a) / np.linalg.norm(b - a)
     others = np.array([e for i, e in enumerate(edges) if i != edge])
@@ -199,7 +206,8 @@ def _beside(points, edges, edge, spots, rng):
 
 
 def _name(used, xy, rng):
-    """(color, emblem, board) for a new landmark: the least used ones first, none that is used within 400 m."""
+    """(color, emblem, board) for a new landmark: the least used ones first, none that is used within 400
+    m."""
     kinds = [(color, emblem, board) for color in COLORS for emblem in EMBLEMS for board in range(3)]
     rng.shuffle(kinds)
     kinds.sort(key=lambda kind: len(used.get(kind, ())))
@@ -228,7 +236,8 @@ def town(name):
     def landmark(at, xy):
         xy = tuple(map(float, xy))
         color, emblem, board = _name(used, xy, rng)
-        word = rng.choice([other.types[board] for other in CITIES.values()]) if name in BROAD else city.types[board]
+        words = [other.types[board] for other in CITIES.values()]
+        word = rng.choice(words) if name in BROAD else city.types[board]
         return Landmark(f"{color} {emblem} {word}", color, emblem, board, xy, at)
     corners, places = {}, {}
     for node in range(len(nodes)):
@@ -248,21 +257,22 @@ def _identity(name, i):
     return base64.urlsafe_b64encode(hashlib.sha256(f"{name} {i}".encode()).digest())[:22].decode()
 
 
-# ------------------------------------------------------------------------------------------------------- the cities
+# ------------------------------------------------------------------------------------------------- the cities
 
 def _grid(center, rotation, dx, dy, columns, rows):
     return ("lattice", center, rotation, dx, dy, columns, rows, 0, False)
 
 
 def _look(walls, floors, towers, fronts, window, sky, clouds, ground, trees, strip):
-    """What games/drawing.py needs: colors of walls; storeys (from, to) and the share of towers; widths of houses, m;
-    windows (share of the width, of the height, color of the frame); sky (zenith, horizon) and its clouds, 0 to 1;
-    asphalt, pavement, soil; the kind of tree; the strip with the name (background, letters)."""
+    """What games/drawing.py needs: colors of walls; storeys (from, to) and the share of towers; widths of
+    houses, m; windows (share of the width, of the height, color of the frame); sky (zenith, horizon) and its
+    clouds, 0 to 1; asphalt, pavement, soil; the kind of tree; the strip with the name (background,
+    letters)."""
     def rgb(text):
         return tuple(tuple(bytes.fromhex(color)) for color in text.split())
     return {"walls": rgb(walls), "floors": floors, "towers": towers, "fronts": fronts,
-            "window": (*window[:2], *rgb(window[2])), "sky": rgb(sky), "clouds": clouds, "ground": rgb(ground),
-            "trees": trees, "strip": rgb(strip)}
+            "window": (*window[:2], *rgb(window[2])), "sky": rgb(sky), "clouds": clouds,
+            "ground": rgb(ground), "trees": trees, "strip": rgb(strip)}
 
 
 NEW_YORK = _look("984c3c 8c5a48 b4a08c 6c5850 c4b49c 745040", (4, 8), 0.16, (12, 22), (0.42, 0.6, "d4c8b4"),
@@ -320,7 +330,8 @@ CITIES = {
               "7cb4e8 e0e8ec", 0.9, "66686c b0b0ac a89c7c", None, "fcfcf4 2c5070")),
     "paris": City(
         (48.8566, 2.3522), ("Bistro", "Boulangerie", "Cinema"), 122,
-        (("rings", (-190, 120), 0, 90, 3), ("rings", (240, -160), 25, 86, 3), ("scatter", (0, 0), 0, 520, 90)),
+        (("rings", (-190, 120), 0, 90, 3), ("rings", (240, -160), 25, 86, 3),
+         ("scatter", (0, 0), 0, 520, 90)),
         _look("e4d8bc dcd0b4 e8e0cc d0c4a8", (6, 7), 0, (14, 24), (0.36, 0.74, "b4aa92"),
               "88b4e0 dce4e8", 0.7, "64666a b4b0a4 a4a48c", "round", "1f4c34 f4e8b8")),
     "tokyo": City(
@@ -339,7 +350,8 @@ CITIES = {
         _look("d89048 4888a8 d8b448 b85848 e0d8c0", (2, 4), 0, (10, 18), (0.32, 0.66, "6c4428"),
               "b4bcc4 d4d8d8", 1.2, "6c6a66 a89c8c b4a07c", "cypress", "70201c f8e8d0")),
 }
-OTHERS = ("milan", "new-delhi", "buenos-aires", "london", "hong-kong", "new-york-uptown", "melbourne", "lagos",
-          "san-francisco")      # the paper's nine benchmark cities
-BROAD = ("paris", "tokyo", "cairo", "lima")     # for pre-training, with the words of all cities in their names, as a
-                                                # foundation model knows them all
+# The paper's nine benchmark cities.
+OTHERS = ("milan", "new-delhi", "buenos-aires", "london", "hong-kong", "new-york-uptown", "melbourne",
+          "lagos", "san-francisco")
+# For pre-training, with the words of all cities in their names, as a foundation model knows them all.
+BROAD = ("paris", "tokyo", "cairo", "lima")

@@ -1,4 +1,5 @@
-"""Turn the released table of panoramas, a pickle from the internet, into JSON, without running any code in it.
+"""Turn the released table of panoramas, a pickle from the internet, into JSON, without running any code in
+it.
 
     python -m games.unpickle FOLDER/gps_pano_mapping.pkl
 """
@@ -12,8 +13,8 @@ from harness.ranges import command_line, text
 
 def main(argv=None):
     """Write the table again as JSON, beside the pickle."""
-    parser = command_line("python -m games.unpickle", "Turn a pickled table of panoramas into JSON, without running "
-                          "any code that it may hold.")
+    parser = command_line("python -m games.unpickle", "Turn a pickled table of panoramas into JSON, without "
+                          "running any code that it may hold.")
     parser.add_argument("pickle", type=text("a file", os.path.isfile),
                         help="FOLDER/gps_pano_mapping.pkl; the JSON is written beside it")
     path = Path(parser.parse_args(argv).pickle)
