@@ -1,7 +1,7 @@
-"""Triton kernels and their plain-torch twins. This file decides which of the two runs: kernels on a GPU, twins elsewhere.
+"""Triton kernels and their plain-torch twins. This file chooses: kernels on a GPU, twins elsewhere.
 
-    KERNELS=torch python train.py ...                         # twins everywhere
-    KERNELS=triton TRITON_INTERPRET=1 python ...              # kernels on a CPU, interpreted, for tests: about 1000 times slower
+    KERNELS=torch python train.py ...                 # twins everywhere
+    KERNELS=triton TRITON_INTERPRET=1 python ...      # kernels on a CPU, for tests: 1000 times slower
 """
 import os
 import warnings
@@ -14,12 +14,12 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:                                            # macOS and Windows have no triton: enough of it to define a kernel
+except ImportError:            # macOS and Windows have no triton: this is enough of it to define a kernel
     triton, tl = SimpleNamespace(jit=lambda function: function, missing=True), SimpleNamespace(constexpr=None)
 
 
 def use_triton(tensor):
-    """Whether kernels, rather than twins, compute on this tensor."""
+    """Tell whether kernels, rather than twins, compute on this tensor."""
     wanted = os.environ.get("KERNELS", "triton" if tensor.is_cuda else "torch")
     if wanted not in ("triton", "torch"):
         raise ValueError(f"KERNELS must be triton or torch, not {wanted!r}")
@@ -36,21 +36,26 @@ def warn_missing():
 
 @cache
 def chip(device):
-    """(architecture, number of multiprocessors) of a GPU, by which block sizes and splits are chosen; ("cpu", 1) interpreted."""
+    """Return the architecture and the number of multiprocessors of a GPU; ("cpu", 1) where kernels are
+    interpreted.
+
+    Block sizes and splits depend on them.
+    """
     if device.type != "cuda":
         return "cpu", 1
     found = torch.cuda.get_device_properties(device)
-    return found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}", found.multi_processor_count
+    name = found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    return name, found.multi_processor_count
 
 
 def product_type(tensor):
-    """The type in which matrix products of this tensor are computed: autocast's where it is on, else its own."""
+    """Return the type of matrix products with this tensor: autocast's if it is on, else its own."""
     kind = tensor.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else tensor.dtype
 
 
 def without_autocast(tensor):
-    """For products whose types are chosen already."""
+    """Return a context for products whose types are chosen already."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

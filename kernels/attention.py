@@ -1,19 +1,25 @@
 """Attention that never holds its matrix of scores.
 
-    out = softmax(scale q k^T) v          B rows, T queries, S keys, H query heads, K key heads, each shared by G = H / K of them, D channels
+    out = softmax(scale q k^T) v
+    B rows, T queries, S keys, H query heads, K key heads, each shared by G = H / K of them, D channels
 
-What it saves. At 4096 tokens a head has 2^24 scores, 34 MB in bfloat16; 32 heads a gigabyte, in every row and layer. The textbook writes them,
-reads them for the softmax, writes the probabilities and reads those: 134 MB for the head's 4 T S D = 8.6 GFLOPs, 64 FLOPs a byte. An H200
-does 206 while it moves one byte (989 TFLOP/s in bfloat16 and 4.8 TB/s, by its data sheet), so it would spend two thirds of the time waiting.
-Q, K, V and the output are 4 MB, 2048 FLOPs a byte: if the scores stay on the chip, tile by tile, the products decide. For the backward pass
-4 bytes a query and head are kept, from which it computes every tile of scores again.
-Half of the scores of a causal mask are hidden, with padding or other tiles of an image more. What is hidden is not computed, and a mask is
-a few numbers a row instead of B x T x S.
+What it saves. At 4096 tokens a head has 2^24 scores, 34 MB in bfloat16; 32 heads a gigabyte, in every row
+and layer. The textbook writes them, reads them for the softmax, writes the probabilities and reads those:
+134 MB for the head's 4 T S D = 8.6 GFLOPs, 64 FLOPs per byte. An H200 does 206 while it moves one byte (989
+TFLOP/s in bfloat16 and 4.8 TB/s, by its data sheet), so it would spend two thirds of the time waiting. Q,
+K, V and the output are 4 MB, 2048 FLOPs per byte: if the scores stay on the chip, tile by tile, the
+products decide. For the backward pass 4 bytes per query and head are kept, from which it computes every
+tile of scores again.
+
+Half of the scores of a causal mask are hidden, with padding or other tiles of an image more. Hidden scores
+are not computed, and a mask is a few numbers per row instead of B x T x S.
 
 Three files do it on a GPU, and `attention` chooses among them:
+
     visible.py    who sees whom
     flash.py      training and prompts, forward and backward: limited by FLOPs
-    decode.py     one query a row: limited by the bytes of the cache
+    decode.py     one query per row: limited by the bytes of the cache
+
 The twin, for CPUs, is PyTorch's own fused attention with heads and masks prepared for it.
 """
 import math
@@ -28,37 +34,43 @@ from kernels.visible import Visible, dense_mask, kernel_masks
 
 
 def attention(q, k, v, visible=None, scale=None):
-    """softmax(scale q k^T) v for q (B, T, H, D), k and v (B, K, S, D) -> (B, T, H, D). visible: a `Visible`; None: all see all.
+    """Compute softmax(scale q k^T) v for q (B, T, H, D), k and v (B, K, S, D) -> (B, T, H, D).
 
-    Heads h G .. h G + G - 1 share key head h. D is at most 128 and the last stride of k and v 1; scale > 0, by default 1 / sqrt(D).
+    visible: a `Visible`; None: all see all. scale: positive, by default 1 / sqrt(D).
+    Heads h G .. h G + G - 1 share key head h. D is at most 128, and the last stride of k and v is 1.
     """
     B, T, H, D = q.shape
     if D > 128 or H % k.shape[1] or k.shape != v.shape or k.shape[::3] != (B, D):
-        raise ValueError(f"heads are at most 128 wide and shared evenly; found q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
+        shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
+        raise ValueError(f"heads are at most 128 wide and shared evenly; found {shapes}")
     visible = visible or Visible()
     if q.numel() == 0 or k.numel() == 0:
-        return q * (k.sum() + v.sum())                         # zeros (or nothing), through which gradients can flow
+        return q * (k.sum() + v.sum())         # zeros (or nothing), through which gradients can flow
     if not use_triton(q):
         return attention_reference(q, k, v, visible, scale)
-    q, k, v = (x.to(product_type(q)) for x in (q, k, v))        # autocast knows PyTorch's own products only
+    q, k, v = (x.to(product_type(q)) for x in (q, k, v))       # autocast knows PyTorch's own products only
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()                  # kernels know one set of strides
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     kernel = Flash.apply if T > 1 or learns else decode
-    return kernel(q.contiguous(), k, v, kernel_masks(visible, q, k.shape[2]), (D**-0.5 if scale is None else scale) / math.log(2))
+    scale = D**-0.5 if scale is None else scale
+    return kernel(q.contiguous(), k, v, kernel_masks(visible, q, k.shape[2]), scale / math.log(2))
 
 
 def attention_reference(q, k, v, visible, scale=None):
-    """The same in plain torch. Keys are never repeated: the G heads that share one are folded into the query length."""
+    """Compute the same in plain torch. Heads that share a key head are folded into T: no key is repeated."""
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
-    if visible.causal and visible.starts is None and visible.key_mask is None:        # needs the true query length, and no mask
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=S > 1, scale=scale, enable_gqa=H != K).transpose(1, 2)
+    fused = F.scaled_dot_product_attention
+    if visible.causal and visible.starts is None and visible.key_mask is None:
+        # needs no mask, but the true number of queries
+        out = fused(q.transpose(1, 2), k, v, is_causal=S > 1, scale=scale, enable_gqa=H != K).transpose(1, 2)
     else:
         mask = dense_mask(visible, q, S, H // K)
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = fused(q, k, v, attn_mask=mask, scale=scale)
         out = out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
     if visible.lengths is None:
         return out
-    return out.masked_fill((torch.arange(T, device=q.device) >= visible.lengths[:, None])[:, :, None, None], 0)
+    padding = torch.arange(T, device=q.device) >= visible.lengths[:, None]     # (B, T)
+    return out.masked_fill(padding[:, :, None, None], 0)

@@ -1,14 +1,16 @@
-"""Attention of one query a row, as in decoding: it reads the cache once, at the speed of memory.
+"""Attention of one query per row, as in decoding: it reads the cache once, at the speed of memory.
 
-A key and its value are 4 D bytes in bfloat16, and each of the G heads that share them does 4 D FLOPs with them: G FLOPs a byte, 4 in Llama 3,
-where an H200 could do 206. So all that counts is to read each byte once, and with the whole chip. The G query heads of a key head are
-the rows of one tile: at 64 rows, 2048 keys, 8 key heads and D 128 a layer reads 0.5 GB, where each head for itself would read 2.1 GB (and keys
-repeated for them would be written first). B x K programs are too few to fill a chip when B is small, so the keys of a row are split among
-several. Each gives the mean of its values and the log-sum-exp of its scores, and a second kernel weights the means:
+A key and its value are 4 D bytes in bfloat16, and each of the G heads that share them does 4 D FLOPs with
+them: G FLOPs per byte, 4 in Llama 3, where an H200 could do 206. So all that counts is to read each byte
+once, and with the whole chip. The G query heads of a key head are the rows of one tile: at 64 rows, 2048
+keys, 8 key heads and D 128 a layer reads 0.5 GB, where each head for itself would read 2.1 GB (and keys
+repeated for them would be written first). B x K programs are too few to fill a chip when B is small, so the
+keys of a row are split among several. Each gives the mean of its values and the log-sum-exp of its scores,
+and a second kernel weights the means:
 
     out = sum_i w_i out_i / sum_i w_i,    w_i = exp(lse_i - max lse)
 
-There is no backward pass: who learns from a single query takes flash.py.
+There is no backward pass: learning from a single query takes flash.py.
 """
 import torch
 
@@ -21,14 +23,15 @@ from kernels.visible import keys_of
 @triton.jit
 def decode_kernel(q, k, v, part, lse, rows, key_mask, see_all, k_b, k_h, k_s, S, chunk, scale,
                   G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """One query in each of the G heads of key head j, and `chunk` keys."""
+    """Let one query in each of the G heads of key head j meet `chunk` keys."""
     split, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, K = tl.num_programs(0), tl.num_programs(1)
     g, t, here = tl.arange(0, M), tl.zeros([M], tl.int32), b * k_b + j * k_h
     start, length, free, full, end = keys_of(rows, see_all, b, 0, t, 1, S, M, N)
     queries = read(q + (b * K + j) * G * D, g, D, g < G, D, WIDTH)
     first, end = split * chunk, tl.minimum(end, (split + 1) * chunk)
-    logsum, mean = walk(queries, k + here, v + here, k_s, key_mask, b, t, start, free, first, full, end, S, scale, D, WIDTH, M, N)
+    logsum, mean = walk(queries, k + here, v + here, k_s, key_mask, b, t, start, free,
+                        first, full, end, S, scale, D, WIDTH, M, N)
     row = ((b * K + j) * G + g) * splits + split
     tl.store(lse + row, logsum, mask=g < G)
     write(part, row, D, g < G, mean, D, WIDTH)
@@ -36,7 +39,7 @@ def decode_kernel(q, k, v, part, lse, rows, key_mask, see_all, k_b, k_h, k_s, S,
 
 @triton.jit
 def combine_kernel(part, lse, out, splits, scale, SPLITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The mean of the parts of one head, weighted."""
+    """Write the weighted mean of the parts of one head."""
     head, i = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
     logsum = tl.load(lse + head * splits + i, mask=i < splits, other=float("-inf"))
     weight = tl.exp2((logsum - tl.maximum(tl.max(logsum, 0), -1e30)) * scale)
@@ -48,16 +51,20 @@ def combine_kernel(part, lse, out, splits, scale, SPLITS: tl.constexpr, D: tl.co
 
 
 def decode(q, k, v, masks, scale):
-    """As `Flash`, for q (B, 1, H, D)."""
+    """Compute what `Flash` does, for q (B, 1, H, D)."""
     B, _, H, D = q.shape
     K, S = k.shape[1:3]
     tile = tiles(q, "decode")
-    splits = min(64, triton.cdiv(S, 2 * tile["N"]), max(1, 8 * chip(q.device)[1] // (B * K)))      # shapes only: no wait for the GPU
+    # Enough programs for the chip, two tiles of keys each. Known from shapes: the host need not wait for
+    # the GPU.
+    splits = min(64, triton.cdiv(S, 2 * tile["N"]), max(1, 8 * chip(q.device)[1] // (B * K)))
     chunk = triton.cdiv(triton.cdiv(S, splits), tile["N"]) * tile["N"]
     out, lse = torch.empty_like(q), q.new_empty(B, H, splits, dtype=torch.float32)
     part = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
-    decode_kernel[splits, K, B](q, k, v, part, lse, *masks, *k.stride()[:3], S, chunk, scale, G=H // K,
-                                M=max(16, triton.next_power_of_2(H // K)), **tile)      # tensor cores want 16 rows
+    heads = max(16, triton.next_power_of_2(H // K))            # tensor cores want 16 rows
+    decode_kernel[splits, K, B](q, k, v, part, lse, *masks, *k.stride()[:3], S, chunk, scale,
+                                G=H // K, M=heads, **tile)
     if splits > 1:
-        combine_kernel[B * H,](part, lse, out, splits, scale, SPLITS=triton.next_power_of_2(splits), D=D, WIDTH=tile["WIDTH"])
+        SPLITS = triton.next_power_of_2(splits)
+        combine_kernel[B * H,](part, lse, out, splits, scale, SPLITS=SPLITS, D=D, WIDTH=tile["WIDTH"])
     return out

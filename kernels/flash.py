@@ -1,21 +1,27 @@
-"""Attention for training and prompts (FlashAttention-2, arXiv 2307.08691): three kernels, and why the backward pass has two of them.
+"""Attention for training and prompts (FlashAttention-2, arXiv 2307.08691).
 
-Forward. A program keeps M queries on the chip and walks along the keys, N at a time. Of the softmax it knows only the largest score so far, m,
-and the sum l of exp(s - m). When a tile raises m to m', what was summed before shrinks by the same factor:
-    l <- l exp(m - m') + rowsum exp(S - m'),    acc <- acc exp(m - m') + exp(S - m') V;    at the end  O = acc / l,  lse = m + log l
+Forward. A program keeps M queries on the chip and walks along the keys, N at a time. Of the softmax it
+knows only the largest score so far, m, and the sum l of exp(s - m). When a tile raises m to m', earlier
+sums shrink by the same factor:
+
+    l   <- l   exp(m - m') + rowsum exp(S - m')
+    acc <- acc exp(m - m') + exp(S - m') V               at the end  O = acc / l,  lse = m + log l
+
 Only O and lse are written, and backward finds every tile of P again from lse alone, without the walk:
 
-    S = scale Q K^T        P = exp(S - lse)         O = P V                              4 T S D FLOPs a head; half if causal
-    dV = P^T dO            dP = dO V^T              dS = P * (dP - delta)                where delta = rowsum(dP * P) = rowsum(dO * O)
-    dQ = scale dS K        dK = scale dS^T Q
+    S = scale Q K^T        P = exp(S - lse)         O = P V          4 T S D FLOPs per head; half if causal
+    dV = P^T dO            dP = dO V^T              dS = P * (dP - delta)
+    dQ = scale dS K        dK = scale dS^T Q        delta = rowsum(dP * P) = rowsum(dO * O)
 
-delta: a softmax does not feel what is added to all scores of a row, so dS less its mean under P remains; that mean is a row of dO times one of O.
-dQ sums over keys, dK and dV over queries and over the G query heads that share a key head. One kernel would have to add one of the two atomically,
-in another order each run. Two kernels compute S and dP twice, 7 products instead of 5, and give the same bits again.
+delta: a softmax does not feel what is added to all scores of a row, so dS less its mean under P remains;
+that mean is a row of dO times one of O. dQ sums over keys, dK and dV over queries and over the G query
+heads that share a key head. One kernel would have to add one of the two atomically, in another order each
+run. Two kernels compute S and dP twice, 7 products instead of 5, and give the same bits again.
 
-In the kernels: t are places of queries, n of keys. The chip has exp2, so `scale` holds log2(e), and lse is in the units of q k: P is
-exp2((q k - lse) scale), and a product that starts from -lse ends at the bracket; likewise dP - delta. That saves the registers to subtract them
-later. Queries, outputs and their gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or of a projection.
+In the kernels, t are places of queries, n of keys. The chip has exp2, so `scale` holds log2(e), and lse is
+in the units of q k: P is exp2((q k - lse) scale), and a product that starts from -lse ends at the bracket;
+likewise dP - delta. That saves the registers to subtract them later. Queries, outputs and their gradients
+are contiguous (B, T, H, D). Keys and values may be views of a cache or of a projection.
 """
 import torch
 
@@ -27,8 +33,8 @@ from kernels.visible import hide, keys_of, queries_of
 @triton.jit
 def walk(q, k, v, k_s, key_mask, b, t, start, free, first, full, end, S, scale,
          D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Queries q (M, D) meet keys first .. end -> (log-sum-exp in the units of q k, mean of v)."""
-    top = tl.full([M], -1e30, tl.float32)                      # finite: -inf less -inf would be NaN
+    """Let queries q (M, D) meet keys first .. end -> (log-sum-exp in the units of q k, mean of v)."""
+    top = tl.full([M], -1e30, tl.float32)      # finite: -inf less -inf would be NaN
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, WIDTH], tl.float32)
     for n0 in range(first, end, N):
@@ -47,27 +53,36 @@ def walk(q, k, v, k_s, key_mask, b, t, start, free, first, full, end, S, scale,
 
 
 @triton.jit
+def block_of_queries(T, k_b, k_h, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """Find the queries of a program -> head h of H, row b, places t from t0 on, and where q and k begin.
+
+    The long rows of a triangle come first, so that no straggler ends the launch.
+    """
+    t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    h, b, H = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    return h, H, b, t0, t0 + tl.arange(0, M), (b * T * H + h) * D, b * k_b + h // G * k_h
+
+
+@triton.jit
 def forward_kernel(q, k, v, out, lse, rows, key_mask, see_all, k_b, k_h, k_s, T, T_pad, S, scale,
                    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """A program for M queries of a head."""
-    t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M       # the long rows of a triangle first, so that no straggler ends the launch
-    h, b, H = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    t, here, keys_here = t0 + tl.arange(0, M), (b * T * H + h) * D, b * k_b + h // G * k_h
+    """Compute M queries of a head."""
+    h, H, b, t0, t, here, keys_here = block_of_queries(T, k_b, k_h, G, D, M)
     start, length, free, full, end = keys_of(rows, see_all, b, t0, t, T, S, M, N)
     queries = read(q + here, t, H * D, t < length, D, WIDTH)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, k_s, key_mask, b, t, start, free, 0, full, end, S, scale, D, WIDTH, M, N)
+    logsum, mean = walk(queries, k + keys_here, v + keys_here, k_s, key_mask, b, t, start, free,
+                        0, full, end, S, scale, D, WIDTH, M, N)
     write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D, WIDTH)
     seeing = (t < length) & (logsum > float("-inf"))
-    tl.store(lse + (b * H + h) * T_pad + t, tl.where(seeing, logsum, float("inf")))           # for the others P is exp2(-inf) = 0
+    logsum = tl.where(seeing, logsum, float("inf"))            # for the others P is exp2(-inf) = 0
+    tl.store(lse + (b * H + h) * T_pad + t, logsum)
 
 
 @triton.jit
 def dq_kernel(q, k, v, out, lse, grad, delta, dq, rows, key_mask, see_all, k_b, k_h, k_s, T, T_pad, S, scale,
               G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """As `forward_kernel`, a program for M queries. Also writes delta, for dkdv_kernel."""
-    t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    h, b, H = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    t, here, keys_here = t0 + tl.arange(0, M), (b * T * H + h) * D, b * k_b + h // G * k_h
+    """Compute dQ of M queries of a head, and delta for dkdv_kernel."""
+    h, H, b, t0, t, here, keys_here = block_of_queries(T, k_b, k_h, G, D, M)
     start, length, free, full, end = keys_of(rows, see_all, b, t0, t, T, S, M, N)
     queries = read(q + here, t, H * D, t < length, D, WIDTH)
     do = read(grad + here, t, H * D, t < length, D, WIDTH)
@@ -79,19 +94,24 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, rows, key_mask, see_all, k_b, 
     for n0 in range(0, end, N):
         n = n0 + tl.arange(0, N)
         keys = read(k + keys_here, n, k_s, n < S, D, WIDTH)
-        s = tl.dot(queries, tl.trans(keys), tl.zeros([M, N], tl.float32) - logsum[:, None], input_precision="ieee")
+        zeros = tl.zeros([M, N], tl.float32)
+        s = tl.dot(queries, tl.trans(keys), zeros - logsum[:, None], input_precision="ieee")
         if n0 >= full:
             s = hide(s, t[:, None], n[None, :], start, free[:, None], key_mask, b, S)
         values = read(v + keys_here, n, k_s, n < S, D, WIDTH)
-        dp = tl.dot(do, tl.trans(values), tl.zeros([M, N], tl.float32) - dots[:, None], input_precision="ieee")
+        dp = tl.dot(do, tl.trans(values), zeros - dots[:, None], input_precision="ieee")
         acc = tl.dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc, input_precision="ieee")
-    write(dq + here, t, H * D, t < T, acc * (scale * 0.6931471805599453), D, WIDTH)           # log 2: scale itself, without log2(e)
+    # times log 2: scale itself, without log2(e)
+    write(dq + here, t, H * D, t < T, acc * (scale * 0.6931471805599453), D, WIDTH)
 
 
 @triton.jit
 def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, rows, key_mask, see_all, k_b, k_h, k_s, T, T_pad, S, scale,
                 G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """A program for N keys. Scores stand transposed, (keys, queries). One loop over the queries of all G heads takes fewer registers than two."""
+    """Compute dK and dV of N keys. Scores stand transposed, (keys, queries).
+
+    One loop over the queries of all G heads takes fewer registers than two.
+    """
     n0, j, b, K = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     n, here, H = n0 + tl.arange(0, N), b * k_b + j * k_h, K * G
     start, length, first, full, end = queries_of(rows, key_mask, b, n0, S, M, N)
@@ -108,7 +128,8 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, rows, key_mask, see_all, k_b,
         t = t0 + tl.arange(0, M)
         queries = read(q + h * D, t, H * D, t < length, D, WIDTH)
         logsum = tl.load(lse + h * T_pad + t)
-        s = tl.dot(keys, tl.trans(queries), tl.zeros([N, M], tl.float32) - logsum[None, :], input_precision="ieee")
+        zeros = tl.zeros([N, M], tl.float32)
+        s = tl.dot(keys, tl.trans(queries), zeros - logsum[None, :], input_precision="ieee")
         if t0 < full:
             free = t < 0
             if see_all is not None:
@@ -117,7 +138,7 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, rows, key_mask, see_all, k_b,
         p = tl.exp2(s * scale)
         do = read(grad + h * D, t, H * D, t < length, D, WIDTH)
         dots = tl.load(delta + h * T_pad + t)
-        dp = tl.dot(values, tl.trans(do), tl.zeros([N, M], tl.float32) - dots[None, :], input_precision="ieee")
+        dp = tl.dot(values, tl.trans(do), zeros - dots[None, :], input_precision="ieee")
         dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision="ieee")
         dk_acc = tl.dot((p * dp).to(queries.dtype), queries, dk_acc, input_precision="ieee")
         t0 += M
@@ -128,14 +149,18 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, rows, key_mask, see_all, k_b,
 
 
 class Flash(torch.autograd.Function):
-    """q (B, T, H, D) contiguous, k and v (B, K, S, D) of the same strides, masks as of `kernel_masks`, scale times log2(e) -> (B, T, H, D)"""
+    """Attention of q (B, T, H, D), contiguous, to k and v (B, K, S, D), of the same strides -> (B, T, H, D).
+
+    masks: see `kernel_masks`. scale: times log2(e).
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, masks, scale):
         (B, T, H, D), (K, S), tile = q.shape, k.shape[1:3], tiles(q, "forward")
-        T_pad = triton.cdiv(T, 128) * 128                      # lse and delta of whole tiles, which need no mask, which would take registers
+        T_pad = triton.cdiv(T, 128) * 128      # whole tiles of lse and delta: a mask would take registers
         out, lse = torch.empty_like(q), q.new_empty(B, H, T_pad, dtype=torch.float32)
-        forward_kernel[triton.cdiv(T, tile["M"]), H, B](q, k, v, out, lse, *masks, *k.stride()[:3], T, T_pad, S, scale, H // K, **tile)
+        grid = triton.cdiv(T, tile["M"]), H, B
+        forward_kernel[grid](q, k, v, out, lse, *masks, *k.stride()[:3], T, T_pad, S, scale, H // K, **tile)
         ctx.save_for_backward(q, k, v, out, lse, *masks)
         ctx.scale = scale
         return out
@@ -146,7 +171,7 @@ class Flash(torch.autograd.Function):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         (B, T, H, D), (K, S), grad = q.shape, k.shape[1:3], grad.contiguous()
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
-        dk, dv = k.new_empty(2, B, S, K, D).transpose(2, 3)    # tokens outside heads, as the projections want it
+        dk, dv = k.new_empty(2, B, S, K, D).transpose(2, 3)    # tokens outside heads, as projections want it
         rest, tile = (*masks, *k.stride()[:3], T, lse.shape[2], S, ctx.scale, H // K), tiles(q, "dq")
         dq_kernel[triton.cdiv(T, tile["M"]), H, B](q, k, v, out, lse, grad, delta, dq, *rest, **tile)
         tile = tiles(q, "dkdv")

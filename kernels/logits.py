@@ -2,15 +2,18 @@
 
 Both compute the same tile of logits, hidden weight^T, on the chip, and differ in what they make of it.
 
-statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary, with m, s and t of its rows in
-registers, 4 numbers a row and part in the end. Launched side by side are 8 blocks of rows and all parts, so that the tiles of weight that they
-share stay in the L2 cache: weight, 1 GB in Llama 3, need not come from memory again for each block.
+statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary,
+with m, s and t of its rows in registers, 4 numbers per row and part in the end. Launched side by side are 8
+blocks of rows and all parts, so that the tiles of weight that they share stay in the L2 cache: weight, 1 GB
+in Llama 3, need not come from memory again for each block.
 
-dlogits_kernel. A program writes one tile of dz, in the type of hidden. `gradients` gives it one slab of the vocabulary after the other, as many
-columns as WORKSPACE holds, and two ordinary matrix products use each up before the next overwrites it. d weight of a slab is then complete, and
-d hidden adds up in float32 in a fixed order: no atomics, so the same bits again.
+dlogits_kernel. A program writes one tile of dz, in the type of hidden. `gradients` gives it one slab of the
+vocabulary after the other, as many columns as WORKSPACE holds, and two ordinary matrix products use each up
+before the next overwrites it. d weight of a slab is then complete, and d hidden adds up in float32 in a
+fixed order: no atomics, so the same bits again.
 
-Logits are in units of log 2 here, since exp2 is what the hardware has: a factor of 1 / (temperature log 2) does it all.
+Logits are in units of log 2 here, since exp2 is what the hardware has: a factor of 1 / (temperature log 2)
+does it all.
 """
 import math
 
@@ -19,13 +22,17 @@ import torch
 from kernels import chip, tl, triton
 from kernels.tiles import LOGITS, table_of
 
-WORKSPACE = 80 * 2**20      # bytes of dz at once; with d hidden in float32, a piece of it and cuBLAS's own 32 MiB: 256 MiB at N 8192, D 4096
-GROUP = 8                   # row blocks that run side by side
+WORKSPACE = 80 * 2**20         # bytes of dz at once; at N 8192 and D 4096 it makes 256 MiB
+                               # with d hidden in float32, a piece of it and cuBLAS's own 32 MiB
+GROUP = 8                      # row blocks that run side by side
 
 
 @triton.jit
 def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """scale * x[rows] w[cols]^T in float32. Past the end the last row or column is read again: a mask would cost in this loop."""
+    """Compute scale * x[rows] w[cols]^T in float32.
+
+    Past the end the last row or column is read again: a mask would cost in this loop.
+    """
     d = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * D + d[None, :]
     w_ptrs = w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[None, :] * D + d[:, None]
@@ -34,25 +41,28 @@ def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D: tl.constexpr, BLOCK_D:
         if D % BLOCK_D == 0:
             x, w = tl.load(x_ptrs + i), tl.load(w_ptrs + i)
         else:
-            x, w = tl.load(x_ptrs + i, mask=d[None, :] < D - i, other=0.0), tl.load(w_ptrs + i, mask=d[:, None] < D - i, other=0.0)
+            x = tl.load(x_ptrs + i, mask=d[None, :] < D - i, other=0.0)
+            w = tl.load(w_ptrs + i, mask=d[:, None] < D - i, other=0.0)
         z = tl.dot(x, w, z, input_precision="ieee")            # no TF32 for float32
     return z * scale
 
 
 @triton.jit
-def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles, D: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
-    """m, s, t and z_y of a block of rows over `tiles` tiles of the vocabulary -> out (4, splits, N)."""
+def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles,
+                      D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                      GROUP: tl.constexpr):
+    """Write m, s, t and z_y of a block of rows over `tiles` tiles of the vocabulary to out (4, splits, N)."""
     block, split, splits = tl.program_id(2) * GROUP + tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if block * BLOCK_N >= N:
         return
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.load(target_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
     m = tl.full((BLOCK_N,), -1e30, tl.float32)                 # finite: -inf less -inf is no number
-    s, t, chosen = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    t, chosen = s, s
     for first in range(split * tiles * BLOCK_V, tl.minimum((split + 1) * tiles * BLOCK_V, V), BLOCK_V):
         cols = first + tl.arange(0, BLOCK_V)
-        z = logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D)                    # (BLOCK_N, BLOCK_V)
+        z = logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D)     # (BLOCK_N, BLOCK_V)
         chosen += tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), 1)
         z = tl.where(cols[None, :] < V, z, -1e30)
         new = tl.maximum(m, tl.max(z, 1))
@@ -69,9 +79,11 @@ def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles, D: 
 
 
 @triton.jit
-def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_ptr, N, V, stride, scale, D: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
-    """A tile of out[:, :V] = p (a - e log2 p) + g onehot(target), where w is the slab of V rows and targets count from its first."""
+def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_ptr, N, V, stride, scale,
+                   D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                   GROUP: tl.constexpr):
+    """A tile of out[:, :V] = p (a - e log2 p) + g onehot(target), where w is the slab of V rows and targets
+    count from its first."""
     block = tl.program_id(2) * GROUP + tl.program_id(0)
     if block * BLOCK_N >= N:
         return
@@ -79,34 +91,41 @@ def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_p
     z = logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D)
     valid = rows < N
     y = tl.load(target_ptr + rows, mask=valid, other=-1).to(tl.int32)[:, None]
-    a, e = tl.load(a_ptr + rows, mask=valid, other=0.0)[:, None], tl.load(e_ptr + rows, mask=valid, other=0.0)[:, None]
+    a = tl.load(a_ptr + rows, mask=valid, other=0.0)[:, None]
+    e = tl.load(e_ptr + rows, mask=valid, other=0.0)[:, None]
+    g = tl.load(g_ptr + rows, mask=valid, other=0.0)[:, None]
     logp = z - tl.load(lse_ptr + rows, mask=valid, other=0.0)[:, None]
-    dz = tl.exp2(logp) * (a - e * logp) + tl.where(cols[None, :] == y, tl.load(g_ptr + rows, mask=valid, other=0.0)[:, None], 0.0)
+    dz = tl.exp2(logp) * (a - e * logp) + tl.where(cols[None, :] == y, g, 0.0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
     tl.store(out_ptrs, dz.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < V))
 
 
 def launch_options(hidden):
-    """-> (rows of a tile, columns of a tile, keywords of a launch)"""
+    """Return the rows of a tile, the columns of a tile and the keywords of a launch."""
     n, v, d, warps, stages = table_of(hidden, LOGITS, "other")
-    return n, v, dict(D=hidden.shape[1], BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, GROUP=GROUP, num_warps=warps, num_stages=stages)
+    blocks = dict(D=hidden.shape[1], BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, GROUP=GROUP)
+    return n, v, blocks | dict(num_warps=warps, num_stages=stages)
 
 
 def statistics(hidden, weight, targets, temperature):
-    """-> logprobs, entropy, lse, (N,) float32 each"""
+    """Return logprobs, entropy and lse, (N,) float32 each."""
     N, V, (n, v, options) = len(hidden), len(weight), launch_options(hidden)
-    splits = min(triton.cdiv(V, v), max(8, 8 * chip(hidden.device)[1] // max(1, triton.cdiv(N, n))))    # 8 programs an SM, one by one
+    programs = 8 * chip(hidden.device)[1]                      # 8 per SM, one by one
+    splits = min(triton.cdiv(V, v), max(8, programs // max(1, triton.cdiv(N, n))))
     out = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device)
     tiles, grid = triton.cdiv(triton.cdiv(V, v), splits), (GROUP, splits, triton.cdiv(N, n * GROUP))
-    statistics_kernel[grid](hidden, weight, targets, out, N, V, 1 / (temperature * math.log(2)), tiles, **options)
+    scale = 1 / (temperature * math.log(2))
+    statistics_kernel[grid](hidden, weight, targets, out, N, V, scale, tiles, **options)
     m, s, t, chosen = out                                      # (splits, N) each
     top = m.amax(0)
-    t, s = ((t + s * (m - top)) * torch.exp2(m - top)).sum(0), (s * torch.exp2(m - top)).sum(0)
+    shrink = torch.exp2(m - top)
+    t, s = ((t + s * (m - top)) * shrink).sum(0), (s * shrink).sum(0)
     return tuple(x * math.log(2) for x in (chosen.sum(0) - top - s.log2(), s.log2() - t / s, top + s.log2()))
 
 
 def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
-    """d hidden (float32) and d weight, None where not wanted, for dz = p (a - e log p) + g onehot(targets)."""
+    """Return d hidden (float32) and d weight for dz = p (a - e log p) + g onehot(targets); None if not
+    wanted."""
     N, V, (n, v, options) = len(hidden), len(weight), launch_options(hidden)
     slab = max(1, WORKSPACE // (max(1, N) * v * hidden.element_size())) * v
     scale, lse = 1 / (temperature * math.log(2)), lse / math.log(2)
@@ -117,7 +136,8 @@ def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
     for first in range(0, V, slab):
         w = weight[first:first + slab]
         grid = GROUP, triton.cdiv(len(w), v), triton.cdiv(N, n * GROUP)
-        dlogits_kernel[grid](hidden, w, targets - first, lse, a, e, g, dz, N, len(w), dz.stride(0), scale, **options)
+        dlogits_kernel[grid](hidden, w, targets - first, lse, a, e, g, dz, N, len(w), dz.stride(0), scale,
+                             **options)
         if wanted[0]:
             add_product(grad_hidden, dz[:, :len(w)], w)
         if wanted[1]:
@@ -126,9 +146,10 @@ def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
 
 
 def add_product(total, a, b):
-    """total += a b in float32, whatever the type of a and b."""
+    """Add a b to total in float32, whatever the type of a and b."""
     if a.is_cuda and a.dtype != torch.float32:
-        for rows, part in zip(total.split(1024), a.split(1024)):                              # some versions' addmm takes no float32 `total` here
+        # some versions' addmm takes no float32 `total` here
+        for rows, part in zip(total.split(1024), a.split(1024)):
             rows += torch.mm(part, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))     # PyTorch has no out_dtype on CPUs

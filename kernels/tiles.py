@@ -1,21 +1,26 @@
 """How large the tiles are, chip by chip, and how a kernel reads and writes one.
 
-A program keeps tiles on the chip: the larger they are, the more often each byte is used once it is there. Two things bound them.
+A program keeps tiles on the chip: the larger they are, the more often each byte is used once it is there.
+Two things bound them.
 
-Registers: 2^16 of 4 bytes in an SM of NVIDIA's, at most 255 a thread. What does not fit is spilled to memory, in the middle of the loop. With 8 warps
-(256 threads) a tile of 128 x 256 float32 sums takes 128 of these 255; forward attention with 128 queries has sums of 128 x 128, scores of
-128 x 128, and on chips before Hopper the operands, too.
-Shared memory holds what loops read, `stages` tiles of it, so that the next are under way while one is multiplied. A block may have
-227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942.
+Registers: 2^16 of 4 bytes in an SM of NVIDIA's, at most 255 per thread. The rest would be spilled to
+memory, in the middle of the loop. With 8 warps (256 threads) a tile of 128 x 256 float32 sums takes 128 of
+these 255; forward attention with 128 queries has sums of 128 x 128, scores of 128 x 128, and on chips
+before Hopper the operands, too.
 
-The tests compile all kernels for three chips, in half precision and in float32: nothing spills, all fits, and Hopper's HGMMA does the products.
+Shared memory holds what loops read, `stages` tiles of it, so that the next are under way while one is
+multiplied. A block may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942.
+
+The tests compile all kernels for three chips, in half precision and in float32: nothing spills, all fits,
+and Hopper's HGMMA does the products.
 """
 import torch
 
 from kernels import chip, tl, triton
 
-# Attention, for heads up to so many channels: (queries, keys, warps, stages) of the forward, the dQ, and the dK and dV kernel; then (keys, warps,
-# stages) of decoding. Numbers of queries divide the one before and 128: so far lse and delta are written. gfx942's serve chips not listed.
+# Attention, for heads up to so many channels: (queries, keys, warps, stages) of the forward, the dQ, and
+# the dK and dV kernel; then (keys, warps, stages) of decoding. Numbers of queries divide the one before and
+# 128: so far lse and delta are written. gfx942's serve chips not listed.
 ATTENTION = {
     "sm_90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (128, 4, 3)),
               128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 4, 3))},
@@ -23,39 +28,50 @@ ATTENTION = {
               128: ((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 4, 3))},
     "gfx942": {64: ((128, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 1), (64, 4, 2)),
                128: ((128, 32, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1), (32, 4, 2))},
-    "float32": {64: ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 4, 2)),              # no tensor cores: exact, and slow
-                128: ((64, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 4, 1))},            # each thread holds whole rows of operands
-    "cpu": {128: ((32, 16, 1, 1), (32, 16, 1, 1), (16, 32, 1, 1), (16, 1, 1))},                # interpreted: many blocks in small tests
+    # No tensor cores: exact, and slow. Each thread holds whole rows of operands.
+    "float32": {64: ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 4, 2)),
+                128: ((64, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 4, 1))},
+    # Interpreted: small tests have many blocks.
+    "cpu": {128: ((32, 16, 1, 1), (32, 16, 1, 1), (16, 32, 1, 1), (16, 1, 1))},
 }
 ATTENTION["sm_100"] = ATTENTION["sm_90"]
 
 # Log-probs: (rows, vocabulary, channels) of a tile, warps, stages
-LOGITS = {"sm_90": (128, 256, 64, 8, 4), "gfx942": (128, 128, 64, 8, 2), "float32": (64, 64, 32, 8, 2), "cpu": (16, 32, 32, 1, 1),
-          "other": (128, 128, 64, 8, 4)}
+LOGITS = {
+    "sm_90": (128, 256, 64, 8, 4),
+    "gfx942": (128, 128, 64, 8, 2),
+    "float32": (64, 64, 32, 8, 2),
+    "cpu": (16, 32, 32, 1, 1),
+    "other": (128, 128, 64, 8, 4),
+}
 
 
 def table_of(tensor, tables, other):
-    """What `tables` say of a tensor's chip and type."""
+    """Return the entry of a tensor's chip and type."""
     name = chip(tensor.device)[0]
-    return tables["float32" if tensor.dtype == torch.float32 and name != "cpu" else name if name in tables else other]
+    if tensor.dtype == torch.float32 and name != "cpu":
+        name = "float32"
+    return tables.get(name, tables[other])
 
 
 def tiles(q, kernel):
-    """What a launch of an attention kernel ("forward", "dq", "dkdv" or "decode") needs to know about its tiles."""
+    """Return the keywords of a launch of "forward", "dq", "dkdv" or "decode" that describe its tiles."""
     D, table = q.shape[-1], table_of(q, ATTENTION, "gfx942")
     fitting = next(sizes for widest, sizes in table.items() if D <= widest)
     *sizes, warps, stages = dict(zip(("forward", "dq", "dkdv", "decode"), fitting))[kernel]
-    return dict(D=D, WIDTH=max(16, triton.next_power_of_2(D)), num_warps=warps, num_stages=stages) | dict(zip(("N", "M"), sizes[::-1]))
+    launch = dict(D=D, WIDTH=max(16, triton.next_power_of_2(D)), num_warps=warps, num_stages=stages)
+    return launch | dict(zip(("N", "M"), sizes[::-1]))
 
 
 @triton.jit
 def read(x, rows, stride, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) of x, zeros where not inside and beyond D channels."""
+    """Read (rows, WIDTH) of x, zeros where not inside and beyond D channels."""
     d = tl.arange(0, WIDTH)
     return tl.load(x + rows[:, None] * stride + d, mask=inside[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
 def write(x, rows, stride, inside, tile, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Write a tile where `read` reads."""
     d = tl.arange(0, WIDTH)
     tl.store(x + rows[:, None] * stride + d, tile.to(x.dtype.element_ty), mask=inside[:, None] & (d < D))

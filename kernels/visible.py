@@ -1,12 +1,17 @@
-"""Who sees whom: masks as a few numbers a row.
+"""Who sees whom: masks as a few numbers per row.
 
-A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and whoever goes by it computes all scores, of which it hides
-half and more. The masks of this model follow from a description, `Visible`. A kernel gets five numbers a row of it and, where images are masked, a
-byte a key and query. They tell where its loop over keys (or queries) begins and ends, and which tiles of it need no comparison:
+A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and an attention that goes by
+it computes all scores, of which it hides half and more. The masks of this model follow from a description,
+`Visible`. A kernel gets five numbers per row of it and, where images are masked, a byte per key and query.
+They tell where its loop over keys (or queries) begins and ends, and which tiles of it need no comparison:
 
-    keys        0 .......... full .......... end .......... S              0 ....... first .......... full .......... end      queries
-                  all are seen    some are       none is                     no query    some see       all see   padding
-                                 so compare     so leave out                 sees them   so compare
+    keys     0 .......... full .......... end .......... S
+               all are seen    some are       none is
+                              so compare     so leave out
+
+    queries  0 ....... first .......... full .......... end
+               no query    some see       all see   padding
+              sees them   so compare
 
 The twin makes an ordinary mask of it.
 """
@@ -17,18 +22,19 @@ import torch
 
 from kernels import tl, triton
 
-FAR = 2**30                     # the start of rows that are not causal: every key lies before it
+FAR = 2**30    # the start of rows that are not causal: every key lies before it
 
 
 @dataclass
 class Visible:
-    """What query t of row b sees of the keys.
+    """Describe what query t of row b sees of the keys.
 
     causal: it stands at position starts[b] + t (starts (B,), default 0) and sees no key after that.
     lengths (B,): it is padding from lengths[b] on: it gives zeros, has no gradient and costs nothing.
     key_mask (B, S) and see_all (B, T), bool: it sees key s if see_all[b, t] or key_mask[b, s].
-    A query that sees nothing gives zeros and has no gradient. One object serves all layers of one forward pass: the first makes `table` (for
-    kernels) or `dense` (for twins), the others find it.
+
+    A query that sees nothing gives zeros and has no gradient. One object serves all layers of one forward
+    pass: the first makes `table` (for kernels) or `dense` (for twins), the others find it.
     """
     causal: bool = False
     starts: torch.Tensor | None = None
@@ -39,34 +45,40 @@ class Visible:
     dense: tuple = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # For the kernels
 
 
 def kernel_masks(visible, q, S):
-    """-> rows (B, 5) int32, and key_mask and see_all as bytes, None if no key is masked.
+    """Return rows (B, 5) int32, and key_mask and see_all as bytes, None if no key is masked.
 
-    A row: the position of its first query; how many queries are no padding; how many keys are open from the first on; where the last open key
-    ends; where the last query that sees all ends.
+    A row: the position of its first query; how many queries are no padding; how many keys are open from the
+    first on; where the last open key ends; where the last query that sees all ends.
     """
     if visible.table is None:
         B, T, mask, free = *q.shape[:2], visible.key_mask, visible.see_all
-        ends = lambda flags: (flags * torch.arange(1, flags.shape[1] + 1, device=q.device)).amax(1)
-        if mask is not None and free is None:
-            free = mask.new_zeros(B, T)
         rows = torch.empty(B, 5, dtype=torch.int32, device=q.device)
         rows[:, 0] = FAR if not visible.causal else 0 if visible.starts is None else visible.starts
         rows[:, 1] = T if visible.lengths is None else visible.lengths.clamp(max=T)
-        rows[:, 2] = S if mask is None else mask.cumprod(1).sum(1)
-        rows[:, 3] = S if mask is None else ends(mask)
-        rows[:, 4] = 0 if mask is None else ends(free)
-        visible.table = rows, *(None if mask is None else x.contiguous().view(torch.uint8) for x in (mask, free))
+        if mask is None:
+            rows[:, 2:4], rows[:, 4] = S, 0
+        else:
+            free = mask.new_zeros(B, T) if free is None else free
+            rows[:, 2] = mask.cumprod(1).sum(1)
+            rows[:, 3], rows[:, 4] = last_end(mask), last_end(free)
+            mask, free = (x.contiguous().view(torch.uint8) for x in (mask, free))
+        visible.table = rows, mask, free
     return visible.table
+
+
+def last_end(flags):
+    """Return (B,): one more than the last place of each row that is set; 0 if none is."""
+    return (flags * torch.arange(1, flags.shape[1] + 1, device=flags.device)).amax(1)
 
 
 @triton.jit
 def keys_of(rows, see_all, b, t0, t, T, S, M: tl.constexpr, N: tl.constexpr):
-    """Of queries t, M from t0 on, in row b -> its start and length, which queries see all, `full` and `end` of the keys they see."""
+    """Find the keys of M queries t from t0 on in row b -> its start and length, who sees all, full, end."""
     rows += b * 5
     start, length, full, end = tl.load(rows), tl.load(rows + 1), S, S
     free = t < 0
@@ -82,7 +94,7 @@ def keys_of(rows, see_all, b, t0, t, T, S, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def queries_of(rows, key_mask, b, n0, S, M: tl.constexpr, N: tl.constexpr):
-    """Of N keys from n0 on, in row b -> its start and length, `first`, `full` and `end` of the queries that see them."""
+    """Find the queries of N keys from n0 on in row b -> its start and length, first, full, end."""
     rows += b * 5
     start, length = tl.load(rows), tl.load(rows + 1)
     first, full, end = tl.maximum(n0 - start, 0) // M * M, n0 + N - 1 - start, length
@@ -96,32 +108,34 @@ def queries_of(rows, key_mask, b, n0, S, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def hide(s, t, n, start, free, key_mask, b, S):
-    """Scores s, one side of them queries t, the other keys n; -inf where a query does not see a key."""
+    """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
     visible = (n < S) & (n - start <= t)
     if key_mask is not None:
         visible = visible & (free | (tl.load(key_mask + b * S + n, mask=n < S, other=0) != 0))
     return tl.where(visible, s, float("-inf"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # For the twin
 
 
 def dense_mask(visible, q, S, groups):
-    """What is added to the scores, (B, 1, groups * T or 1, S), None if all is seen."""
+    """Return what is added to the scores, (B, 1, groups * T or 1, S); None if all is seen."""
     if visible.dense is None:
-        T, mask = q.shape[1], visible.key_mask
-        mask = None if mask is None else mask[:, None]                                        # (B, T or 1, S), True: seen
-        if mask is not None and visible.see_all is not None:
-            mask = mask | visible.see_all[:, :, None]
+        T, seen = q.shape[1], visible.key_mask
+        if seen is not None:
+            seen = seen[:, None]                               # (B, T or 1, S)
+        if seen is not None and visible.see_all is not None:
+            seen = seen | visible.see_all[:, :, None]
         if visible.causal:
-            position = torch.arange(T, device=q.device)[None]                                 # (1 or B, T)
-            position = position if visible.starts is None else position + visible.starts[:, None]
-            if T > 1 or (position < S - 1).any():              # a last query each, after all keys, sees them all
+            position = torch.arange(T, device=q.device)[None]                  # (1 or B, T)
+            if visible.starts is not None:
+                position = position + visible.starts[:, None]
+            if T > 1 or (position < S - 1).any():      # else a last query, after all keys, sees them all
                 within = torch.arange(S, device=q.device) <= position[:, :, None]
-                mask = within if mask is None else mask & within
-        if mask is not None:
-            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-            mask = mask.repeat(1, groups if mask.shape[1] > 1 else 1, 1)[:, None]
-        visible.dense = mask,
+                seen = within if seen is None else seen & within
+        if seen is not None:
+            added = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
+            seen = added.repeat(1, groups if added.shape[1] > 1 else 1, 1)[:, None]
+        visible.dense = seen,
     return visible.dense[0]
