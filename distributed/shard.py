@@ -60,7 +60,7 @@ def fill(llama, folder, device):
     """Give a Llama on the meta device its memory, and the weights of a Hugging Face folder or a checkpoint of
     training. folder None: they come later."""
     if folder and not is_checkpoint(folder):
-        find_tensors(folder, shapes(llama), llama.config)              # refuse it before memory is taken
+        find_tensors(folder, llama)             # refuse it before memory is taken
     llama.to_empty(device=device)
     if llama.config.tie_word_embeddings:
         llama.lm_head.weight = llama.embed_tokens.weight               # to_empty makes two of a tied weight
@@ -70,18 +70,13 @@ def fill(llama, folder, device):
         read_slices(llama, folder)
 
 
-def shapes(llama):
-    """List {name: shape}; a tied weight is there once, as the embedding."""
-    return {name: weight.shape for name, weight in llama.named_parameters()}
-
-
 @torch.no_grad()
 def read_slices(llama, folder):
     """Fill a sharded Llama from a Hugging Face folder; a rank reads its own rows only. Errors are those of
     Llama.from_pretrained, on all ranks: NaN in the rows of one, the others do not see."""
     weights, problems = dict(llama.named_parameters()), []
     try:
-        for file, names in find_tensors(folder, shapes(llama), llama.config).items():
+        for file, names in find_tensors(folder, llama).items():
             with opened(file) as tensors:
                 for name, theirs in names.items():
                     weight, source = weights[name], tensors.get_slice(theirs)

@@ -124,13 +124,14 @@ def opened(file, device="cpu"):
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def find_tensors(folder, shapes, config):
-    """Look, in the headers alone, where a folder has its tensors -> {file: {our name: its name there}}.
+def find_tensors(folder, model):
+    """Look, in the headers alone, where a folder has a model's tensors -> {file: {our name: its name there}}.
 
-    ValueError unless it has exactly those of `shapes`, {our name: shape}, as floating-point numbers. What
-    follows from the rest may come on top: a tied head, and rotary_emb.inv_freq of old checkpoints.
+    ValueError unless it has exactly these, in shape, as floating-point numbers. What follows from others may
+    come on top: a tied head, and rotary_emb.inv_freq of old checkpoints.
     """
-    found, missing = {}, dict(shapes)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}     # a tied one once
+    found, missing, config = {}, dict(shapes), model.config
     for file in weight_files(folder):
         with opened(file) as tensors:
             for theirs in tensors.keys():
@@ -151,16 +152,6 @@ def find_tensors(folder, shapes, config):
         more = f" ({len(missing)} in all)" if len(missing) > 1 else ""
         raise ValueError(f"{file}: tensor {to_released(next(iter(missing)), config)} is missing{more}")
     return found
-
-
-def read_weights(found, device, dtype):
-    """Read what `find_tensors` found -> {our name: tensor}. dtype None: the file's."""
-    state = {}
-    for file, names in found.items():
-        with opened(file, device) as tensors:
-            for name, theirs in names.items():
-                state[name] = finite(tensors.get_tensor(theirs).to(dtype), file, theirs)
-    return state
 
 
 def finite(tensor, file, name):
@@ -191,8 +182,11 @@ def load_weights(model, folder, device="cpu", dtype=None):
     FileNotFoundError for what is absent; ValueError, on one line, for broken files, and for tensors that are
     missing, unexpected, misshaped, not floats, or hold NaN.
     """
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}     # a tied one once
-    state = read_weights(find_tensors(folder, shapes, model.config), str(device), dtype)
+    state = {}
+    for file, names in find_tensors(folder, model).items():
+        with opened(file, str(device)) as tensors:
+            for name, theirs in names.items():
+                state[name] = finite(tensors.get_tensor(theirs).to(dtype), file, theirs)
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     model.load_state_dict(state, assign=True)

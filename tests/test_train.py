@@ -1,6 +1,7 @@
 """The command line and the run around the learning: resuming, stopping, errors, ranks, and the shape of the code."""
 
 import ast
+import graphlib
 import inspect
 import json
 import os
@@ -299,6 +300,20 @@ def test_imports_follow_the_map():
         found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert found - set(sys.stdlib_module_names) <= may, name
+
+
+def test_no_import_circle_around_the_model():
+    """Each module's imports can be loaded first; model.py needs no more of llama/ than its sizes and folders."""
+    files = [HERE / "model.py", *(HERE / "llama").glob("*.py"), *(HERE / "kernels").glob("*.py")]
+    name_of = lambda file: ".".join(file.relative_to(HERE).with_suffix("").parts)
+    graph = {name_of(file): set() for file in files}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name_of(file)] |= (inner & set(graph)) or {node.module}
+    graphlib.TopologicalSorter(graph).prepare()
+    assert {name for name in graph["model"] if name.startswith("llama")} == {"llama.config", "llama.folders"}
 
 
 def test_the_readmes_own_estimator_runs(small, tmp_path, monkeypatch, capsys):
