@@ -22,16 +22,14 @@ from games.prompts import check_prompts
 from games.rails import instructions, known_routes, rail
 from games.seeds import derive
 from games.solver import miss, solvable, solve
-from games.verifier import SPACES, UNJUDGED, judge, judge_step
+from games.verifier import SPACES, judge, judge_step
 
 EXHAUSTED = -1.0    # on top, when the last attempt fails
 
 # Behaviours of the released code that `compat` brings back: what each does, and why the default differs.
-_SIXTH = ("after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is "
-          "trained on; here that -1 goes to the answer that used up the attempts")
+# What is alike in both games is in variants/official.py.
 COMPAT = {
     "gp": {
-        "sixth-attempt": _SIXTH,
         "added-penalties":
             "the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number (also "
             "a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is left out; "
@@ -49,7 +47,6 @@ COMPAT = {
             "other -1; the default is exact",
     },
     "virl": {
-        "sixth-attempt": _SIXTH,
         "unwrapped-angles":
             "a turn is named by new heading less old, from 350 to 10 degrees 'left'; it is slightly right",
     },
@@ -180,7 +177,6 @@ class GeneralPoints:
         self.deal, self.count = deal, cards
         self.target, self.attempts, self.size = int(target), int(attempts), tuple(size)
         self.prompts, self.compat = check_prompts(prompts or {}), _switches(compat, COMPAT["gp"])
-        self.answers = self.attempts + ("sixth-attempt" in self.compat)
         self.stated, self.values = (dict(zip(RANKS, card_values(RANKS, r)))
                                     for r in (rule, judged_rule or rule))
         self.deck = [(rank, suit) for suit in LOOKS[look] for rank in RANKS]
@@ -233,10 +229,9 @@ class GeneralPoints:
         if self.attempt is None:
             raise RuntimeError("no episode is running: call reset(seed) first")
         self.attempt += 1
-        verdict = UNJUDGED if self.attempt > self.attempts else judge(
-            text, self.cards, self.numbers, self.target, self.image, self.prompts, self.compat)
+        verdict = judge(text, self.cards, self.numbers, self.target, self.image, self.prompts, self.compat)
         correct = verdict.code == "correct"
-        truncated = not correct and self.attempt == self.answers
+        truncated = not correct and self.attempt == self.attempts
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct,
                 "attempt": self.attempt, "recognized": verdict.recognized,
                 "translated": verdict.translated, "success": correct}
@@ -330,7 +325,6 @@ class Navigation:
         self.describe, self.attempts, self.after_failure = describe, attempts, after_failure
         self.drop_rate, self.named, self.size = drop_rate, not hide_landmarks, size
         self.prompts, self.compat = check_prompts(prompts or {}), _switches(compat, COMPAT["virl"])
-        self.answers = attempts + ("sixth-attempt" in self.compat)      # to a point
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
         self.distinct = len(self.routes)
         self.index = None       # of the point where one stands; None: no episode is running
@@ -379,18 +373,17 @@ class Navigation:
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The
         right action leads to the next point, a wrong one leaves one where one is, with the verifier's
-        message. The destination terminates the episode (with "sixth-attempt" an unjudged answer there does,
-        too: the released code), a point that stays wrong truncates it (see after_failure); after that
-        RuntimeError."""
+        message. The destination terminates the episode, a point that stays wrong truncates it (see
+        after_failure); after that RuntimeError."""
         if self.index is None:
             raise RuntimeError("no episode is running: call reset(seed) first")
         point, self.attempt = self.points[self.index], self.attempt + 1
-        verdict = UNJUDGED if self.attempt > self.attempts else judge_step(
-            text, point, self.sentences[point.instruction], self.landmarks, self.judged_rule, self.prompts)
+        sentence = self.sentences[point.instruction]
+        verdict = judge_step(text, point, sentence, self.landmarks, self.judged_rule, self.prompts)
         correct, last = verdict.code == "right_action", self.index == len(self.points) - 1
-        exhausted = not correct and self.attempt == self.answers
+        exhausted = not correct and self.attempt == self.attempts
         self.failed |= exhausted
-        terminated = last and (correct or verdict is UNJUDGED)
+        terminated = last and correct
         truncated = exhausted and (last or self.after_failure == "end")
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct,
                 "attempt": self.attempt, "point": self.index, "landmark": point.landmark,

@@ -66,7 +66,7 @@ def make_env(args, **changes):
     settings = {name: getattr(args, name) for name in GAME_SETTINGS if getattr(args, name) is not None}
     settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None,
                      compat=official.of_game(args.compat, args.game)) | changes
-    return lambda: game(**settings)
+    return lambda: official.wrap(game(**settings), args.compat)
 
 
 def training_env(args):

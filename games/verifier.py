@@ -43,10 +43,8 @@ class Verdict:
     message: str        # one or two short sentences for the model
     recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
     translated: bool    # "number" are the dealt values; "current instruction" is right (never rewarded)
-    code: str           # of REWARDS, STEP_REWARDS; with compat also misread, unfinished, float_miss, unjudged
+    code: str           # of REWARDS, STEP_REWARDS; with compat also misread, unfinished, float_miss
 
-
-UNJUDGED = Verdict(0.0, "", False, False, "unjudged")   # of the answer that "sixth-attempt" draws
 
 _LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
 # How the released code's solver writes its solutions (n: a number, o: a sign): with at most one pair of

@@ -138,7 +138,7 @@ def conflicts(args, config, world):
     """Yield (a setting, what is expected of it) wherever two contradict each other."""
     if args.image and config.vision is None:
         yield "task", f"{args.game}-l, as {shown(args.model)} is a text-only model"
-    useful = [*envs.COMPAT[args.game], *(official.PPO if args.algo == "ppo" else [])]
+    useful = [*official.OF_GAME[args.game], *(official.PPO if args.algo == "ppo" else [])]
     if args.compat not in ("", "official") and set(args.compat.split(",")) - set(useful):
         yield "compat", f"official alone, or what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
     if args.algo == "eval" and args.eval_hands == 0:

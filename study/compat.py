@@ -10,12 +10,12 @@ from study import records
 from study.runner import Run
 from study.variants import GAMES, STEPS, TITLES, last
 from variants import official
-from variants.official import COMPAT
+from variants.official import OF_GAME
 
 question = "What each behaviour of the released code does to PPO with GAE, as its own judge reports it and in the default game."
 PICTURES = ["misread-first"]                           # does nothing without them
-SWITCHES = {"gp-l": ["", *(switch for switch in COMPAT["gp"] if switch not in PICTURES), *official.PPO, "official"],
-            "gp-vl": ["", *PICTURES], "virl-l": ["", *COMPAT["virl"], "official"]}
+SWITCHES = {"gp-l": ["", *(switch for switch in OF_GAME["gp"] if switch not in PICTURES), *official.PPO, "official"],
+            "gp-vl": ["", *PICTURES], "virl-l": ["", *OF_GAME["virl"], "official"]}
 METRICS = GAMES | {"gp-vl": "success"}
 UPDATES = STEPS | {("gp-vl", "ppo"): 20}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import envs
+import train
 from envs import COMPAT, GeneralPoints, Navigation
 from games.answers import read_answer
 from games.cards import FACES
@@ -19,6 +20,7 @@ from test_envs import HOSTILE as HOSTILE_CARDS
 from test_envs import answer
 from test_navigation import HOSTILE as HOSTILE_STEPS
 from test_navigation import game, here, place    # noqa: F401 (here is a fixture)
+from variants.official import OF_GAME, SixthAttempt, of_game, wrap
 
 GAMES = [(GeneralPoints, "gp"), (Navigation, "virl")]
 
@@ -28,8 +30,8 @@ def test_a_set_and_a_string_say_the_same_and_other_names_are_refused(make, name)
     everything = frozenset(COMPAT[name])
     assert make(compat=", ".join(everything)).compat == make(compat=everything).compat == everything
     assert make().compat == make(compat="").compat == make(compat=set()).compat == frozenset()
-    for bad in ("sixth", "sixth-attempt,gae-leak", {"official"}):
-        with pytest.raises(ValueError, match="^compat (sixth|gae-leak|official): expected .*" + ", ".join(COMPAT[name])):
+    for bad in ("sixth-attempt", f"{min(everything)},gae-leak", {"official"}):
+        with pytest.raises(ValueError, match="^compat (sixth-attempt|gae-leak|official): expected .*" + ", ".join(COMPAT[name])):
             make(compat=bad)
 
 
@@ -43,7 +45,7 @@ def test_each_game_knows_its_own():
 # ------------------------------------------------------------------------------------------------------- sixth-attempt
 
 def test_the_answer_after_the_last_attempt_is_not_judged():
-    env = GeneralPoints(attempts=2, compat="sixth-attempt")
+    env = SixthAttempt(GeneralPoints(attempts=2))
     env.reset(0)
     assert env.step("?")[1:4] == (-3, False, False)
     observation, *outcome, _ = env.step("?")
@@ -56,23 +58,47 @@ def test_the_answer_after_the_last_attempt_is_not_judged():
         env.step("?")
 
 
-@pytest.mark.parametrize("compat, rewards", [((), [-3, -3, -3, -3, -4]), ("sixth-attempt", [-3, -3, -3, -3, -3, -1])])
+@pytest.mark.parametrize("compat, rewards", [("", [-3, -3, -3, -3, -4]), ("sixth-attempt", [-3, -3, -3, -3, -3, -1])])
 def test_a_failed_episode_costs_the_same_with_a_sixth_attempt(compat, rewards):
-    env = GeneralPoints(compat=compat)
+    env = wrap(GeneralPoints(), compat)
     env.reset(0)
     outcomes = [env.step("?") for _ in rewards]
     assert [outcome[1] for outcome in outcomes] == rewards and [outcome[3] for outcome in outcomes] == [False] * (len(rewards) - 1) + [True]
 
 
 def test_the_last_judged_attempt_may_be_right():
-    env = GeneralPoints(attempts=2, compat="sixth-attempt")
+    env = SixthAttempt(GeneralPoints(attempts=2))
     env.reset(0)
     env.step("?")
     assert env.step(env.oracle())[1:4] == (5, True, False)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step("?")
+
+
+def test_the_sixth_attempt_is_none_of_a_demonstration():
+    plain, env = GeneralPoints(attempts=2), SixthAttempt(GeneralPoints(attempts=2))
+    env.reset(0)
+    assert env.demonstrate(0, 1) == plain.demonstrate(0, 1)
+    with pytest.raises(ValueError, match="mistakes 2: expected 0 to 1"):
+        env.demonstrate(0, 2)
+    env.reset(0)
+    assert [env.step("?")[1:4] for _ in range(3)] == [(-3, False, False), (-3, False, False), (-1, False, True)]
+
+
+@pytest.mark.parametrize("compat, kind", [("official", SixthAttempt), ("iid-deck", GeneralPoints)])
+def test_a_run_plays_by_its_compat(compat, kind):
+    env = train.make_env(train.apply_preset(train.Args(task="gp-l", compat=compat), 0))()
+    assert type(env) is kind and "iid-deck" in env.compat
+
+
+def sixth(**settings):
+    env = SixthAttempt(game(**settings)[0])
+    env.reset(0)
+    return env
 
 
 def test_the_third_answer_at_a_point_is_not_judged(here):    # noqa: F811
-    env, _ = game(compat="sixth-attempt")
+    env = sixth()
     env.step(env.oracle())
     assert env.step("?")[1:4] == (-2.5, False, False)
     observation, *outcome, _ = env.step('{"current observation": "", "action": "stop()"}')
@@ -83,7 +109,7 @@ def test_the_third_answer_at_a_point_is_not_judged(here):    # noqa: F811
 
 
 def test_after_the_third_answer_one_walks_on(here):          # noqa: F811
-    env, _ = game(compat="sixth-attempt", after_failure="walk-on")
+    env = sixth(after_failure="walk-on")
     outcomes = [env.step("?") for _ in range(3)]
     assert [outcome[1:4] for outcome in outcomes] == [(-2.5, False, False)] * 2 + [(-1, False, False)]
     assert [outcome[0].fresh for outcome in outcomes] == [False, False, True] and env.index == 1
@@ -92,10 +118,12 @@ def test_after_the_third_answer_one_walks_on(here):          # noqa: F811
     assert outcome == [1, True, False] and info["attempt"] == 1 and not info["success"]
 
 
-@pytest.mark.parametrize("compat, outcomes", [((), [(-2.5, False, False), (-3.5, False, True)]),
-                                              ("sixth-attempt", [(-2.5, False, False), (-2.5, False, False), (-1, True, True)])])
+@pytest.mark.parametrize("compat, outcomes", [
+    ("", [(-2.5, False, False), (-3.5, False, True)]),
+    ("sixth-attempt", [(-2.5, False, False), (-2.5, False, False), (-1, True, True)])])
 def test_at_the_destination(here, compat, outcomes):          # noqa: F811
-    env, _ = game(compat=compat)
+    env = wrap(game()[0], compat)
+    env.reset(0)
     for _ in range(6):
         env.step(env.oracle())
     for outcome in outcomes:
@@ -270,10 +298,10 @@ def test_instructions_and_actions_agree(monkeypatch, compat, words):
 
 # ------------------------------------------------------------------------------------------------------- any text, any switch
 
-@pytest.mark.parametrize("compat", [*COMPAT["gp"], ",".join(COMPAT["gp"])])
+@pytest.mark.parametrize("compat", [*OF_GAME["gp"], "official"])
 @pytest.mark.parametrize("image", [False, True])
 def test_hostile_answers_to_cards(image, compat):
-    env = GeneralPoints(image=image, size=(56, 14), compat=compat)
+    env = wrap(GeneralPoints(image=image, size=(56, 14), compat=of_game(compat, "gp")), compat)
     env.reset(1)
     for text in HOSTILE_CARDS + ["9/(1-1/3-1/3-1/3)" + "*9/(1-1/3-1/3-1/3)" * 10 + "=24", "1/" * 90 + "0=24"]:
         for wrapped in (text, answer(text)):
@@ -295,11 +323,12 @@ def test_floats_do_not_overflow_or_divide_by_zero(text):
     assert judge(text, [], numbers, compat=set(COMPAT["gp"])).code in ("wrong_value", "division_by_zero", "unparsable")
 
 
-@pytest.mark.parametrize("compat", [*COMPAT["virl"], ",".join(COMPAT["virl"])])
+@pytest.mark.parametrize("compat", [*OF_GAME["virl"], "official"])
 def test_hostile_answers_on_a_route(here, compat):            # noqa: F811
-    env, _ = game(compat=compat)
+    env = wrap(game(compat=of_game(compat, "virl"))[0], compat)
+    answers = env.attempts + (type(env) is SixthAttempt)
     for text, code in HOSTILE_STEPS:
         env.reset(0)
-        outcomes = [env.step(text) for _ in range(env.answers)]
+        outcomes = [env.step(text) for _ in range(answers)]
         assert all(outcome[1] in (-1, -2.5, -2, -3.5) and not outcome[4]["correct"] for outcome in outcomes) and outcomes[-1][3]
         assert outcomes[0][4]["verdict"] in (code, "wrong_action")
