@@ -223,7 +223,10 @@ def prepare_tiny(args, processes):
 
 
 def agree(processes, args, typed=frozenset(), newest=None):
-    """`settle` on all ranks. If it refuses on one, all raise the same SettingError. newest: a checkpoint to resume."""
+    """Settle `args` on all ranks (harness/check.py). If one refuses, all raise the same SettingError.
+
+    newest: the checkpoint that is resumed.
+    """
     refusal = None
     try:
         settle(args, config_of(args, newest), typed, processes.world)
@@ -243,8 +246,8 @@ def config_of(args, newest=None):
 
 
 def load(args, processes, resumed=None):
-    """Model, processor and folder of the weights of a run with complete settings. A model that is to be sharded comes without its weights;
-    so does that of a run that is resumed from the checkpoint `resumed`."""
+    """Return model, processor and folder of the weights of a run with complete settings. A model that is to be
+    sharded comes without its weights; so does that of a run that is resumed from the checkpoint `resumed`."""
     if args.algo == "pretrain" and args.model == "tiny" and not resumed:
         args.shard = sharding(args, 0, processes)
         config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=None))
@@ -495,8 +498,10 @@ def describe(i, args, metrics, seconds_left):
 
 
 def train(args, processes, typed=frozenset()):
-    """Do one run, from loading to the final folder. args: complete, but for a run that is resumed; typed: names of
-    the settings that the user gave. Returns whether it came to its end."""
+    """Do one run, from loading to the final folder. Return whether it came to its end.
+
+    args: complete (`agree`), but for a run that is resumed; typed: names of the settings that the user gave.
+    """
     folder, newest = RunFolder(args, processes), None
     if args.resume:
         newest, args = folder.resume(args, typed)
@@ -573,7 +578,7 @@ def main(argv=None):
         if args.dry_run:
             return plan.show(args, typed, args.dry_run)
         processes = Processes(args.device)
-        if args.algo == "eval" or not args.resume:             # else `train` reads what the run's settings are
+        if args.algo == "eval" or not args.resume:             # else `train` reads the run's settings
             agree(processes, args, typed)
         with chosen(args, processes):
             if args.algo == "eval":
@@ -596,7 +601,7 @@ def main(argv=None):
 
 
 def refuse(error, processes):
-    """End all processes with one line of the first, for each has the same to say. None: this one is on its own."""
+    """End all processes with one line of the first, for each has the same to say; None: this one alone."""
     if not processes or processes.rank == 0:
         print(f"train.py: error: {error}", file=sys.stderr, flush=True)
     if processes:

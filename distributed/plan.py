@@ -520,7 +520,8 @@ def show_flops(args, config):
 
 
 def main(argv=None):
-    parser = ranges.command_line("python -m distributed.plan", __doc__, epilog="All other options: train.py --help")
+    parser = ranges.command_line("python -m distributed.plan", __doc__,
+                                 epilog="All other options: train.py --help")
     parser.add_argument("--gpus", type=ranges.integer(1, 10**5), default=8, help="ranks (default: 8)")
     parser.add_argument("--gpu-memory", type=ranges.above(0), default=80.0, help="GB of each (default: 80)")
     own, rest = parser.parse_known_args(argv)

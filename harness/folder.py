@@ -77,7 +77,7 @@ def choose(args, processes, locks):
             break
         locks.pop().release()
     if there and not (own or args.resume):
-        raise SettingError(f"--out {shown(name)}: expected a folder without a run; this one can go on with --resume")
+        raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with this one")
     return str(name), bool(own or args.resume)
 
 

@@ -241,7 +241,8 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", metavar="CASE", default=[],
                         help=f"cases by name or first word. On a GPU: {', '.join(LARGE)}. On a CPU: {', '.join(SMALL)}; "
                              f"{', '.join(ON_REQUEST)} takes minutes and runs only when named")
-    parser.add_argument("--json", type=FILE, metavar="FILE", help="write all numbers there, with hardware, versions and commit")
+    parser.add_argument("--json", type=FILE, metavar="FILE",
+                        help="write all numbers there, with hardware, versions and commit")
     parser.add_argument("--quick", action="store_true", help="small sizes on a GPU, too, and three rounds: shows that all runs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the naive forms on a CPU, too (needs a C++ compiler)")
     args = parser.parse_args(argv)

@@ -252,14 +252,16 @@ def draw_map(folder, route_index, held_out=False, pixels=900):
 
 def main(arguments=None):
     """Save a route's map and the views at its start, turning points and destination."""
-    parser = command_line("python -m scenes.cities", "Save a map of a built-in city's route and the four street views "
-                          "(front, right / back, left) at its start, turning points and destination.")
+    parser = command_line("python -m scenes.cities", "Save a map of a built-in city's route and the four street "
+                          "views (front, right / back, left) at its start, turning points and destination.")
     parser.add_argument("city", type=one_of(tuple(CITIES)), help=", ".join(CITIES))
-    parser.add_argument("--route", type=integer(0), default=0, metavar="N", help="which of the city's routes (0)")
+    parser.add_argument("--route", type=integer(0), default=0, metavar="N",
+                        help="which of the city's routes (0)")
     parser.add_argument("--held-out", action="store_true", help="one of new-york's held-out routes")
     parser.add_argument("--out", type=FOLDER, default="city", metavar="FOLDER",
                         help="where to, the city's data included (city)")
-    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560, help="pixels of a panorama (2560)")
+    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560,
+                        help="pixels of a panorama (2560)")
     parser.add_argument("--size", type=integer(1, 8192), default=640, help="pixels of one view (640)")
     args = parser.parse_args(arguments)
     count = ROUTES.get(args.city, (100, 0))[args.held_out]

@@ -348,8 +348,8 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
 
 
 def main(argv=None):
-    parser = command_line("python -m scenes.routes", "Turn a pickled table of panoramas into JSON, without running "
-                          "any code that it may hold.")
+    parser = command_line("python -m scenes.routes", "Turn a pickled table of panoramas into JSON, without "
+                          "running any code that it may hold.")
     parser.add_argument("pickle", type=text("a file", os.path.isfile),
                         help="FOLDER/gps_pano_mapping.pkl; the JSON is written beside it")
     path = Path(parser.parse_args(argv).pickle)

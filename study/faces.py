@@ -47,7 +47,8 @@ def row(args, processes, hands):
 def main(argv=None):
     parser = command_line("python -m study.faces", __doc__)
     parser.add_argument("models", nargs="+", help="folders of checkpoints")
-    parser.add_argument("--task", type=one_of(("gp-l", "gp-vl")), default="gp-l", help="gp-l or gp-vl (default: %(default)s)")
+    parser.add_argument("--task", type=one_of(("gp-l", "gp-vl")), default="gp-l",
+                        help="gp-l or gp-vl (default: %(default)s)")
     parser.add_argument("--hands", type=integer(1), default=500, help="of rule-ood (default: %(default)s)")
     typed = parser.parse_args(argv)
     processes = Processes()

@@ -29,7 +29,7 @@ SHORT = {              # what makes a run short, by its algorithm
 
 
 def quick(*argv):
-    """The command line of a short run, in which `argv` has the last word; one that is resumed is as it was."""
+    """Return the command line of a short run, in which `argv` has the last word; a resumed one is as it was."""
     words = list(map(str, argv))
     if "--resume" in words:
         return ["--device", "cpu", *words]
@@ -152,8 +152,8 @@ def test_help_explains_every_argument(capsys):
 
 def test_every_argument_is_used():
     """A key that nothing reads does not exist."""
-    files = ("train", "harness/settings", "harness/check", "harness/folder", "ppo", "sft", "variants/advantages",
-             "variants/losses")
+    files = ("train", "harness/settings", "harness/check", "harness/folder", "ppo", "sft",
+             "variants/advantages", "variants/losses")
     text = "".join((HERE / f"{name}.py").read_text() for name in files)
     for name in train.Args.__dataclass_fields__:
         assert f"args.{name}" in text or name in train.GAME_SETTINGS, name

@@ -34,6 +34,6 @@ def of_game(text, game):
 
 if __name__ == "__main__":
     from harness.ranges import command_line
-    command_line("python -m variants.official", "List the names that --compat takes, and what each does.").parse_args()
+    command_line("python -m variants.official", "List the names that --compat takes.").parse_args()
     for part, table in {**{f"--task {game}-*": table for game, table in COMPAT.items()}, "--algo ppo": PPO}.items():
         print(part, *(f"  {name}\n      {line}" for name, line in table.items()), sep="\n")
