@@ -1,8 +1,10 @@
-"""What the released code does differently, by name, to be switched on again: --compat sixth-attempt,leaking-gae or --compat official.
+"""What the released code does differently, by name, to be switched on again: --compat
+sixth-attempt,leaking-gae or --compat official.
 
     torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
 
-The games' switches are in envs.COMPAT, PPO's here, each with what it does and why the default differs. `python -m variants.official` lists all.
+The games' switches are in envs.COMPAT, PPO's here, each with what it does and why the default differs.
+`python -m variants.official` lists all.
 """
 
 from functools import lru_cache
@@ -10,13 +12,18 @@ from functools import lru_cache
 from envs import COMPAT
 
 PPO = {
-    "leaking-gae": "an episode that used up its attempts does not end the chain: the value and the advantage of the next, unrelated hand "
-                   "flow into it (GAE over turns); nothing of the next hand can be due to this one",
-    "first-token-unscored": "the first token of an answer counts neither in its log-prob nor in its gradient; it was sampled like all others",
-    "bf16-logprobs": "log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to 0.1 against a clip range of 0.1",
-    "ratio-10": "where a ratio exceeds 10, the clipped surrogate alone counts, whose gradient is zero outside of the range even where it "
-                "would lead back (--loss ppo); the released code looks for such a ratio in a micro-batch, which holds one turn",
-    "rank-advantages": "each rank normalises the advantages of its own episodes; the mean and deviation of a rank depend on how many there are",
+    "leaking-gae": "an episode that used up its attempts does not end the chain: the value and the advantage "
+                   "of the next, unrelated hand flow into it (GAE over turns); nothing of the next hand can "
+                   "be due to this one",
+    "first-token-unscored": "the first token of an answer counts neither in its log-prob nor in its "
+                            "gradient; it was sampled like all others",
+    "bf16-logprobs": "log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to "
+                     "0.1 against a clip range of 0.1",
+    "ratio-10": "where a ratio exceeds 10, the clipped surrogate alone counts, whose gradient is zero "
+                "outside of the range even where it would lead back (--loss ppo); the released code looks "
+                "for such a ratio in a micro-batch, which holds one turn",
+    "rank-advantages": "each rank normalises the advantages of its own episodes; the mean and deviation of a "
+                       "rank depend on how many there are",
 }
 NAMES = frozenset(PPO).union(*COMPAT.values())
 
@@ -35,5 +42,6 @@ def of_game(text, game):
 if __name__ == "__main__":
     from harness.ranges import command_line
     command_line("python -m variants.official", "List the names that --compat takes.").parse_args()
-    for part, table in {**{f"--task {game}-*": table for game, table in COMPAT.items()}, "--algo ppo": PPO}.items():
+    tables = {f"--task {game}-*": table for game, table in COMPAT.items()} | {"--algo ppo": PPO}
+    for part, table in tables.items():
         print(part, *(f"  {name}\n      {line}" for name, line in table.items()), sep="\n")
