@@ -125,8 +125,8 @@ def numbers(expected, *kinds):
 
 
 def text(expected, holds=bool):
-    """Take words for which `holds`: by default all but the empty one."""
-    return Kind(expected, str, lambda word: isinstance(word, str) and holds(word))
+    """Take words for which `holds`, but never the empty one."""
+    return Kind(expected, str, lambda word: isinstance(word, str) and word and holds(word))
 
 
 def writable(folder):
