@@ -263,8 +263,8 @@ def damage(path, rank=0, world=1):
     path, known, bad = Path(path), {}, []
     for file in sorted(path.glob("rank_*.json")):
         try:
-            known |= json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, RecursionError):
+            known |= dict(json.loads(file.read_text(encoding="utf-8")).items())
+        except (OSError, ValueError, AttributeError, RecursionError):
             bad.append(f"{file.name} cannot be read")
     if not known and not bad:
         bad.append("it has no list of its files")
@@ -316,5 +316,6 @@ def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
     if rank == 0:
         index = {"metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
                  "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        (folder / "config.json").write_text(json.dumps(llama.config.to_dict() | {"torch_dtype": "float32"}, indent=2))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        config = llama.config.to_dict() | {"torch_dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

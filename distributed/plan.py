@@ -29,6 +29,7 @@ from harness import ranges
 from harness.check import attempt, settle
 from harness.ranges import SettingError
 from harness.settings import parse
+from harness.terminal import command
 from kernels import logits, logprob
 from model import Batch, Config, CrossLayer, Images, KVCache, Llama, SelfLayer, VisionLayer, bucket, draw
 
@@ -292,7 +293,7 @@ def recorded():
     The tiny model played them at temperature 0.2 on its training rule (gp-vl: its init; the others: its foundation) and, where the
     set's name says so, on the other rule. Counted with Llama 3's own tokenizer (npm's llama3-tokenizer-js 1.2.0).
     """
-    return json.loads((HERE / "episodes.json").read_text())
+    return json.loads((HERE / "episodes.json").read_text(encoding="utf-8"))
 
 
 def image_tokens(config, args):
@@ -537,4 +538,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -176,7 +176,7 @@ def read_lines(file, needs):
 def parse(line, needs):
     """Return what a line says, None for one that is foreign."""
     with suppress(ValueError, RecursionError):
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8"))
         if isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in needs.items()):
             return record
 

@@ -32,6 +32,7 @@ import torch
 
 from common import to_json
 from harness.ranges import FILE, command_line
+from harness.terminal import command
 from kernels import use_triton
 from kernels.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention_cases, logprob_cases
 
@@ -103,8 +104,8 @@ def peak_memory(run, device):
         peak = partial(torch.cuda.max_memory_allocated, device)
     elif os.access("/proc/self/clear_refs", os.W_OK):         # Linux
         ctypes.CDLL(None).malloc_trim(0)                       # memory that was freed but is kept would hide what is taken again
-        Path("/proc/self/clear_refs").write_text("5")          # the process's peak starts again from here
-        peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")   # the process's peak starts again from here
+        peak = lambda: 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     else:
         return None
     before, found = peak(), run()
@@ -224,8 +225,9 @@ def print_cells(cells):
 
 def describe(device, dtype, quick):
     """Hardware, versions and commit that the numbers come from."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True,
+                         encoding="utf-8")
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     cpu = info.split("model name\t: ")[1].split("\n")[0] if "model name\t: " in info else platform.machine()
     packages = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
     gpu = device.type == "cuda"
@@ -265,11 +267,12 @@ def main(argv=None):
             show(found)
             rows += found
     if args.json:
-        Path(args.json).write_text(to_json({"machine": machine, "ceilings": ceilings, "rows": rows}, indent=1))
+        record = {"machine": machine, "ceilings": ceilings, "rows": rows}
+        Path(args.json).write_text(to_json(record, indent=1), encoding="utf-8")
     wrong = [f"{row['case']} {row['part']}" for row in rows if row["implementation"] == "ours" and row.get("no") == "result is wrong"]
     if wrong:
         sys.exit(f"our result is wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

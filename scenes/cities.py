@@ -9,18 +9,17 @@ for landmarks (scenes/streets.py), routes along the streets, and panoramas that 
 import hashlib
 import json
 import math
-import os
 import pickle
 import random
-import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from harness.files import aside, replace, sweep, write_atomically
 from harness.ranges import FOLDER, command_line, integer, one_of
+from harness.terminal import command
 from scenes import draw as drawing
 from scenes.streets import BROAD, CITIES, COLORS, OTHERS, VERSION, apart, bearing, geocode, town  # noqa: F401
 
@@ -120,6 +119,8 @@ def build(name, root, *, width=256):
         raise ValueError(f"width {width!r}: expected an even number from 64 to 8192")
     folder = Path(root) / f"{name}-{width}-{_digest(plan)}"
     if folder.is_dir():
+        sweep(folder.parent, f".{folder.name}-*")
+        sweep(folder / "street_views", ".*-*")
         return folder
     own, held_out = ROUTES.get(name, (100, 0))
     routes = _routes(plan, random.Random(f"routes of {name} {VERSION}"), own + held_out)
@@ -128,20 +129,11 @@ def build(name, root, *, width=256):
              "city.json": {"city": name, "width": width, "version": VERSION, "digest": _digest(plan)}}
     if held_out:
         files["held_out_infos.json"] = [routes[own:], held_out]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        aside.chmod(0o755)      # mkdtemp's folders are for the owner only
-        (aside / "street_views").mkdir()
+    with aside(folder) as private:
+        (private / "street_views").mkdir()
         for file, content in files.items():
-            (aside / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (aside / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(mapping, protocol=4))
-        aside.rename(folder)
-    except OSError:
-        if not folder.is_dir():     # otherwise another process was first: its files are the same
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (private / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (private / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(mapping, protocol=4))
     return folder
 
 
@@ -178,21 +170,8 @@ def draw(panorama):
     lat, lon = geocode(plan.city, plan.panoramas[number])
     metadata = json.dumps({"panoId": path.stem, "lat": lat, "lng": lon, "rotation": rotation})
     path.parent.mkdir(exist_ok=True)
-    _save(path.with_suffix(".metadata.json"), lambda file: file.write(metadata.encode()))   # before the jpg: it needs it
-    _save(path, lambda file: picture.save(file, "JPEG", quality=95, subsampling=0))
-
-
-def _save(path, write):
-    """Write a file aside, then rename it: nobody ever reads half of it."""
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(aside, 0o644)      # mkstemp's files are for the owner only
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    write_atomically(path.with_suffix(".metadata.json"), metadata)      # before the jpg, which needs it
+    replace(path, lambda file: picture.save(file, "JPEG", quality=95, subsampling=0))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -289,4 +268,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

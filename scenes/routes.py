@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from harness.ranges import command_line, text
+from harness.terminal import command
 from scenes.cities import COMPASS, SIDES
 from scenes.views import read_rotation
 
@@ -363,4 +364,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -16,7 +16,9 @@ import signal
 import sys
 from pathlib import Path
 
+from harness.files import write_atomically
 from harness.ranges import FOLDER, command_line, integer, one_of, several, shown
+from harness.terminal import command, visible
 from study import compat, records, shifts, variants
 from study.experiments import ARMS, Experiment
 from study.runner import Runner
@@ -52,7 +54,7 @@ def page(folder):
         seeds, commits, hardware = (sorted({str(what) for what in whats}) for whats in zip(*(
             (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
         says = folder / f"{name}.md"
-        findings = [says.read_text().strip()] if says.exists() else []
+        findings = [says.read_text(encoding="utf-8").strip()] if says.exists() else []
         pictures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
         parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *findings, *pictures, experiment.table(found),
                                   f"*Seeds {', '.join(seeds)}; {' and '.join(hardware)}; commit {', '.join(commits)}.*"]))
@@ -81,7 +83,7 @@ def do(name, args, folder, root):
             experiment.plot(found, folder / f"{name}.png")
         except ImportError:
             print("no figure, which needs matplotlib: pip install -e '.[plot]'")
-    (folder / "README.md").write_text(page(folder))
+    write_atomically(folder / "README.md", page(folder))
     print(f"wrote {folder / 'README.md'}")
     return failed
 
@@ -119,9 +121,13 @@ def main(argv=None):
         failed = [run for name in names for run in do(name, args, folder, root)]
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        sys.exit(f"python -m study: error: {visible(str(error))}")
     if failed:
         sys.exit(f"without {len(failed)} runs that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -14,6 +14,7 @@ import train
 from distributed.processes import Processes
 from envs import read_answer
 from harness.ranges import SettingError, command_line, integer, one_of
+from harness.terminal import command
 
 VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")
 HEAD = ("model", "values listed right", "all over 10 in the formula", *(name.replace("_", " ") for name in VERDICTS))
@@ -64,4 +65,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

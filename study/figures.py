@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import GAMES
+from envs import GAMES, TASKS
 from harness.ranges import SettingError
 from study import records
 
@@ -41,13 +41,24 @@ class Group:
 
 
 def read_runs(folders):
-    """Groups of the run folders, by task and algorithm."""
-    groups = {}
+    """Group run folders by task and algorithm. ValueError for one that cannot stand in the same table."""
+    groups, tested = {}, {}
     for folder in map(Path, folders):
         if not (folder / "log.jsonl").exists():
             raise SettingError(f"--plot {folder}: expected a folder that train.py wrote, with a log.jsonl")
         record = records.of_run(folder.name, folder)
-        groups.setdefault((record["config"]["task"], record["config"]["algo"]), []).append(record)
+        try:
+            kind = record["config"]["task"], record["config"]["algo"]
+            sets = [sorted((name, *(len(results[key]) for key in records.OF_EACH)) for name, results in point["eval"].items())
+                    for point in record["curve"]]
+            known = tested.setdefault(TASKS[TASKS.index(kind[0])], sets[:1])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"--plot: {folder}: a log of another version ({type(error).__name__}: {error}); "
+                             "leave it out") from None
+        if not sets or any(one != known[0] for one in sets):
+            what = "evaluated on other sets or hands than the run before it" if sets else "not evaluated yet"
+            raise ValueError(f"--plot: {folder}: {what}; leave it out")
+        groups.setdefault(kind, []).append(record)
     return [Group(task, algo, found) for (task, algo), found in sorted(groups.items())]
 
 

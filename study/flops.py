@@ -28,6 +28,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from harness.terminal import command
 from model import CrossLayer, Llama
 from variants.lora import Adapted
 
@@ -250,4 +251,4 @@ if __name__ == "__main__":
     from harness.ranges import command_line
     from model import Config
     command_line("python -m study.flops", __doc__).parse_args()
-    print(table(Config.from_dict(LLAMA_11B), 512, 128))
+    command(lambda: print(table(Config.from_dict(LLAMA_11B), 512, 128)))

@@ -42,7 +42,7 @@ MOMENTS = {                                    # name: (object, attribute, calls
     "as a checkpoint's slices are written": ("distributed.checkpoint", "save_file", 4, 4),
     "as its files are listed": ("distributed.checkpoint", "fingerprint", 24, 24),
     "before it gets its name": ("pathlib.Path", "rename", 4, 4),
-    "as old ones go": ("shutil", "rmtree", 4, 4),
+    "as old ones go": ("distributed.checkpoint", "remove", 8, 8),
     "before a line of the log": ("train.RunFolder", "log", 8, 8),
     "in the final folder": ("model.Llama", "save_pretrained", 1, 1),
 }

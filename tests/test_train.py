@@ -273,7 +273,7 @@ def test_imports_follow_the_map():
                "distributed/shard": {"torch", "llama", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "common", "model", "distributed"},
                "distributed/processes": {"torch", "harness"},
                "distributed/plan": {"torch", "harness", "kernels", "model", "ppo", "sft"},
-               "study/figures": {"envs", "harness", "numpy", "study", "matplotlib"}, "study/runner": {"study"}, "study/records": {"numpy", "common"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
+               "study/figures": {"envs", "harness", "numpy", "study", "matplotlib"}, "study/runner": {"harness", "study"}, "study/records": {"numpy", "harness"}, "study/explain": {"torch", "ppo", "sft", "distributed", "variants"}, "study/variants": {"study", "matplotlib"},
                "study/compat": {"study", "variants"}, "study/experiments": {"envs", "study"}, "study/__main__": {"harness", "study"},
                "variants/lora": {"torch", "model", "distributed", "harness"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},

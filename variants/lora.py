@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.terminal import command
 from model import Config, Linear, Llama
 
 # What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are computed from its weight.
@@ -118,10 +119,14 @@ def table(config, rank):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main():
     from distributed.plan import LLAMA_11B
     from harness.ranges import command_line, integer
     parser = command_line("python -m variants.lora", "What LoRA saves on Llama-3.2-11B-Vision.")
     parser.add_argument("--rank", type=integer(1, 10**5), default=16,
                         help="of the adapters (default: %(default)s)")
     print(table(Config.from_dict(LLAMA_11B), parser.parse_args().rank))
+
+
+if __name__ == "__main__":
+    command(main)

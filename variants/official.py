@@ -10,6 +10,7 @@ The games' switches are in envs.COMPAT, PPO's here, each with what it does and w
 from functools import lru_cache
 
 from envs import COMPAT
+from harness.terminal import command
 
 PPO = {
     "leaking-gae": "an episode that used up its attempts does not end the chain: the value and the advantage "
@@ -39,9 +40,13 @@ def of_game(text, game):
     return switches(text) & COMPAT[game].keys()
 
 
-if __name__ == "__main__":
+def main():
     from harness.ranges import command_line
     command_line("python -m variants.official", "List the names that --compat takes.").parse_args()
     tables = {f"--task {game}-*": table for game, table in COMPAT.items()} | {"--algo ppo": PPO}
     for part, table in tables.items():
         print(part, *(f"  {name}\n      {line}" for name, line in table.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    command(main)
