@@ -603,7 +603,7 @@ def main(argv=None):
 def refuse(error, processes):
     """End all processes with one line of the first, for each has the same to say; None: this one alone."""
     if not processes or processes.rank == 0:
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: error: {terminal.visible(str(error))}", file=sys.stderr, flush=True)
     if processes:
         processes.barrier()                    # else torchrun might stop the first before it has printed
     if dist.is_initialized():

@@ -188,8 +188,12 @@ class Checkpoints:
             remove(final)
             aside.rename(final)
             self.pending = None
-            for old in self.complete()[:-max(1, self.keep)]:
-                remove(old)
+            self.prune()
+
+    def prune(self):
+        """Remove all but the newest, as far as a crash did not let it be done."""
+        for old in self.complete()[:-max(1, self.keep)] if self.rank == 0 else ():
+            remove(old)
 
     def finish(self):
         """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not write its part."""
@@ -197,7 +201,7 @@ class Checkpoints:
         errors = gather([str(error)] if error else [])                 # waits for the other ranks
         if errors:
             self.give_up(self.pending[0], errors[0])
-        first(self.poll)
+        first(lambda: (self.poll(), self.prune()))
         self.pending = None
 
     def give_up(self, aside, error):

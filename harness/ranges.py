@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from harness.terminal import visible
+
 LARGEST = 10**9        # of a count; what exceeds it is a slip of the finger, and fits into no tensor
 HUGE = 1e300           # no float is as large; so neither infinite nor an integer that is too long for a float
 
@@ -154,7 +156,7 @@ def command_line(prog, description, refuse=None, **more):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, **more)
     # Else -1e-3 and -inf would be taken for flags.
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
-    refuse = refuse or (lambda message: parser.exit(2, f"{prog}: error: {message}\n"))
+    refuse = refuse or (lambda message: parser.exit(2, f"{prog}: error: {visible(message)}\n"))
     # argparse says "argument --flag: VALUE: expected ...".
     surplus = re.compile(r"^argument (\S+):(?=.*: expected)|^argument ")
     parser.error = lambda message: refuse(surplus.sub(r"\1", message))

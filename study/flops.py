@@ -246,9 +246,13 @@ def table(config, length, answers):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main():
     from distributed.plan import LLAMA_11B
     from harness.ranges import command_line
     from model import Config
     command_line("python -m study.flops", __doc__).parse_args()
-    command(lambda: print(table(Config.from_dict(LLAMA_11B), 512, 128)))
+    print(table(Config.from_dict(LLAMA_11B), 512, 128))
+
+
+if __name__ == "__main__":
+    command(main)

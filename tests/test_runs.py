@@ -2,6 +2,7 @@
 elsewhere, text that acts on a terminal, locales that know no ±."""
 
 import ast
+import contextlib
 import errno
 import fcntl
 import io
@@ -51,9 +52,9 @@ def sft(runs, tmp_path):
 
 def refused(*argv):
     """Run a command that is to be refused. Returns its one line."""
-    with pytest.raises(SystemExit) as stop:
-        train.main([*COMMON, *map(str, argv)])
-    said = str(stop.value.code)
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
+        train.main([*([] if "--plot" in argv else COMMON), *map(str, argv)])
+    said = err.getvalue().strip() if stop.value.code == 2 else str(stop.value.code)
     assert "\n" not in said and len(said) > 20, said
     return said
 
@@ -214,7 +215,7 @@ def test_a_folder_that_cannot_be_one(small, tmp_path, kind, algo):
     out = make(kind, tmp_path / "run")
     before = content(tmp_path)
     said = refused("--algo", algo, "--model", small[0], "--out", out)
-    assert str(out) in said and (kind == "too long" or "choose another --out" in said)
+    assert str(out) in said and ("choose another --out" in said or "--out" in said and "expected a folder" in said or kind == "too long")
     assert content(tmp_path) == before
 
 

@@ -278,7 +278,7 @@ def test_imports_follow_the_map():
                "variants/lora": {"torch", "model", "distributed", "harness"},
                "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "model", "variants", "distributed", "harness", "train"},
-               "harness/ranges": set(), "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
+               "harness/ranges": {"harness"}, "harness/settings": {"envs", "harness", "ppo", "sft", "variants"},
                "harness/check": {"envs", "harness", "model", "ppo", "sft", "torch", "variants"},
                "harness/files": {"common"}, "harness/terminal": set(),
                "harness/folder": {"torch", "common", "distributed", "harness", "model", "variants"},
