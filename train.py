@@ -229,7 +229,7 @@ def agree(processes, args, typed=frozenset(), newest=None):
     """
     refusal = None
     try:
-        settle(args, config_of(args, newest), typed, processes.world)
+        settle(args, config_of(args, processes, newest), typed, processes.world)
     except SettingError as error:
         refusal = str(error)
     refusals = [text for text in gather([refusal]) if text]
@@ -237,12 +237,19 @@ def agree(processes, args, typed=frozenset(), newest=None):
         raise SettingError(refusals[0])
 
 
-def config_of(args, newest=None):
-    """The model's Config, without its weights."""
+def config_of(args, processes, newest=None):
+    """The model's Config, without its weights. Of a checkpoint nothing is read that is not as it was written."""
     if args.model == "tiny" and not newest:
         return Config.from_dict(TINY)
+    if not newest:                             # `RunFolder.resume` has looked at the other
+        verify(args.model, processes)
     expected = "tiny, a checkpoint or a folder with a config.json"
     return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
+
+
+def verify(folder, processes):
+    if checkpoint.is_checkpoint(folder):
+        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(Path(folder))
 
 
 def load(args, processes, resumed=None):
@@ -260,10 +267,9 @@ def load(args, processes, resumed=None):
         return model.to(processes.device), processor, None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:           # load that; Trainer.restore does the rest
         folder, resumed = Path(checkpoint.read_record(resumed)["began"]), None
+        verify(folder, processes)
     else:
         folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
-    if checkpoint.is_checkpoint(folder) and not resumed:       # `train` has looked at the other
-        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(folder)
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common import to_json
+from harness.ranges import SettingError
 
 LOCK = ".lock"      # inside the folder that it is for
 GRACE = 5.0         # seconds in which a private name may not have its lock yet
@@ -22,7 +23,7 @@ GRACE = 5.0         # seconds in which a private name may not have its lock yet
 # ------------------------------------------------------------------------------------------------------------
 # One process per folder
 
-class Held(ValueError):
+class Held(SettingError):
     """Another process works in the folder."""
 
 
@@ -51,7 +52,7 @@ class Lock:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ValueError(f"{self.folder}: cannot write there ({error.strerror}); choose another {self.flag}") from None
+            raise SettingError(f"{self.folder}: cannot write there ({error.strerror}); choose another {self.flag}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

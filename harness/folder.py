@@ -117,16 +117,20 @@ class RunFolder:
         checkpoint that is not as it was written."""
         newest = first(self.checkpoints.newest)
         if not newest:                                         # it was stopped before the first
-            return None, resumed(args, typed, read_json(self.path, "config.json"), self.path / "config.json")
+            file = self.path / "config.json"
+            if not file.exists():
+                raise UserError(f"{self.path}: neither a checkpoint nor config.json to go on from; begin anew with another --out")
+            return None, resumed(args, typed, read_json(self.path, file.name), file)
         self.checkpoints.verify(newest)
         record = checkpoint.read_record(newest)
         odd = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
         if odd:
             raise UserError(f"{newest}: record.json lacks {odd[0]}; written by another version of this program?")
-        began = [line["config"]["algo"] for line in read_lines(self.log_file, LINE) if line["event"] == "start"]
-        if began and began[-1] != record["config"].get("algo"):
-            raise UserError(f"{newest}: of a run with --algo {record['config'].get('algo')}, and that in {self.path} has "
-                            f"--algo {began[-1]}; move it away")
+        its, begun = record["config"].get("algo"), [line.get("config") for line in read_lines(self.log_file, LINE)
+                                                    if line["event"] == "start"]
+        if begun and isinstance(begun[-1], dict) and begun[-1].get("algo") != its:
+            raise UserError(f"{newest}: of a run with --algo {its}, and that in {self.path} has --algo "
+                            f"{begun[-1].get('algo')}; move it away")
         return newest, resumed(args, typed, record["config"], newest)
 
     def start(self, args, step):

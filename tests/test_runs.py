@@ -30,9 +30,19 @@ from study import records
 from study.runner import Run, Runner
 
 ROOT = Path(train.__file__).parent
-COMMON = ["--task", "gp-l", "--batch-size", "4", "--hands", "4", "--samples", "1", "--minibatches", "1", "--attempts", "2",
-          "--max-new-tokens", "4", "--eval-hands", "2", "--eval-every", "0", "--save-every", "1", "--probe-hands", "0",
-          "--device", "cpu"]
+COMMON = {             # the settings of a short run, by its algorithm
+    "sft": ["--batch-size", "4", "--eval-every", "0", "--save-every", "1", "--probe-hands", "0"],
+    "ppo": ["--hands", "4", "--samples", "1", "--minibatches", "1", "--eval-every", "0", "--save-every", "1", "--probe-hands", "0"],
+    "eval": []}
+
+
+def quick(algo, *argv):
+    return ["--task", "gp-l", "--algo", algo, "--attempts", "2", "--max-new-tokens", "4", "--eval-hands", "2", "--device", "cpu",
+            *COMMON[algo], *map(str, argv)]
+
+
+def resume(out, *argv):
+    return ["--device", "cpu", "--resume", "--out", str(out), *map(str, argv)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def runs(small, tmp_path_factory):
     """A folder with a run of SFT and one of PPO, each with two checkpoints."""
     root = tmp_path_factory.mktemp("runs")
     for algo in ("sft", "ppo"):
-        train.main([*COMMON, "--algo", algo, "--model", str(small[0]), "--steps", "2", "--out", str(root / algo)])
+        train.main(quick(algo, "--model", small[0], "--steps", 2, "--out", root / algo))
     return root
 
 
@@ -53,7 +63,7 @@ def sft(runs, tmp_path):
 def refused(*argv):
     """Run a command that is to be refused. Returns its one line."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
-        train.main([*([] if "--plot" in argv else COMMON), *map(str, argv)])
+        train.main(list(map(str, argv)))
     said = err.getvalue().strip() if stop.value.code == 2 else str(stop.value.code)
     assert "\n" not in said and len(said) > 20, said
     return said
@@ -67,10 +77,10 @@ def content(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # One process per folder
 
-@pytest.mark.parametrize("argv", [["--resume"], ["--algo", "sft"], ["--algo", "eval"], ["--algo", "ppo"]])
-def test_a_folder_in_use_is_refused_and_not_touched(small, sft, argv):
+@pytest.mark.parametrize("algo", [None, "sft", "eval", "ppo"])
+def test_a_folder_in_use_is_refused_and_not_touched(small, sft, algo):
     before, lock = content(sft), files.Lock(sft)
-    said = refused("--model", small[0], "--out", sft, *argv)
+    said = refused(*quick(algo, "--model", small[0], "--out", sft) if algo else resume(sft))
     assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
     assert content(sft) == before
     lock.release()
@@ -185,7 +195,7 @@ def test_default_folders(tmp_path, monkeypatch, runs):
     lock = files.Lock("runs/gp-l-sft-2")
     assert "gp-l-sft-2: in use by" in str(starts_at_once(train.Args(algo="sft", resume=True), 1)[0])
     lock.release()
-    assert "no run in runs/gp-l-ppo" in str(starts_at_once(train.Args(resume=True), 1)[0])
+    assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(train.Args(resume=True), 1)[0])
     assert not Path("runs/gp-l-ppo").exists()
 
 
@@ -214,7 +224,7 @@ def make(kind, path):
 def test_a_folder_that_cannot_be_one(small, tmp_path, kind, algo):
     out = make(kind, tmp_path / "run")
     before = content(tmp_path)
-    said = refused("--algo", algo, "--model", small[0], "--out", out)
+    said = refused(*quick(algo, "--model", small[0], "--out", out))
     assert str(out) in said and ("choose another --out" in said or "--out" in said and "expected a folder" in said or kind == "too long")
     assert content(tmp_path) == before
 
@@ -223,7 +233,7 @@ def test_a_linked_folder_of_runs(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
-    train.main([*COMMON, "--algo", "sft", "--model", str(small[0]), "--steps", "1"])
+    train.main(quick("sft", "--model", small[0], "--steps", 1))
     assert (tmp_path / "disk/gp-l-sft/final/config.json").exists()
 
 
@@ -341,9 +351,9 @@ def test_a_runs_log(sft, name, monkeypatch):
     monkeypatch.chdir(sft.parent)
     if bad:
         n = lines.count(b"\n") + bad
-        assert f"{log}, line {n}: " in refused("--resume", "--out", sft) and f"{log}, line {n}: " in refused("--plot", sft)
+        assert f"{log}, line {n}: " in refused(*resume(sft)) and f"{log}, line {n}: " in refused("--plot", sft)
     else:
-        train.main(["--resume", "--out", str(sft), "--device", "cpu"])
+        train.main(resume(sft))
         assert log.read_bytes().startswith(lines) and b'"step": 2, "config"' in log.read_bytes()
         train.main(["--plot", str(sft)])
 
@@ -411,7 +421,7 @@ def test_a_log_that_cannot_be_written(small, tmp_path, monkeypatch, where):
             self.log_file.mkdir()
         real(self, **record)
     monkeypatch.setattr(folder.RunFolder, "log", log)
-    said = refused("--algo", "sft", "--model", small[0], "--steps", 2, "--out", out)
+    said = refused(*quick("sft", "--model", small[0], "--steps", 2, "--out", out))
     assert f"{out}/log.jsonl: cannot be written (Is a directory); make room, and --resume --out {out} goes on" in said
 
 
@@ -464,12 +474,12 @@ DAMAGE = [*((name, harm, f"{name}[ :]") for name in FILES for harm in (cut, link
 @pytest.mark.parametrize("name, harm, words", DAMAGE, ids=range(len(DAMAGE)))
 def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, harm, words):
     harm(sft / LAST / name)
-    said = refused("--resume", "--out", sft)
+    said = refused(*resume(sft))
     assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
     if name in FILES and harm is cut:
-        assert f"{name} is not what was written" in refused("--model", sft / LAST, "--algo", "eval", "--out", sft.parent / "other")
+        assert f"{name} is not what was written" in refused(*quick("eval", "--model", sft / LAST, "--out", sft.parent / "other"))
     shutil.rmtree(sft / LAST)
-    train.main(["--resume", "--out", str(sft), "--device", "cpu"])
+    train.main(resume(sft))
 
 
 @pytest.mark.parametrize("name, make", [("step_000099", Path.touch), ("step_5", Path.touch), ("step_abc", Path.mkdir), ("step_5", Path.mkdir),
@@ -478,7 +488,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, ha
 def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
     other = sft / "checkpoints" / name
     make(other)
-    said = refused("--resume", "--out", sft)
+    said = refused(*resume(sft))
     assert f"{other}: not a checkpoint" in said and f"move it away, and --resume goes on from {sft / LAST}" in said
     checkpoint.Checkpoints(sft / "checkpoints", keep=1).save(3, {}, {})              # nor do old ones take it with them
     assert other.is_symlink() or other.exists()
@@ -486,7 +496,7 @@ def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
 
 def test_an_empty_folder_is_a_damaged_checkpoint(sft):
     (sft / "checkpoints/step_000099").mkdir()
-    assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", refused("--resume", "--out", sft))
+    assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", refused(*resume(sft)))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -496,20 +506,21 @@ def test_a_record_of_another_kind(sft, change, words):
     record = checkpoint.read_record(sft / LAST)
     (sft / LAST / "record.json").write_text(json.dumps(record | change), encoding="utf-8")
     resummed(sft / LAST)
-    assert re.search(f"{LAST}: .*{words}", refused("--resume", "--out", sft))
+    assert re.search(f"{LAST}: .*{words}", refused(*resume(sft)))
 
 
 def test_a_checkpoint_of_another_algorithm(runs, sft):
-    said = refused("--resume", "--out", sft, "--algo", "ppo")
+    said = refused(*resume(sft, "--algo", "ppo"))
     assert "--algo ppo cannot go on with a run of --algo sft" in said and f"--model {sft / LAST} and another --out" in said
-    assert "--algo ppo cannot go on" in refused("--resume", "--out", sft, "--algo", "ppo", "--override")
+    assert "--algo ppo cannot go on" in refused(*resume(sft, "--algo", "ppo", "--override"))
     shutil.copytree(runs / "ppo" / LAST, sft / "checkpoints/step_000003")
-    assert re.search("step_000003: .*--algo ppo, and that in .* has --algo sft; move it away", refused("--resume", "--out", sft))
+    assert re.search("step_000003: .*--algo ppo, and that in .* has --algo sft; move it away", refused(*resume(sft)))
 
 
 @pytest.mark.parametrize("begun, goes_on", [("sft", "ppo"), ("ppo", "sft"), ("ppo", "eval")])
 def test_weights_of_any_algorithm_begin_another(runs, tmp_path, begun, goes_on):
-    train.main([*COMMON, "--algo", goes_on, "--model", str(runs / begun / LAST), "--steps", "1", "--out", str(tmp_path / "run")])
+    steps = [] if goes_on == "eval" else ["--steps", 1]
+    train.main(quick(goes_on, "--model", runs / begun / LAST, *steps, "--out", tmp_path / "run"))
     assert (tmp_path / "run" / ("eval.json" if goes_on == "eval" else "final")).exists()
 
 
@@ -552,11 +563,11 @@ def test_a_checkpoint_runs_nothing(sft, tmp_path, place, words, way):
     for payload in ((tmp_path / "payload").read_bytes(), pickle.dumps(Payload(victim))):
         place(sft / LAST, payload)
         resummed(sft / LAST)
-        argv = ["--resume", "--out", sft] if way == "--resume" else ["--algo", "eval", "--model", sft / LAST, "--out", tmp_path / "e"]
+        argv = resume(sft) if way == "--resume" else quick("eval", "--model", sft / LAST, "--out", tmp_path / "e")
         if words:
             assert words in refused(*argv)
         else:
-            train.main([*COMMON, *map(str, argv)])
+            train.main(argv)
         if place is in_old_slices:
             break
     assert not victim.exists()
@@ -606,10 +617,11 @@ def test_a_folder_from_elsewhere_overwrites_nothing_outside(sft, tmp_path, plant
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(home if planted == ".final" else home / "precious")
-    try:
-        train.main(["--resume", "--out", str(sft), "--steps", "3", "--override", "--device", "cpu"])
-    except SystemExit as stop:
-        assert planted == ".lock" and f"{sft}: cannot write there" in str(stop.code)
+    argv = resume(sft, "--steps", 3, "--override")
+    if planted == ".lock":
+        assert f"{sft}: cannot write there" in refused(*argv)
+    else:
+        train.main(argv)
     assert content(home) == {Path("precious"): b"precious"}
 
 
@@ -621,12 +633,12 @@ def test_resume_runs_no_file_that_the_record_names(small, tmp_path):
     mine.write_text("from variants.losses import *\nimport sft, pathlib\npathlib.Path(__file__ + '.ran').touch()\n"
                     "SFT_LOSSES = {'mine': sft.LOSSES['nll']}\n", encoding="utf-8")
     ran = Path(f"{mine}.ran")
-    train.main([*COMMON, "--algo", "sft", "--model", str(small[0]), "--steps", "1", "--custom", str(mine), "--out", str(out)])
+    train.main(quick("sft", "--model", small[0], "--steps", 1, "--custom", mine, "--out", out))
     ran.unlink()
-    assert f"--custom {mine}; to run that file again, give --custom FILE with --resume" in refused("--resume", "--out", out)
-    assert "--custom" in refused("--resume", "--out", out, "--override") and not ran.exists()
+    assert f"--custom {mine}; to run that file again, give --custom FILE with --resume" in refused(*resume(out))
+    assert "--custom" in refused(*resume(out, "--override")) and not ran.exists()
     moved = mine.rename(tmp_path / "moved.py")
-    train.main(["--resume", "--out", str(out), "--custom", str(moved), "--device", "cpu"])
+    train.main(resume(out, "--custom", moved))
     assert Path(f"{moved}.ran").exists()
     train.sft.LOSSES.pop("mine")
 
@@ -681,7 +693,7 @@ def test_transcripts_and_lines_hold_nothing_that_acts(tmp_path, capsys):
     assert said == "[user]\nBar \\x1b]0;owned\\x07 \\udc80\n\n[assistant]\n\\u202eé\n"
     run.processes.print("step", "\x1b[31m")
     assert capsys.readouterr().out == "step \\x1b[31m\n"
-    assert r"/no\x1b[31mwhere" in refused("--model", "/no\x1b[31mwhere", "--out", tmp_path / "run")
+    assert r"/no\x1b[31mwhere" in refused(*quick("sft", "--model", "/no\x1b[31mwhere", "--out", tmp_path / "run"))
 
 
 SAYS = "import sys; from harness import terminal; terminal.command(lambda: {})"
