@@ -31,10 +31,11 @@ class Lock:
     """A folder that one process works in, until `release`, or until it dies: the kernel forgets its locks then.
 
     Another holder is waited for if it began with the same `launch`, because it is about to end: torchrun may
-    start a worker again before the one that failed is gone. Held names any other. flag: what the user gave.
+    start a worker again before the one that failed is gone, and NFS takes 90 s to forget a host that died.
+    Held names any other. flag: what the user gave.
     """
 
-    def __init__(self, folder, flag="--out", launch=None, patience=30):
+    def __init__(self, folder, flag="--out", launch=None, patience=120):
         self.folder, self.flag, self.handle = Path(folder), flag, None
         self.made, until = not self.folder.exists(), time.monotonic() + patience
         while not self.take():
