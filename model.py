@@ -610,8 +610,8 @@ def pad(rows):
 
 
 def draw_uniform(seeds, rows, steps):
-    """(rows, steps) numbers in [0, 1), row i from seeds[i]. All 64 bits of a seed count: of torch's generators, that of
-    the CPU reads 32."""
+    """(rows, steps) numbers in [0, 1), row i from seeds[i]. All 64 bits of a seed count: of torch's
+    generators, that of the CPU reads 32."""
     if seeds is None:
         uniform = torch.rand(rows, steps)
     else:
@@ -681,8 +681,9 @@ def bucket(lengths, token_budget, extra=None):
 
 
 def parts(places, order, n):
-    """Deal n minibatches: indices of one's own items in each. places: where each stands among the items of all ranks;
-    order: all of these places, in the order in which they are dealt. So n ranks learn from the minibatches of one."""
+    """Deal n minibatches: indices of one's own items in each. places: where each stands among the items of all
+    ranks; order: all of these places, in the order in which they are dealt. So ranks share the minibatches of
+    one process."""
     own = {place: i for i, place in enumerate(places)}
     return [[own[place] for place in order[k::n] if place in own] for k in range(n)]
 

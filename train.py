@@ -184,8 +184,10 @@ def train_tokenizer(mixture, vocab_size, apart):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(apart), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [ppo.readable(message["content"]).replace("<image>", "") for k in range(40) for env, _ in mixture
-             for message in env.demonstrate(TRAINING + k, mistakes=k % env.attempts)] + ["user", "assistant", "\n\n"] * 500
+    dialogues = [env.demonstrate(TRAINING + k, mistakes=k % env.attempts)
+                 for k in range(40) for env, _ in mixture]
+    texts = [ppo.readable(message["content"]).replace("<image>", "") for said in dialogues for message in said]
+    texts += ["user", "assistant", "\n\n"] * 500
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
@@ -370,63 +372,70 @@ class Trainer:
         return metrics
 
     def seeds(self, i, n):
-        """The n seeds of step i. A run's are consecutive, so that it walks all routes equally often (Navigation.reset)."""
-        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n       # 2**61 and more are left, up to 2**63
+        """Return the n seeds of step i. A run's are consecutive: so it walks all routes equally often."""
+        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n        # there are 2**61 up to 2**63
         return range(first, first + n)
 
     def sft_update(self, i):
+        """Learn from dialogues of the expert, or from the right ones among the model's own."""
         args, processes, scored = self.args, self.processes, 0
-        seeds, places = processes.share(self.seeds(i, args.batch_size)), processes.share(range(args.batch_size))
+        seeds, places = (processes.share(x) for x in (self.seeds(i, args.batch_size), range(args.batch_size)))
         if args.sft_data == "own":
             episodes = self.play(seeds)
-            scored += sum(len(conversation.ids) for episode in episodes for conversation in episode.conversations)
+            scored += sum(len(c.ids) for episode in episodes for c in episode.conversations)
             right = [sft.own_answers([episode]) for episode in episodes]
             examples, places = sum(right, []), processes.places(map(len, right))
         else:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         spare = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
-        self.batch = examples
+        self.batch, how = examples, dict(pace=self.pace, device=processes.device)
         if sft.LOSSES[args.sft_loss].before:
             scored += sum(len(example.ids) for example in examples)
         if self.reference:
             with autocast(args, processes.device), self.reference(), self.ledger.phase("update", self.model):
-                sft.score(self.model, self.processor, examples, spare, args, pace=self.pace, device=processes.device)
+                sft.score(self.model, self.processor, examples, spare, args, **how)
         with autocast(args, processes.device), self.ledger.phase("update", self.model):
-            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, places=places, spare=spare,
-                                 all_reduce=processes.all_reduce, pace=self.pace, device=processes.device)
-        scored = processes.all_reduce(torch.tensor(float(scored), dtype=torch.float64)).item()
+            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, places=places,
+                                 spare=spare, all_reduce=processes.all_reduce, **how)
+        scored = processes.all_reduce(torch.tensor(scored, dtype=torch.float64)).item()
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         return metrics
 
     def play(self, seeds, samples=1):
         """A rollout of the training game."""
-        args = self.args
-        with (autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
+        args, device = self.args, self.processes.device
+        with (autocast(args, device),
+              shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
               self.ledger.phase("rollout", player)):
-            return ppo.rollout(player, self.processor, self.env, seeds, samples=samples, temperature=args.temperature, batch=args.rollout_batch,
-                               max_new_tokens=args.max_new_tokens, keep_features=args.algo == "ppo" and self.model.vision_frozen,
-                               device=self.processes.device)
+            return ppo.rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
+                               temperature=args.temperature, batch=args.rollout_batch,
+                               max_new_tokens=args.max_new_tokens,
+                               keep_features=args.algo == "ppo" and self.model.vision_frozen)
 
     def ppo_update(self, i):
-        args, start = self.args, time.time()
-        hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
+        """Play, and learn from what was played."""
+        args, processes, start = self.args, self.processes, time.time()
+        hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.play(hands, args.samples)
-        places = self.processes.places(len(ppo.conversations_of(episodes[k:k + args.samples]))
-                                       for k in range(0, len(episodes), args.samples))
+        of_hands = [episodes[k:k + args.samples] for k in range(0, len(episodes), args.samples)]
+        places = processes.places(len(ppo.conversations_of(group)) for group in of_hands)
         rolled, self.batch = time.time(), episodes
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
-        with autocast(args, self.processes.device), self.ledger.phase("update", self.module):
-            metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=derive("minibatches", args.seed, i),
-                                 train_policy=i >= args.critic_warmup, reference=self.reference, places=places,
-                                 all_reduce=self.processes.all_reduce,
-                                 pace=self.pace, device=self.processes.device)
-        self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
-        scored = metrics["rollout_tokens"] * ((self.reference is not None) + (ppo.ESTIMATORS[args.advantage].per == "token" and
-                                                                              ppo.ESTIMATORS[args.advantage].values))
-        self.compute += (self.policy_size + self.critic_size) * (2 * (metrics["rollout_tokens"] + scored) + 6 * metrics["trained_tokens"])
-        summary = summarize(episodes, self.processes)
-        return metrics | {name: summary[name] for name in ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
-                          if name in summary} | {
+        with autocast(args, processes.device), self.ledger.phase("update", self.module):
+            metrics = ppo.update(
+                self.module, self.processor, episodes, args, step=self.step,
+                seed=derive("minibatches", args.seed, i), train_policy=i >= args.critic_warmup,
+                reference=self.reference, places=places, all_reduce=processes.all_reduce, pace=self.pace,
+                device=processes.device)
+        revised = [episode for episode in episodes if len(episode.turns) > 1]
+        self.sample = (revised or episodes)[0]
+        estimator, tokens = ppo.ESTIMATORS[args.advantage], metrics["rollout_tokens"]
+        scored = tokens * ((self.reference is not None) + (estimator.per == "token" and estimator.values))
+        passes = 2 * (tokens + scored) + 6 * metrics["trained_tokens"]
+        self.compute += (self.policy_size + self.critic_size) * passes
+        summary = summarize(episodes, processes)
+        told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
+        return metrics | {name: summary[name] for name in told if name in summary} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 

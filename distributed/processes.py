@@ -80,8 +80,8 @@ class Processes:
         return items[self.rank::self.world]
 
     def places(self, counts):
-        """Where this rank's items stand in the order in which one process would hold all of them. counts: how many items
-        each of the things has that `share` gave to this rank."""
+        """Where this rank's items stand in the order in which one process would hold all of them. counts: how
+        many items each of the things has that `share` gave to this rank."""
         found, first = [], 0
         for index, count in sorted(gather([(k * self.world + self.rank, n) for k, n in enumerate(counts)])):
             if index % self.world == self.rank:

@@ -109,10 +109,14 @@ def verdict(groups):
 
 # Columns of `explained`: factor, and where a probe tells the number.
 MEASURED = {
-    "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"), "KL(policy ∥ init)": (1, "reverse_kl_answer"),
-    "weights changed, %": (100, "weights", "changed", "all"), "way of the head, %": (100, "weights", "distance", "head"),
-    "way of attention, %": (100, "weights", "distance", "attention"), "entropy, nats a token": (1, "id", "entropy"),
-    "tokens an answer": (1, "id", "length"), "pass@1, %": (100, "id", "pass@1"), "pass@8, %": (100, "id", "pass@8"),
+    "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"),
+    "KL(policy ∥ init)": (1, "reverse_kl_answer"),
+    "weights changed, %": (100, "weights", "changed", "all"),
+    "way of the head, %": (100, "weights", "distance", "head"),
+    "way of attention, %": (100, "weights", "distance", "attention"),
+    "entropy, nats a token": (1, "id", "entropy"),
+    "tokens an answer": (1, "id", "length"),
+    "pass@1, %": (100, "id", "pass@1"), "pass@8, %": (100, "id", "pass@8"),
     "pass@8 on rule-ood, %": (100, "rule-ood", "pass@8")}
 
 
@@ -125,8 +129,8 @@ def measured(point, factor, *path):
 
 
 def explained(groups):
-    """Markdown: what a probe measured before and after, on the training game but for the last column; a way is the
-    distance from init by init's norm. Of several seeds the mean, and in brackets the lowest and the highest."""
+    """Markdown: what a probe measured before and after, on the training game but for the last column; a way is
+    the distance from init by init's norm. Of several seeds the mean, in brackets the lowest and the highest."""
     def cell(points, where):
         values = [x for x in (measured(point, *where) for point in points) if not np.isnan(x)]
         if not values:
@@ -138,8 +142,9 @@ def explained(groups):
         known = [group for group in groups if group.task == task]
         rows = [("init", [known[0].records[0]["curve"][0]])]
         rows += [(group.name, [record["curve"][-1] for record in group.records]) for group in known]
-        lines += ["| " + " | ".join([task, name, *(cell(points, where) for where in MEASURED.values())]) + " |"
-                  for name, points in rows]
+        for name, points in rows:
+            cells = [cell(points, where) for where in MEASURED.values()]
+            lines.append("| " + " | ".join([task, name, *cells]) + " |")
     return "\n".join(lines)
 
 
