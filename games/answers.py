@@ -34,13 +34,13 @@ MAX_NESTING = 100       # brackets in a value that is decoded as JSON, whatever 
 # In JSON a quote without a backslash does. The quantifiers are possessive (*+): nothing is tried twice.
 _QUOTES = "\"'`“”„«»‘’"
 _KEY = rf"[{_QUOTES}][\w ]{{1,40}}[{_QUOTES}]\s*+:"
-_ENDS = rf"(?=[ \t\r]*+(?:\n|\Z)|\s*+(?:[,:}}\])`]|//|{_KEY}))"
+_ENDS = rf"(?=[ \t\r]*+(?:\n|\Z)|\s*+(?:[][,:{{}})`]|//|{_KEY}))"
 _QUOTED = "|".join(
     rf"[{opening}](?:[^{closing}\\]|\\(?:.|\Z)|[{closing}](?!{_ENDS}))*+([{closing}]|\Z)"
     for opening, closing in (('"', '"'), ("'", "'"), ("“”„«»", "“”«»\""), ("‘’`", "‘’`'")))
 _WORD = rf"[^\s{{}},:\[\]{_QUOTES}][^{{}},:\[\]\n]*+"
 _STRING = re.compile(_QUOTED, re.DOTALL)
-_TOKEN = re.compile(rf"(?:[\s,\[\]]|(?<!:)//[^\n]*+)*+"
+_TOKEN = re.compile(rf"(?:[\s,\[\]]|```\w*+|(?<!:)//[^\n]*+)*+"
                     rf"(?:(?P<brace>[{{}}])|(?P<name>{_QUOTED}|{_WORD})\s*+(?P<colon>:)?|:|\Z)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)     # \x: of Python
 _EDGES = " \t\r\n,`"
