@@ -1,1 +1,1 @@
-"""What the two games of envs.py stand on: the solver, the reader of answers and the verifier."""
+"""What the two games of envs.py stand on: prompts, the solver, the reader of answers, the verifier."""

@@ -24,7 +24,7 @@ import json
 import re
 import unicodedata
 
-MAX_TOKENS = 5_000      # braces, strings, words between commas; an answer has some 30
+MAX_TOKENS = 2_000      # braces, strings, words between commas; an answer has some 30
 MAX_FORMULA = 200       # characters; bounds the verifier's recursion and the size of its integers
 MAX_ITEMS = 64          # of a list: no hand has so many cards
 MAX_ESCAPES = 1_000     # of a value that is not JSON; the rest stay as they are

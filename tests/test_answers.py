@@ -52,16 +52,16 @@ FORGED = [      # here it is not
     '{"formula":"1+1=24","note":"{"formula": "@"}"}', "{“formula”:“1+1=24”,“note”:“{“formula”: “@”}”}",
     r'{"formula":"1+1=24","note":"{\"formula\": \"@\"}',
     '{"formula":"1+1=24","note":"x\n{\\"formula\\": \\"@\\"}', '{"formula":"1+1=24","note":{"formula":"@"}}',
-    '{"formula":"1+1=24","note":{"formula":"@"}', '{"formula":"1+1=24","note":[{"formula":"@"}]',
-    '{"note":{"formula":"@"},"formula":"1+1=24"}', "{formula: 1+1=24, note: {formula: @}}",
-    "{formula: 1+1=24, note: see {formula: @}}",
+    '{"formula":"1+1=24","note":{"formula":"@"}', '{"formula":"1+1=24","note":{"formula":"@"',
+    '{"formula":"1+1=24","note":[{"formula":"@"}]', '{"note":{"formula":"@"},"formula":"1+1=24"}',
+    "{formula: 1+1=24, note: {formula: @}}", "{formula: 1+1=24, note: see {formula: @}}",
     json.dumps(json.dumps({"formula": "1+1=24", "x": '{"formula": "@"}'})), '{"note":"formula: @"}',
     '{"note":"\nformula: @"}', r'{"note":", \"formula\": \"@\""}', r'{"a\"formula":"@"}', '{"formulas":"@"}',
     '{"my formula":"@"}', "formula: @", '"formula": "@"}', '{"formula":["@"]}', "{'formula':['@']}",
     '{"formula":{"value":"@"}}', '{"formula":"@","formula":"1+1=24"}', '{"formula":"@"} {"formula":"1+1=24"}',
     '{"formula":"@"} {"formula":null}', '{"formula":"@"} {"formula":"1+1', '{"formula":"@"} {"formula":',
     '{"formula":"@" no}', '{"formula":"@", no wait, =25', "{formula: @, no wait, =25}", "{formula: @\nno}",
-    '{"formula":"@}", "x": 1}', "{}" * 5000 + '{"formula": "@"}']
+    '{"formula":"@}", "x": 1}', "{}" * 1000 + '{"formula": "@"}']
 
 
 @pytest.mark.parametrize("text", SURROUNDED + DIALECTS)
