@@ -148,7 +148,8 @@ def test_clean_answers_are_judged_as_by_python(formula, wrapped, indent):
     assert judge(text, CARDS, NUMBERS).code == verdict_of(formula)
 
 
-SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | one_of(*'/{\\"', "\\left(")
+SIMPLE = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+          | one_of(*'/{\\"', "\\left("))
 VALUES = st.recursive(
     SIMPLE, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(one_of("formula", "a:", "'b"), inner),
     max_leaves=6)
