@@ -211,8 +211,9 @@ def prepare_tiny(args, processes):
     ready = Path("runs") / f"init-{args.task}-{digest}"
     if first((ready / "final").exists):
         return ready / "final"
-    processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in {ready}")
-    with contextlib.ExitStack() as stack:                      # another run may be making it, too: the first to end wins
+    processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in "
+                    f"{ready}")
+    with contextlib.ExitStack() as stack:      # another run may be making it, too: the first to end wins
         private = first(lambda: stack.enter_context(files.aside(ready, "final")))
         init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
                     eval_hands=0, device=args.device, **game)
@@ -240,7 +241,7 @@ def agree(processes, args, typed=frozenset(), newest=None):
 
 
 def config_of(args, processes, newest=None):
-    """The model's Config, without its weights. Of a checkpoint nothing is read that is not as it was written."""
+    """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
     if args.model == "tiny" and not newest:
         return Config.from_dict(TINY)
     if not newest:                             # `RunFolder.resume` has looked at the other

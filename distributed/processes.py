@@ -90,7 +90,7 @@ class Processes:
         return found
 
     def print(self, *text):
-        """Print on the first rank. Once the reader has gone, the run ends as after SIGTERM, which saves it."""
+        """Print on the first rank. Once the reader has gone, the run ends as after SIGTERM, and is saved."""
         if self.rank == 0:
             try:
                 print(visible(" ".join(map(str, text))), flush=True)
@@ -120,7 +120,7 @@ def gather(items, group=None):
 
 
 def first(work):
-    """Return on all ranks what `work()` returns on the first, which alone calls it; raise its error on all, too."""
+    """Call `work()` on the first rank; return what it returns on all, or raise its error on all."""
     found = []
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:

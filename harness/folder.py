@@ -61,9 +61,11 @@ def choose(args, processes, locks):
     own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
     if args.resume and not taken:
         raise SettingError(f"--resume: expected a run in {shown(names[0])}")
+    name, there = names[0], True
     if own or args.resume:
         names = [*taken, *own][-1:]
-    there = True
+    elif not args.out:
+        names = [name for name in names if name not in taken]
     for name in names:
         try:
             lock = Lock(name, launch=processes.launch)
@@ -77,7 +79,8 @@ def choose(args, processes, locks):
             break
         locks.pop().release()
     if there and not (own or args.resume):
-        raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with this one")
+        raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with "
+                           "this one")
     return str(name), bool(own or args.resume)
 
 
@@ -91,7 +94,7 @@ def launch_of(run):
 
 
 def git_commit():
-    """Return the commit of this run's code, with a + where its Python differs; None outside a git checkout."""
+    """Return the commit of the code, with a + where its Python differs; None outside a git checkout."""
     def git(*words):
         done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
         return done.stdout.decode("utf-8", "replace").strip()
@@ -110,7 +113,8 @@ class RunFolder:
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
         self.log_file = self.path / LOG
-        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world, args.keep)
+        self.checkpoints = checkpoint.Checkpoints(
+            self.path / "checkpoints", processes.rank, processes.world, args.keep)
 
     def resume(self, args, typed):
         """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
@@ -119,18 +123,21 @@ class RunFolder:
         if not newest:                                         # it was stopped before the first
             file = self.path / "config.json"
             if not file.exists():
-                raise UserError(f"{self.path}: neither a checkpoint nor config.json to go on from; begin anew with another --out")
+                raise UserError(f"{self.path}: neither a checkpoint nor config.json to go on from; "
+                                "begin anew with another --out")
             return None, resumed(args, typed, read_json(self.path, file.name), file)
         self.checkpoints.verify(newest)
         record = checkpoint.read_record(newest)
         odd = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
         if odd:
-            raise UserError(f"{newest}: record.json lacks {odd[0]}; written by another version of this program?")
-        its, begun = record["config"].get("algo"), [line.get("config") for line in read_lines(self.log_file, LINE)
-                                                    if line["event"] == "start"]
-        if begun and isinstance(begun[-1], dict) and begun[-1].get("algo") != its:
-            raise UserError(f"{newest}: of a run with --algo {its}, and that in {self.path} has --algo "
-                            f"{begun[-1].get('algo')}; move it away")
+            raise UserError(f"{newest}: record.json lacks {odd[0]}; written by another version?")
+        logged = [line["config"] for line in read_lines(self.log_file, LINE)
+                  if line["event"] == "start" and isinstance(line.get("config"), dict)]
+        its = record["config"].get("algo")
+        here = logged[-1].get("algo") if logged else its
+        if here != its:
+            raise UserError(f"{newest}: of a run with --algo {its}, and that in {self.path} has "
+                            f"--algo {here}; move it away")
         return newest, resumed(args, typed, record["config"], newest)
 
     def start(self, args, step):
@@ -170,8 +177,8 @@ class RunFolder:
         self.checkpoints.save(step, tensors, trainer.record(step), model_and_tokenizer)
 
     def save_final(self, model, processor, sharded):
-        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and in
-        `model`."""
+        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and
+        in `model`."""
         aside, final = self.path / ".final", self.path / "final"
 
         def begin():

@@ -104,8 +104,10 @@ def peak_memory(run, device):
         peak = partial(torch.cuda.max_memory_allocated, device)
     elif os.access("/proc/self/clear_refs", os.W_OK):         # Linux
         ctypes.CDLL(None).malloc_trim(0)                       # memory that was freed but is kept would hide what is taken again
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")   # the process's peak starts again from here
-        peak = lambda: 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
+        # The process's peak starts again from here.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        status = Path("/proc/self/status")
+        peak = lambda: 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     else:
         return None
     before, found = peak(), run()
@@ -225,8 +227,8 @@ def print_cells(cells):
 
 def describe(device, dtype, quick):
     """Hardware, versions and commit that the numbers come from."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True,
-                         encoding="utf-8")
+    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent,
+                         capture_output=True, encoding="utf-8")
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     cpu = info.split("model name\t: ")[1].split("\n")[0] if "model name\t: " in info else platform.machine()
     packages = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}

@@ -49,14 +49,14 @@ def read_runs(folders):
         record = records.of_run(folder.name, folder)
         try:
             kind = record["config"]["task"], record["config"]["algo"]
-            sets = [sorted((name, *(len(results[key]) for key in records.OF_EACH)) for name, results in point["eval"].items())
-                    for point in record["curve"]]
+            sets = [sorted((name, *(len(results[key]) for key in records.OF_EACH))
+                           for name, results in point["eval"].items()) for point in record["curve"]]
             known = tested.setdefault(TASKS[TASKS.index(kind[0])], sets[:1])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"--plot: {folder}: a log of another version ({type(error).__name__}: {error}); "
-                             "leave it out") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--plot: {folder}: a log of another version ({reason}); leave it out") from None
         if not sets or any(one != known[0] for one in sets):
-            what = "evaluated on other sets or hands than the run before it" if sets else "not evaluated yet"
+            what = "evaluated on other sets or hands than the run before" if sets else "not evaluated yet"
             raise ValueError(f"--plot: {folder}: {what}; leave it out")
         groups.setdefault(kind, []).append(record)
     return [Group(task, algo, found) for (task, algo), found in sorted(groups.items())]

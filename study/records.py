@@ -26,8 +26,9 @@ def of_run(name, folder):
         told = of_evaluation(json.loads(file.read_text(encoding="utf-8"))) if alone else of_log(
             read_lines(file, {"event": str}))
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: not of a run that has ended, or of another version ({type(error).__name__}: {error}); "
-                         "leave the run out, or make it anew in another folder") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not of a run that has ended, or of another version ({reason}); leave the run "
+                         "out, or make it anew in another folder") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); make the run anew in another folder") from None
     return {"name": name} | told
@@ -35,7 +36,8 @@ def of_run(name, folder):
 
 def of_evaluation(only):
     """Return what eval.json tells, as `of_run` does."""
-    return {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": [{"step": 0, "eval": only["eval"]}]}
+    curve = [{"step": 0, "eval": only["eval"]}]
+    return {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": curve}
 
 
 def of_log(lines):
@@ -44,7 +46,8 @@ def of_log(lines):
     start, steps = kinds["start"][0], kinds["step"]
     took = {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
     took |= {"seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps)}
-    return {key: start[key] for key in ("config", "commit", "hardware")} | took | {"curve": list(map(point, kinds["eval"]))}
+    curve = [point(line) for line in kinds["eval"]]
+    return {key: start[key] for key in ("config", "commit", "hardware")} | took | {"curve": curve}
 
 
 def point(line):

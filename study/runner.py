@@ -121,8 +121,8 @@ class Runner:
               + (f"; about {int(left) // 3600}:{int(left) // 60 % 60:02d} hours left" if left is not None else ""), flush=True)
 
     def work(self, pause=1.0):
-        """Do all runs. Returns the names of those that failed, or that needed one that did. On Ctrl-C every run
-        saves, then KeyboardInterrupt. Held if another process is doing the same."""
+        """Do all runs. Returns the names of those that failed, or that needed one that did. On Ctrl-C every
+        run saves, then KeyboardInterrupt. Held if another process works in the same folders."""
         if all(run.name in self.recorded for run in self.runs) and not self.missing():
             return []
         with ExitStack() as stack:
