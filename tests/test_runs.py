@@ -477,7 +477,7 @@ UNREAD, UNLISTED = "rank_0.json cannot be read", "it has no list of its files"
 DAMAGE = [
     *((name, harm, f"{name}[ :]") for name in FILES for harm in (cut, linked, Path.unlink)),
     *((name, harm, f"{name}[ :]") for name in FILES[:1] for harm in (folder_instead, fifo)),
-    *(("rank_0.json", harm, UNREAD) for harm in (cut, folder_instead, holding("[[1]]"), holding("[" * 10**5))),
+    *(("rank_0.json", harm, UNREAD) for harm in (cut, folder_instead, holding("[1]"), holding("[" * 10**5))),
     *(("rank_0.json", harm, UNLISTED) for harm in (Path.unlink, holding("{}"))), (".", emptied, UNLISTED),
     ("rank_1.safetensors", holding("?"), "rank_1.safetensors is in no list"),
     (".", listing("../../config.json"), "../../config.json is not a file of its own"),
