@@ -500,7 +500,8 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, ha
 @pytest.mark.parametrize("name, make", [
     ("step_000099", Path.touch), ("step_000099", lambda path: path.symlink_to("nowhere")),
     ("step_5", Path.touch), ("step_5", Path.mkdir), ("step_abc", Path.mkdir),
-    ("step_000002.bak", Path.mkdir), ("step_", Path.touch), ("step_-00001", Path.mkdir), ("step_٠٠٠٠٠٩", Path.mkdir)])
+    ("step_000002.bak", Path.mkdir), ("step_", Path.touch), ("step_-00001", Path.mkdir),
+    ("step_٠٠٠٠٠٩", Path.mkdir)])
 def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
     other = sft / "checkpoints" / name
     make(other)
