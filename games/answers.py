@@ -78,7 +78,7 @@ def _objects(text, keys):
             at = text.find("{", at)
             if at < 0:
                 return found
-        token = _TOKEN.match(text, at)
+        token = _TOKEN.match(text, at)      # matches anywhere, if only nothing at the end
         at = token.end()
         if token["brace"] == "{":
             unclosed.append(_Object())
@@ -119,12 +119,12 @@ def _value(text):
 
 def _fields(text, *keys):
     """Return the values of `keys`, the most wanted first, all from one object; None where it lacks a key."""
-    if text.lstrip()[:1] == '"':
+    if text.lstrip()[:1] == '"':        # json.dumps of an answer
         try:
             text = json.loads(text, strict=False)
         except ValueError:
             pass
-    objects = _objects(text, set(keys))
+    objects = _objects(text, set(keys))     # without an action the observation is judged all the same
     own = next((objects[key].values for key in keys if key in objects), {})
     return [_value(text[slice(*own[key])]) if key in own else None for key in keys]
 
