@@ -33,7 +33,7 @@ from distributed.processes import Interrupt, Processes, first, gather, leave, lo
 from envs import GAMES, Mixed, load_prompts
 from harness import files, terminal
 from harness.check import attempt, settle
-from harness.folder import RunFolder, chosen, git_commit, write_atomically
+from harness.folder import RunFolder, chosen, git_commit, record_of, write_atomically
 from harness.ranges import SettingError, UserError
 from harness.settings import GAME_SETTINGS, PRESETS, Args, apply_preset, parse, resumed  # noqa: F401
 from model import Config, Llama, Processor
@@ -269,18 +269,18 @@ def load(args, processes, resumed=None):
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
         return model.to(processes.device), processor, None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:           # load that; Trainer.restore does the rest
-        folder, resumed = Path(checkpoint.read_record(resumed)["began"]), None
+        folder, resumed = Path(str(record_of(resumed)["began"])), None
         verify(folder, processes)
     else:
         folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
-    trained = checkpoint.read_record(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
+    trained = record_of(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
     if trained.get("lora_rank"):
         if args.shard == "on":
             raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's final/, in which they are merged")
-        choose_what_learns(model, argparse.Namespace(**trained))
+        choose_what_learns(model, argparse.Namespace(**dataclasses.asdict(Args()) | trained))
     if args.shard == "off" and checkpoint.is_checkpoint(folder):
         shard.fill(model, None if resumed else folder, processes.device)
         lora.merge(model)

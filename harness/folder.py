@@ -93,6 +93,15 @@ def launch_of(run):
     return starts[-1].get("launch") if starts else None
 
 
+def record_of(path):
+    """Read record.json of a checkpoint of a run. ValueError for one that is not whole."""
+    record = checkpoint.read_record(path)
+    for name, kind in RECORD.items():
+        if not isinstance(record.get(name), kind):
+            raise UserError(f"{path}: record.json lacks {name}; written by another version?")
+    return record
+
+
 def git_commit():
     """Return the commit of the code, with a + where its Python differs; None outside a git checkout."""
     def git(*words):
@@ -127,10 +136,7 @@ class RunFolder:
                                 "begin anew with another --out")
             return None, resumed(args, typed, read_json(self.path, file.name), file)
         self.checkpoints.verify(newest)
-        record = checkpoint.read_record(newest)
-        odd = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
-        if odd:
-            raise UserError(f"{newest}: record.json lacks {odd[0]}; written by another version?")
+        record = record_of(newest)
         logged = [line["config"] for line in read_lines(self.log_file, LINE)
                   if line["event"] == "start" and isinstance(line.get("config"), dict)]
         its = record["config"].get("algo")
