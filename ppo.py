@@ -2,14 +2,15 @@
 
     torchrun train.py --task gp-l --algo ppo
 
-One episode is a dialogue. The model answers, the verifier replies, the model revises, until the answer is right or the
-attempts are used up. On a route each point is a dialogue of its own, and the route is one episode. An *action* is one
-whole turn (the paper's choice; `--unit token` makes it one token), and the advantage flows from turn to turn: a
-verifier message is something the model was told, not something it did, so it takes no part in ratios, entropies,
-normalisation or the decay of an advantage.
+One episode is a dialogue. The model answers, the verifier replies, the model revises, until the answer is
+right or the attempts are used up. On a route each point is a dialogue of its own, and the route is one
+episode. An *action* is one whole turn (the paper's choice; `--unit token` makes it one token), and the
+advantage flows from turn to turn: a verifier message is something the model was told, not something it did,
+so it takes no part in ratios, entropies, normalisation or the decay of an advantage.
 
-The file reads downwards: the record of an episode, the rollout that fills it, the advantages, the losses, the update. Other estimators and
-losses (over tokens, against groups of samples, with a KL penalty) and how to add one: variants/.
+The file reads downwards: the record of an episode, the rollout that fills it, the advantages, the losses, the
+update. Other estimators and losses (over tokens, against groups of samples, with a KL penalty) and how to add
+one: variants/.
 """
 
 import copy
@@ -29,7 +30,7 @@ from variants.advantages import Estimator, earned
 from variants.losses import Loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The record of an episode
 
 @dataclass
@@ -40,23 +41,24 @@ class Turn:
     end: int
     reward: float
     info: dict                 # what the environment said of this answer: verdict, recognized, ...
-    hidden: object = None      # (D,) the policy's state at the last token of the prompt, from which `read_values` makes
-    value: float = 0.0         # V(prompt of this turn); or `score_values` does. For an estimator over tokens these three are
-    advantage: float = 0.0     # filled in by an estimator                       lists with a number for each token of the turn
+    hidden: object = None      # (D,) the policy's state at the last token of the prompt
+    # For an estimator over tokens the next three are lists, with a number for each token of the turn.
+    value: float = 0.0         # V(prompt of this turn), from `hidden` by `read_values` or by `score_values`
+    advantage: float = 0.0     # filled in by an estimator
     target: float = 0.0        # what the value head is regressed on
-    penalties: list[float] = field(default_factory=list)    # of each token, taken from the reward: --kl-in reward; else empty
+    penalties: list[float] = field(default_factory=list)    # of each token, from the reward: --kl-in reward
 
 
 @dataclass
 class Conversation:
     """One packed token sequence; several turns may lie in it. All lists have one entry a token."""
     ids: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)      # True: drawn by the model. False: forced (prompt, verifier)
+    sampled: list[bool] = field(default_factory=list)      # False: forced (prompt, verifier)
     logprobs: list[float] = field(default_factory=list)    # as drawn; 0 where forced
     weights: list[float] = field(default_factory=list)     # weight in the turn's log-prob; 0 where forced
-    reference: list[float] = field(default_factory=list)   # log-probs by the reference policy; empty without a KL penalty
+    reference: list[float] = field(default_factory=list)   # log-probs by the reference policy, if asked for
     image: object = None                                   # PIL image or None
-    features: object = None                                # (S, F) what a frozen vision encoder made of it; None: not kept
+    features: object = None                                # (S, F) what a frozen vision encoder made of it
 
     def tell(self, rendered):
         """Append forced tokens: a prompt or a verifier message."""
@@ -80,7 +82,8 @@ class Conversation:
 
 @dataclass
 class Episode:
-    """What flows from the rollout to the advantages to the loss: conversations and, in order, the turns in them."""
+    """What flows from the rollout to the advantages to the loss: conversations and, in order, the turns in
+    them."""
     seed: int
     conversations: list[Conversation] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -89,14 +92,14 @@ class Episode:
     transcript: list[tuple[str, str]] = field(default_factory=list)   # (who, text), for people to read
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rollout
 
 def token_weights(processor, ids, answer_key, before=0.5):
     """Weight of each token in the log-prob of its turn: `before` ahead of the answer key, 1 from there on.
 
-    The released code (after RL4VLM, arXiv 2405.10292) halves what the model says before its final answer. The key is
-    found in the decoded text by character offset. An answer without the key is weighted 1 throughout.
+    The released code (after RL4VLM, arXiv 2405.10292) halves what the model says before its final answer. The
+    key is found in the decoded text by character offset. An answer without the key is weighted 1 throughout.
     """
     key = processor.position_of(ids, f'"{answer_key}"')
     return [before if i < key else 1.0 for i in range(len(ids))]
@@ -126,7 +129,8 @@ class Player:
         start = len(episode.conversations[-1].ids)
         episode.conversations[-1].add(sample, token_weights(self.processor, sample.ids, self.env.answer_key))
         observation, reward, terminated, truncated, info = self.env.step(text)
-        episode.turns.append(Turn(len(episode.conversations) - 1, start, start + len(sample.ids), reward, info, sample.hidden))
+        last, end = len(episode.conversations) - 1, start + len(sample.ids)
+        episode.turns.append(Turn(last, start, end, reward, info, sample.hidden))
         episode.transcript.append(("assistant", text))
         episode.transcript.append(("reward", f"{reward:+g} ({info['verdict']})"))
         if terminated or truncated:
@@ -146,12 +150,13 @@ def readable(content):
 @torch.inference_mode()
 def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, samples=1, batch=256,
             keep_features=False, device="cpu"):
-    """Play `samples` episodes per seed with the current policy, `batch` at a time. Return them in the order of `seeds`.
+    """Play `samples` episodes per seed with the current policy, `batch` at a time. Return them in the order
+    of `seeds`.
 
-    seeds: the hands that the environments deal. An episode depends on its hand and on which of its samples it is, never
-    on who shares its batch or its rank. The conversations that continue keep their KV cache from turn to turn, so that
-    every prefix is prefilled once. keep_features: for an update that does not train the vision encoder, keep what it made
-    of each image (11B: 98 MB of host memory).
+    seeds: the hands that the environments deal. An episode depends on its hand and on which of its samples it
+    is, never on who shares its batch or its rank. The conversations that continue keep their KV cache from
+    turn to turn, so that every prefix is prefilled once. keep_features: for an update that does not train the
+    vision encoder, keep what it made of each image (11B: 98 MB of host memory).
     """
     episodes, hands = [], [(seed, sample) for seed in seeds for sample in range(samples)]
     for first in range(0, len(hands), batch):
@@ -160,7 +165,8 @@ def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, s
         while groups:
             fresh, continuing = [], []
             for cache, group in groups:
-                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens, keep_features, device)
+                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens,
+                                        keep_features, device)
                 fresh += [group[i] for i in stay if group[i].fresh]
                 stay = [i for i in stay if not group[i].fresh]
                 if stay:
@@ -181,18 +187,21 @@ def play_turn(model, processor, cache, players, temperature, max_new_tokens, kee
     samples, cache = generate(
         model, [c.ids for c in open_conversations], cache=cache, images=images, max_new_tokens=max_new_tokens,
         temperature=temperature, stop_ids=processor.stop_ids, keep_features=keep_features,
-        seeds=[derive("draws", player.episode.seed, player.sample, len(player.episode.turns)) for player in players])
+        seeds=[derive("draws", p.episode.seed, p.sample, len(p.episode.turns)) for p in players])
     return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages: episodes with values in, advantages and value targets out. A variant is a function and a table entry.
+# ------------------------------------------------------------------------------------------------------------
+# Advantages: episodes with values in, advantages and value targets out. A variant is a function and a table
+# entry.
 
 def gae(episodes, args):
-    """Generalized advantage estimation over turns (Schulman et al. 2016; gamma 0.9, lambda 0.95 in the paper).
+    """Generalized advantage estimation over turns (Schulman et al. 2016; gamma 0.9, lambda 0.95 in the
+    paper).
 
-        delta_k = r_k + gamma V_{k+1} - V_k,   A_k = delta_k + gamma lambda A_{k+1},   V = A = 0 after the last turn.
+        delta_k = r_k + gamma V_{k+1} - V_k,   A_k = delta_k + gamma lambda A_{k+1}
 
+    with V = A = 0 after the last turn.
     An episode that ran out of attempts is as terminal as a solved one: nothing leaks in from the next hand.
     """
     next_value = next_advantage = 0.0
@@ -207,11 +216,12 @@ def gae(episodes, args):
 
 
 def gae_loo(episodes, args):
-    """GAE less what the other samples of the same hand got on average at the same turn (leave one out, as in RLOO): the same
-    attempt and, on a route, the same point.
+    """GAE less what the other samples of the same hand got on average at the same turn (leave one out, as in
+    RLOO): the same attempt and, on a route, the same point.
 
-    How hard a hand is explains most of the variance of the returns, and a small critic cannot see it. The other samples can;
-    they know nothing of this sample's action, so subtracting their mean adds no bias. Needs --samples of at least 2.
+    How hard a hand is explains most of the variance of the returns, and a small critic cannot see it. The
+    other samples can; they know nothing of this sample's action, so subtracting their mean adds no bias.
+    Needs --samples of at least 2.
     """
     gae(episodes, args)
     groups = defaultdict(list)
@@ -227,7 +237,8 @@ ESTIMATORS = {"gae": Estimator(gae), "gae-loo": Estimator(gae_loo)} | advantages
 
 
 def flat(turns, name):
-    """The values, advantages or targets of all turns as one list, whether they are one a turn or one a token."""
+    """The values, advantages or targets of all turns as one list, whether they are one a turn or one a
+    token."""
     numbers = [getattr(turn, name) for turn in turns]
     return [x for one in numbers for x in one] if numbers and isinstance(numbers[0], list) else numbers
 
@@ -240,13 +251,14 @@ def fill_in(turns, name, numbers, per_token):
 
 
 def deviation(x, sizes, all_reduce=lambda x: x):
-    """Mean and standard deviation of x over all ranks. The deviation is 0 where it is but the rounding of what x was added
-    up from, numbers of these `sizes`."""
+    """Mean and standard deviation of x over all ranks. The deviation is 0 where it is but the rounding of
+    what x was added up from, numbers of these `sizes`."""
     x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
     sums = [len(x), x.sum(), len(sizes), sizes.abs().sum()]
     n, total, count, size = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     std = math.sqrt(all_reduce(((x - total / n) ** 2).sum()).item() / n)
-    return total / n, 0.0 if std <= advantages.ROUNDING * size / count else std        # NaN stays NaN, for `step` to find
+    rounding = advantages.ROUNDING * size / count
+    return total / n, 0.0 if std <= rounding else std          # NaN stays NaN, for `step` to find
 
 
 def normalize_advantages(turns, args, all_reduce=lambda x: x):
@@ -260,8 +272,9 @@ def normalize_advantages(turns, args, all_reduce=lambda x: x):
     fill_in(turns, "advantage", scaled, per_token=isinstance(turns[0].advantage, list))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses: numbers in, one loss a unit out. A unit is a turn or a token; a variant is a function and a table entry.
+# ------------------------------------------------------------------------------------------------------------
+# Losses: numbers in, one loss a unit out. A unit is a turn or a token; a variant is a function and a table
+# entry.
 
 def ppo_clip(logprobs, old_logprobs, advantages, args):
     """The clipped surrogate (Schulman et al. 2017, eq. 7), see losses.surrogate:
@@ -280,7 +293,8 @@ LOSSES = {"ppo": Loss(ppo_clip)} | losses.LOSSES
 
 
 def value_loss(values, old_values, targets, clip):
-    """Half the squared error; with `clip` > 0 the worse of it and of the error of a value kept within `clip` of the old."""
+    """Half the squared error; with `clip` > 0 the worse of it and of the error of a value kept within `clip`
+    of the old."""
     loss = (values - targets) ** 2
     if clip > 0:
         clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -288,29 +302,34 @@ def value_loss(values, old_values, targets, clip):
     return 0.5 * loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The update
 
 class ActorCritic(nn.Module):
-    """The policy and its critic: an MLP hidden-1024-512-1 on the hidden state at the last prompt token of a turn.
+    """The policy and its critic: an MLP hidden-1024-512-1 on the hidden state at the last prompt token of a
+    turn.
 
-    critic = "shared":   the head reads the policy's hidden state and its gradient flows into the policy (the paper)
+    critic = "shared":   the head reads the policy's hidden state and its gradient flows into the policy (the
+    paper)
              "detached": it reads the same state, but its gradient stops there (the tiny preset)
-             "separate": it reads the hidden state of a second network that starts as a copy of the policy; a random
-                         head then cannot disturb the policy, and the critic can learn features of its own. Costs a second model.
+             "separate": it reads the hidden state of a second network that starts as a copy of the policy; a
+                         random head then cannot disturb the policy, and the critic can learn features of its
+                         own. Costs a second model.
     """
 
     def __init__(self, policy, critic="shared"):
         super().__init__()
         self.policy, self.critic = policy, critic
         width = policy.config.hidden_size
-        self.value_head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
+        self.value_head = nn.Sequential(
+            nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
         nn.init.zeros_(self.value_head[-1].weight)                     # values start at 0, not at noise
         nn.init.zeros_(self.value_head[-1].bias)
         self.trunk = copy.deepcopy(policy) if critic == "separate" else None
 
     def values(self, batch, turns):
-        """Values of the turns, (turns,), in a pass of their own. `turns`: the row and the position of each turn's last prompt token."""
+        """Values of the turns, (turns,), in a pass of their own. `turns`: the row and the position of each
+        turn's last prompt token."""
         network = self.policy if self.trunk is None else self.trunk
         hidden = network(batch.input_ids, lengths=batch.lengths, images=batch.images).hidden
         return self.head(hidden[turns.rows, turns.positions])
@@ -320,7 +339,8 @@ class ActorCritic(nn.Module):
         return self.value_head(hidden.float()).squeeze(-1)
 
     def forward(self, batch, turns, temperature, with_values=True):
-        """One forward pass for all turns of all conversations: log-probs (B, T), entropies (B, T), values (turns,) or None."""
+        """One forward pass for all turns of all conversations: log-probs (B, T), entropies (B, T), values
+        (turns,) or None."""
         out = self.policy(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets,
                           temperature=temperature)
         if not with_values:
@@ -333,11 +353,12 @@ class ActorCritic(nn.Module):
 
 @dataclass
 class TurnTensors:
-    """The turns of one batch of conversations as tensors; (B, T) entries speak of the token *after* position t. For an estimator over
-    tokens, what is (turns,) here is (tokens,), all the sampled ones in order, and values are read before each of them."""
+    """The turns of one batch of conversations as tensors; (B, T) entries speak of the token *after* position
+    t. For an estimator over tokens, what is (turns,) here is (tokens,), all the sampled ones in order, and
+    values are read before each of them."""
     rows: torch.Tensor             # (turns,) batch row
     positions: torch.Tensor        # (turns,) last prompt token, where the value is read
-    turn_of: torch.Tensor          # (B, T) index into `turns` of the sampled token that follows, -1 where it is forced
+    turn_of: torch.Tensor          # (B, T) index into `turns` of the sampled token that follows; -1: forced
     weights: torch.Tensor          # (B, T)
     old_logprobs: torch.Tensor     # (B, T)
     advantages: torch.Tensor       # (turns,)
@@ -352,8 +373,8 @@ def kept_features(conversations):
 
 
 def make_batch(processor, items, device, per="turn"):
-    """items: list of (Conversation, [its Turns]). per: what has an advantage, a "turn" or a "token". Returns (Batch for the model,
-    TurnTensors, the turns in order)."""
+    """items: list of (Conversation, [its Turns]). per: what has an advantage, a "turn" or a "token". Returns
+    (Batch for the model, TurnTensors, the turns in order)."""
     conversations = [conversation for conversation, _ in items]
     batch = collate(processor, [c.ids for c in conversations], [c.sampled for c in conversations],
                     [c.image for c in conversations], kept_features(conversations)).to(device)
@@ -374,7 +395,8 @@ def make_batch(processor, items, device, per="turn"):
             turns.append(turn)
     column = lambda name: torch.tensor(flat(turns, name), dtype=torch.float32, device=device)
     tensors = TurnTensors(
-        torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(positions, dtype=torch.int64, device=device),
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(positions, dtype=torch.int64, device=device),
         turn_of.to(device), weights.to(device), old_logprobs.to(device),
         column("advantage"), column("value"), column("target"), reference.to(device))
     return batch, tensors, turns
@@ -392,15 +414,18 @@ def conversations_of(episodes):
 
 
 def buckets_of(items, config, token_budget):
-    """Split items into batches of conversations alike in length, each of at most `token_budget` padded tokens, images included."""
+    """Split items into batches of conversations alike in length, each of at most `token_budget` padded
+    tokens, images included."""
     conversations = [conversation for conversation, _ in items]
-    extra = [0 if c.image is None else config.image_tokens(frozen=c.features is not None) for c in conversations]
-    return [[items[i] for i in indices] for indices in bucket([len(c.ids) for c in conversations], token_budget, extra)]
+    extra = [0 if c.image is None else config.image_tokens(c.features is not None) for c in conversations]
+    groups = bucket([len(c.ids) for c in conversations], token_budget, extra)
+    return [[items[i] for i in group] for group in groups]
 
 
 @torch.no_grad()
 def read_values(actor_critic, episodes):
-    """Fill in `turn.value` for all turns from the states that the rollout met, with a critic that reads the policy's."""
+    """Fill in `turn.value` for all turns from the states that the rollout met, with a critic that reads the
+    policy's."""
     turns = [turn for episode in episodes for turn in episode.turns]
     for turn, value in zip(turns, actor_critic.head(torch.stack([turn.hidden for turn in turns])).tolist()):
         turn.value = value
@@ -408,8 +433,8 @@ def read_values(actor_critic, episodes):
 
 @torch.no_grad()
 def score_values(actor_critic, processor, episodes, token_budget, device, pace=alone, per="turn"):
-    """Fill in `turn.value` for all turns, or all their tokens, with the critic as it is before the update: a pass over
-    all conversations."""
+    """Fill in `turn.value` for all turns, or all their tokens, with the critic as it is before the update: a
+    pass over all conversations."""
     items = conversations_of(episodes)
     for micro, _ in pace(buckets_of(items, actor_critic.policy.config, token_budget), [(items[0][0], [])]):
         batch, tensors, turns = make_batch(processor, micro, device, per)
@@ -418,11 +443,12 @@ def score_values(actor_critic, processor, episodes, token_budget, device, pace=a
 
 @torch.no_grad()
 def score_reference(actor_critic, processor, episodes, args, reference, device, pace=alone):
-    """Fill in the log-probs of all conversations by the reference policy and, with --kl-in reward, the penalties of all
-    turns. Returns the sum of the KL estimates over all sampled tokens."""
+    """Fill in the log-probs of all conversations by the reference policy and, with --kl-in reward, the
+    penalties of all turns. Returns the sum of the KL estimates over all sampled tokens."""
     items, total = conversations_of(episodes), 0.0
+    buckets = buckets_of(items, actor_critic.policy.config, args.token_budget)
     with reference():
-        for micro, weight in pace(buckets_of(items, actor_critic.policy.config, args.token_budget), [(items[0][0], [])]):
+        for micro, weight in pace(buckets, [(items[0][0], [])]):
             batch, tensors, _ = make_batch(processor, micro, device)
             logprobs = actor_critic(batch, tensors, args.temperature, with_values=False)[0].tolist()
             for (conversation, _), row in zip(micro if weight else [], logprobs):
@@ -430,7 +456,8 @@ def score_reference(actor_critic, processor, episodes, args, reference, device, 
     for conversation, turns in items:
         for turn in turns:
             drawn = slice(turn.start, turn.end)
-            kl = losses.KL[args.kl_estimator](torch.tensor(conversation.logprobs[drawn]), torch.tensor(conversation.reference[drawn]))
+            both = (torch.tensor(x[drawn]) for x in (conversation.logprobs, conversation.reference))
+            kl = losses.KL[args.kl_estimator](*both)
             total += kl.sum().item()
             if args.kl_in == "reward":
                 turn.penalties = (args.kl_coef * kl).tolist()
@@ -438,13 +465,15 @@ def score_reference(actor_critic, processor, episodes, args, reference, device, 
 
 
 def units(logprobs, tensors, unit, per="turn"):
-    """What a ratio is taken of: (new log-probs, old log-probs, advantages), each (units,). per: what has an advantage.
+    """What a ratio is taken of: (new log-probs, old log-probs, advantages), each (units,). per: what has an
+    advantage.
 
     turn:  the weighted sum over the tokens of a turn        token: each sampled token on its own
     sequence: the mean over the sampled tokens of a conversation
     """
     drawn = tensors.turn_of >= 0
-    new, old, weights, turn_of = (x[drawn] for x in (logprobs, tensors.old_logprobs, tensors.weights, tensors.turn_of))
+    new, old, weights, turn_of = (
+        x[drawn] for x in (logprobs, tensors.old_logprobs, tensors.weights, tensors.turn_of))
     if unit == "turn":
         return gather(weights * new, tensors, unit), gather(weights * old, tensors, unit), tensors.advantages
     each = tensors.advantages if per == "token" else tensors.advantages[turn_of]
@@ -452,8 +481,8 @@ def units(logprobs, tensors, unit, per="turn"):
 
 
 def gather(x, tensors, unit):
-    """Numbers of all sampled tokens (tokens,) -> of the units (units,): a token's own, the sum over a turn, the mean over
-    a conversation (0 where nothing was sampled)."""
+    """Numbers of all sampled tokens (tokens,) -> of the units (units,): a token's own, the sum over a turn,
+    the mean over a conversation (0 where nothing was sampled)."""
     drawn = tensors.turn_of >= 0
     if unit == "token":
         return x
@@ -463,13 +492,15 @@ def gather(x, tensors, unit):
 
 
 def count_units(items):
-    """How many turns, sampled tokens and conversations ("sequence") there are in a list of items, as a dict."""
+    """How many turns, sampled tokens and conversations ("sequence") there are in a list of items, as a
+    dict."""
     turns = [turn for _, turns in items for turn in turns]
     return {"turn": len(turns), "token": sum(turn.end - turn.start for turn in turns), "sequence": len(items)}
 
 
 def counts(tensors, unit, mean):
-    """What each unit counts in the mean: 1, or for a mean over sequences one over the units of its own, (units,)."""
+    """What each unit counts in the mean: 1, or for a mean over sequences one over the units of its own,
+    (units,)."""
     if mean == "units" or unit == "sequence":
         return 1.0
     row = (tensors.turn_of >= 0).nonzero()[:, 0] if unit == "token" else tensors.rows
@@ -484,10 +515,12 @@ def unit_of(args):
 
 
 def minibatch_loss(actor_critic, processor, items, args, n, device, train_policy=True):
-    """The loss of one micro-batch, scaled so that the micro-batches of a minibatch, over all ranks, add up to the mean.
+    """The loss of one micro-batch, scaled so that the micro-batches of a minibatch, over all ranks, add up to
+    the mean.
 
-    n: how many turns, tokens and sequences the minibatch has on all ranks. Every mean is one sum over one such count, so
-    that it does not matter what shares a micro-batch. Returns (loss, metrics), these sums over counts, too.
+    n: how many turns, tokens and sequences the minibatch has on all ranks. Every mean is one sum over one
+    such count, so that it does not matter what shares a micro-batch. Returns (loss, metrics), these sums over
+    counts, too.
     """
     estimator, (unit, over) = ESTIMATORS[args.advantage], unit_of(args)
     batch, tensors, _ = make_batch(processor, items, device, estimator.per)
@@ -498,10 +531,12 @@ def minibatch_loss(actor_critic, processor, items, args, n, device, train_policy
     policy, metrics = LOSSES[args.loss].f(new, old, advantages, args)
     value, drawn = torch.zeros((), device=device), tensors.turn_of >= 0
     if estimator.values:
-        value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip).sum() / n[estimator.per]
+        value = value_loss(values, tensors.old_values, tensors.targets, args.value_clip)
+        value = value.sum() / n[estimator.per]
     if args.kl_coef and args.kl_in == "loss":
         kl = losses.KL[args.kl_estimator](logprobs[drawn], tensors.reference[drawn])
-        policy = policy + args.kl_coef * gather(kl, tensors, unit)     # of a turn the sum: its log-prob is a sum, too
+        # Of a turn it is the sum, as its log-prob is a sum, too.
+        policy = policy + args.kl_coef * gather(kl, tensors, unit)
     count = counts(tensors, unit, LOSSES[args.loss].mean)
     policy, entropy = (count * policy).sum() / n[over], entropy[drawn].sum() / n["token"]
     loss = args.value_coef * value
@@ -513,14 +548,16 @@ def minibatch_loss(actor_critic, processor, items, args, n, device, train_policy
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, reference=None, places=None,
-           all_reduce=lambda x: x, pace=alone, device="cpu"):
-    """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
+def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=True, reference=None,
+           places=None, all_reduce=lambda x: x, pace=alone, device="cpu"):
+    """One PPO update on one rollout: values, advantages, then `args.epochs` passes of `args.minibatches`
+    steps each.
 
-    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient norm. With
-    `train_policy` False only the critic learns (warm-up). `reference`: what --kl-coef measures from, see
-    variants/reference.py. `places`: where this rank's conversations stand among those of all ranks (see `parts`); None:
-    there are no others. `pace`: see `alone`. Returns the metrics of the update as a dict of floats.
+    `step(loss)` reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient
+    norm. With `train_policy` False only the critic learns (warm-up). `reference`: what --kl-coef measures
+    from, see variants/reference.py. `places`: where this rank's conversations stand among those of all ranks
+    (see `parts`); None: there are no others. `pace`: see `alone`. Returns the metrics of the update as a dict
+    of floats.
     """
     estimator, switches = ESTIMATORS[args.advantage], official.switches(args.compat)
     items, turns = conversations_of(episodes), [turn for episode in episodes for turn in episode.turns]
@@ -528,7 +565,9 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
         for conversation, own in items:
             for turn in own:
                 conversation.weights[turn.start] = 0.0
-    kl = score_reference(actor_critic, processor, episodes, args, reference, device, pace) if args.kl_coef else 0.0
+    kl = 0.0
+    if args.kl_coef:
+        kl = score_reference(actor_critic, processor, episodes, args, reference, device, pace)
     if estimator.values and (estimator.per == "token" or actor_critic.trunk is not None):
         score_values(actor_critic, processor, episodes, args.token_budget, device, pace, estimator.per)
     elif estimator.values:
@@ -537,31 +576,36 @@ def update(actor_critic, processor, episodes, args, *, step, seed, train_policy=
     explained = explained_variance(turns, all_reduce)
     if estimator.normalize:
         normalize_advantages(turns, args, (lambda x: x) if "rank-advantages" in switches else all_reduce)
-    own = [len(items), sum(len(conversation.ids) for conversation, _ in items), count_units(items)["token"], kl]
-    total, tokens, drawn, kl = all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+    own = len(items), sum(len(conversation.ids) for conversation, _ in items), count_units(items)["token"]
+    total, tokens, drawn, kl = all_reduce(torch.tensor([*own, kl], dtype=torch.float64)).tolist()
+    places = range(len(items)) if places is None else places
     generator, steps = torch.Generator().manual_seed(seed), []
     for _ in range(args.epochs):
         order = torch.randperm(int(total), generator=generator).tolist()
-        for part in parts(range(len(items)) if places is None else places, order, args.minibatches):
-            steps.append(one_step(actor_critic, processor, [items[i] for i in part], items[0][0], args, step, train_policy,
+        for part in parts(places, order, args.minibatches):
+            chunk = [items[i] for i in part]
+            steps.append(one_step(actor_critic, processor, chunk, items[0][0], args, step, train_policy,
                                   all_reduce, pace, device))
-    first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)          # afterwards the policy has moved
+    first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)
     return averages(steps) | {
-        "drawn_vs_scored": first, "explained_variance": explained, "rollout_tokens": tokens, "drawn_tokens": drawn,
+        "drawn_vs_scored": first,              # of the first step: afterwards the policy has moved
+        "explained_variance": explained, "rollout_tokens": tokens, "drawn_tokens": drawn,
         "trained_tokens": args.epochs * tokens} | ({"kl_reference": kl / drawn} if args.kl_coef else {})
 
 
 def one_step(actor_critic, processor, chunk, spare, args, step, train_policy, all_reduce, pace, device):
-    """One optimizer step on this rank's part of a minibatch. `spare` is a conversation to pass for other ranks' sake.
+    """One optimizer step on this rank's part of a minibatch. `spare` is a conversation to pass for other
+    ranks' sake.
 
-    Returns {metric: (mean, how many it is a mean over)}; nothing where no rank has a conversation, and then no step is made.
+    Returns {metric: (mean, how many it is a mean over)}; nothing where no rank has a conversation, and then
+    no step is made.
     """
     own = count_units(chunk)
     n = dict(zip(own, all_reduce(torch.tensor(list(own.values()), dtype=torch.float64)).tolist()))
     if not n["token"]:
         return {}
-    sums = defaultdict(float)
-    for micro, weight in pace(buckets_of(chunk, actor_critic.policy.config, args.token_budget), [(spare, [])]):
+    sums, buckets = defaultdict(float), buckets_of(chunk, actor_critic.policy.config, args.token_budget)
+    for micro, weight in pace(buckets, [(spare, [])]):
         loss, numbers = minibatch_loss(actor_critic, processor, micro, args, n, device, train_policy)
         (weight * loss).backward()
         for name, value in numbers.items():
@@ -573,8 +617,8 @@ def one_step(actor_critic, processor, chunk, spare, args, step, train_policy, al
 
 
 def explained_variance(turns, all_reduce=lambda x: x):
-    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a perfect one, NaN
-    where there is none or nothing to explain."""
+    """1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a
+    perfect one, NaN where there is none or nothing to explain."""
     targets, values = flat(turns, "target"), flat(turns, "value")
     _, spread = deviation(targets, targets, all_reduce)
     _, rest = deviation([t - v for t, v in zip(targets, values)], [0.0], all_reduce)

@@ -34,7 +34,7 @@ from games.prompts import load_prompts
 from games.seeds import TRAINING, derive
 from harness import files, terminal
 from harness.check import attempt, settle
-from harness.folder import RunFolder, chosen, git_commit, write_atomically
+from harness.folder import RunFolder, chosen, git_commit, record_of, write_atomically
 from harness.ranges import SettingError, UserError
 from harness.settings import GAME_SETTINGS, PRESETS, Args, apply_preset, parse, resumed  # noqa: F401
 from llama.config import Config
@@ -187,8 +187,10 @@ def train_tokenizer(mixture, vocab_size, apart):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(apart), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [ppo.readable(message["content"]).replace("<image>", "") for k in range(40) for env, _ in mixture
-             for message in env.demonstrate(TRAINING + k, mistakes=k % env.attempts)] + ["user", "assistant", "\n\n"] * 500
+    dialogues = [env.demonstrate(TRAINING + k, mistakes=k % env.attempts)
+                 for k in range(40) for env, _ in mixture]
+    texts = [ppo.readable(message["content"]).replace("<image>", "") for said in dialogues for message in said]
+    texts += ["user", "assistant", "\n\n"] * 500
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
@@ -212,8 +214,9 @@ def prepare_tiny(args, processes):
     ready = Path("runs") / f"init-{args.task}-{digest}"
     if first((ready / "final").exists):
         return ready / "final"
-    processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in {ready}")
-    with contextlib.ExitStack() as stack:                      # another run may be making it, too: the first to end wins
+    processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in "
+                    f"{ready}")
+    with contextlib.ExitStack() as stack:      # another run may be making it, too: the first to end wins
         private = first(lambda: stack.enter_context(files.aside(ready, "final")))
         init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
                     eval_hands=0, device=args.device, **game)
@@ -226,10 +229,13 @@ def prepare_tiny(args, processes):
 
 
 def agree(processes, args, typed=frozenset(), newest=None):
-    """`settle` on all ranks. If it refuses on one, all raise the same SettingError. newest: a checkpoint to resume."""
+    """Settle `args` on all ranks (harness/check.py). If one refuses, all raise the same SettingError.
+
+    newest: the checkpoint that is resumed.
+    """
     refusal = None
     try:
-        settle(args, config_of(args, newest), typed, processes.world)
+        settle(args, config_of(args, processes, newest), typed, processes.world)
     except SettingError as error:
         refusal = str(error)
     refusals = [text for text in gather([refusal]) if text]
@@ -237,17 +243,24 @@ def agree(processes, args, typed=frozenset(), newest=None):
         raise SettingError(refusals[0])
 
 
-def config_of(args, newest=None):
-    """The model's Config, without its weights."""
+def config_of(args, processes, newest=None):
+    """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
     if args.model == "tiny" and not newest:
         return Config.from_dict(TINY)
+    if not newest:                             # `RunFolder.resume` has looked at the other
+        verify(args.model, processes)
     expected = "tiny, a checkpoint or a folder with a config.json"
     return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
 
 
+def verify(folder, processes):
+    if checkpoint.is_checkpoint(folder):
+        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(Path(folder))
+
+
 def load(args, processes, resumed=None):
-    """Model, processor and folder of the weights of a run with complete settings. A model that is to be sharded comes without its weights;
-    so does that of a run that is resumed from the checkpoint `resumed`."""
+    """Return model, processor and folder of the weights of a run with complete settings. A model that is to be
+    sharded comes without its weights; so does that of a run that is resumed from the checkpoint `resumed`."""
     if args.algo == "pretrain" and args.model == "tiny" and not resumed:
         args.shard = sharding(args, 0, processes)
         config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=None))
@@ -259,19 +272,18 @@ def load(args, processes, resumed=None):
                 torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
         return model.to(processes.device), processor, None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:           # load that; Trainer.restore does the rest
-        folder, resumed = Path(checkpoint.read_record(resumed)["began"]), None
+        folder, resumed = Path(str(record_of(resumed)["began"])), None
+        verify(folder, processes)
     else:
         folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
-    if checkpoint.is_checkpoint(folder) and not resumed:       # `train` has looked at the other
-        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(folder)
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
-    trained = checkpoint.read_record(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
+    trained = record_of(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
     if trained.get("lora_rank"):
         if args.shard == "on":
             raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's final/, in which they are merged")
-        choose_what_learns(model, argparse.Namespace(**trained))
+        choose_what_learns(model, argparse.Namespace(**dataclasses.asdict(Args()) | trained))
     if args.shard == "off" and checkpoint.is_checkpoint(folder):
         shard.fill(model, None if resumed else folder, processes.device)
         lora.merge(model)
@@ -364,63 +376,70 @@ class Trainer:
         return metrics
 
     def seeds(self, i, n):
-        """The n seeds of step i. A run's are consecutive, so that it walks all routes equally often (Navigation.reset)."""
-        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n       # 2**61 and more are left, up to 2**63
+        """Return the n seeds of step i. A run's are consecutive: so it walks all routes equally often."""
+        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n        # there are 2**61 up to 2**63
         return range(first, first + n)
 
     def sft_update(self, i):
+        """Learn from dialogues of the expert, or from the right ones among the model's own."""
         args, processes, scored = self.args, self.processes, 0
-        seeds, places = processes.share(self.seeds(i, args.batch_size)), processes.share(range(args.batch_size))
+        seeds, places = (processes.share(x) for x in (self.seeds(i, args.batch_size), range(args.batch_size)))
         if args.sft_data == "own":
             episodes = self.play(seeds)
-            scored += sum(len(conversation.ids) for episode in episodes for conversation in episode.conversations)
+            scored += sum(len(c.ids) for episode in episodes for c in episode.conversations)
             right = [sft.own_answers([episode]) for episode in episodes]
             examples, places = sum(right, []), processes.places(map(len, right))
         else:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         spare = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
-        self.batch = examples
+        self.batch, how = examples, dict(pace=self.pace, device=processes.device)
         if sft.LOSSES[args.sft_loss].before:
             scored += sum(len(example.ids) for example in examples)
         if self.reference:
             with autocast(args, processes.device), self.reference(), self.ledger.phase("update", self.model):
-                sft.score(self.model, self.processor, examples, spare, args, pace=self.pace, device=processes.device)
+                sft.score(self.model, self.processor, examples, spare, args, **how)
         with autocast(args, processes.device), self.ledger.phase("update", self.model):
-            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, places=places, spare=spare,
-                                 all_reduce=processes.all_reduce, pace=self.pace, device=processes.device)
-        scored = processes.all_reduce(torch.tensor(float(scored), dtype=torch.float64)).item()
+            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, places=places,
+                                 spare=spare, all_reduce=processes.all_reduce, **how)
+        scored = processes.all_reduce(torch.tensor(scored, dtype=torch.float64)).item()
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         return metrics
 
     def play(self, seeds, samples=1):
         """A rollout of the training game."""
-        args = self.args
-        with (autocast(args, self.processes.device), shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
+        args, device = self.args, self.processes.device
+        with (autocast(args, device),
+              shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
               self.ledger.phase("rollout", player)):
-            return ppo.rollout(player, self.processor, self.env, seeds, samples=samples, temperature=args.temperature, batch=args.rollout_batch,
-                               max_new_tokens=args.max_new_tokens, keep_features=args.algo == "ppo" and self.model.vision_frozen,
-                               device=self.processes.device)
+            return ppo.rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
+                               temperature=args.temperature, batch=args.rollout_batch,
+                               max_new_tokens=args.max_new_tokens,
+                               keep_features=args.algo == "ppo" and self.model.vision_frozen)
 
     def ppo_update(self, i):
-        args, start = self.args, time.time()
-        hands = self.processes.share(self.seeds(i, args.hands))                       # all samples of a hand on one rank
+        """Play, and learn from what was played."""
+        args, processes, start = self.args, self.processes, time.time()
+        hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.play(hands, args.samples)
-        places = self.processes.places(len(ppo.conversations_of(episodes[k:k + args.samples]))
-                                       for k in range(0, len(episodes), args.samples))
+        of_hands = [episodes[k:k + args.samples] for k in range(0, len(episodes), args.samples)]
+        places = processes.places(len(ppo.conversations_of(group)) for group in of_hands)
         rolled, self.batch = time.time(), episodes
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
-        with autocast(args, self.processes.device), self.ledger.phase("update", self.module):
-            metrics = ppo.update(self.module, self.processor, episodes, args, step=self.step, seed=derive("minibatches", args.seed, i),
-                                 train_policy=i >= args.critic_warmup, reference=self.reference, places=places,
-                                 all_reduce=self.processes.all_reduce,
-                                 pace=self.pace, device=self.processes.device)
-        self.sample = next((episode for episode in episodes if len(episode.turns) > 1), episodes[0])     # one with a revision
-        scored = metrics["rollout_tokens"] * ((self.reference is not None) + (ppo.ESTIMATORS[args.advantage].per == "token" and
-                                                                              ppo.ESTIMATORS[args.advantage].values))
-        self.compute += (self.policy_size + self.critic_size) * (2 * (metrics["rollout_tokens"] + scored) + 6 * metrics["trained_tokens"])
-        summary = summarize(episodes, self.processes)
-        return metrics | {name: summary[name] for name in ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
-                          if name in summary} | {
+        with autocast(args, processes.device), self.ledger.phase("update", self.module):
+            metrics = ppo.update(
+                self.module, self.processor, episodes, args, step=self.step,
+                seed=derive("minibatches", args.seed, i), train_policy=i >= args.critic_warmup,
+                reference=self.reference, places=places, all_reduce=processes.all_reduce, pace=self.pace,
+                device=processes.device)
+        revised = [episode for episode in episodes if len(episode.turns) > 1]
+        self.sample = (revised or episodes)[0]
+        estimator, tokens = ppo.ESTIMATORS[args.advantage], metrics["rollout_tokens"]
+        scored = tokens * ((self.reference is not None) + (estimator.per == "token" and estimator.values))
+        passes = 2 * (tokens + scored) + 6 * metrics["trained_tokens"]
+        self.compute += (self.policy_size + self.critic_size) * passes
+        summary = summarize(episodes, processes)
+        told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
+        return metrics | {name: summary[name] for name in told if name in summary} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 
@@ -498,8 +517,10 @@ def describe(i, args, metrics, seconds_left):
 
 
 def train(args, processes, typed=frozenset()):
-    """Do one run, from loading to the final folder. args: complete, but for a run that is resumed; typed: names of
-    the settings that the user gave. Returns whether it came to its end."""
+    """Do one run, from loading to the final folder. Return whether it came to its end.
+
+    args: complete (`agree`), but for a run that is resumed; typed: names of the settings that the user gave.
+    """
     folder, newest = RunFolder(args, processes), None
     if args.resume:
         newest, args = folder.resume(args, typed)
@@ -576,7 +597,7 @@ def main(argv=None):
         if args.dry_run:
             return plan.show(args, typed, args.dry_run)
         processes = Processes(args.device)
-        if args.algo == "eval" or not args.resume:             # else `train` reads what the run's settings are
+        if args.algo == "eval" or not args.resume:             # else `train` reads the run's settings
             agree(processes, args, typed)
         with chosen(args, processes):
             if args.algo == "eval":
@@ -599,9 +620,9 @@ def main(argv=None):
 
 
 def refuse(error, processes):
-    """End all processes with one line of the first, for each has the same to say. None: this one is on its own."""
+    """End all processes with one line of the first, for each has the same to say; None: this one alone."""
     if not processes or processes.rank == 0:
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: error: {terminal.visible(str(error))}", file=sys.stderr, flush=True)
     if processes:
         processes.barrier()                    # else torchrun might stop the first before it has printed
     if dist.is_initialized():

@@ -15,6 +15,7 @@ import torch
 
 from envs import GeneralPoints
 from harness.ranges import command_line, integer, text
+from harness.terminal import command
 from llama.generate import generate
 from llama.processor import Processor
 from model import Llama
@@ -83,4 +84,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -41,6 +41,7 @@ from benchmarks.rivals import LARGE, ON_REQUEST, SETS, SMALL, Refused, attention
 from harness.files import to_json
 from harness.folder import git_commit
 from harness.ranges import FILE, command_line
+from harness.terminal import command
 from kernels import use_triton
 
 # Errors that always pass. Scores, probabilities and results rounded to bfloat16 are off by some units of
@@ -120,8 +121,9 @@ def peak_memory(run, device):
         peak = partial(torch.cuda.max_memory_allocated, device)
     elif os.access("/proc/self/clear_refs", os.W_OK):          # Linux
         ctypes.CDLL(None).malloc_trim(0)                       # else freed memory, kept, would hide new
-        Path("/proc/self/clear_refs").write_text("5")          # the process's peak starts again from here
-        peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")     # the peak starts again from here
+        status = Path("/proc/self/status")
+        peak = lambda: 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     else:
         return None
     before, found = peak(), run()
@@ -256,7 +258,7 @@ def show(rows):
 
 def describe(device, dtype, quick):
     """Return the hardware, versions and commit that the numbers come from."""
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     cpu = info.split("model name\t: ")[1].split("\n")[0] if "model name\t: " in info else platform.machine()
     packages = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
     gpu = device.type == "cuda"
@@ -309,7 +311,7 @@ def main(argv=None):
             rows += found
     if args.json:
         found = {"machine": machine, "ceilings": ceilings, "rows": rows}
-        Path(args.json).write_text(to_json(found, indent=1))
+        Path(args.json).write_text(to_json(found, indent=1), encoding="utf-8")
     wrong = [f"{row['case']} {row['part']}" for row in rows
              if row["implementation"] == "ours" and row.get("no") == "result is wrong"]
     if wrong:
@@ -317,4 +319,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,6 +11,7 @@ import time
 
 from games import cities, routes, streets, views
 from harness.ranges import command_line, integer
+from harness.terminal import command
 
 
 def timed(run, *args):
@@ -46,4 +47,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

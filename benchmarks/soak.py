@@ -19,6 +19,7 @@ from pathlib import Path
 
 from harness.folder import git_commit
 from harness.ranges import above, command_line, integer
+from harness.terminal import command
 from model import Llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,25 +33,25 @@ def start(out, steps):
             "--hands", 8, "--samples", 2, "--eval-hands", 0, "--save-every", 5, "--steps", steps,
             "--out", out]
     return subprocess.Popen(list(map(str, [sys.executable, *torchrun, ROOT / "train.py", *argv])),
-                            stdout=open(f"{out}.output", "a"), stderr=subprocess.STDOUT,
+                            stdout=open(f"{out}.output", "a", encoding="utf-8"), stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def ranks(torchrun):
     """Return the process ids of its workers."""
     tasks = Path(f"/proc/{torchrun.pid}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text("utf-8").split()]
 
 
 def resident(pid):
     """Return the bytes that a process has in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{pid}/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def records(out, event="step"):
     """Read what the run logged of an event; nothing where it has not logged yet."""
     log = out / "log.jsonl"
-    lines = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    lines = map(json.loads, log.read_text("utf-8").splitlines() if log.exists() else ())
     return [line for line in lines if line["event"] == event]
 
 
@@ -132,4 +133,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -28,7 +28,7 @@ from llama.folders import split_shards, to_released
 BLOCK = 2**24       # bytes read at a time
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is saved: a flat dict of tensors, sharded or not
 
 def tensors_of(module, optimizers):
@@ -55,14 +55,14 @@ def local(tensor):
 
 def own_slices(tensors, rank, world):
     """Copy this rank's slices to host memory -> ({name: copy}, {name: [shape of the whole, first row]})."""
-    mine = {name: tensor for i, (name, tensor) in enumerate(tensors.items())
-            if (len(local(tensor)) if isinstance(tensor, DTensor) else i % world == rank)}      # one writes what all hold
+    mine = {name: tensor for i, (name, tensor) in enumerate(tensors.items())       # one writes what all hold
+            if (len(local(tensor)) if isinstance(tensor, DTensor) else i % world == rank)}
     copies = {name: local(tensor).to("cpu", copy=True).contiguous() for name, tensor in mine.items()}
     return copies, {name: [list(tensor.shape), rows(tensor).start] for name, tensor in mine.items()}
 
 
 def slices_in(path):
-    """Read what a checkpoint holds -> {name: (shape of the whole, [(file, first row, end) of each slice])}."""
+    """Read what a checkpoint holds -> {name: (shape of the whole, [(file, first row, end) per slice])}."""
     found = {}
     for file in sorted(Path(path).glob("rank_*.safetensors")):
         try:
@@ -73,21 +73,22 @@ def slices_in(path):
                     count, *_ = source.get_slice(name).get_shape() or [1]
                     found.setdefault(name, (shape, []))[1].append((file, start, start + count))
         except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{file}: not slices of this program ({type(error).__name__}: {error})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file}: not slices of this program ({reason})") from None
     if not found:
         raise ValueError(f"{path}: no slices of weights in it; written by another version of this program?")
     return found
 
 
 def make_room(found, module, optimizers):
-    """Give fresh optimizers empty state for all that a checkpoint holds (see `slices_in`) of their parameters."""
+    """Give fresh optimizers empty state for what a checkpoint holds (see `slices_in`) of their parameters."""
     owner = {parameter: optimizer for optimizer in optimizers
              for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in module.named_parameters():
-        keys = [key.removeprefix(f"optimizer.{name}.") for key in found if key.startswith(f"optimizer.{name}.")]
-        for key in [key for key in keys if "." not in key]:
-            scalar = found[f"optimizer.{name}.{key}"][0] == ()             # Adam's count of steps
-            owner[parameter].state[parameter][key] = (
+        own = re.compile(re.escape(f"optimizer.{name}.") + "([^.]+)")
+        for key in filter(None, map(own.fullmatch, found)):
+            scalar = found[key[0]][0] == ()                                # Adam's count of steps
+            owner[parameter].state[parameter][key[1]] = (
                 torch.empty(()) if scalar else torch.empty_like(parameter, requires_grad=False))
 
 
@@ -114,7 +115,8 @@ def fill(found, path, tensors, whole=True):
                     if not tensor.ndim:
                         tensor.copy_(content[...])
                     elif low < high:
-                        local(tensor)[low - mine.start:high - mine.start].copy_(content[low - start:high - start])
+                        room = local(tensor)[low - mine.start:high - mine.start]
+                        room.copy_(content[low - start:high - start])
 
 
 def load_policy(path, llama):
@@ -124,7 +126,7 @@ def load_policy(path, llama):
     fill(found, path, {prefix + name: p.detach() for name, p in llama.named_parameters()}, whole=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The folder of a run's checkpoints
 
 class Checkpoints:
@@ -132,19 +134,21 @@ class Checkpoints:
 
     def __init__(self, folder, rank=0, world=1, keep=2):
         self.folder, self.rank, self.world, self.keep = Path(folder), rank, world, keep
-        self.thread, self.pending = ThreadPoolExecutor(1), None        # (folder aside, future of its list of files)
+        self.thread, self.pending = ThreadPoolExecutor(1), None        # (folder aside, future of its files)
         self.sound = None                                              # the checkpoint that was verified last
 
     def complete(self):
         """List all complete checkpoints, the oldest first."""
-        return sorted((path for path in self.folder.glob("step_*") if number(path) >= 0 and path.is_dir()), key=number)
+        found = [path for path in self.folder.glob("step_*") if number(path) >= 0 and path.is_dir()]
+        return sorted(found, key=number)
 
     def newest(self):
-        """Return the newest checkpoint, or None. ValueError where something else has such a name: what is meant?"""
+        """Return the newest checkpoint, or None. ValueError for something else that has such a name."""
         complete = self.complete()
         for other in sorted(set(self.folder.glob("step_*")) - set(complete)):
-            raise ValueError(f"{other}: not a checkpoint, which is a folder step_ and six digits; move it away, "
-                             f"and --resume goes on from {complete[-1] if complete else 'the beginning'}")
+            before = complete[-1] if complete else "the beginning"
+            raise ValueError(f"{other}: not a checkpoint, which is a folder step_ and six digits; move it "
+                             f"away, and --resume goes on from {before}")
         return complete[-1] if complete else None
 
     def save(self, step, tensors, record, write_rest=lambda folder: None):
@@ -167,12 +171,13 @@ class Checkpoints:
         self.pending = aside, self.thread.submit(self.write, aside, copies, places)
 
     def write(self, aside, copies, places):
-        """Write this rank's slices, in the background, and list its files. The first rank answers for what is nobody's."""
+        """Write this rank's slices, in the background, and list its files; the first rank answers for those
+        that are nobody's."""
         mine = aside / f"rank_{self.rank}.safetensors"
         save_file(copies, mine, {"slices": json.dumps(places)})
-        mine.chmod(0o644)                                              # safetensors makes it readable by its owner only
+        mine.chmod(0o644)                      # safetensors makes it readable by its owner only
         files = [mine]
-        if self.rank == 0:                                             # another rank's temporary file begins with a dot
+        if self.rank == 0:                     # another rank's temporary file begins with a dot
             files += [file for file in aside.iterdir()
                       if file.is_file() and not file.name.startswith(("rank_", "."))]
         temporary = aside / f"rank_{self.rank}.tmp"
@@ -188,27 +193,33 @@ class Checkpoints:
             remove(final)
             aside.rename(final)
             self.pending = None
-            for old in self.complete()[:-max(1, self.keep)]:
-                remove(old)
+            self.prune()
+
+    def prune(self):
+        """Remove all but the newest, as far as a crash did not let it be done."""
+        for old in self.complete()[:-max(1, self.keep)] if self.rank == 0 else ():
+            remove(old)
 
     def finish(self):
-        """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not write its part."""
+        """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not
+        write its part."""
         error = self.pending and self.pending[1].exception()           # waits
         errors = gather([str(error)] if error else [])                 # waits for the other ranks
         if errors:
             self.give_up(self.pending[0], errors[0])
-        first(self.poll)
+        first(lambda: (self.poll(), self.prune()))
         self.pending = None
 
     def give_up(self, aside, error):
         self.pending = None
         if self.rank == 0:
             remove(aside)
-        raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume goes on "
-                      f"from {(self.complete() or ['the beginning'])[-1]}")
+        before = (self.complete() or ["the beginning"])[-1]
+        raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume "
+                      f"goes on from {before}")
 
     def load(self, path, module, optimizers):
-        """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError names what is wrong with it."""
+        """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError: what is wrong."""
         self.verify(path)
         found = slices_in(path)
         make_room(found, module, optimizers)
@@ -216,13 +227,15 @@ class Checkpoints:
         return read_record(path)
 
     def verify(self, path):
-        """ValueError on all ranks if a file is not what was written; each rank reads its share of them, once."""
+        """ValueError on all ranks if a file is not what was written; each rank reads its share, once."""
         if path == self.sound:
             return
         problems = gather(damage(path, self.rank, self.world))
         if problems:
             before = [other for other in self.complete() if number(other) < number(path)]
-            remedy = f"remove it, and --resume goes on from {before[-1]}" if before else "there is none before it"
+            remedy = "there is none before it"
+            if before:
+                remedy = f"remove it, and --resume goes on from {before[-1]}"
             raise ValueError(f"{path}: damaged: {'; '.join(problems)}; {remedy}")
         self.sound = path
 
@@ -263,15 +276,16 @@ def damage(path, rank=0, world=1):
     path, known, bad = Path(path), {}, []
     for file in sorted(path.glob("rank_*.json")):
         try:
-            known |= json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, RecursionError):
+            known |= dict(json.loads(file.read_text(encoding="utf-8")).items())
+        except (OSError, ValueError, AttributeError, RecursionError):
             bad.append(f"{file.name} cannot be read")
     if not known and not bad:
         bad.append("it has no list of its files")
     needed = {"record.json", *(file.name for file in path.glob("rank_*.safetensors"))}
     bad += [f"{name} is in no list" for name in sorted(needed - set(known))] if known else []
     bad = bad if rank == 0 else []                                     # one is enough to say so
-    return bad + [what for name, told in list(known.items())[rank::world] if (what := fault(path, name, told))]
+    share = list(known.items())[rank::world]
+    return bad + [what for name, told in share if (what := fault(path, name, told))]
 
 
 def fault(path, name, told):
@@ -295,13 +309,15 @@ def fingerprint(file):
     return [size, digest.hexdigest()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A Hugging Face folder out of slices
 
 def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
-    """Write a sharded Llama as files of at most `max_shard_size` bytes, which the ranks take in turn. A rank gathers one weight at a time
-    and keeps those of its own file, so that none ever holds more than a file."""
-    weights = {to_released(name, llama.config): parameter for name, parameter in llama.named_parameters()}     # a tied one once
+    """Write a sharded Llama as files of at most `max_shard_size` bytes, which the ranks take in turn.
+
+    A rank gathers one weight at a time and keeps those of its own file, so that none ever holds more.
+    """
+    weights = {to_released(name, llama.config): p for name, p in llama.named_parameters()}
     parts = split_shards(weights, max_shard_size)
     files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     mine = {}
@@ -310,11 +326,12 @@ def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
             whole = weights[name].full_tensor()                                # a collective
             if i % world == rank:
                 mine[name] = whole.detach().cpu()
-        if mine and (i % world == world - 1 or i == len(parts) - 1):           # all ranks write at the same time
+        if mine and (i % world == world - 1 or i == len(parts) - 1):       # all ranks write at the same time
             save_file(mine, folder / files[i // world * world + rank], {"format": "pt"})
             mine = {}
     if rank == 0:
         index = {"metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
                  "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        (folder / "config.json").write_text(json.dumps(llama.config.to_dict() | {"torch_dtype": "float32"}, indent=2))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        config = llama.config.to_dict() | {"torch_dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -29,6 +29,7 @@ from harness import ranges
 from harness.check import attempt, settle
 from harness.ranges import SettingError
 from harness.settings import parse
+from harness.terminal import command
 from kernels import logits, logprob
 from llama.batches import Batch, bucket
 from llama.cache import KVCache
@@ -297,7 +298,7 @@ def recorded():
     The tiny model played them at temperature 0.2 on its training rule (gp-vl: its init; the others: its foundation) and, where the
     set's name says so, on the other rule. Counted with Llama 3's own tokenizer (npm's llama3-tokenizer-js 1.2.0).
     """
-    return json.loads((HERE / "episodes.json").read_text())
+    return json.loads((HERE / "episodes.json").read_text(encoding="utf-8"))
 
 
 def image_tokens(config, args):
@@ -525,12 +526,15 @@ def show_flops(args, config):
 
 
 def main(argv=None):
-    parser = ranges.command_line("python -m distributed.plan", __doc__, epilog="All other options: train.py --help")
+    parser = ranges.command_line("python -m distributed.plan", __doc__,
+                                 epilog="All other options: train.py --help")
     parser.add_argument("--gpus", type=ranges.integer(1, 10**5), default=8, help="ranks (default: 8)")
     parser.add_argument("--gpu-memory", type=ranges.above(0), default=80.0, help="GB of each (default: 80)")
     own, rest = parser.parse_known_args(argv)
     try:
-        args, typed, _ = parse(rest)
+        args, typed, runs = parse(rest)
+        if runs or args.dry_run:
+            raise SettingError(f"--{'plot' if runs else 'dry-run'}: expected with train.py, not here")
         show(args, typed, own.gpus, own.gpu_memory)
     except SettingError as error:
         parser.error(str(error))
@@ -539,4 +543,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -80,8 +80,8 @@ class Processes:
         return items[self.rank::self.world]
 
     def places(self, counts):
-        """Where this rank's items stand in the order in which one process would hold all of them. counts: how many items
-        each of the things has that `share` gave to this rank."""
+        """Where this rank's items stand in the order in which one process would hold all of them. counts: how
+        many items each of the things has that `share` gave to this rank."""
         found, first = [], 0
         for index, count in sorted(gather([(k * self.world + self.rank, n) for k, n in enumerate(counts)])):
             if index % self.world == self.rank:
@@ -90,7 +90,7 @@ class Processes:
         return found
 
     def print(self, *text):
-        """Print on the first rank. Once the reader has gone, the run ends as after SIGTERM, which saves it."""
+        """Print on the first rank. Once the reader has gone, the run ends as after SIGTERM, and is saved."""
         if self.rank == 0:
             try:
                 print(visible(" ".join(map(str, text))), flush=True)
@@ -120,7 +120,7 @@ def gather(items, group=None):
 
 
 def first(work):
-    """Return on all ranks what `work()` returns on the first, which alone calls it; raise its error on all, too."""
+    """Call `work()` on the first rank; return what it returns on all, or raise its error on all."""
     found = []
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:

@@ -104,8 +104,8 @@ def checkpoint_activations(module):
 def pace(batches, spare, agree):
     """Yield (batch, weight): one's own with weight 1, then `spare` with weight 0 until the rank with the most batches is done.
 
-    agree: int -> the largest of all ranks. `spare` is something to pass that holds nothing to learn, so that its loss is
-    0 by itself: 0 times a loss that is not finite would be NaN, on all ranks.
+    agree: int -> the largest of all ranks. `spare` is something to pass that holds nothing to learn, so that
+    its loss is 0 by itself: 0 times a loss that is not finite would be NaN, on all ranks.
     """
     for k in range(agree(len(batches))):
         yield (batches[k], 1.0) if k < len(batches) else (spare, 0.0)

@@ -24,7 +24,7 @@ import json
 import re
 import unicodedata
 
-MAX_TOKENS = 5_000      # braces, strings, words between commas; an answer has some 30
+MAX_TOKENS = 2_000      # braces, strings, words between commas; an answer has some 30
 MAX_FORMULA = 200       # characters; bounds the verifier's recursion and the size of its integers
 MAX_ITEMS = 64          # of a list: no hand has so many cards
 MAX_ESCAPES = 1_000     # of a value that is not JSON; the rest stay as they are
@@ -34,13 +34,13 @@ MAX_NESTING = 100       # brackets in a value that is decoded as JSON, whatever 
 # In JSON a quote without a backslash does. The quantifiers are possessive (*+): nothing is tried twice.
 _QUOTES = "\"'`“”„«»‘’"
 _KEY = rf"[{_QUOTES}][\w ]{{1,40}}[{_QUOTES}]\s*+:"
-_ENDS = rf"(?=[ \t\r]*+(?:\n|\Z)|\s*+(?:[,:}}\])`]|//|{_KEY}))"
+_ENDS = rf"(?=[ \t\r]*+(?:\n|\Z)|\s*+(?:[][,:{{}})`]|//|{_KEY}))"
 _QUOTED = "|".join(
     rf"[{opening}](?:[^{closing}\\]|\\(?:.|\Z)|[{closing}](?!{_ENDS}))*+([{closing}]|\Z)"
     for opening, closing in (('"', '"'), ("'", "'"), ("“”„«»", "“”«»\""), ("‘’`", "‘’`'")))
 _WORD = rf"[^\s{{}},:\[\]{_QUOTES}][^{{}},:\[\]\n]*+"
 _STRING = re.compile(_QUOTED, re.DOTALL)
-_TOKEN = re.compile(rf"(?:[\s,\[\]]|(?<!:)//[^\n]*+)*+"
+_TOKEN = re.compile(rf"(?:[\s,\[\]]|```\w*+|(?<!:)//[^\n]*+)*+"
                     rf"(?:(?P<brace>[{{}}])|(?P<name>{_QUOTED}|{_WORD})\s*+(?P<colon>:)?|:|\Z)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)     # \x: of Python
 _EDGES = " \t\r\n,`"
@@ -78,7 +78,7 @@ def _objects(text, keys):
             at = text.find("{", at)
             if at < 0:
                 return found
-        token = _TOKEN.match(text, at)
+        token = _TOKEN.match(text, at)      # matches anywhere, if only nothing at the end
         at = token.end()
         if token["brace"] == "{":
             unclosed.append(_Object())
@@ -119,12 +119,12 @@ def _value(text):
 
 def _fields(text, *keys):
     """Return the values of `keys`, the most wanted first, all from one object; None where it lacks a key."""
-    if text.lstrip()[:1] == '"':
+    if text.lstrip()[:1] == '"':        # json.dumps of an answer
         try:
             text = json.loads(text, strict=False)
         except ValueError:
             pass
-    objects = _objects(text, set(keys))
+    objects = _objects(text, set(keys))     # without an action the observation is judged all the same
     own = next((objects[key].values for key in keys if key in objects), {})
     return [_value(text[slice(*own[key])]) if key in own else None for key in keys]
 

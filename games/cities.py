@@ -10,11 +10,8 @@ asked for (games/drawing.py). Look at a route:
 import hashlib
 import json
 import math
-import os
 import pickle
 import random
-import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from PIL import Image
 from games import drawing
 from games.compass import SIDES, word
 from games.streets import COLORS, VERSION, apart, bearing, geocode, town
+from harness.files import aside, replace, sweep, write_atomically
 
 ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all others (100, 0)
 
@@ -117,6 +115,8 @@ def build(name, root, *, width=256):
         raise ValueError(f"width {width!r}: expected an even number from 64 to 8192")
     folder = Path(root) / f"{name}-{width}-{_digest(plan)}"
     if folder.is_dir():
+        sweep(folder.parent, f".{folder.name}-*")
+        sweep(folder / "street_views", ".*-*")
         return folder
     own, held_out = ROUTES.get(name, (100, 0))
     routes = _routes(plan, random.Random(f"routes of {name} {VERSION}"), own + held_out)
@@ -125,20 +125,11 @@ def build(name, root, *, width=256):
              "city.json": {"city": name, "width": width, "version": VERSION, "digest": _digest(plan)}}
     if held_out:
         files["held_out_infos.json"] = [routes[own:], held_out]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        aside.chmod(0o755)      # mkdtemp's folders are for the owner only
-        (aside / "street_views").mkdir()
+    with aside(folder) as private:
+        (private / "street_views").mkdir()
         for file, content in files.items():
-            (aside / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (aside / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(mapping, protocol=4))
-        aside.rename(folder)
-    except OSError:
-        if not folder.is_dir():     # otherwise another process was first: its files are the same
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (private / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (private / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(mapping, protocol=4))
     return folder
 
 
@@ -178,19 +169,5 @@ def draw(panorama):
     lat, lon = geocode(plan.city, plan.panoramas[number])
     metadata = json.dumps({"panoId": path.stem, "lat": lat, "lng": lon, "rotation": rotation})
     path.parent.mkdir(exist_ok=True)
-    # before the jpg: it needs it
-    _save(path.with_suffix(".metadata.json"), lambda file: file.write(metadata.encode()))
-    _save(path, lambda file: picture.save(file, "JPEG", quality=95, subsampling=0))
-
-
-def _save(path, write):
-    """Write a file aside, then rename it: nobody ever reads half of it."""
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(aside, 0o644)      # mkstemp's files are for the owner only
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    write_atomically(path.with_suffix(".metadata.json"), metadata)      # before the jpg, which needs it
+    replace(path, lambda file: picture.save(file, "JPEG", quality=95, subsampling=0))

@@ -44,7 +44,9 @@ _NOUNS = frozenset("""
 """.split())
 _IDLE = _ARTICLES | _VERBS | _PLACES | _NOUNS
 _LANDMARK = frozenset(("landmark", "landmarks"))
+# "No other landmarks" contradicts no landmark.
 _BESIDES = frozenset("other else more further additional".split())
+# A clause with one of these stands for itself: "no landmarks and an intersection" claims the second.
 _OWN = _ARTICLES | frozenset("i we you it this there there's it's is are see observe".split())
 
 _SIDE = r"on (?:your|my|the|our) (?:\w+ )?(?:front|right|left|behind)\b"
@@ -52,6 +54,7 @@ _POSITIVE = re.compile(r"\b(?:no doubt|not only|can(?:no|')t miss)\b")      # th
 # A denial ends here: "no landmarks nearby you observe ...", "no landmarks at this intersection".
 _PAUSE = re.compile(r"\bno landmarks? nearby\b(?! n?or\b)|"
                     r"\blandmarks?(?= (?:at|near|by) (?:an?|the|this)\b[^;]*intersect)")
+# What parts two clauses; "or" does not, as a denial goes on across it.
 _JOINT = re.compile(r"(\band\b|[;,!|•()\n]|\.(?!\d)| [-–—] |—|"
                     r"\b(?:but|while|although|though|however|yet|whereas)\b)|(?=\bwith(?:out| no)\b)")
 # "You have reached a wide intersection": whatever the verb and the adjective are, they are no name.
@@ -66,7 +69,7 @@ _ADJECTIVE = re.compile(r"\b(an?|another) [a-z0-9-]+ (?=intersection)")
 
 def fold(text):
     """Return a text as it is compared: one case, one kind of quotes and of white space, composed (NFC)."""
-    text = unicodedata.normalize("NFC", text).casefold().translate(_QUOTES)
+    text = unicodedata.normalize("NFC", text).casefold().translate(_QUOTES)     # casefold takes some apart
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -97,12 +100,14 @@ def _name(words, told):
     if not telling:
         return words, ""
     first, last = telling[0], telling[-1] + 1
+    # A verb, or a verb and a place, leads to a name: "I am at the Park". Other words before it belong to it.
     lead = words[:first]
     while lead and lead[-1] in _ARTICLES:
         lead.pop()
     verbs = [i for i, word in enumerate(lead) if word in _VERBS or _denying(word)]
     if lead and not (verbs and (verbs[-1] == len(lead) - 1 or lead[-1] in _PLACES)):
         first = verbs[-1] + 1 if verbs else 0
+    # So do those that follow, unless a verb or a place ends it: "Park on the left", but "Park Street".
     if told or words[last:] and words[last] not in _VERBS | _PLACES and not _denying(words[last]):
         last = len(words)
     return words[:first], re.split(r" (?:is|are) ", " ".join(words[first:last]))[0]
@@ -132,7 +137,7 @@ def claims(observation, landmark="", others=()):
     for words, name, denied, side in _clauses(said):
         if any("intersection" in word for word in words):
             claimed, refused = claimed or not denied, refused or denied
-        if not denied and (name or side or words & _LANDMARK):
+        if not denied and (name or side or words & _LANDMARK):      # "it is on your left" claims, too
             names.add(name)
         if denied and not words & _BESIDES:
             unseen |= name == HERE or bool(words & _LANDMARK) or words in ({"none"}, {"nothing"})
@@ -147,7 +152,7 @@ def wrong_observation(observation, truth, landmark, intersection, others=()):
         return ["no_observation"]
     if fold(observation).strip(" .;") == fold(truth).strip(" .;"):
         return []
-    if len(observation) > MAX_OBSERVATION:
+    if len(observation) > MAX_OBSERVATION:      # the time that clauses take is bounded here
         return ["missed_landmark" if landmark else "false_landmark"]
     names, unseen, claimed, refused = claims(observation, landmark or "", {*others} - {landmark})
     wrong = []

@@ -13,6 +13,7 @@ from games import drawing, views
 from games.cities import ROUTES, build, marks_of, plan_of
 from games.streets import CITIES, bearing, geocode, town
 from harness.ranges import FOLDER, command_line, integer, one_of
+from harness.terminal import command
 
 
 def _read_route(folder, index, held_out):
@@ -109,4 +110,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,7 +17,7 @@ def arith(a, op, b):
         n, d = (n * e + m * d if op == "+" else n * e - m * d), d * e
     else:
         n, d = (n * m, d * e) if op == "*" else (n * e, d * m)
-    g = math.gcd(n, d) if d > 0 else -math.gcd(n, d)
+    g = math.gcd(n, d) if d > 0 else -math.gcd(n, d)    # the sign goes to the numerator
     return n // g, d // g
 
 
@@ -48,7 +48,7 @@ def _join(a, op, b):
 
 def _splits(numbers):
     """Return the distinct ways to deal a sorted tuple into two non-empty ones, each in both orders."""
-    masks = range(1, 2 ** len(numbers) - 1)
+    masks = range(1, 2 ** len(numbers) - 1)             # neither part may be empty
     return {tuple(tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for side in (1, 0))
             for mask in masks}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from games.routes import read_mapping
 from harness.ranges import command_line, text
+from harness.terminal import command
 
 
 def main(argv=None):
@@ -28,4 +29,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

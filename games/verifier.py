@@ -83,6 +83,7 @@ def _evaluate(tokens, level=1, arith=arith):
 def _misplaced(tokens):
     """Count the tokens that cannot follow the one before. As in the released code there is no minus sign."""
     count, open_, before = 0, 0, ""
+    # A number and ( begin a value, all else follows one.
     for token in tokens:
         value_before = before.isdecimal() or before == ")"
         wrong = value_before == (token.isdecimal() or token == "(") or token == ")" and not open_
@@ -93,6 +94,7 @@ def _misplaced(tokens):
 
 def _number_faults(tokens, numbers):
     """Return [(code, the smallest number concerned)] of what is wrong with the numbers in a formula."""
+    # As in the released code a number used twice counts only where none is foreign.
     used, dealt = Counter(int(token) for token in tokens if token.isdecimal()), Counter(numbers)
     foreign = used.keys() - dealt.keys()
     twice = () if foreign else used - dealt
@@ -123,6 +125,7 @@ def _faults(formula, numbers, target, compat):
         return [("unparsable", None)]
     tokens = re.findall(r"[0-9]+|\S", left)
     rest = tokens[::-1]
+    # Numbers are looked at in a formula that cannot be evaluated, too: "added-penalties" counts both.
     try:
         value = _evaluate(rest)
         unfinished = bool(rest)
@@ -151,6 +154,7 @@ def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS, compat=
     price = {"float_miss": 0.0, **(ADDED if added else REWARDS)}
     recognized = sorted(read_cards or []) == sorted(cards)
     translated = sorted(read_numbers or []) == sorted(map(str, numbers))
+    # A message is read by the model: a number of 200 digits is cut.
     short = lambda number: number if number is None or len(number) <= 12 else number[:11] + "…"
     told = [prompts[code].format(number=short(number), target=target) for code, number in faults]
     reward, message = sum(price[code] for code, _ in faults), " ".join(dict.fromkeys(told))

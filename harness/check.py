@@ -1,4 +1,4 @@
-"""Are these settings a run? Everything that can be said before weights are read and anything is written.
+"""Are these settings a run? All that can be said before weights are read and anything is written.
 
     train.py: error: --hands 3: expected with --algo ppo
 
@@ -19,7 +19,7 @@ from games.cards import LOOKS
 from games.prompts import load_prompts
 from games.rails import known_routes
 from games.verifier import SPACES
-from harness.ranges import SettingError, one_of, several, shown, text, writable
+from harness.ranges import FOLDER, SettingError, one_of, several, shown, text
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
 from variants import lora, official
@@ -48,7 +48,7 @@ def settle(args, config, typed=frozenset(), world=1):
 
 
 def check_ranges(args, kinds=None):
-    """Hold each setting that is not the default to its kind; `kinds` in place of the declared ones."""
+    """Refuse a setting that is neither the default nor of its kind. kinds: in place of the declared ones."""
     declared = {f.name: f.metadata["kind"] for f in dataclasses.fields(Args)}
     for name, kind in (kinds or declared).items():
         value, default = getattr(args, name), Args.__dataclass_fields__[name].default
@@ -60,25 +60,29 @@ def check_ranges(args, kinds=None):
 
 
 def check_games_words(args):
-    """The same for settings of which the game says what they may be."""
+    """Do the same for settings of which the game says what they may be."""
     rule, look = WORDS[args.game]
-    check_ranges(args, {"rule": rule, "rules": several(rule)} | ({} if args.routes else {"look": look}))
+    look = ROUTES if args.routes else look     # as `apply_preset` has left them, they are the same
+    check_ranges(args, {"routes": ROUTES, "ood_routes": ROUTES, "look": look,
+                        "rule": rule, "rules": several(rule)})
     sets = envs.GAMES[args.game].shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
 
 
+ROUTES = text("a folder of routes in the released format", lambda name: Path(name).is_dir())
 CITIES = (*streets.CITIES, "others", "broad")
 WORDS = {              # game: (what a rule may be, what a look may be)
     "gp": (text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", envs.face_values),
            one_of(tuple(LOOKS))),
     "virl": (one_of(tuple(SPACES)),
              text(f"a folder of routes or one of {', '.join(CITIES)}",
-                  lambda look: look in CITIES or Path(look).is_dir())),
+                  lambda name: name in CITIES or Path(name).is_dir())),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings without effect: (what they are expected with, is it there, their names).
+# Settings without effect: who types one expects it to do something. (What it is expected with, whether that
+# is there, the names.)
 
 USE = [
     ("--algo sft, ppo or pretrain", lambda a: a.algo != "eval",
@@ -98,6 +102,7 @@ USE = [
      lambda a: a.algo == "ppo" or a.sft_data == "own", "temperature"),
     ("pictures: --task virl-vl", lambda a: a.image, "describe"),
     ("--resume", lambda a: a.resume, "override"),
+    ("--shard on or auto", lambda a: a.shard != "off", "rollout_sharded"),
     ("a built-in look, without --routes", lambda a: not a.routes, "look"),
     ("visual-ood among --eval-sets", lambda a: "visual-ood" in a.eval_sets.split(","), "ood_routes"),
     ("--lora-rank above 0", lambda a: a.lora_rank, "lora_alpha lora_modules"),
@@ -113,7 +118,8 @@ USE_OF_VARIANTS = [            # not with --custom: a user's own estimators and 
     ("a --loss that leaves it open", lambda a: ppo.LOSSES[a.loss].unit is None, "unit"),
     ("an --advantage that reads values", lambda a: ppo.ESTIMATORS[a.advantage].values,
      "value_clip value_coef critic critic_lr critic_warmup"),
-    ("another --advantage", lambda a: a.advantage not in ("gae-token", "reinforce++"), "gamma"),
+    ("another --advantage than gae-token or reinforce++",
+     lambda a: a.advantage not in ("gae-token", "reinforce++"), "gamma"),
     ("--advantage gae, gae-loo or gae-two-level",
      lambda a: a.advantage in ("gae", "gae-loo", "gae-two-level"), "lam"),
     ("--advantage gae-token, gae-two-level or reinforce++",
@@ -140,7 +146,8 @@ def conflicts(args, config, world):
         yield "task", f"{args.game}-l, as {shown(args.model)} is a text-only model"
     useful = [*official.OF_GAME[args.game], *(official.PPO if args.algo == "ppo" else [])]
     if args.compat not in ("", "official") and set(args.compat.split(",")) - set(useful):
-        yield "compat", f"official alone, or what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
+        own = f"what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
+        yield "compat", f"official alone, or {own}"
     if args.algo == "eval" and args.eval_hands == 0:
         yield "eval_hands", "at least 1 with --algo eval"
     if args.shard == "on" and (world == 1 or args.algo == "pretrain"):     # Muon steps in whole matrices
@@ -189,9 +196,10 @@ def conflicts_in_ppo(args):
 # Files, the model's parts, the game
 
 def check_files(args):
-    """The files and folders that the run reads, and the folder that it writes."""
-    if args.out and not writable(args.out):
-        raise SettingError(f"{spelled(args, 'out')}: expected a folder that can be made or written to")
+    """Read the files and folders that the run reads, and look at the folder that it writes."""
+    out = args.out or "runs"
+    if FOLDER.fit(out) is None:
+        raise SettingError(f"--out {FOLDER.refusal(out)}")
     if args.prompts:
         attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
     size = envs.GAMES[args.game].sizes[args.preset]
@@ -199,12 +207,12 @@ def check_files(args):
         folder = getattr(args, name)
         if args.game == "virl" and folder and folder not in CITIES:
             for held_out in (False, True):
-                attempt(args, name, "a folder of routes in the released format", known_routes,
-                        folder, held_out, args.image, size, bool(args.skip_bad_routes))
+                attempt(args, name, ROUTES.expected, known_routes, folder, held_out, args.image, size,
+                        bool(args.skip_bad_routes))
 
 
 def check_parts(args, config):
-    """Does the model, made without its weights, have what --tune and --lora-modules name?"""
+    """Refuse --tune and --lora-modules that leave nothing to learn in the model, made without its weights."""
     if args.algo == "eval" or args.tune == "all" and not args.lora_rank:
         return
     with torch.device("meta"):
@@ -225,7 +233,10 @@ def attempt(args, name, expected, function, *arguments):
 
 
 def check_deals(args):
-    """Are there enough hands that can be solved, in training and in every evaluation set?"""
+    """Refuse a game in which hardly any hand can be solved, in training or in an evaluation set.
+
+    Dealing would end in an error at some seed, perhaps after hours.
+    """
     shifts = envs.GeneralPoints.shifts(args.rule, args.look, args.image)
     sets = {f"training by rule {rule}": {"rule": rule} for rule in (args.rules or args.rule).split(",")}
     sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
@@ -234,12 +245,12 @@ def check_deals(args):
         env = envs.GeneralPoints(**own | changes | NO_PICTURE, compat=official.of_game(args.compat, "gp"))
         if not dealt_often(env):
             culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
-            raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can be "
-                               f"solved; there are fewer of {name}")
+            raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can "
+                               f"be solved; there are fewer of {name}")
 
 
 def dealt_often(env, hands=8):
-    """Is at least one of RARE hands, of those drawn for so many seeds, one that can be solved?"""
+    """Return whether one of RARE hands, drawn for a few seeds, can be solved."""
     drawn = 0
     for seed in range(hands):
         try:

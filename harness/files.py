@@ -14,6 +14,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from harness.ranges import SettingError
+
 LOCK = ".lock"      # inside the folder that it is for
 GRACE = 5.0         # seconds in which a private name may not have its lock yet
 
@@ -21,25 +23,27 @@ GRACE = 5.0         # seconds in which a private name may not have its lock yet
 # ------------------------------------------------------------------------------------------------------------
 # One process per folder
 
-class Held(ValueError):
+class Held(SettingError):
     """Another process works in the folder."""
 
 
 class Lock:
-    """A folder that one process works in, until `release`, or until it dies: the kernel forgets its locks then.
+    """A folder that one process works in, until `release` or its death: the kernel forgets its locks then.
 
     Another holder is waited for if it began with the same `launch`, because it is about to end: torchrun may
-    start a worker again before the one that failed is gone. Held names any other. flag: what the user gave.
+    start a worker again before the one that failed is gone, and NFS takes 90 s to forget a host that died.
+    Held names any other. flag: what the user gave.
     """
 
-    def __init__(self, folder, flag="--out", launch=None, patience=30):
+    def __init__(self, folder, flag="--out", launch=None, patience=120):
         self.folder, self.flag, self.handle = Path(folder), flag, None
         self.made, until = not self.folder.exists(), time.monotonic() + patience
         while not self.take():
             holder = self.holder()
             if not launch or holder.get("launch") != launch or time.monotonic() > until:
-                who = "process {pid} on {host}, since {since}".format_map(holder) if holder else "another process"
-                raise Held(f"{folder}: in use by {who}; wait until it has ended, stop it, or choose another {flag}")
+                who = "process {pid} on {host}, since {since}" if holder else "another process"
+                raise Held(f"{folder}: in use by {who.format_map(holder)}; wait until it has ended, stop it, "
+                           f"or choose another {flag}")
             time.sleep(0.2)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self.write({"pid": os.getpid(), "host": socket.gethostname(), "since": since, "launch": launch})
@@ -50,7 +54,8 @@ class Lock:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ValueError(f"{self.folder}: cannot write there ({error.strerror}); choose another {self.flag}") from None
+            raise SettingError(f"{self.folder}: cannot write there ({error.strerror}); choose another "
+                               f"{self.flag}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -183,17 +188,17 @@ def read_lines(file, needs):
     if None in records:
         n = records.index(None)
         shown = lines[n][:60].decode("utf-8", "backslashreplace")
-        raise ValueError(f"{file}, line {n + 1}: expected a JSON object with {' and '.join(needs)}, found {shown!r}; "
-                         "delete that line, or begin anew in another folder")
+        raise ValueError(f"{file}, line {n + 1}: expected a JSON object with {' and '.join(needs)}, found "
+                         f"{shown!r}; delete that line, or begin anew in another folder")
     return [*records, *filter(None, [parse(last, needs)])]     # the last may lack its line break alone
 
 
 def parse(line, needs):
     """Return what a line says, None for one that is foreign."""
     with suppress(ValueError, RecursionError):
-        record = json.loads(line)
-        if isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in needs.items()):
-            return record
+        record = json.loads(line.decode("utf-8"))
+        known = isinstance(record, dict)
+        return record if known and all(isinstance(record.get(name), needs[name]) for name in needs) else None
 
 
 def append_line(file, record):

@@ -60,9 +60,11 @@ def choose(args, processes, locks):
     own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
     if args.resume and not taken:
         raise SettingError(f"--resume: expected a run in {shown(names[0])}")
+    name, there = names[0], True
     if own or args.resume:
         names = [*taken, *own][-1:]
-    there = True
+    elif not args.out:
+        names = [name for name in names if name not in taken]
     for name in names:
         try:
             lock = Lock(name, launch=processes.launch)
@@ -76,7 +78,8 @@ def choose(args, processes, locks):
             break
         locks.pop().release()
     if there and not (own or args.resume):
-        raise SettingError(f"--out {shown(name)}: expected a folder without a run; this one can go on with --resume")
+        raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with "
+                           "this one")
     return str(name), bool(own or args.resume)
 
 
@@ -89,8 +92,17 @@ def launch_of(run):
     return starts[-1].get("launch") if starts else None
 
 
+def record_of(path):
+    """Read record.json of a checkpoint of a run. ValueError for one that is not whole."""
+    record = checkpoint.read_record(path)
+    for name, kind in RECORD.items():
+        if not isinstance(record.get(name), kind):
+            raise UserError(f"{path}: record.json lacks {name}; written by another version?")
+    return record
+
+
 def git_commit():
-    """Return the commit of this run's code, with a + where its Python differs; None outside a git checkout."""
+    """Return the commit of the code, with a + where its Python differs; None outside a git checkout."""
     def git(*words):
         done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
         return done.stdout.decode("utf-8", "replace").strip()
@@ -109,23 +121,28 @@ class RunFolder:
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
         self.log_file = self.path / LOG
-        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, processes.world, args.keep)
+        self.checkpoints = checkpoint.Checkpoints(
+            self.path / "checkpoints", processes.rank, processes.world, args.keep)
 
     def resume(self, args, typed):
         """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
         checkpoint that is not as it was written."""
         newest = first(self.checkpoints.newest)
         if not newest:                                         # it was stopped before the first
-            return None, resumed(args, typed, read_json(self.path, "config.json"), self.path / "config.json")
+            file = self.path / "config.json"
+            if not file.exists():
+                raise UserError(f"{self.path}: neither a checkpoint nor config.json to go on from; "
+                                "begin anew with another --out")
+            return None, resumed(args, typed, read_json(self.path, file.name), file)
         self.checkpoints.verify(newest)
-        record = checkpoint.read_record(newest)
-        odd = [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]
-        if odd:
-            raise UserError(f"{newest}: record.json lacks {odd[0]}; written by another version of this program?")
-        began = [line["config"]["algo"] for line in read_lines(self.log_file, LINE) if line["event"] == "start"]
-        if began and began[-1] != record["config"].get("algo"):
-            raise UserError(f"{newest}: of a run with --algo {record['config'].get('algo')}, and that in {self.path} has "
-                            f"--algo {began[-1]}; move it away")
+        record = record_of(newest)
+        logged = [line["config"] for line in read_lines(self.log_file, LINE)
+                  if line["event"] == "start" and isinstance(line.get("config"), dict)]
+        its = record["config"].get("algo")
+        here = logged[-1].get("algo") if logged else its
+        if here != its:
+            raise UserError(f"{newest}: of a run with --algo {its}, and that in {self.path} has "
+                            f"--algo {here}; move it away")
         return newest, resumed(args, typed, record["config"], newest)
 
     def start(self, args, step):
@@ -165,8 +182,8 @@ class RunFolder:
         self.checkpoints.save(step, tensors, trainer.record(step), model_and_tokenizer)
 
     def save_final(self, model, processor, sharded):
-        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and in
-        `model`."""
+        """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and
+        in `model`."""
         aside, final = self.path / ".final", self.path / "final"
 
         def begin():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from harness.terminal import visible
+
 LARGEST = 10**9        # of a count; what exceeds it is a slip of the finger, and fits into no tensor
 HUGE = 1e300           # no float is as large; so neither infinite nor an integer that is too long for a float
 
@@ -40,7 +42,7 @@ class Kind:
         return value
 
     def fit(self, value):
-        """The value, read if it is a word; None if it is not of the kind."""
+        """Return the value, read if it is a word; None if it is not of the kind."""
         try:
             value = self.read(value) if isinstance(value, str) else value
             return value if self.holds(value) else None
@@ -51,12 +53,12 @@ class Kind:
         return self.expected() if callable(self.expected) else self.expected
 
     def refusal(self, value):
-        """The message without the flag: `VALUE: expected ...`."""
+        """Return the message without the flag: `VALUE: expected ...`."""
         return f"{shown(value)}: expected {self.expect()}"
 
 
 def shown(value):
-    """A value as one line; quoted where one could not see it otherwise."""
+    """Return a value as one line; quoted where one could not see it otherwise."""
     word = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return word if word.isprintable() and word.strip() == word != "" else repr(word)
 
@@ -69,14 +71,14 @@ def is_number(value, *types):
 
 
 def integer(low, high=LARGEST, step=1):
-    """Integers from low to high, every step-th."""
+    """Take integers from low to high, every step-th."""
     steps, end = f" in steps of {step}" * (step > 1), "10^9" if high == LARGEST else high
     return Kind(f"an integer from {low} to {end}{steps}", int,
                 lambda n: is_number(n, int) and low <= n <= high and (n - low) % step == 0)
 
 
 def real(expected, holds):
-    """Finite numbers for which `holds`."""
+    """Take finite numbers for which `holds`."""
     return Kind(expected, float, lambda x: is_number(x, int, float) and abs(x) < HUGE and holds(x))
 
 
@@ -100,22 +102,23 @@ def inside(low, high):
 # Words, lists, files
 
 def one_of(names):
-    """One of these names. A dict may grow later: what it holds is looked up each time."""
+    """Take one of these names. A dict may grow later: what it holds is looked up each time."""
     return Kind(lambda: f"one of {', '.join(names)}", str,
                 lambda name: isinstance(name, str) and name in names, names)
 
 
 def several(kind):
-    """Different words of a kind, joined by commas; the value is a string without the spaces around them."""
+    """Take different words of a kind, joined by commas; the value is a string without spaces around them."""
     def read(words):
         found = [kind.fit(word.strip()) for word in words.split(",")]
         return "" if None in found or len(set(found)) < len(found) else ",".join(map(str, found))
 
-    return Kind(lambda: f"{kind.expect()}, or several, each once, joined by commas", read, bool, kind.names)
+    return Kind(lambda: f"{kind.expect()}; or several, each once, joined by commas", read,
+                lambda words: isinstance(words, str) and words)
 
 
 def numbers(expected, *kinds):
-    """As many numbers as there are kinds, joined by commas; the value is a tuple."""
+    """Take as many numbers as there are kinds, joined by commas; the value is a tuple."""
     def holds(values):
         return isinstance(values, tuple) and len(values) == len(kinds) and all(
             kind.holds(value) for kind, value in zip(kinds, values))
@@ -124,12 +127,12 @@ def numbers(expected, *kinds):
 
 
 def text(expected, holds=bool):
-    """Any word for which `holds`: by default any but the empty one."""
-    return Kind(expected, str, lambda word: isinstance(word, str) and holds(word))
+    """Take words for which `holds`, but never the empty one."""
+    return Kind(expected, str, lambda word: isinstance(word, str) and word and holds(word))
 
 
 def writable(folder):
-    """Can this folder be written to, once it and the folders above it are made?"""
+    """Return whether this folder can be written to, once it and the folders above it are made."""
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK)
 
@@ -148,11 +151,13 @@ FILE = text("a file that can be written, in a folder that is there", can_be_a_fi
 # ------------------------------------------------------------------------------------------------------------
 
 def command_line(prog, description, refuse=None, **more):
-    """An argument parser whose errors are one line. refuse: what to call with it instead of exiting."""
+    """Return an argument parser whose errors are one line. refuse: called with it in place of exiting."""
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, **more)
     # Else -1e-3 and -inf would be taken for flags.
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
-    refuse = refuse or (lambda message: parser.exit(2, f"{prog}: error: {message}\n"))
-    parser.error = lambda message: refuse(re.sub(r"^(\S+):(?=.*: expected)", r"\1", message.removeprefix("argument ")))
+    refuse = refuse or (lambda message: parser.exit(2, f"{prog}: error: {visible(message)}\n"))
+    # argparse says "argument --flag: VALUE: expected ...".
+    surplus = re.compile(r"^argument (\S+):(?=.*: expected)|^argument ")
+    parser.error = lambda message: refuse(surplus.sub(r"\1", message))
     return parser

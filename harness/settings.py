@@ -14,19 +14,19 @@ import sft
 from envs import GAMES
 from games.prompts import TASKS
 from harness.ranges import (
-    Kind, SettingError, above, at_least, between, command_line, inside, integer, numbers, one_of, real, several,
-    shown, text)
+    Kind, SettingError, above, at_least, between, command_line, inside, integer, numbers, one_of, real,
+    several, shown, text)
 from variants import lora, losses, official
 
 
 def arg(default, kind, help):
-    """A setting. kind: what it may be, beside its default; see ranges.py."""
+    """Declare a setting. kind: what it may be, beside its default; see ranges.py."""
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
 
 
 def flag(default, help):
-    """A setting that is on if its flag is there."""
-    return arg(default, Kind("nothing behind it", bool, lambda value: isinstance(value, bool)), help)
+    """Declare a setting that is on if its flag is there."""
+    return arg(default, Kind("true or false", str, lambda value: isinstance(value, bool)), help)
 
 
 BETA = real("a number from 0 to below 1", lambda x: 0 <= x < 1)
@@ -316,7 +316,7 @@ def flag_of(name):
 
 
 def spelled(args, name):
-    """A setting as one types it: `--lr 0.1`, `--resume`."""
+    """Return a setting as one types it: `--lr 0.1`, `--resume`."""
     value = getattr(args, name)
     return flag_of(name) if value is True else f"{flag_of(name)} {shown(value)}"
 
@@ -358,9 +358,9 @@ def load_custom(file):
     file and what is wrong with it."""
     try:
         names = runpy.run_path(file)
-    except Exception as error:
-        raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {type(error).__name__}: "
-                           f"{' '.join(str(error).split())}") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {reason}") from error
     tables = {"ESTIMATORS": ppo.ESTIMATORS, "LOSSES": ppo.LOSSES, "SFT_LOSSES": sft.LOSSES}
     found = [(table, names[name]) for name, table in tables.items() if name in names]
     if not found:
@@ -386,12 +386,13 @@ def resumed(args, typed, config, source):
         raise SettingError(f"{source}: this run was begun with --custom {config['custom']}; to run that file "
                            "again, give --custom FILE with --resume, too")
     if "algo" in typed and args.algo != config["algo"]:
-        raise SettingError(f"{source}: --algo {args.algo} cannot go on with a run of --algo {config['algo']}; "
-                           f"begin one from its weights, with --model {source} and another --out")
+        raise SettingError(f"{source}: --algo {args.algo} cannot go on with a run of --algo "
+                           f"{config['algo']}; begin one from its weights, with --model {source} and another "
+                           "--out")
     for name in sorted(typed - set(FREE)):
         if getattr(args, name) != config[name] and not args.override:
             raise SettingError(f"{source}: this run has {flag_of(name)} {config[name]}, not "
-                               f"{getattr(args, name)}; leave it out, or add --override to go on with another "
-                               "value")
+                               f"{getattr(args, name)}; leave it out, or add --override to go on with "
+                               "another value")
     fresh = typed | {"out", "resume", "override", "shard"}     # how to shard follows from the number of ranks
     return Args(**config | {name: getattr(args, name) for name in fresh})

@@ -26,8 +26,8 @@ def command(main):
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream:                             # None: closed by who started it
-            setattr(sys, name, Visible(stream.buffer, stream.encoding, "backslashreplace",
-                                       line_buffering=stream.line_buffering, write_through=stream.write_through))
+            how = {what: getattr(stream, what) for what in ("encoding", "line_buffering", "write_through")}
+            setattr(sys, name, Visible(stream.buffer, errors="backslashreplace", **how))
     try:
         try:
             main()

@@ -16,7 +16,9 @@ import signal
 import sys
 from pathlib import Path
 
-from harness.ranges import FOLDER, command_line, integer, one_of, several
+from harness.files import write_atomically
+from harness.ranges import FOLDER, command_line, integer, one_of, several, shown
+from harness.terminal import command, visible
 from study import compat, records, shifts, variants
 from study.experiments import ARMS, Experiment
 from study.runner import Runner
@@ -52,7 +54,7 @@ def page(folder):
         seeds, commits, hardware = (sorted({str(what) for what in whats}) for whats in zip(*(
             (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
         says = folder / f"{name}.md"
-        findings = [says.read_text().strip()] if says.exists() else []
+        findings = [says.read_text(encoding="utf-8").strip()] if says.exists() else []
         pictures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
         parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *findings, *pictures, experiment.table(found),
                                   f"*Seeds {', '.join(seeds)}; {' and '.join(hardware)}; commit {', '.join(commits)}.*"]))
@@ -81,7 +83,7 @@ def do(name, args, folder, root):
             experiment.plot(found, folder / f"{name}.png")
         except ImportError:
             print("no figure, which needs matplotlib: pip install -e '.[plot]'")
-    (folder / "README.md").write_text(page(folder))
+    write_atomically(folder / "README.md", page(folder))
     print(f"wrote {folder / 'README.md'}")
     return failed
 
@@ -89,26 +91,28 @@ def do(name, args, folder, root):
 def main(argv=None):
     questions = "\n".join(f"    {name:12}{experiment.question}" for name, experiment in EXPERIMENTS.items())
     parser = command_line("python -m study", f"{__doc__}\nexperiments:\n{questions}")
-    parser.add_argument("experiment", type=one_of(("all", *EXPERIMENTS)), metavar="experiment", help="all, or one of the above")
+    parser.add_argument("experiment", type=one_of(("all", *EXPERIMENTS)), help="all, or one of the above")
     parser.add_argument("--seeds", type=several(integer(0, SEEDS - 1)), default="0,1,2",
                         help="of training, joined by commas (default: %(default)s)")
     parser.add_argument("--model", help="init checkpoint to begin with instead of the tiny model's")
     parser.add_argument("--ranks", type=integer(1), default=1,
                         help="processes of each run, by torchrun (default: %(default)s)")
-    parser.add_argument("--records", type=FOLDER, help="folder of the records, a file per experiment and a line "
-                        f"per run, with figures and page (default: {DOCS})")
+    parser.add_argument("--records", type=FOLDER, help="folder of the records, a file per experiment and a "
+                        f"line per run, with figures and page (default: {DOCS})")
     parser.add_argument("--runs", type=FOLDER, help="folder of the runs (default: runs/study)")
     parser.add_argument("--workers", type=integer(1), default=os.cpu_count(),
                         help="runs at once, each on one thread (default: all cores, %(default)s)")
     parser.add_argument("--only", default="", help="runs whose name holds this, and what they need")
-    parser.add_argument("--plan", action="store_true", help="say what is missing and how long it will take, do nothing")
+    parser.add_argument("--plan", action="store_true",
+                        help="say what is missing and how long it will take, do nothing")
     args = parser.parse_args(argv)
     names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
     names = [name for name in names if wanted(name, args)]
     if not names:
-        parser.error(f"--only {args.only}: expected part of the name of a run of {args.experiment}; --plan lists them")
+        parser.error(f"--only {shown(args.only)}: expected part of the name of a run of {args.experiment}; "
+                     "--plan lists them")
     if args.model and not (Path(args.model) / "config.json").is_file():
-        parser.error(f"--model {args.model}: expected a folder with a config.json")
+        parser.error(f"--model {shown(args.model)}: expected a folder with a config.json")
     own = args.model and Path("runs") / f"study-{Path(args.model).name}"
     folder, root = Path(args.records or own or DOCS), Path(args.runs or own or "runs/study")
     signal.signal(signal.SIGINT, signal.default_int_handler)           # which a shell's & turns off
@@ -117,9 +121,13 @@ def main(argv=None):
         failed = [run for name in names for run in do(name, args, folder, root)]
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        sys.exit(f"python -m study: error: {visible(str(error))}")
     if failed:
         sys.exit(f"without {len(failed)} runs that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

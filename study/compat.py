@@ -30,10 +30,12 @@ def runs(seeds):
         for task, switches in SWITCHES.items():
             for switch in switches:
                 name = name_of(task, switch, seed)
+                steps = str(UPDATES[task, "ppo"])
                 ranks = 2 if switch == "rank-advantages" else 1                # of one there is nothing to see
                 found += [
-                    Run(name, ("--task", task, "--advantage", "gae", "--seed", str(seed), "--steps", str(UPDATES[task, "ppo"]), "--eval-every", "0",
-                               "--skip-first-eval", "--probe-hands", "0", "--keep", "1", *(("--compat", switch) if switch else ())),
+                    Run(name, ("--task", task, "--advantage", "gae", "--seed", str(seed), "--steps", steps,
+                               "--eval-every", "0", "--skip-first-eval", "--probe-hands", "0", "--keep", "1",
+                               *(("--compat", switch) if switch else ())),
                         after=(f"{task}-init-0",), ranks=ranks),
                     Run(f"judged-{name}", ("--task", task, "--algo", "eval", "--model", f"{{root}}/{name}/final"), after=(name,))]
     return found

@@ -14,6 +14,7 @@ import train
 from distributed.processes import Processes
 from games.answers import read_answer
 from harness.ranges import SettingError, command_line, integer, one_of
+from harness.terminal import command
 
 VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")
 HEAD = ("model", "values listed right", "all over 10 in the formula", *(name.replace("_", " ") for name in VERDICTS))
@@ -47,7 +48,8 @@ def row(args, processes, hands):
 def main(argv=None):
     parser = command_line("python -m study.faces", __doc__)
     parser.add_argument("models", nargs="+", help="folders of checkpoints")
-    parser.add_argument("--task", type=one_of(("gp-l", "gp-vl")), default="gp-l", help="gp-l or gp-vl (default: %(default)s)")
+    parser.add_argument("--task", type=one_of(("gp-l", "gp-vl")), default="gp-l",
+                        help="gp-l or gp-vl (default: %(default)s)")
     parser.add_argument("--hands", type=integer(1), default=500, help="of rule-ood (default: %(default)s)")
     typed = parser.parse_args(argv)
     processes = Processes()
@@ -63,4 +65,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from envs import GAMES
+from games.prompts import TASKS
 from harness.ranges import SettingError
 from study import records
 
@@ -41,13 +42,24 @@ class Group:
 
 
 def read_runs(folders):
-    """Groups of the run folders, by task and algorithm."""
-    groups = {}
+    """Group run folders by task and algorithm. ValueError for one that cannot stand in the same table."""
+    groups, tested = {}, {}
     for folder in map(Path, folders):
         if not (folder / "log.jsonl").exists():
             raise SettingError(f"--plot {folder}: expected a folder that train.py wrote, with a log.jsonl")
         record = records.of_run(folder.name, folder)
-        groups.setdefault((record["config"]["task"], record["config"]["algo"]), []).append(record)
+        try:
+            kind = record["config"]["task"], record["config"]["algo"]
+            sets = [sorted((name, *(len(results[key]) for key in records.OF_EACH))
+                           for name, results in point["eval"].items()) for point in record["curve"]]
+            known = tested.setdefault(TASKS[TASKS.index(kind[0])], sets[:1])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--plot: {folder}: a log of another version ({reason}); leave it out") from None
+        if not sets or any(one != known[0] for one in sets):
+            what = "evaluated on other sets or hands than the run before" if sets else "not evaluated yet"
+            raise ValueError(f"--plot: {folder}: {what}; leave it out")
+        groups.setdefault(kind, []).append(record)
     return [Group(task, algo, found) for (task, algo), found in sorted(groups.items())]
 
 
@@ -98,10 +110,14 @@ def verdict(groups):
 
 # Columns of `explained`: factor, and where a probe tells the number.
 MEASURED = {
-    "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"), "KL(policy ∥ init)": (1, "reverse_kl_answer"),
-    "weights changed, %": (100, "weights", "changed", "all"), "way of the head, %": (100, "weights", "distance", "head"),
-    "way of attention, %": (100, "weights", "distance", "attention"), "entropy, nats a token": (1, "id", "entropy"),
-    "tokens an answer": (1, "id", "length"), "pass@1, %": (100, "id", "pass@1"), "pass@8, %": (100, "id", "pass@8"),
+    "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"),
+    "KL(policy ∥ init)": (1, "reverse_kl_answer"),
+    "weights changed, %": (100, "weights", "changed", "all"),
+    "way of the head, %": (100, "weights", "distance", "head"),
+    "way of attention, %": (100, "weights", "distance", "attention"),
+    "entropy, nats a token": (1, "id", "entropy"),
+    "tokens an answer": (1, "id", "length"),
+    "pass@1, %": (100, "id", "pass@1"), "pass@8, %": (100, "id", "pass@8"),
     "pass@8 on rule-ood, %": (100, "rule-ood", "pass@8")}
 
 
@@ -114,8 +130,8 @@ def measured(point, factor, *path):
 
 
 def explained(groups):
-    """Markdown: what a probe measured before and after, on the training game but for the last column; a way is the
-    distance from init by init's norm. Of several seeds the mean, and in brackets the lowest and the highest."""
+    """Markdown: what a probe measured before and after, on the training game but for the last column; a way is
+    the distance from init by init's norm. Of several seeds the mean, in brackets the lowest and the highest."""
     def cell(points, where):
         values = [x for x in (measured(point, *where) for point in points) if not np.isnan(x)]
         if not values:
@@ -127,8 +143,9 @@ def explained(groups):
         known = [group for group in groups if group.task == task]
         rows = [("init", [known[0].records[0]["curve"][0]])]
         rows += [(group.name, [record["curve"][-1] for record in group.records]) for group in known]
-        lines += ["| " + " | ".join([task, name, *(cell(points, where) for where in MEASURED.values())]) + " |"
-                  for name, points in rows]
+        for name, points in rows:
+            cells = [cell(points, where) for where in MEASURED.values()]
+            lines.append("| " + " | ".join([task, name, *cells]) + " |")
     return "\n".join(lines)
 
 

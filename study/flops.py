@@ -28,6 +28,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from harness.terminal import command
 from model import CrossLayer, Llama
 from variants.lora import Adapted
 
@@ -245,9 +246,13 @@ def table(config, length, answers):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main():
     from distributed.plan import LLAMA_11B
     from harness.ranges import command_line
     from llama.config import Config
     command_line("python -m study.flops", __doc__).parse_args()
     print(table(Config.from_dict(LLAMA_11B), 512, 128))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -5,31 +5,49 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.files import to_json
+from harness.files import append_line, read_lines
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
 
 
 def read(folder):
-    """Records by name, from all files of a folder; none if it is not there."""
-    return {record["name"]: record for file in sorted(Path(folder).glob("*.jsonl")) for record in map(json.loads, file.open())}
+    """Return records by name, from all files of a folder; none if it is not there."""
+    found = [read_lines(file, {"name": str, "curve": list}) for file in sorted(Path(folder).glob("*.jsonl"))]
+    return {record["name"]: record for part in found for record in part}
 
 
 def of_run(name, folder):
     """The record of a run that has ended: how it was called and what it ran on, its evaluations in order (an evaluation alone has one, after 0
     steps and FLOPs), what it took."""
-    folder, record = Path(folder), {"name": name}
-    if (folder / "eval.json").exists():
-        only = json.loads((folder / "eval.json").read_text())
-        return record | {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": [{"step": 0, "eval": only["eval"]}]}
-    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
-    start = next(line for line in lines if line["event"] == "start")
-    steps = [line for line in lines if line["event"] == "step"]
+    alone = (Path(folder) / "eval.json").exists()
+    file = Path(folder) / ("eval.json" if alone else "log.jsonl")
+    try:
+        told = of_evaluation(json.loads(file.read_text(encoding="utf-8"))) if alone else of_log(
+            read_lines(file, {"event": str}))
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not of a run that has ended, or of another version ({reason}); leave the run "
+                         "out, or make it anew in another folder") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); make the run anew in another folder") from None
+    return {"name": name} | told
+
+
+def of_evaluation(only):
+    """Return what eval.json tells, as `of_run` does."""
+    curve = [{"step": 0, "eval": only["eval"]}]
+    return {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": curve}
+
+
+def of_log(lines):
+    """Return what the lines of a log tell, as `of_run` does."""
+    kinds = {event: [line for line in lines if line["event"] == event] for event in ("start", "step", "eval")}
+    start, steps = kinds["start"][0], kinds["step"]
     took = {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
     took |= {"seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps)}
-    return record | {key: start[key] for key in ("config", "commit", "hardware")} | took | {
-        "curve": [point(line) for line in lines if line["event"] == "eval"]}
+    curve = [point(line) for line in kinds["eval"]]
+    return {key: start[key] for key in ("config", "commit", "hardware")} | took | {"curve": curve}
 
 
 def point(line):
@@ -47,8 +65,7 @@ def append(file, record):
     file.parent.mkdir(parents=True, exist_ok=True)
     curve = [point | {"eval": {name: results | {key: pack(results[key]) for key in OF_EACH if key in results}
                                for name, results in point["eval"].items()}} for point in record["curve"]]
-    with open(file, "a") as out:
-        out.write(to_json(record | {"curve": curve}, separators=(",", ":")) + "\n")
+    append_line(file, record | {"curve": curve})
 
 
 def pack(numbers):

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.files import Lock
 from study import records
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parents[1] / "train.py"))
@@ -52,12 +54,10 @@ class Runner:
 
     def __post_init__(self):
         known = records.read(self.file.parent)
-        self.recorded = set(known)
+        self.recorded, self.seconds = set(known), {}
         for name, record in known.items():
             if "seconds" in record:                    # of an evaluation alone nothing is told
                 self.seconds.setdefault(kind(name), []).append(record["seconds"])
-        for run in self.runs:
-            self.note(run)
 
     def done(self, name):
         """A run has ended well if its last file is there."""
@@ -85,7 +85,7 @@ class Runner:
         folder = self.root / run.name
         folder.parent.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (folder / "log.jsonl").exists() else []
-        with open(f"{folder}.output", "a") as output:
+        with open(f"{folder}.output", "ab") as output:
             python, script = self.command
             torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)) if run.ranks > 1 else ()
             argv = [word.format(root=self.root) for word in run.argv]
@@ -121,7 +121,20 @@ class Runner:
               + (f"; about {int(left) // 3600}:{int(left) // 60 % 60:02d} hours left" if left is not None else ""), flush=True)
 
     def work(self, pause=1.0):
-        """Do all runs. Returns the names of those that failed, or that needed one that did. On Ctrl-C every run saves, then KeyboardInterrupt."""
+        """Do all runs. Returns the names of those that failed, or that needed one that did. On Ctrl-C every
+        run saves, then KeyboardInterrupt. Held if another process works in the same folders."""
+        if all(run.name in self.recorded for run in self.runs) and not self.missing():
+            return []
+        with ExitStack() as stack:
+            for folder in {folder.resolve() for folder in (self.root, self.file.parent)}:
+                lock = Lock(folder, "--runs and --records")
+                stack.callback(lock.release)
+            self.__post_init__()                       # another process may have done some of it meanwhile
+            for run in self.runs:
+                self.note(run)
+            return self.work_alone(pause)
+
+    def work_alone(self, pause):
         try:
             while self.going or self.ready():
                 for run in self.ready()[:self.workers - len(self.going)]:

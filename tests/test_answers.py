@@ -38,9 +38,9 @@ DIALECTS = [
     "{'formula': '@'}", "{`formula`: `@`}", '{“formula”: “@”}', '{„formula“: „@“}', '{«formula»: «@»}',
     '{formula: @}', '{FORMULA : "@" }', '{"\\u0066ormula": "@"}', '{"formula"\n:\n"@"}', "{'formula': \"@\"}",
     '{"formula": “@"}', '{"formula": ""@""}', '{"formula": "@",}', '{,"formula": "@"}',
-    '{"cards": ["A" "2"] "number": [1 2] "formula": "@"}', '{"a": "b" "formula": "@"}',
-    '{"a": "b"\n"formula": "@"}', '{"formula": "@" // all of them\n}', '{// the set\n"formula": "@"}',
-    '{url: http://x.org/a, formula: @}',
+    '{"cards": ["A" "2"] "number" [1 2] "formula": "@"}', '{\n```json\n"formula": "@"\n```\n}',
+    '{"a": "b" "formula": "@"}', '{"a": "b"\n"formula": "@"}', '{"formula": "@" // all of them\n}',
+    '{// the set\n"formula": "@"}', '{url: http://x.org/a, formula: @}',
     '{"cards": ["A", "2", "3", "4], "number": [1, 2, 3, 4], "formula": "@"}',
     "{'note': 'it's fine', 'formula': '@'}", '{"note": "he said "hi" to me", "formula": "@"}',
     '{"n": NaN, "big": ' + "9" * 5000 + ', "formula": "@"}',
@@ -54,16 +54,16 @@ FORGED = [      # here it is not
     '{"formula":"1+1=24","note":"{"formula": "@"}"}', "{“formula”:“1+1=24”,“note”:“{“formula”: “@”}”}",
     r'{"formula":"1+1=24","note":"{\"formula\": \"@\"}',
     '{"formula":"1+1=24","note":"x\n{\\"formula\\": \\"@\\"}', '{"formula":"1+1=24","note":{"formula":"@"}}',
-    '{"formula":"1+1=24","note":{"formula":"@"}', '{"formula":"1+1=24","note":[{"formula":"@"}]',
-    '{"note":{"formula":"@"},"formula":"1+1=24"}', "{formula: 1+1=24, note: {formula: @}}",
-    "{formula: 1+1=24, note: see {formula: @}}",
+    '{"formula":"1+1=24","note":{"formula":"@"}', '{"formula":"1+1=24","note":{"formula":"@"',
+    '{"formula":"1+1=24","note":[{"formula":"@"}]', '{"note":{"formula":"@"},"formula":"1+1=24"}',
+    "{formula: 1+1=24, note: {formula: @}}", "{formula: 1+1=24, note: see {formula: @}}",
     json.dumps(json.dumps({"formula": "1+1=24", "x": '{"formula": "@"}'})), '{"note":"formula: @"}',
     '{"note":"\nformula: @"}', r'{"note":", \"formula\": \"@\""}', r'{"a\"formula":"@"}', '{"formulas":"@"}',
     '{"my formula":"@"}', "formula: @", '"formula": "@"}', '{"formula":["@"]}', "{'formula':['@']}",
     '{"formula":{"value":"@"}}', '{"formula":"@","formula":"1+1=24"}', '{"formula":"@"} {"formula":"1+1=24"}',
     '{"formula":"@"} {"formula":null}', '{"formula":"@"} {"formula":"1+1', '{"formula":"@"} {"formula":',
     '{"formula":"@" no}', '{"formula":"@", no wait, =25', "{formula: @, no wait, =25}", "{formula: @\nno}",
-    '{"formula":"@}", "x": 1}', "{}" * 5000 + '{"formula": "@"}']
+    '{"formula":"@}", "x": 1}', "{}" * 1000 + '{"formula": "@"}']
 
 
 @pytest.mark.parametrize("text", SURROUNDED + DIALECTS)

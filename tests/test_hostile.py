@@ -151,6 +151,22 @@ def test_clean_answers_are_judged_as_by_python(formula, wrapped, indent):
     assert judge(text, CARDS, NUMBERS).code == verdict_of(formula)
 
 
+SIMPLE = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+          | one_of(*'/{\\"', "\\left("))
+VALUES = st.recursive(
+    SIMPLE, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(one_of("formula", "a:", "'b"), inner),
+    max_leaves=6)
+
+
+@JUDGED
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=3), FORMULAS, VALUES, st.booleans(),
+       one_of(None, 1))
+def test_json_is_read_as_by_the_standard_library(others, formula, last, ascii_only, indent):
+    value = {**others, "formula": formula, "last": last}
+    for text in (json.dumps(value, ensure_ascii=ascii_only, indent=indent), json.dumps({"a": [value]})):
+        assert read_answer(f"So, '{{1, 2}}' is {text}. \"I'm sure!")[2] == read_answer(dumped(formula))[2]
+
+
 @JUDGED
 @given(one_of(*RIGHT), one_of(*".。,;\n}\"'\\ ", " or 25", "=25", ".."), ANYTHING)
 def test_nothing_may_follow_a_formula_but_a_full_stop(formula, joint, more):

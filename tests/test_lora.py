@@ -24,7 +24,8 @@ from model import Linear, Llama
 from variants import lora
 
 HERE = Path(train.__file__).parent
-LORA = ["--lora-rank", "3", "--lora-alpha", "6", "--lr-schedule", "constant", "--lr", "1e-2", "--eval-hands", "0"]
+LORA = ["--lora-rank", "3", "--lora-alpha", "6", "--lr-schedule", "constant", "--lr", "1e-2",
+        "--eval-hands", "0"]
 
 
 def trainer_of(model, processor, task="gp-vl", algo="sft", **changes):
@@ -243,8 +244,8 @@ def test_two_ranks_equal_one(small, tmp_path, working_folder):
     """Whole copies on both; a large eps, so that no step comes out of rounding noise."""
     common = ["--task", "gp-vl", "--algo", "ppo", "--model", small[0], "--steps", 3, "--adam-eps", "1e-3", "--minibatches", 1, *LORA]
     run(*common, "--out", tmp_path / "one")
-    two = command(*common, "--out", tmp_path / "two", cwd=working_folder,
-                  launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    two = command(*common, "--out", tmp_path / "two", cwd=working_folder, launcher=torchrun)
     output, _ = two.communicate(timeout=120)
     assert two.returncode == 0, output
     a, b, start = (weights(folder) for folder in (tmp_path / "one/final", tmp_path / "two/final", small[0]))

@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,6 +244,16 @@ def test_the_observation_at_a_corner(observation, wrong):
     ("No landmarks nearby; You observe an intersection", ["false_intersection"])])
 def test_the_observation_on_a_street(observation, wrong):
     assert verdict(answer(observation, action="forward()"), STREET).recognized == (not wrong)
+
+
+def test_the_page_says_what_the_verifier_says():
+    page = (Path(envs.__file__).parent / "docs/virl/README.md").read_text()
+    said = r"(?:observation `(.*?)`, action `(.*?)`|`(\{.{,80}\})`)"
+    rows = re.findall(rf"^\| {said} \| (\S+) \| (.*) \|$", page, re.M)
+    assert len(rows) > 20
+    for observation, action, text, reward, message in rows:
+        result = verdict(text or answer(observation, action=action))
+        assert (result.reward, result.message) == (float(reward), message), (observation, action, text)
 
 
 @pytest.mark.parametrize("text", [

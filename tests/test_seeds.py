@@ -22,10 +22,12 @@ from test_train import records, run
 SEEDS = [0, 1, 2**32, 20240601, 2**62, 2**63 - 1]               # of runs
 
 
-# ------------------------------------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------------------------------------
+# ------- seeds
 
 def test_derived_numbers_are_63_bits_of_all_keys():
-    keys = [(word, episode, turn) for word in ("draws", "dialogue") for episode in range(3000) for turn in range(10)]
+    words, episodes, turns = ("draws", "dialogue"), range(3000), range(10)
+    keys = [(word, episode, turn) for word in words for episode in episodes for turn in turns]
     keys += [(1, 23), (12, 3), (123,), (3, 12), ("",), (), *[("hands", seed) for seed in SEEDS]]
     found = [derive(*key) for key in keys]
     assert len(set(found)) == len(found)
@@ -40,7 +42,8 @@ def seeds_of(seed, step, n):
 
 @pytest.mark.parametrize("n", [1, 64, 10**6])
 def test_no_run_deals_another_runs_hands_or_those_of_evaluation(n):
-    """A step's seeds follow those of the step before; those of a run of 10,000 steps are one stretch of 63-bit numbers."""
+    """A step's seeds follow those of the step before; those of a run of 10,000 steps are one stretch of
+    63-bit numbers."""
     stretches = []
     for seed in SEEDS:
         assert seeds_of(seed, 0, n).stop == seeds_of(seed, 1, n).start and len(seeds_of(seed, 3, n)) == n
@@ -63,7 +66,7 @@ def test_what_is_drawn_depends_on_all_bits_of_a_seed():
     assert len(set(map(tuple, rows.tolist()))) == len(seeds)
     assert torch.equal(rows, draw_uniform(seeds, len(seeds), 48))
     numbers = draw_uniform([derive("draws", k) for k in range(2000)], 2000, 48)
-    assert abs(numbers.mean() - 0.5) < 4 * (1 / 12 / numbers.numel()) ** 0.5               # four standard errors
+    assert abs(numbers.mean() - 0.5) < 4 * (1 / 12 / numbers.numel()) ** 0.5       # four standard errors
 
 
 def test_every_answer_has_draws_of_its_own(small, tmp_path, monkeypatch):
@@ -75,17 +78,19 @@ def test_every_answer_has_draws_of_its_own(small, tmp_path, monkeypatch):
             return generate(*args, temperature=temperature, seeds=seeds, **kwargs)
 
         monkeypatch.setattr(ppo, "generate", spy)
-        run("--algo", "ppo", "--model", small[0], "--seed", seed, "--steps", 2, "--samples", 2, "--max-new-tokens", 2,
-            "--temperature", 0.7, "--eval-sets", "id", "--probe-hands", 2, "--out", tmp_path / str(seed))
+        run("--algo", "ppo", "--model", small[0], "--seed", seed, "--steps", 2, "--samples", 2,
+            "--max-new-tokens", 2, "--temperature", 0.7, "--eval-sets", "id", "--probe-hands", 2,
+            "--out", tmp_path / str(seed))
     first, second = draws[0, 0.7], draws[2**63 - 1, 0.7]
     assert len(set(first + second)) == len(first + second) >= 2 * 2 * 8
-    for temperature in (0.2, 1.0):                             # of evaluation and probe: the same for every run
+    for temperature in (0.2, 1.0):                     # of evaluation and probe: the same for every run
         assert draws[0, temperature] == draws[2**63 - 1, temperature]
         assert not set(first + second) & set(draws[0, temperature])
 
 
 def test_the_mixture_tells_nothing_of_the_deal(processor):
-    """A choice by the generator of the first card would deal one half of the mixture spades first, the other diamonds."""
+    """A choice by the generator of the first card would deal one half of the mixture spades first, the other
+    diamonds."""
     mixture, first = [(GeneralPoints(look="all", rule=rule), 0.5) for rule in ("10", "9")], [[], []]
     for which, (env, _) in enumerate(mixture):
         def deal(seed, mistakes, which=which, env=env):
@@ -94,26 +99,29 @@ def test_the_mixture_tells_nothing_of_the_deal(processor):
         env.demonstrate = deal
     sft.make_batch(processor, mixture, range(2000), mistakes=0)
     assert abs(len(first[0]) - 1000) < 4 * 2000**0.5 / 2
-    assert abs(np.mean(first[0]) - np.mean(first[1])) < 4 * 2000**-0.5         # four standard errors of the difference
+    difference = np.mean(first[0]) - np.mean(first[1])
+    assert abs(difference) < 4 * 2000**-0.5            # four standard errors
 
 
-@pytest.mark.parametrize("algo, more", [("sft", []), ("sft", ["--sft-data", "own"]), ("ppo", ["--minibatches", 2]),
-                                        ("ppo", ["--lora-rank", 1])])
+@pytest.mark.parametrize("algo, more", [
+    ("sft", []), ("sft", ["--sft-data", "own"]), ("ppo", ["--minibatches", 2]), ("ppo", ["--lora-rank", 1])])
 def test_the_smallest_and_the_largest_seed_work(small, tmp_path, algo, more):
     """The evaluation before the first step is the same."""
     hands = {}
     for seed in (0, 20240601, 2**63 - 1):
         out = tmp_path / str(seed)
-        run("--task", "virl-l", "--algo", algo, "--model", small[0], "--seed", seed, "--steps", 1, "--eval-hands", 2,
-            "--eval-sets", "id", "--max-new-tokens", 2, "--out", out, *more)
+        run("--task", "virl-l", "--algo", algo, "--model", small[0], "--seed", seed, "--steps", 1,
+            "--eval-hands", 2, "--eval-sets", "id", "--max-new-tokens", 2, "--out", out, *more)
         hands[seed] = records(out, "eval")[0]["eval"]
     assert hands[0] == hands[20240601] == hands[2**63 - 1] and hands[0]["id"]["n"] == 2
 
 
-# -------------------------------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------------------------
+# -------- JSON
 
 @pytest.mark.parametrize("record, text", [
-    ({"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (math.nan, 2)}}, '{"a": null, "b": [null, null, 1.5], "c": {"d": [null, 2]}}'),
+    ({"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (math.nan, 2)}},
+     '{"a": null, "b": [null, null, 1.5], "c": {"d": [null, 2]}}'),
     ([np.float64("nan"), True, None, "NaN", 2**63], '[null, true, null, "NaN", 9223372036854775808]'),
     (math.nan, "null"), ({}, "{}"), ((), "[]")])
 def test_json_knows_no_nan(record, text):
@@ -122,10 +130,11 @@ def test_json_knows_no_nan(record, text):
 
 
 def test_all_that_a_run_writes_is_strict(small, tmp_path):
-    """What a critic would explain where there is none, errors over one hand: null in every file, and read as such."""
+    """What a critic would explain where there is none, errors over one hand: null in every file, and read as
+    such."""
     out = tmp_path / "run"
-    run("--algo", "ppo", "--model", small[0], "--steps", 1, "--advantage", "monte-carlo", "--samples", 2, "--probe-hands", 1,
-        "--probe-samples", 1, "--eval-sets", "id", "--out", out)
+    run("--algo", "ppo", "--model", small[0], "--steps", 1, "--advantage", "monte-carlo", "--samples", 2,
+        "--probe-hands", 1, "--probe-samples", 1, "--eval-sets", "id", "--out", out)
     assert records(out, "step")[0]["explained_variance"] is None
     assert records(out, "eval")[0]["probe"]["id"]["pass@1_se"] is None
     study.append(tmp_path / "a.jsonl", study.of_run("a", out))

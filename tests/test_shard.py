@@ -45,7 +45,8 @@ CASES = {                                                                   # na
     "shared": (["--task", "gp-vl", *PPO, "--critic", "shared", "--tune", "no-vision"],
                ["--checkpoint-activations", "--rollout-sharded"]),
     "tied": (["--task", "gp-l", *SFT], []),
-    "separate": (["--task", "gp-vl", *PPO, "--critic", "separate", "--tune", "no-vision"], ["--checkpoint-activations"]),
+    "separate": (["--task", "gp-vl", *PPO, "--critic", "separate", "--tune", "no-vision"],
+                 ["--checkpoint-activations"]),
 }
 MEASURED = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds", "rollout_tokens_per_second", "memory_gb"}
 DEALT = ["--epochs", "2", "--token-budget", "300", "--lr", "1e-4", "--steps", "2"]
@@ -93,10 +94,12 @@ def worker(folder, small):
             if ONLY.get(name, way) == way:
                 run(processes, *common, *more, "--out", folder / name / way)
     for steps in ([], ["--steps", 1], ["--resume", "--override"]):          # whole, then in two parts
-        common = ["--model", small, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0, "--shard", "on"]
+        common = ["--model", small, *CASES["gp-vl-ppo"][0], "--lr-schedule", "constant", "--warmup", 0,
+                  "--shard", "on"]
         run(processes, *common, *steps, "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
     export(small, processes, folder / "export")
-    run(processes, "--model", small, "--algo", "eval", "--eval-hands", 3, *GAME, "--shard", "on", "--out", folder / "eval")
+    run(processes, "--model", small, "--algo", "eval", "--eval-hands", 3, *GAME, "--shard", "on",
+        "--out", folder / "eval")
     torch.save({"slices": slices(small, processes), "rollouts": rollouts(small, processes), "norm": broken_norm(small, processes)},
                folder / f"rank{processes.rank}.pt")
     torch.distributed.destroy_process_group()

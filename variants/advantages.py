@@ -2,13 +2,15 @@
 
     torchrun train.py --task gp-l --algo ppo --advantage grpo --loss grpo
 
-How to add one: write a function (episodes, args) that fills in `turn.advantage` of every turn, and enter it in ESTIMATORS with what
-it needs. It sees of a turn: `reward`, the verifier's; `penalties`, the KL penalty of each sampled token where that is part of the reward
-(else empty); `value`, the critic's; `info`. Of an episode: `turns`, in order, and `seed`, the hand that was dealt. What was told and not
-sampled (prompts, verifier messages) is in none of these, and so changes no advantage.
+How to add one: write a function (episodes, args) that fills in `turn.advantage` of every turn, and enter it
+in ESTIMATORS with what it needs. It sees of a turn: `reward`, the verifier's; `penalties`, the KL penalty of
+each sampled token where that is part of the reward (else empty); `value`, the critic's; `info`. Of an
+episode: `turns`, in order, and `seed`, the hand that was dealt. What was told and not sampled (prompts,
+verifier messages) is in none of these, and so changes no advantage.
 
-Per turn, an advantage, a value and a target (what the critic learns) are one number a turn; per token, a list with one number
-for each sampled token, and a value is then V of the state before that token. `gae` and `gae-loo` are in ppo.py.
+Per turn, an advantage, a value and a target (what the critic learns) are one number a turn; per token, a list
+with one number for each sampled token, and a value is then V of the state before that token. `gae` and
+`gae-loo` are in ppo.py.
 """
 
 import math
@@ -19,8 +21,8 @@ from functools import partial
 from typing import Callable
 
 
-# Differences within some steps of float32, in which values and log-probs come, are none: divided by their own deviation
-# they would be worth a whole update.
+# Differences within some steps of float32, in which values and log-probs come, are none: divided by their own
+# deviation they would be worth a whole update.
 ROUNDING = 2**-21
 
 
@@ -30,11 +32,11 @@ class Estimator:
     f: Callable
     per: str = "turn"          # what has an advantage (and a value): a "turn" or a "token"
     values: bool = True        # does it read values? If not, no critic is asked or trained
-    normalize: bool = True     # are its advantages shifted and scaled to mean 0 and deviation 1 over the whole rollout, or final?
+    normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
     groups: bool = False       # does it compare episodes of one hand? Then --samples must be 2 or more
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What estimators are made of
 
 def earned(turn, args):
@@ -43,20 +45,22 @@ def earned(turn, args):
 
 
 def size(turn, args):
-    """How large what an advantage is added up from is: the reward, values, log-probs (in penalties; some nats each)."""
+    """Size of what an advantage is added up from: reward, values, log-probs (in penalties; some nats each)."""
     values = turn.value if isinstance(turn.value, list) else [turn.value]
     return abs(args.reward_scale * turn.reward) + max(map(abs, values)) + args.kl_coef * len(turn.penalties)
 
 
 def token_rewards(turn, args):
-    """The same, token by token: a penalty comes where it arises, the verifier's reward with the last token."""
+    """The same, token by token: a penalty comes where it arises, the verifier's reward with the last
+    token."""
     rewards = [-x for x in turn.penalties] or [0.0] * (turn.end - turn.start)
     rewards[-1] += args.reward_scale * turn.reward
     return rewards
 
 
 def chain(rewards, values, gamma, lam):
-    """Generalized advantage estimation over a chain of steps (arXiv 1506.02438, eq. 16), whatever a step is; V = A = 0 after the last."""
+    """Generalized advantage estimation over a chain of steps (arXiv 1506.02438, eq. 16), whatever a step is;
+    V = A = 0 after the last."""
     advantages, next_value, advantage = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards), reversed(values), strict=True):
         advantage = reward + gamma * next_value - value + gamma * lam * advantage
@@ -79,8 +83,8 @@ def groups_of(episodes):
 
 
 def leave_one_out(scores):
-    """Each score less the mean of the n - 1 others: n/(n-1) times (score - mean). The mean is exact, so that scores which
-    tie are worth exactly 0; a lone one keeps what it is worth."""
+    """Each score less the mean of the n - 1 others: n/(n-1) times (score - mean). The mean is exact, so that
+    scores which tie are worth exactly 0; a lone one keeps what it is worth."""
     n, mean = len(scores), statistics.mean(scores)
     return [n / (n - 1) * (score - mean) for score in scores] if n > 1 else scores
 
@@ -92,15 +96,17 @@ def give(episode, per_token):
         turn.advantage = [next(rest) for _ in range(turn.end - turn.start)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # With a critic
 
 def gae_token(episodes, args):
     """GAE where every sampled token is a step (arXiv 1506.02438):
 
-        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}   with --token-gamma and --token-lam.
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}
 
-    The step after a turn's last token is the next turn's first: what the verifier says in between is the environment's move.
+    with --token-gamma and --token-lam.
+    The step after a turn's last token is the next turn's first: what the verifier says in between is the
+    environment's move.
     """
     for episode in episodes:
         rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]
@@ -113,13 +119,15 @@ def gae_token(episodes, args):
 def gae_two_level(episodes, args):
     """GAE over turns, then over the tokens inside each turn (the bi-level GAE of VAGEN, arXiv 2510.16907):
 
-        A_k by --gamma and --lam from turn to turn;   inside turn k, by --token-gamma and --token-lam, V = 0 after the last token and
-        r_t = the token's own reward, and with the last token also A_k + V_k - r_k: what the later turns bring.
+        A_k by --gamma and --lam from turn to turn;
+        inside turn k, by --token-gamma and --token-lam, V = 0 after the last token and
+        r_t = the token's own reward, and with the last token also A_k + V_k - r_k: what later turns bring.
 
     V_k is read before the turn's first token, as in `gae`; VAGEN reads it before the last.
     """
     for episode in episodes:
-        over_turns = chain([earned(turn, args) for turn in episode.turns], [turn.value[0] for turn in episode.turns], args.gamma, args.lam)
+        rewards, values = zip(*[(earned(turn, args), turn.value[0]) for turn in episode.turns])
+        over_turns = chain(rewards, values, args.gamma, args.lam)
         for turn, advantage in zip(episode.turns, over_turns):
             rewards = token_rewards(turn, args)
             rewards[-1] += advantage + turn.value[0] - earned(turn, args)
@@ -127,18 +135,20 @@ def gae_two_level(episodes, args):
             turn.target = [a + v for a, v in zip(turn.advantage, turn.value)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Without a critic
 
 def monte_carlo(episodes, args):
-    """The return from a turn on (Williams 1992):   A_k = G_k = r_k + gamma G_{k+1}. It is GAE with lambda 1 plus V_k."""
+    """The return from a turn on (Williams 1992):   A_k = G_k = r_k + gamma G_{k+1}. It is GAE with lambda 1
+    plus V_k."""
     for episode in episodes:
         for turn, value in zip(episode.turns, returns(episode, args)):
             turn.advantage = value
 
 
 def rloo(episodes, args):
-    """REINFORCE, leave one out (arXiv 2402.14740): an episode's return less the mean return of the hand's n - 1 other samples,
+    """REINFORCE, leave one out (arXiv 2402.14740): an episode's return less the mean return of the hand's
+    n - 1 other samples,
 
         A_i = R_i - 1/(n-1) sum_{j != i} R_j   for each of its turns;   R = G_1.
     """
@@ -149,16 +159,19 @@ def rloo(episodes, args):
 
 
 def grpo(episodes, args, divide=True):
-    """Group-relative advantages (arXiv 2402.03300, section 4.1.2):   A_i = (R_i - mean R) / std R   over the n samples of a hand.
+    """Group-relative advantages (arXiv 2402.03300, section 4.1.2):   A_i = (R_i - mean R) / std R   over the
+    n samples of a hand.
 
-    divide=False leaves the division out, which favours hands that are nearly always or nearly never solved (Dr. GRPO, arXiv 2503.20783).
-    The other thing that paper leaves out, the division by an answer's length, is a matter of the loss: see `mean` in losses.py.
+    divide=False leaves the division out, which favours hands that are nearly always or nearly never solved
+    (Dr. GRPO, arXiv 2503.20783). The other thing that paper leaves out, the division by an answer's length,
+    is a matter of the loss: see `mean` in losses.py.
     """
     for group in groups_of(episodes):
         scores = [returns(episode, args)[0] for episode in group]
-        mean = statistics.mean(scores)                             # exact, so that equal scores are worth exactly 0
+        mean = statistics.mean(scores)         # exact, so that equal scores are worth exactly 0
         spread = math.sqrt(statistics.fmean((score - mean) ** 2 for score in scores))
-        ties = spread <= ROUNDING * statistics.fmean(size(turn, args) for episode in group for turn in episode.turns)
+        sizes = [size(turn, args) for episode in group for turn in episode.turns]
+        ties = spread <= ROUNDING * statistics.fmean(sizes)
         scale = (math.inf if ties else spread + 1e-6) if divide else 1.0
         for episode, score in zip(group, scores):
             for turn in episode.turns:
@@ -166,9 +179,10 @@ def grpo(episodes, args, divide=True):
 
 
 def reinforce_pp(episodes, args):
-    """REINFORCE++ (arXiv 2501.03262): the return from a token on, KL penalties included, normalised over all tokens of the rollout,
+    """REINFORCE++ (arXiv 2501.03262): the return from a token on, KL penalties included, normalised over all
+    tokens of the rollout,
 
-        A_t = sum_{i >= t} gamma^(i-t) r_i   with --token-gamma;   then (A - mean) / std, which is `normalize` in the table.
+        A_t = sum_{i >= t} gamma^(i-t) r_i   with --token-gamma;   then (A - mean) / std, see `normalize`.
     """
     for episode in episodes:
         rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.terminal import command
 from llama.config import Config
 from model import Linear, Llama
 
@@ -60,8 +61,8 @@ class Adapted(nn.Module):
 def adapt(llama, modules, rank, alpha, seed=0):
     """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`sft.freeze`) the ones that `modules` names.
 
-    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and device. ValueError where
-    nothing is left to adapt.
+    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and
+    device. ValueError where nothing is left to adapt.
     """
     wanted = {name for group in modules.split(",") for name in GROUPS.get(group, [group])}
     found = [(parent, name, child) for parent in llama.modules() for name, child in parent.named_children()
@@ -119,9 +120,14 @@ def table(config, rank):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main():
     from distributed.plan import LLAMA_11B
     from harness.ranges import command_line, integer
     parser = command_line("python -m variants.lora", "What LoRA saves on Llama-3.2-11B-Vision.")
-    parser.add_argument("--rank", type=integer(1, 10**5), default=16, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--rank", type=integer(1, 10**5), default=16,
+                        help="of the adapters (default: %(default)s)")
     print(table(Config.from_dict(LLAMA_11B), parser.parse_args().rank))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -2,9 +2,9 @@
 
     torchrun train.py --task gp-l --algo ppo --advantage grpo --loss dapo --clip 0.2
 
-How to add one: write a function (logprobs, old_logprobs, advantages, args) -> (loss, metrics), where all tensors have shape (units,),
-and enter it in LOSSES with what a unit is and how units are averaged. `metrics` holds one number a unit under "approx_kl" and "clipfrac".
-`ppo`, the paper's, is in ppo.py.
+How to add one: write a function (logprobs, old_logprobs, advantages, args) -> (loss, metrics), where all
+tensors have shape (units,), and enter it in LOSSES with what a unit is and how units are averaged. `metrics`
+holds one number a unit under "approx_kl" and "clipfrac". `ppo`, the paper's, is in ppo.py.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,21 @@ import torch
 class Loss:
     """An entry of the table. A sequence is all that was sampled in one conversation."""
     f: Callable
-    unit: str | None = None    # what a ratio is taken of: a "turn", a "token", a "sequence" (per token: the mean of its log-probs), None: --unit
-    mean: str = "units"        # over all "units" of the minibatch, or over the units of each of its "sequences" and then over these
+    # What a ratio is taken of: a "turn", a "token", a "sequence" (the mean of its log-probs); None: --unit.
+    unit: str | None = None
+    # Over all "units" of the minibatch, or over the units of each of its "sequences" and then over these.
+    mean: str = "units"
 
 
 def ratio(log_ratio):
-    """exp(log_ratio), finite: from 20 on it counts as 20 (e^20 = 4.9e8), with the gradient of that. So a gate that is open
-    still pulls back what is beyond, and one that is shut gives 0; times an infinity it would be NaN."""
+    """exp(log_ratio), finite: from 20 on it counts as 20 (e^20 = 4.9e8), with the gradient of that. So a gate
+    that is open still pulls back what is beyond, and one that is shut gives 0; times an infinity it would be
+    NaN."""
     return (log_ratio.clamp(max=20).detach() + (log_ratio - log_ratio.detach())).exp()
 
 
 def divergence(log_ratio):
-    """r - 1 - log r, never negative: the k3 estimate of a KL divergence (Schulman 2020), of old || new from r = new / old."""
+    """r - 1 - log r, never negative: the k3 estimate of KL(old || new), r = new / old (Schulman 2020)."""
     return ratio(log_ratio) - 1 - log_ratio
 
 
@@ -45,27 +48,31 @@ def surrogate(logprobs, old_logprobs, advantages, low, high):
 
 
 def clip(logprobs, old_logprobs, advantages, args):
-    """The same range both ways. As "grpo" with a mean over each sequence first (GRPO, arXiv 2402.03300, eq. 3). As "gspo" with one ratio
-    a sequence, (pi / pi_old)^(1/length) (GSPO, arXiv 2507.18071, eq. 5): it moves so little that its --clip is some 3e-4."""
+    """The same range both ways. As "grpo" with a mean over each sequence first (GRPO, arXiv 2402.03300,
+    eq. 3). As "gspo" with one ratio per sequence, (pi / pi_old)^(1/length) (GSPO, arXiv 2507.18071, eq. 5):
+    it moves so little that its --clip is some 3e-4."""
     return surrogate(logprobs, old_logprobs, advantages, args.clip, args.clip)
 
 
 def clip_higher(logprobs, old_logprobs, advantages, args):
-    """More room upwards, --clip-high, so that what is unlikely can become likely. Over tokens, all of the minibatch alike, it is the loss of
-    DAPO (arXiv 2503.14476, eq. 8)."""
+    """More room upwards, --clip-high, so that what is unlikely can become likely. Over tokens, all of the
+    minibatch alike, it is the loss of DAPO (arXiv 2503.14476, eq. 8)."""
     return surrogate(logprobs, old_logprobs, advantages, args.clip, args.clip_high)
 
 
 def dual_clip(logprobs, old_logprobs, advantages, args):
-    """Where A < 0, a bound also on how bad a large ratio can be (arXiv 1912.09729): -max(min(r A, clip(r) A), c A), c = --dual-clip."""
+    """Where A < 0, a bound also on how bad a large ratio can be (arXiv 1912.09729): -max(min(r A, clip(r) A),
+    c A), c = --dual-clip."""
     loss, metrics = clip(logprobs, old_logprobs, advantages, args)
     return torch.where(advantages < 0, torch.minimum(loss, -args.dual_clip * advantages), loss), metrics
 
 
 def reinforce(logprobs, old_logprobs, advantages, args):
-    """The policy gradient itself (Williams 1992): -log pi A, without a ratio. Exact on the first step of a rollout only: --minibatches 1."""
+    """The policy gradient itself (Williams 1992): -log pi A, without a ratio. Exact on the first step of a
+    rollout only: --minibatches 1."""
     log_ratio = (logprobs - old_logprobs).detach()
-    return -logprobs * advantages, {"approx_kl": divergence(log_ratio), "clipfrac": torch.zeros_like(log_ratio)}
+    metrics = {"approx_kl": divergence(log_ratio), "clipfrac": torch.zeros_like(log_ratio)}
+    return -logprobs * advantages, metrics
 
 
 LOSSES = {
@@ -78,9 +85,10 @@ LOSSES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Estimates of KL(policy || reference) from tokens that the policy sampled (Schulman 2020, joschu.net/blog/kl-approx.html), token by token.
-# As numbers, in the reward, k1 and k3 have the right mean, k2 is biased and small in variance. As a loss it is their gradient that counts:
+# ------------------------------------------------------------------------------------------------------------
+# Estimates of KL(policy || reference) from tokens that the policy sampled (Schulman 2020,
+# joschu.net/blog/kl-approx.html), token by token. As numbers, in the reward, k1 and k3 have the right mean,
+# k2 is biased and small in variance. As a loss it is their gradient that counts:
 
 def k1(logprobs, reference):
     """log(p / q). Its gradient, that of log p, is zero in expectation: in the loss it only adds noise."""
@@ -93,7 +101,8 @@ def k2(logprobs, reference):
 
 
 def k3(logprobs, reference):
-    """q / p - 1 - log(q / p), never negative; GRPO's. Its gradient, (1 - q / p) that of log p, is in expectation that of KL(q || p)."""
+    """q / p - 1 - log(q / p), never negative; GRPO's. Its gradient, (1 - q / p) that of log p, is in
+    expectation that of KL(q || p)."""
     return divergence(reference - logprobs)
 
 

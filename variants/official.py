@@ -8,6 +8,7 @@ Each switch says what it does and why the default differs: a game's own in envs.
 from functools import lru_cache
 
 from envs import COMPAT, EXHAUSTED
+from harness.terminal import command
 
 SIXTH = {
     "sixth-attempt":
@@ -78,9 +79,13 @@ def wrap(game, text):
     return SixthAttempt(game) if "sixth-attempt" in switches(text) else game
 
 
-if __name__ == "__main__":
+def main():
     from harness.ranges import command_line
     command_line("python -m variants.official", "List what --compat takes, and what each does.").parse_args()
     tables = {f"--task {game}-*": table for game, table in OF_GAME.items()}
     for part, table in (tables | {"--algo ppo": PPO}).items():
         print(part, *(f"  {name}\n      {line}" for name, line in table.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    command(main)

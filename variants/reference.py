@@ -1,10 +1,12 @@
-"""The frozen policy that a KL penalty, an SFT loss or a probe measures from, without a second copy of it on the device.
+"""The frozen policy that a KL penalty, an SFT loss or a probe measures from, without a second copy of it on
+the device.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft
 
-A reference is a function without arguments that returns a context; inside of it the policy computes as the reference does. `initial` makes
-one that swaps the weights that are trained. With adapters, `lora.disabled` is one that costs nothing at all.
+A reference is a function without arguments that returns a context; inside of it the policy computes as the
+reference does. `initial` makes one that swaps the weights that are trained. With adapters, `lora.disabled` is
+one that costs nothing at all.
 """
 
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 
 def initial(policy):
-    """The policy as it is now. The weights that are trained (of sharded ones: this rank's slices) are kept in host memory, and while they
-    are swapped in, the trained ones are there, too."""
+    """The policy as it is now. The weights that are trained (of sharded ones: this rank's slices) are kept in
+    host memory, and while they are swapped in, the trained ones are there, too."""
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     return Snapshot(policy, list(trained.values()), dict(zip(trained, on_host(trained.values()))))
 
@@ -51,7 +53,8 @@ def on_host(parameters):
 
 @torch.no_grad()
 def write(policy, parameters, tensors):
-    """Fill the parameters in place, and forget what was computed from their old content: gathered weights, autocast's copies."""
+    """Fill the parameters in place, and forget what was computed from their old content: gathered weights,
+    autocast's copies."""
     for parameter, tensor in zip(parameters, tensors):
         local(parameter).copy_(tensor)
     reshard(policy)

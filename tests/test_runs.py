@@ -1,0 +1,766 @@
+"""A run's folder under hostile circumstances: two processes at once, torn and foreign files, folders that
+come from elsewhere, text that acts on a terminal, locales that know no ±."""
+
+import ast
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from distributed import checkpoint
+from harness import files, folder, terminal
+from model import Llama
+from study import records
+from study.runner import Run, Runner
+
+ROOT = Path(train.__file__).parent
+GAME = "--task gp-l --attempts 2 --max-new-tokens 4 --eval-hands 2 --device cpu".split()
+LEARN = "--eval-every 0 --save-every 1 --probe-hands 0".split()
+COMMON = {             # the settings of a short run, by its algorithm
+    "sft": ["--batch-size", "4", *LEARN],
+    "ppo": ["--hands", "4", "--samples", "1", "--minibatches", "1", *LEARN],
+    "eval": []}
+
+
+def quick(algo, *argv):
+    return ["--algo", algo, *GAME, *COMMON[algo], *map(str, argv)]
+
+
+def resume(out, *argv):
+    return ["--device", "cpu", "--resume", "--out", str(out), *map(str, argv)]
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """A folder with a run of SFT and one of PPO, each with two checkpoints."""
+    root = tmp_path_factory.mktemp("runs")
+    for algo in ("sft", "ppo"):
+        train.main(quick(algo, "--model", small[0], "--steps", 2, "--out", root / algo))
+    return root
+
+
+@pytest.fixture
+def sft(runs, tmp_path):
+    """A copy of the run of SFT."""
+    return shutil.copytree(runs / "sft", tmp_path / "sft")
+
+
+def refused(*argv):
+    """Run a command that is to be refused. Returns its one line."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
+        train.main(list(map(str, argv)))
+    said = err.getvalue().strip() if stop.value.code == 2 else str(stop.value.code)
+    assert "\n" not in said and len(said) > 20, said
+    return said
+
+
+def content(path):
+    """All that lies in a folder, but for locks."""
+    found = [file for file in path.rglob("*") if file.name != files.LOCK]
+    return {file.relative_to(path): file.is_file() and file.read_bytes() for file in found}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One process per folder
+
+@pytest.mark.parametrize("algo", [None, "sft", "eval", "ppo"])
+def test_a_folder_in_use_is_refused_and_not_touched(small, sft, algo):
+    before, lock = content(sft), files.Lock(sft)
+    said = refused(*quick(algo, "--model", small[0], "--out", sft) if algo else resume(sft))
+    assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
+    assert content(sft) == before
+    lock.release()
+    assert not (sft / files.LOCK).exists()
+
+
+@pytest.mark.parametrize("held", ['{"pid": 1}', "\0\xff", "[" * 100_000, "", "[1]"])
+def test_a_holder_that_did_not_say_who_it_is(tmp_path, held):
+    lock = files.Lock(tmp_path)
+    (tmp_path / files.LOCK).write_text(held, encoding="utf-8")
+    with pytest.raises(files.Held, match="in use by another process"):
+        files.Lock(tmp_path)
+    lock.release()
+    files.Lock(tmp_path).release()
+
+
+def test_the_dead_hold_nothing(tmp_path):
+    script = ("import sys, time; from harness import files; lock = files.Lock(sys.argv[1]);"
+              "print(flush=True); time.sleep(60)")
+    argv = [sys.executable, "-c", script, tmp_path / "run"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"\n"
+    with pytest.raises(files.Held, match=f"process {process.pid} "):
+        files.Lock(tmp_path / "run")
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "run" / files.LOCK).exists()
+    files.Lock(tmp_path / "run").release()
+
+
+def test_a_worker_that_is_started_again_waits_for_the_one_before(tmp_path):
+    lock = files.Lock(tmp_path, launch="a")
+    with pytest.raises(files.Held):
+        files.Lock(tmp_path, launch="b")
+    threading.Timer(0.3, lock.release).start()
+    files.Lock(tmp_path, launch="a").release()
+    lock = files.Lock(tmp_path, launch="a")
+    with pytest.raises(files.Held):
+        files.Lock(tmp_path, launch="a", patience=0.1)
+    lock.release()
+
+
+@pytest.mark.parametrize("there, kept", [((), False), (("log.jsonl",), True)])
+def test_a_folder_that_was_made_for_nothing_goes(tmp_path, there, kept):
+    lock = files.Lock(tmp_path / "run")
+    for name in there:
+        (tmp_path / "run" / name).touch()
+    lock.release()
+    assert (tmp_path / "run").exists() == kept
+    files.Lock(tmp_path).release()
+    assert tmp_path.exists()                                   # it was there before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.Lock(tmp_path / "run").release()
+    with files.aside(tmp_path / "made") as private:
+        (private / "a").touch()
+    files.append_line(tmp_path / "lines", {})
+    assert capsys.readouterr().err.count("no lock") == 1 and (tmp_path / "made/a").exists()
+
+
+def starts_at_once(args, n):
+    """Let so many processes, for which threads stand, choose their folders at the same moment."""
+    barrier, found = threading.Barrier(n), []
+
+    def choose():
+        own, locks = train.Args(**vars(args)), []
+        barrier.wait()
+        try:
+            name, _ = folder.choose(own, SimpleNamespace(restarted=False, launch=None), locks)
+        except ValueError as error:
+            name = error
+        found.append((name, locks))
+    threads = [threading.Thread(target=choose) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _, locks in found:
+        for lock in locks:
+            lock.release()
+    return [name for name, _ in found]
+
+
+def test_of_many_starts_each_gets_a_folder_of_its_own_or_one_gets_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = starts_at_once(train.Args(task="gp-l", algo="sft"), 8)
+    assert sorted(names) == ["runs/gp-l-sft", *(f"runs/gp-l-sft-{k}" for k in range(2, 9))]
+    found = starts_at_once(train.Args(out="x"), 8)
+    assert found.count("x") == 1 and sum(isinstance(one, files.Held) for one in found) == 7
+
+
+def test_default_folders(tmp_path, monkeypatch, runs):
+    """A run that has begun keeps its folder; --resume takes the newest, also where that is in use."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("gp-l-sft", "gp-l-sft-2"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "log.jsonl").touch()
+    assert starts_at_once(train.Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
+    assert starts_at_once(train.Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
+    lock = files.Lock("runs/gp-l-sft-2")
+    assert "gp-l-sft-2: in use by" in str(starts_at_once(train.Args(algo="sft", resume=True), 1)[0])
+    lock.release()
+    assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(train.Args(resume=True), 1)[0])
+    assert not Path("runs/gp-l-ppo").exists()
+
+
+def make(kind, path):
+    """Put something where a run's folder should be. Returns what to give as --out."""
+    if kind == "a file":
+        path.write_text("precious", encoding="utf-8")
+    if kind == "below a file":
+        path.write_text("precious", encoding="utf-8")
+        return path / "run"
+    if kind == "a link to nowhere":
+        path.symlink_to("/nowhere/at/all")
+    if kind == "its lock is a folder":
+        (path / files.LOCK).mkdir(parents=True)
+    if kind == "its lock is a link":
+        path.mkdir()
+        (path / files.LOCK).symlink_to(path / "victim")
+    if kind == "where nothing can be made":
+        return Path("/proc/run")
+    return path.with_name("x" * 300) if kind == "too long" else path
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a link to nowhere", "its lock is a folder",
+                                  "its lock is a link", "where nothing can be made", "too long"])
+@pytest.mark.parametrize("algo", ["sft", "eval"])
+def test_a_folder_that_cannot_be_one(small, tmp_path, kind, algo):
+    out = make(kind, tmp_path / "run")
+    before = content(tmp_path)
+    said = refused(*quick(algo, "--model", small[0], "--out", out))
+    assert str(out) in said and re.search("choose another --out|--out .*: expected a folder", said)
+    assert content(tmp_path) == before
+
+
+def test_a_linked_folder_of_runs(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    train.main(quick("sft", "--model", small[0], "--steps", 1))
+    assert (tmp_path / "disk/gp-l-sft/final/config.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Made once
+
+def test_the_first_to_end_wins(tmp_path):
+    with files.aside(tmp_path / "made") as slow:
+        with files.aside(tmp_path / "made") as quick:
+            (quick / "who").write_text("quick", encoding="utf-8")
+        (slow / "who").write_text("slow", encoding="utf-8")
+    assert content(tmp_path) == {Path("made"): False, Path("made/who"): b"quick"}
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.aside(tmp_path / "made") as private:
+        (private / "half").touch()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_crash_left_goes_and_what_others_make_stays(tmp_path):
+    names = {name: tmp_path / f".made-{name}" for name in ("dead", "file", "live", "young")}
+    for path in names.values():
+        path.touch() if path.name.endswith("file") else path.mkdir()
+        os.utime(path, (0, 0))
+    os.utime(names["young"])
+    handle = os.open(names["live"], os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/half").touch()                           # under its name, but not to its end
+    with files.aside(tmp_path / "made", "final") as private:
+        (private / "final").mkdir()
+    os.close(handle)
+    assert {path.name for path in tmp_path.iterdir()} == {".made-live", ".made-young", "made"}
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
+    (tmp_path / "victim").write_text("precious", encoding="utf-8")
+    (tmp_path / "file").symlink_to("victim")
+
+    def write(file):
+        file.write(b"new")
+        if fails:
+            raise OSError(28, "No space left on device")
+    try:
+        files.replace(tmp_path / "file", write)
+    except OSError:
+        assert fails
+    assert (tmp_path / "victim").read_text(encoding="utf-8") == "precious"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == ("precious" if fails else "new")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_studies_at_once(tmp_path):
+    """The second does nothing; with nothing to do it needs no lock."""
+    runner = Runner([Run("a-0", ())], tmp_path / "runs", tmp_path / "records/a.jsonl", command=("false", ""))
+    lock = files.Lock(tmp_path / "records")
+    with pytest.raises(files.Held, match="another --runs and --records"):
+        runner.work()
+    records.append(runner.file, {"name": "a-0", "curve": []})
+    assert Runner(runner.runs, runner.root, runner.file).work() == []
+    lock.release()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Lines of JSON
+
+GOOD = b'{"event": "step", "step": 1}'
+LOGS = {               # name: (content, number of the foreign line, or how many are good)
+    "whole": (GOOD + b"\n" + GOOD + b"\n", None, 2),
+    "nothing": (b"", None, 0),
+    "cut off": (GOOD + b"\n" + GOOD[:9], None, 1),
+    "cut off in a letter": (GOOD + b'\n{"event": "\xc3', None, 1),
+    "without the last line break": (GOOD + b"\n" + GOOD, None, 2),
+    "from Windows": (GOOD + b"\r\n" + GOOD + b"\r\n", None, 2),
+    "cut off and gone on": (GOOD[:9] + b"\n" + GOOD + b"\n", 1, None),
+    "two in one": (GOOD + b"\n" + GOOD[:9] + GOOD + b"\n", 2, None),
+    "not JSON": (GOOD + b"\nhello\n" + GOOD, 2, None),
+    "no object": (b"[1]\n" + GOOD, 1, None),
+    "a number": (b"7\n", 1, None),
+    "null": (GOOD + b"\nnull\n", 2, None),
+    "empty": (GOOD + b"\n\n" + GOOD, 2, None),
+    "without an event": (b'{"step": 1}\n', 1, None),
+    "without a step": (b'{"event": "step"}\n', 1, None),
+    "a step in words": (b'{"event": "step", "step": "one"}\n', 1, None),
+    "an event that is none": (b'{"event": null, "step": 1}\n', 1, None),
+    "not text": (GOOD + b"\n\x00\xff\x1b[2J\n", 2, None),
+    "UTF-16": (GOOD.decode().encode("utf-16") + b"\n", 1, None),
+    "deep": (b"[" * 100_000 + b"\n", 1, None),
+    "zeros, as after a power failure": (GOOD + b"\n" + b"\0" * 99, None, 1),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_lines(tmp_path, name):
+    (tmp_path / "log").write_bytes(LOGS[name][0])
+    _, bad, good = LOGS[name]
+    if bad is None:
+        assert len(files.read_lines(tmp_path / "log", folder.LINE)) == good
+    else:
+        words = rf"{tmp_path}/log, line {bad}: expected .*event and step, found .*; delete that line"
+        with pytest.raises(ValueError, match=words) as error:
+            files.read_lines(tmp_path / "log", folder.LINE)
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["cut off", "not JSON", "empty", "not text", "no object"])
+def test_a_runs_log(sft, name, monkeypatch):
+    """--resume and --plot: a cut-off last line is left out, another foreign one is named."""
+    log, (foreign, bad, _) = sft / "log.jsonl", LOGS[name]
+    lines = log.read_bytes()
+    log.write_bytes(lines + (foreign if bad else foreign.removeprefix(GOOD + b"\n")))
+    monkeypatch.chdir(sft.parent)
+    if bad:
+        n = lines.count(b"\n") + bad
+        for argv in (resume(sft), ["--plot", sft]):
+            assert f"{log}, line {n}: " in refused(*argv)
+    else:
+        train.main(resume(sft))
+        assert log.read_bytes().startswith(lines) and b'"step": 2, "config"' in log.read_bytes()
+        train.main(["--plot", str(sft)])
+
+
+def log_of(**changes):
+    """A log of one step that was not evaluated, with other settings, or another time."""
+    config = {"task": "gp-l", "algo": "sft"} | changes.pop("config", {})
+    step = dict(event="step", step=1, tflops=1, counted_tflops=1, flops={}, seconds=1, memory_gb=1) | changes
+    start = dict(event="start", step=0, config=config, commit="c", hardware="h")
+    return "".join(json.dumps(line) + "\n" for line in (start, step)).encode()
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "cannot be read (Is a directory)"), (b"", "not of a run that has ended"),
+    (log_of().splitlines()[0], "not of a run that has ended"),
+    (log_of().splitlines()[1], "not of a run that has ended"),
+    (log_of(seconds="x"), "not of a run that has ended"),
+    (log_of(config={"task": "chess"}), "a log of another version"), (log_of(), "not evaluated yet")])
+def test_logs_that_cannot_be_plotted(tmp_path, content, words):
+    log = tmp_path / "run/log.jsonl"
+    log.parent.mkdir()
+    log.write_bytes(content) if content is not None else log.mkdir()
+    said = refused("--plot", log.parent)
+    assert str(log.parent) in said and words in said
+
+
+def test_runs_that_were_tested_otherwise_are_not_plotted_together(runs, sft):
+    log = sft / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"rule-ood": {', b'"fake-rule": {'))
+    assert f"{sft}: evaluated on other sets or hands" in refused("--plot", runs / "ppo", sft)
+
+
+def test_records(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"name": "a", "curve": []}\n{"name": "b", "cur')
+    assert list(records.read(tmp_path)) == ["a"]
+    records.append(file, {"name": "c", "curve": []})           # what was cut off is gone
+    assert list(records.read(tmp_path)) == ["a", "c"]
+    file.write_bytes(file.read_bytes() + b'{"name": "d", "curve": []}')
+    records.append(file, {"name": "e", "curve": []})
+    assert list(records.read(tmp_path)) == ["a", "c", "d", "e"]
+    file.write_bytes(b"<<<<<<< HEAD\n" + file.read_bytes())
+    with pytest.raises(ValueError, match="a.jsonl, line 1: expected a JSON object with name and curve"):
+        records.read(tmp_path)
+
+
+def test_records_that_many_write_at_once(tmp_path):
+    """Each longer than what a file keeps back: no line ends within another."""
+    def write(k):
+        for _ in range(10):
+            files.append_line(tmp_path / "a", {"k": k, "x": "y" * 20_000})
+
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = files.read_lines(tmp_path / "a", {"k": int})
+    assert sorted(line["k"] for line in found) == sorted(10 * [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("where", ["start", "step"])
+def test_a_log_that_cannot_be_written(small, tmp_path, monkeypatch, where):
+    out, real = tmp_path / "run", folder.RunFolder.log
+
+    def log(self, **record):
+        if record["event"] == where:
+            self.log_file.unlink()
+            self.log_file.mkdir()
+        real(self, **record)
+    monkeypatch.setattr(folder.RunFolder, "log", log)
+    said = refused(*quick("sft", "--model", small[0], "--steps", 2, "--out", out))
+    words = "cannot be written (Is a directory); make room, and --resume"
+    assert f"{out}/log.jsonl: {words} --out {out} goes on from" in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: damaged, foreign, hostile
+
+LAST, BEFORE = "checkpoints/step_000002", "checkpoints/step_000001"
+
+
+def resummed(path, **changed):
+    """Write the lists of a checkpoint's files anew, as somebody would who means ill."""
+    listed = [file for file in path.iterdir() if file.name != "rank_0.json" and file.is_file()]
+    known = {file.name: checkpoint.fingerprint(file) for file in listed}
+    (path / "rank_0.json").write_text(json.dumps(known | changed), encoding="utf-8")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def linked(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def holding(text):
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def listing(name):
+    return lambda path: resummed(path, **{name: [1, "x"]})
+
+
+def emptied(path):
+    for file in path.iterdir():
+        file.unlink()
+
+
+FILES = ("config.json", "tokenizer.json", "record.json", "rank_0.safetensors")
+UNREAD, UNLISTED = "rank_0.json cannot be read", "it has no list of its files"
+DAMAGE = [
+    *((name, harm, f"{name}[ :]") for name in FILES for harm in (cut, linked, Path.unlink)),
+    *((name, harm, f"{name}[ :]") for name in FILES[:1] for harm in (folder_instead, fifo)),
+    *(("rank_0.json", harm, UNREAD) for harm in (cut, folder_instead, holding("[1]"), holding("[" * 10**5))),
+    *(("rank_0.json", harm, UNLISTED) for harm in (Path.unlink, holding("{}"))), (".", emptied, UNLISTED),
+    ("rank_1.safetensors", holding("?"), "rank_1.safetensors is in no list"),
+    (".", listing("../../config.json"), "../../config.json is not a file of its own"),
+    (".", listing("/etc/passwd"), "/etc/passwd is not a file of its own"),
+    (".", listing("a\0b"), "a.*b")]
+
+
+@pytest.mark.parametrize("name, harm, words", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, harm, words):
+    harm(sft / LAST / name)
+    said = refused(*resume(sft))
+    assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
+    if name in FILES and harm is cut:
+        argv = quick("eval", "--model", sft / LAST, "--out", sft.parent / "other")
+        assert f"{name} is not what was written" in refused(*argv)
+        shutil.rmtree(sft / LAST)
+        train.main(resume(sft))
+
+
+@pytest.mark.parametrize("name, make", [
+    ("step_000099", Path.touch), ("step_000099", lambda path: path.symlink_to("nowhere")),
+    ("step_5", Path.touch), ("step_5", Path.mkdir), ("step_abc", Path.mkdir),
+    ("step_000002.bak", Path.mkdir), ("step_", Path.touch), ("step_-00001", Path.mkdir),
+    ("step_٠٠٠٠٠٩", Path.mkdir)])
+def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
+    other = sft / "checkpoints" / name
+    make(other)
+    said = refused(*resume(sft))
+    assert re.search(f"{other}: not a checkpoint.* move it away, and --resume goes on from .*{LAST}", said)
+    checkpoint.Checkpoints(sft / "checkpoints", keep=1).finish()           # it does not go with the old ones
+    assert other.is_symlink() or other.exists()
+
+
+def test_an_empty_folder_is_a_damaged_checkpoint(sft):
+    (sft / "checkpoints/step_000099").mkdir()
+    assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", refused(*resume(sft)))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"config": None}, "record.json lacks config"), ({"began": 5}, "record.json lacks began"),
+    ({"step": "2"}, "record.json lacks step"), ({"config": {"algo": "sft"}}, "another version"),
+    ({"config": {"algo": "ppo"}}, "--algo ppo, and that in .* has --algo sft")])
+def test_a_record_of_another_kind(sft, change, words):
+    record = checkpoint.read_record(sft / LAST)
+    (sft / LAST / "record.json").write_text(json.dumps(record | change), encoding="utf-8")
+    resummed(sft / LAST)
+    assert re.search(f"{LAST}: .*{words}", refused(*resume(sft)))
+
+
+def test_a_checkpoint_of_another_algorithm(runs, sft):
+    said = refused(*resume(sft, "--algo", "ppo"))
+    assert re.search(f"--algo ppo cannot go on with a run of --algo sft; .* --model .*{LAST} and", said)
+    assert "--algo ppo cannot go on" in refused(*resume(sft, "--algo", "ppo", "--override"))
+    shutil.copytree(runs / "ppo" / LAST, sft / "checkpoints/step_000003")
+    said = refused(*resume(sft))
+    assert re.search("step_000003: .*--algo ppo, and that in .* has --algo sft; move it away", said)
+
+
+@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo"), ("ppo", "sft"), ("ppo", "eval")])
+def test_weights_of_any_algorithm_begin_another(runs, tmp_path, begun, goes_on):
+    steps = [] if goes_on == "eval" else ["--steps", 1]
+    train.main(quick(goes_on, "--model", runs / begun / LAST, *steps, "--out", tmp_path / "run"))
+    assert (tmp_path / "run" / ("eval.json" if goes_on == "eval" else "final")).exists()
+
+
+class Payload:
+    """What leaves a file behind as it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def in_metadata(path, payload):
+    (path / ".metadata").write_bytes(payload)
+
+
+def in_slices(path, payload):
+    (path / "rank_0.safetensors").write_bytes(payload)
+
+
+def in_slices_of_another(path, payload):
+    (path / "rank_1.safetensors").write_bytes(payload)
+
+
+def in_old_slices(path, payload):
+    """As torch.distributed.checkpoint wrote them, instead of ours."""
+    (path / "rank_0.safetensors").unlink()
+    (path / ".metadata").write_bytes(payload)
+    (path / "__0_0.distcp").write_bytes(payload)
+
+
+@pytest.mark.parametrize("place, words", [
+    (in_metadata, None), (in_slices, "not slices of this program"),
+    (in_slices_of_another, "not slices of this program"), (in_old_slices, "another version")])
+@pytest.mark.parametrize("way", ["--resume", "--model"])
+def test_a_checkpoint_runs_nothing(sft, tmp_path, place, words, way):
+    """Whoever can write it can write its sums."""
+    victim = tmp_path / "victim"
+    torch.save({"x": Payload(victim)}, tmp_path / "payload")
+    for payload in ((tmp_path / "payload").read_bytes(), pickle.dumps(Payload(victim))):
+        place(sft / LAST, payload)
+        resummed(sft / LAST)
+        argv = quick("eval", "--model", sft / LAST, "--out", tmp_path / "eval")
+        argv = resume(sft) if way == "--resume" else argv
+        if words:
+            assert words in refused(*argv)
+        else:
+            train.main(argv)
+        if place is in_old_slices:
+            break
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("places, words", [
+    *((text, "not slices") for text in (None, "[]", "{", "{}", '{"w": [[4, 2]]}', '{"w": [[4, 2], "x"]}')),
+    ('{"w": [[9, 2], 0]}', "shape"), ('{"w": [[1000000000000, 2], 0]}', "shape"),
+    ('{"w": [[4, 2], 1]}', "not there as a whole"), ('{"w": [[4, 2], -1]}', "not there as a whole")])
+def test_slices_that_say_they_belong_elsewhere(tmp_path, places, words):
+    said = places and {"slices": places}
+    checkpoint.save_file({"w": torch.ones(4, 2)}, tmp_path / "rank_0.safetensors", said)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.fill(checkpoint.slices_in(tmp_path), tmp_path, {"w": torch.zeros(4, 2)})
+
+
+@pytest.mark.parametrize("cuts, whole", [((0, 4), True), ((0, 1, 4), True), ((0, 2, 3, 4), True),
+                                         ((0, 3), False), ((1, 4), False)])
+def test_slices_are_put_together(tmp_path, cuts, whole):
+    tensor = torch.arange(8.0).view(4, 2)
+    for k, (start, end) in enumerate(zip(cuts, cuts[1:])):
+        places = {"slices": json.dumps({"w": [[4, 2], start]})}
+        checkpoint.save_file({"w": tensor[start:end].clone()}, tmp_path / f"rank_{k}.safetensors", places)
+    found = torch.zeros(4, 2)
+    if whole:
+        checkpoint.fill(checkpoint.slices_in(tmp_path), tmp_path, {"w": found})
+        assert torch.equal(found, tensor)
+    else:
+        with pytest.raises(ValueError, match="not there as a whole"):
+            checkpoint.fill(checkpoint.slices_in(tmp_path), tmp_path, {"w": found})
+
+
+def test_of_two_ranks_each_reads_its_share_and_both_are_told(sft, monkeypatch):
+    cut(sft / LAST / "tokenizer.json")
+    shares = [checkpoint.damage(sft / LAST, rank, 2) for rank in (0, 1)]
+    assert sorted(map(len, shares)) == [0, 1]
+    monkeypatch.setattr(checkpoint, "gather", lambda mine: shares[0] + shares[1])
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="tokenizer.json is not what was written"):
+            checkpoint.Checkpoints(sft / "checkpoints", rank, 2).verify(sft / LAST)
+
+
+@pytest.mark.parametrize("planted", ["config.json", "log.jsonl.tmp", "config.json.tmp", ".final", ".lock"])
+def test_a_folder_from_elsewhere_overwrites_nothing_outside(sft, tmp_path, planted):
+    """Links in a run's folder to files (or a folder) of the user's."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "precious").write_text("precious", encoding="utf-8")
+    link = sft / planted
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(home if planted == ".final" else home / "precious")
+    argv = resume(sft, "--steps", 3, "--override")
+    if planted == ".lock":
+        assert f"{sft}: cannot write there" in refused(*argv)
+    else:
+        train.main(argv)
+    assert content(home) == {Path("precious"): b"precious"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What trusts what
+
+def test_resume_runs_no_file_that_the_record_names(small, tmp_path):
+    mine, out = tmp_path / "mine.py", tmp_path / "run"
+    mine.write_text("import sft, pathlib\npathlib.Path(__file__ + '.ran').touch()\n"
+                    "SFT_LOSSES = {'mine': sft.LOSSES['nll']}\n", encoding="utf-8")
+    ran = Path(f"{mine}.ran")
+    train.main(quick("sft", "--model", small[0], "--steps", 1, "--custom", mine, "--out", out))
+    ran.unlink()
+    words = f"--custom {mine}; to run that file again, give --custom FILE with --resume"
+    assert words in refused(*resume(out))
+    assert "--custom" in refused(*resume(out, "--override")) and not ran.exists()
+    moved = mine.rename(tmp_path / "moved.py")
+    train.main(resume(out, "--custom", moved))
+    assert Path(f"{moved}.ran").exists()
+    train.sft.LOSSES.pop("mine")
+
+
+def calls():
+    """Every call in the sources: (file, what is called, its words, its plain arguments)."""
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")):
+        if file.parent.name in ("tests", "build", "runs"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                values = (*node.args, *(word.value for word in node.keywords))
+                words = {word.arg for word in node.keywords}
+                plain = [getattr(value, "value", None) for value in values]
+                yield str(file.relative_to(ROOT)), ast.unparse(node.func), words, plain
+
+
+RUNNING = re.compile(
+    r"(pickle|marshal|shelve|joblib|torch|np|numpy|yaml|dill|dcp)\.(load|loads|Unpickler|unsafe_load)$|"
+    r"^(eval|exec|compile|__import__)$|runpy\.|os\.(system|popen)$|importlib\.import_module|FileSystemReader")
+READING = re.compile(
+    r"^(io\.)?open$|(path|file|\))\.open$|(read_text|write_text|fdopen|NamedTemporaryFile)$", re.I)
+
+
+def test_no_source_runs_what_it_reads():
+    """No pickle is read but by scenes/routes.py, whose reader imports nothing; --custom's code alone runs."""
+    assert [file for file, what, words, _ in calls() if RUNNING.search(what) or "shell" in words] == [
+        "harness/settings.py"]
+
+
+def test_every_text_file_says_its_encoding():
+    """And so does what a process says."""
+    for file, what, words, plain in calls():
+        binary = any(isinstance(x, str) and re.fullmatch(r"[rwxa+]*b[rwxa+]*", x) for x in plain)
+        says = what.startswith("subprocess.") and {"text", "universal_newlines"} & words
+        if says or READING.search(what) and not binary:
+            assert "encoding" in words, f"{file}: {what}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a person is shown
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain ± é 你好 🂡", "plain ± é 你好 🂡"), ("a\n\tb", "a\n\tb"), ("\x1b[2J", r"\x1b[2J"),
+    ("a\rb\b\a", r"a\rb\x08\x07"), ("\x9b31m\x85\x7f\0", r"\x9b31m\x85\x7f\x00"),
+    ("\u202egnp.exe\u2069", r"\u202egnp.exe\u2069"), ("\u2028\u2029", r"\u2028\u2029"),
+    ("\ud800", r"\ud800"), (r"\x1b", r"\x1b"), ("\x0b\x0c\x1c", r"\x0b\x0c\x1c")])
+def test_visible(text, shown):
+    assert terminal.visible(text) == shown
+    stream = terminal.Visible(io.BytesIO(), encoding="utf-8")
+    print(text, file=stream, end="", flush=True)
+    assert stream.buffer.getvalue().decode("utf-8") == shown
+
+
+def test_transcripts_and_lines_hold_nothing_that_acts(tmp_path, capsys):
+    run = folder.RunFolder(train.Args(out=str(tmp_path)), train.Processes("cpu"))
+    said = [("user", "Bar \x1b]0;owned\a \udc80"), ("assistant", "\u202eé")]
+    run.transcript(1, SimpleNamespace(transcript=said, conversations=[]))
+    said = (tmp_path / "transcripts/step_000001.txt").read_text(encoding="utf-8")
+    assert said == "[user]\nBar \\x1b]0;owned\\x07 \\udc80\n\n[assistant]\n\\u202eé\n"
+    run.processes.print("step", "\x1b[31m")
+    assert capsys.readouterr().out == "step \\x1b[31m\n"
+    argv = quick("sft", "--model", "/no\x1b[31mwhere", "--out", tmp_path / "run")
+    assert r"/no\x1b[31mwhere" in refused(*argv)
+
+
+SAYS = "import sys; from harness import terminal; terminal.command(lambda: {})"
+NARROW = {"ascii": {"PYTHONIOENCODING": "ascii"}, "latin-1": {"PYTHONIOENCODING": "latin-1"},
+          "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}}
+
+
+@pytest.mark.parametrize("locale", NARROW)
+def test_a_narrow_locale_ends_nothing(locale):
+    script = SAYS.format(r"[print('5 \xb1 1 \U0001f0a1'), sys.exit('Z\xfcrich \xb1')]")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT,
+                          env=os.environ | NARROW[locale])
+    sign = b"\xb1" if locale == "latin-1" else rb"\xb1"
+    assert done.stdout == b"5 " + sign + rb" 1 \U0001f0a1" + b"\n" and done.returncode == 1
+    assert sign in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script, closed", [("print('x' * 10**6)", "stdout"),
+                                            ("[print('x'), sys.exit(0)]", "stdout"),
+                                            ("[print('x', file=sys.stderr), 1/0]", "stderr")])
+def test_a_reader_that_has_gone_is_no_fault(script, closed):
+    gone, kept = os.pipe()
+    os.close(gone)
+    with open(os.devnull, "wb") as nowhere:
+        process = subprocess.Popen([sys.executable, "-c", SAYS.format(script)], cwd=ROOT,
+                                   **{"stdout": nowhere, "stderr": subprocess.PIPE} | {closed: kept})
+        _, err = process.communicate(timeout=60)
+    os.close(kept)
+    assert process.returncode == 141 and not err
+
+
+def test_every_command_says_it_so():
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")):
+        source = file.read_text(encoding="utf-8")
+        if "__main__\"" in source and file.parent.name not in ("tests", "build"):
+            assert "command(" in source.split('"__main__"')[1], file
