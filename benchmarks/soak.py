@@ -40,18 +40,19 @@ def start(out, steps):
 def ranks(torchrun):
     """Return the process ids of its workers."""
     tasks = Path(f"/proc/{torchrun.pid}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text("utf-8").split()]
+    children = [task / "children" for task in tasks.iterdir()]
+    return [int(pid) for file in children for pid in file.read_text(encoding="utf-8").split()]
 
 
 def resident(pid):
     """Return the bytes that a process has in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def records(out, event="step"):
     """Read what the run logged of an event; nothing where it has not logged yet."""
     log = out / "log.jsonl"
-    lines = map(json.loads, log.read_text("utf-8").splitlines() if log.exists() else ())
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ())
     return [line for line in lines if line["event"] == event]
 
 
@@ -126,7 +127,7 @@ def main(argv=None):
         "kills_at": kills,
     }
     print(json.dumps(result, indent=2))
-    (ROOT / "docs/soak.json").write_text(json.dumps(result) + "\n")
+    (ROOT / "docs/soak.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     if not (result["updates_in_order"] and result["same_log"] and result["same_weights"]):
         sys.exit(f"not the same: see {folder}")
     shutil.rmtree(folder)
