@@ -303,9 +303,10 @@ def test_imports_follow_the_map():
         assert found - set(sys.stdlib_module_names) <= may, name
 
 
-def test_no_import_circle_around_the_model():
+def test_no_import_circle_around_the_model_and_the_games():
     """Each module's imports can be loaded first; model.py needs no more of llama/ than its sizes and folders."""
-    files = [HERE / "model.py", *(HERE / "llama").glob("*.py"), *(HERE / "kernels").glob("*.py")]
+    files = [HERE / "model.py", HERE / "envs.py",
+             *(file for folder in ("llama", "kernels", "games") for file in (HERE / folder).glob("*.py"))]
     name_of = lambda file: ".".join(file.relative_to(HERE).with_suffix("").parts)
     graph = {name_of(file): set() for file in files}
     for file in files:
@@ -315,6 +316,7 @@ def test_no_import_circle_around_the_model():
                 graph[name_of(file)] |= (inner & set(graph)) or {node.module}
     graphlib.TopologicalSorter(graph).prepare()
     assert {name for name in graph["model"] if name.startswith("llama")} == {"llama.config", "llama.folders"}
+    assert not any("envs" in graph[name] for name in graph if name.startswith("games"))
 
 
 def test_the_readmes_own_estimator_runs(small, tmp_path, monkeypatch, capsys):
