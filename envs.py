@@ -66,7 +66,7 @@ class Observation:
 # ------------------------------------------------------------------------------------------------------ rules
 
 def face_values(rule):
-    """{"J": 10, "Q": 10, "K": 10} for "10", {"J": 11, "Q": 12, "K": 13} for "11-12-13"."""
+    """Return {"J": 10, "Q": 10, "K": 10} for "10", {"J": 11, "Q": 12, "K": 13} for "11-12-13"."""
     parts = str(rule).split("-")
     if len(parts) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
         raise ValueError(f"rule {rule!r}: expected one positive integer for J, Q and K, as in '10', "
@@ -75,8 +75,8 @@ def face_values(rule):
 
 
 def card_values(ranks, rule):
-    """The values of `ranks` (a list of RANKS) under `rule`: A is 1, a number card its number, J, Q, K by the
-    rule."""
+    """Return the values of `ranks` (a list of RANKS) under `rule`: A is 1, a number card its number, J, Q, K
+    by the rule."""
     values = {"A": 1, **face_values(rule)}
     return [values[rank] if rank in values else int(rank) for rank in ranks]
 
@@ -94,8 +94,8 @@ def _positive(name, value):
 
 
 def _switches(compat, known):
-    """The names in `compat`, a comma-separated string or a set, as a frozenset; ValueError for one that is
-    not in `known`."""
+    """Return the names in `compat`, a comma-separated string or a set, as a frozenset; ValueError for one
+    that is not in `known`."""
     names = frozenset(compat.replace(" ", "").split(",") if isinstance(compat, str) else compat) - {""}
     if foreign := sorted(names - known.keys()):
         raise ValueError(f"compat {', '.join(foreign)}: expected one or more of {', '.join(known)}")
@@ -103,7 +103,8 @@ def _switches(compat, known):
 
 
 def _dialogue(game, messages, mistakes):
-    """The prompt `messages`, then `mistakes` wrong answers with the verifier's replies, then the expert's."""
+    """Return the prompt `messages`, then `mistakes` wrong answers with the verifier's replies, then the
+    expert's."""
     if not 0 <= mistakes < game.attempts:
         raise ValueError(f"mistakes {mistakes!r}: expected 0 to {game.attempts - 1}, one less than attempts")
     for _ in range(mistakes):
@@ -135,9 +136,9 @@ class GeneralPoints:
 
     @staticmethod
     def shifts(rule, look, image):
-        """Evaluation sets: name -> what differs from training. Rule-OOD hands hold a face card, so the rule
-        matters in each (the paper); id-face is the same deal under the training rule, to tell a harder deal
-        from a new rule.
+        """Return evaluation sets: name -> what differs from training. Rule-OOD hands hold a face card, so the
+        rule matters in each (the paper); id-face is the same deal under the training rule, to tell a harder
+        deal from a new rule.
 
         fake-rule says what rule-ood says and judges by the training rule: a model that fails rule-ood ignores
         the new rule where it succeeds here, and fails at its arithmetic where it fails here, too. Look at the
@@ -154,8 +155,8 @@ class GeneralPoints:
 
     @staticmethod
     def broad():
-        """What a foundation model brings along, as (weight, settings): both rules and others, many targets,
-        all suits."""
+        """Return what a foundation model brings along, as (weight, settings): both rules and others, many
+        targets, all suits."""
         games = [(0.4, dict(rule="10")), (0.4, dict(rule="11-12-13", deal="face"))]
         games += [(0.02, dict(rule=rule, target=target))
                   for target in (12, 20, 30) for rule in ("10", "11-12-13")]
@@ -242,19 +243,19 @@ class GeneralPoints:
         return Observation(messages, fresh=False), reward, correct, truncated, info
 
     def oracle(self):
-        """The expert's answer to the current hand; which of the solutions is the seed's choice."""
+        """Return the expert's answer to the current hand; which of the solutions is the seed's choice."""
         formulas = solve(self.numbers, self.target)
         return _answer(self.cards, self.numbers, formulas[int(self.pick * len(formulas))])
 
     def demonstrate(self, seed, mistakes=0):
-        """An expert's dialogue as chat messages: the prompt, `mistakes` wrong answers ("train": False) each
-        with the verifier's message, and the right answer ("train": True). With mistakes these are the
+        """Return an expert's dialogue as chat messages: the prompt, `mistakes` wrong answers ("train": False)
+        each with the verifier's message, and the right answer ("train": True). With mistakes these are the
         sub-optimal dialogues of the paper's section 5. ValueError unless 0 <= mistakes < attempts."""
         return _dialogue(self, self.reset(seed)[0].messages, mistakes)
 
     def _mistake(self):
-        """A plausible wrong answer: mostly arithmetic that misses the target, at times other numbers than
-        dealt, a card misread (image tasks), an answer cut short."""
+        """Return a plausible wrong answer: mostly arithmetic that misses the target, at times other numbers
+        than dealt, a card misread (image tasks), an answer cut short."""
         rng, cards = self.rng, list(self.cards)
         if self.image and rng.random() < 0.25:
             cards[rng.randrange(self.count)] = rng.choice(RANKS)
@@ -291,10 +292,10 @@ class Navigation:
 
     @staticmethod
     def shifts(rule, look, image):
-        """Evaluation sets: name -> what differs from training. fake-rule offers the actions that rule-ood
-        offers and judges by the training rule, to tell who ignores the offer; after the first turn the
-        history shows the actions that were right. relative-wording: the turns are worded relatively alone, so
-        that the absolute rule has to be worked out."""
+        """Return evaluation sets: name -> what differs from training. fake-rule offers the actions that
+        rule-ood offers and judges by the training rule, to tell who ignores the offer; after the first turn
+        the history shows the actions that were right. relative-wording: the turns are worded relatively
+        alone, so that the absolute rule has to be worked out."""
         other = {"rule": "absolute" if rule == "relative" else "relative", "held_out": True}
         return {"id": {"held_out": True}, "id-train": {}, "rule-ood": other, "visual-ood": {"look": "others"},
                 "fake-rule": {**other, "judged_rule": rule},
@@ -302,8 +303,8 @@ class Navigation:
 
     @staticmethod
     def broad():
-        """What a foundation model brings along, as (weight, settings): both action spaces, several cities,
-        eyes."""
+        """Return what a foundation model brings along, as (weight, settings): both action spaces, several
+        cities, eyes."""
         ways = [(1.0, dict(image=False)), (0.5, dict(image=True)),
                 (0.5, dict(image=True, hide_landmarks=True))]
         looks = [(1.5, dict(image=True, describe=True, look=look)) for look in ("new-york", "broad")]
@@ -348,9 +349,9 @@ class Navigation:
         return self._look(), info
 
     def _look(self):
-        """The prompt of a point, which starts a conversation of its own: instructions, actions, history and
-        what is seen. With pictures, what is seen now is in the picture, but for the intersection (released
-        code)."""
+        """Return the prompt of a point, which starts a conversation of its own: instructions, actions,
+        history and what is seen. With pictures, what is seen now is in the picture, but for the intersection
+        (released code)."""
         history = [f"O_{i}: {passed.observation}\nA_{i}: {passed.action}"
                    for i, passed in enumerate(self.points[:self.index], 1)]
         point = self.points[self.index]
@@ -365,7 +366,7 @@ class Navigation:
         return Observation([{"role": "user", "content": content}], fresh=True)
 
     def _show(self, text):
-        """The four street views here, and a text."""
+        """Return the four street views here, and a text."""
         point = self.points[self.index]
         picture = views.grid(point.panorama, point.heading, self.size)
         return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
@@ -399,13 +400,13 @@ class Navigation:
         return observation, verdict.reward + EXHAUSTED * exhausted, terminated, truncated, info
 
     def oracle(self):
-        """The expert's answer at the current point."""
+        """Return the expert's answer at the current point."""
         point = self.points[self.index]
         return _step_answer(point.observation, self.sentences[point.instruction], point.action)
 
     def demonstrate(self, seed, mistakes=0):
-        """An expert's dialogue at one point of a route, both the seed's choice, as chat messages: the prompt,
-        `mistakes` wrong answers ("train": False) each with the verifier's message, and the right one
+        """Return an expert's dialogue at one point of a route, both the seed's choice, as chat messages: the
+        prompt, `mistakes` wrong answers ("train": False) each with the verifier's message, and the right one
         ("train": True). With `describe` instead what is seen there, mostly at a landmark."""
         self._start(seed)
         anywhere = range(len(self.points))
@@ -417,7 +418,7 @@ class Navigation:
         return _dialogue(self, self._look().messages, mistakes)
 
     def _mistake(self):
-        """A plausible wrong answer: another action, mostly with the observation and the instruction of
+        """Return a plausible wrong answer: another action, mostly with the observation and the instruction of
         another point."""
         point, other = self.points[self.index], self.rng.choice(self.points)
         seen = self.rng.choice([point, other])
@@ -449,7 +450,7 @@ class Mixed:
         return self._choose(seed).demonstrate(seed, mistakes)
 
     def __getattr__(self, name):
-        """All else, from step() to answer_key, is that of the game being played."""
+        """Pass on all else, from step() to answer_key: it is that of the game being played."""
         return getattr(self.game, name)
 
 

@@ -68,7 +68,7 @@ INDEX_ONLY = 120    # pixels: a card less high than this shows its rank and suit
 
 
 def _suit_shapes(suit):
-    """The polygons that make up a suit mark, in the box -0.5..0.5."""
+    """Return the polygons that make up a suit mark, in the box -0.5..0.5."""
     t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
     y = 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)
     heart = np.stack([16 * np.sin(t) ** 3, y - 2.5], 1) / 30
@@ -100,7 +100,7 @@ def _glyph(card, rank, color, x, y, width, height):
 
 
 def _draw_face(card, rank, mark, colors):
-    """Indices in two corners; pips, the lower ones upside down, or a framed bust and its half turn."""
+    """Draw indices in two corners; pips, the lower ones upside down, or a framed bust and its half turn."""
     draw = ImageDraw.Draw(card)
     _glyph(card, rank, colors["ink"], 98, 55, 150, 150)
     _fill(draw, mark, colors["ink"], 98, 285, 120)
@@ -124,8 +124,8 @@ def _draw_face(card, rank, mark, colors):
 
 @lru_cache(maxsize=256)
 def draw_card(rank, suit, height, style="plain"):
-    """One card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round corners.
-    style: of STYLES."""
+    """Return one card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round
+    corners. style: of STYLES."""
     colors, mark = {**COLORS, **(RED if suit in LOOKS["red"] else BLACK)}, _suit_shapes(suit)
     if style == "recoloured":
         colors["ink"] = RECOLOURED[suit]
@@ -143,11 +143,11 @@ def draw_card(rank, suit, height, style="plain"):
 
 
 def draw_hand(hand, size, style="plain"):
-    """A hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width, height)
-    pixels, whose width the cards share evenly. Five at (224, 56) are as large as four (the height is what
-    limits both), but no longer one to a 56-pixel tile; a wider picture would not help, as the model scales it
-    down to its four tiles. At (1200, 1200) they are 4/5 as large. style: of STYLES; a mirrored hand keeps its
-    order, each card is mirrored where it lies."""
+    """Return a hand [(rank, suit), ...] side by side on the green table: an RGB image of `size` (width,
+    height) pixels, whose width the cards share evenly. Five at (224, 56) are as large as four (the height is
+    what limits both), but no longer one to a 56-pixel tile; a wider picture would not help, as the model
+    scales it down to its four tiles. At (1200, 1200) they are 4/5 as large. style: of STYLES; a mirrored hand
+    keeps its order, each card is mirrored where it lies."""
     width, height = size
     card_height = max(7, int(min(0.96 * height, 1.4 * 0.9 * width / len(hand))))
     canvas = Image.new("RGB", (width, height), COLORS["table"])

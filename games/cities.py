@@ -28,15 +28,15 @@ ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all o
 # ----------------------------------------------------------------------------------------------------- routes
 
 def _turns(old, new):
-    """Whether going from heading old to new is a turn worth an instruction: no U-turn, and another compass
-    word."""
+    """Tell whether going from heading old to new is a turn worth an instruction: no U-turn, and another
+    compass word."""
     return 20 <= apart(old, new) <= 155 and word(round(old)) != word(round(new))
 
 
 def _walk(plan, rng):
-    """A random route of 2 to 5 legs, one street each, as the panorama numbers of its start, its turning
-    points and its destination (at a corner's landmark, or at a place on the last street); None where the walk
-    got stuck."""
+    """Return a random route of 2 to 5 legs, one street each, as the panorama numbers of its start, its
+    turning points and its destination (at a corner's landmark, or at a place on the last street); None where
+    the walk got stuck."""
     legs = rng.choices((2, 3, 4, 5), (22, 38, 26, 14))[0]
     path, heading = [rng.randrange(len(plan.nodes))], None
     for leg in range(legs):
@@ -58,13 +58,13 @@ def _walk(plan, rng):
 
 
 def marks_of(plan, path):
-    """The landmark (or None) where each leg of a path ends."""
+    """Return the landmark (or None) where each leg of a path ends."""
     at = {mark.at: mark for mark in (*plan.corners.values(), *plan.places.values())}
     return [at.get(point) for point in path[1:]]
 
 
 def _blocks(plan, path):
-    """milestone_info of a path: one block a leg, as the released data writes them."""
+    """Return milestone_info of a path: one block a leg, as the released data writes them."""
     blocks = []
     for i, (a, b, mark) in enumerate(zip(path, path[1:], marks_of(plan, path)), 1):
         a, b = plan.panoramas[a], plan.panoramas[b]
@@ -80,7 +80,7 @@ def _blocks(plan, path):
 
 
 def _route(plan, path):
-    """One entry of route_infos.json."""
+    """Return one entry of route_infos.json."""
     def place(mark):
         return mark and {"name": mark.name, "geocode": geocode(plan.city, mark.xy)}
     *marks, last = map(place, marks_of(plan, path))
@@ -91,7 +91,7 @@ def _route(plan, path):
 
 
 def _routes(plan, rng, count):
-    """`count` different routes; within one, no two legs end at the same name."""
+    """Return `count` different routes; within one, no two legs end at the same name."""
     paths = {}      # in order, unlike a set
     while len(paths) < count:
         path = _walk(plan, rng)
@@ -104,12 +104,14 @@ def _routes(plan, rng, count):
 # ------------------------------------------------------------------------------------------------- the folder
 
 def build(name, root, *, width=256):
-    """The city as a folder in the released format, root/<name>-<width>-<digest>, made on first use; -> Path.
+    """Return the Path of the city as a folder in the released format, made on first use.
+
+    It is root/<name>-<width>-<digest>.
 
     route_infos.json (100 routes; "new-york": 1000, and 200 others in held_out_infos.json),
     gps_pano_mapping.pkl, city.json, and an empty street_views/: `draw` fills it, width x width/2 pixels a
     panorama, on demand. Several processes may call this at once. ValueError: unknown city, or a width that is
-    not an even number from 64 to 8192. """
+    not an even number from 64 to 8192."""
     plan = town(name)
     if not (isinstance(width, int) and width % 2 == 0 and 64 <= width <= 8192):
         raise ValueError(f"width {width!r}: expected an even number from 64 to 8192")
@@ -135,15 +137,16 @@ def build(name, root, *, width=256):
 
 @lru_cache(maxsize=None)
 def _digest(plan):
-    """Eight characters that differ wherever the city does: another generator never finds stale files."""
+    """Return eight characters that differ wherever the city does: another generator never finds stale
+    files."""
     everything = VERSION, COLORS, plan.name, plan.city, plan.corners, plan.places
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:8]
 
 
 @lru_cache(maxsize=32)
 def plan_of(folder):
-    """(town, {panorama id: number}, width) of a folder that build() wrote; ValueError: another one, another
-    version."""
+    """Return (town, {panorama id: number}, width) of a folder that build() wrote; ValueError: another one,
+    another version."""
     path = Path(folder) / "city.json"
     try:
         city = json.loads(path.read_text(encoding="utf-8"))

@@ -34,14 +34,14 @@ AWNINGS = ((150, 60, 50), (60, 84, 70), (60, 70, 100), (120, 105, 80), (80, 80, 
 
 @lru_cache(maxsize=64)
 def font(size):
-    """Pillow's own font, so many pixels high."""
+    """Return Pillow's own font, so many pixels high."""
     return ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=16)
 def emblem(name, pixels):
-    """The silhouette of one of EMBLEMS, an "L" image of pixels x pixels, drawn at 4 times the size for smooth
-    edges."""
+    """Return the silhouette of one of EMBLEMS, an "L" image of pixels x pixels, drawn at 4 times the size for
+    smooth edges."""
     n = 4 * pixels
     mask = Image.new("L", (n, n))
     draw = ImageDraw.Draw(mask)
@@ -82,8 +82,9 @@ def emblem(name, pixels):
 
 
 def board(color, emblem_name, kind, pixels):
-    """The board of a sign, an RGB image: the landmark's color with the emblem on a disc of the emblem's own
-    color; kind 0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on white."""
+    """Return the board of a sign, an RGB image: the landmark's color with the emblem on a disc of the
+    emblem's own color; kind 0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on
+    white."""
     color = COLORS[color]
     image = Image.new("RGB", (pixels, pixels), ((30, 30, 34), (0, 0, 0), (255, 255, 255))[kind])
     draw, edge, cut = ImageDraw.Draw(image), round(0.02 * pixels), 0.3 * pixels
@@ -107,8 +108,8 @@ def board(color, emblem_name, kind, pixels):
 
 
 def _sign(color, emblem_name, kind, name, strip, pixels):
-    """The whole sign, (rows, pixels, 4) uint8 with alpha: board, name, posts. strip: colors (background,
-    letters)."""
+    """Return the whole sign, (rows, pixels, 4) uint8 with alpha: board, name, posts. strip: colors
+    (background, letters)."""
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
     draw, top, bottom = ImageDraw.Draw(image), (TOP - STRIP) * scale, (TOP - POSTS) * scale
@@ -138,7 +139,7 @@ def _small(*sign, width):
 
 @lru_cache(maxsize=8)
 def _tree(kind):
-    """A tree, "round", "palm" or "cypress": (256, 160, 4) uint8 with alpha, 5 m wide and 8 m tall."""
+    """Return a tree, "round", "palm" or "cypress": (256, 160, 4) uint8 with alpha, 5 m wide and 8 m tall."""
     rng, image = random.Random(kind), Image.new("RGBA", (160, 256))
     draw = ImageDraw.Draw(image)
     draw.rectangle((74, 90, 86, 256), (88, 66, 48, 255))
@@ -159,9 +160,9 @@ def _tree(kind):
 # ------------------------------------------------------------------------------------------------------ walls
 
 def _starts(town):
-    """Where the walls along a street begin at a node: {(node, neighbor, side): metres from the node}, side 1
-    right and -1 left of the street as one leaves the node; and the walls across the corners, [(p, q), ...].
-    The corner is cut back to 13.5 m along its bisector, behind any sign."""
+    """Return where the walls along a street begin at a node: {(node, neighbor, side): metres from the node},
+    side 1 right and -1 left of the street as one leaves the node; and the walls across the corners, [(p, q),
+    ...]. The corner is cut back to 13.5 m along its bisector, behind any sign."""
     starts, corners = {}, []
     for node, streets in enumerate(town.neighbors):
         here = town.nodes[node]
@@ -182,20 +183,20 @@ def _starts(town):
 
 
 def _beside(a, b, along, right):
-    """The point `along` metres from a towards b and `right` metres to the right of that line."""
+    """Return the point `along` metres from a towards b and `right` metres to the right of that line."""
     direction = (b - a) / np.linalg.norm(b - a)
     return a + along * direction + right * np.array([direction[1], -direction[0]])
 
 
 def _streets(town, eye, radius):
-    """Both ends, (S, 2) each, of the streets within `radius` metres of eye."""
+    """Return both ends, (S, 2) each, of the streets within `radius` metres of eye."""
     a, b = (town.nodes[[edge[end] for edge in town.edges]] for end in (0, 1))
     near = distances(eye, a, b) < radius
     return a[near], b[near]
 
 
 def _fronts(town, rng):
-    """The fronts of all houses: [(p, q), ...], p to q with the house on the left."""
+    """Return the fronts of all houses: [(p, q), ...], p to q with the house on the left."""
     starts, fronts = _starts(town)     # across the corners, to begin with
     for a, b in town.edges:
         for side in (1, -1):
@@ -210,7 +211,7 @@ def _fronts(town, rng):
 
 @lru_cache(maxsize=16)
 def _walls(town):
-    """All walls of a town: {"p", "q": (M, 2) ends, "height": (M,), "color": (M, 3), ...}, float32."""
+    """Return all walls of a town: {"p", "q": (M, 2) ends, "height": (M,), "color": (M, 3), ...}, float32."""
     rng, rows, look = random.Random(f"houses of {town.name}"), [], town.city.look
     ends = _streets(town, town.nodes.mean(0), math.inf)
     for p, q in _fronts(town, rng):
@@ -240,8 +241,8 @@ def _cross(a, b):
 
 
 def _cast(eye, rays, p, q):
-    """Rays (C, 2) from eye against segments p-q (M, 2): distance (C, M), inf where missed, and share of p-q
-    (C, M)."""
+    """Cast rays (C, 2) from eye against segments p-q (M, 2): distance (C, M), inf where missed, and share of
+    p-q (C, M)."""
     w, e = (p - eye)[None], (q - p)[None]
     with np.errstate(divide="ignore", invalid="ignore"):
         det = _cross(rays[:, None], e)
@@ -258,8 +259,8 @@ def _fraction(x):
 
 
 def _paint_walls(look, walls, index, z, u, distance):
-    """Colors (N, 3) of points on the walls `index` (N,), z metres up, u metres along, `distance` metres
-    away."""
+    """Return colors (N, 3) of points on the walls `index` (N,), z metres up, u metres along, `distance`
+    metres away."""
     (wide, tall, frame), height = look["window"], walls["height"][index]
     color, light = walls["color"][index], walls["light"][index]
     row, column = (z - SHOP) / walls["storey"][index], u / walls["bay"][index]
@@ -278,7 +279,7 @@ def _paint_walls(look, walls, index, z, u, distance):
 
 
 def _paint_shops(color, awning, z, u, pane):
-    """The same for the ground floor alone."""
+    """Return the same for the ground floor alone."""
     across = np.abs(_fraction(u / 4.2) - 0.5)
     pane = np.array((46, 52, 60), np.float32) + 70 * ((0.5 - across) * pane)[:, None]
     color = np.where(((z > 0.5) & (z < 2.9) & (across < 0.42))[:, None], pane, color)
@@ -289,10 +290,10 @@ def _paint_shops(color, awning, z, u, pane):
 # --------------------------------------------------------------------------------------------- ground and sky
 
 def _paint_ground(look, a, b, x, y, distance):
-    """Colors (N, 3) of points on the ground; a, b (S, 2): ends of the streets around, of which the nearest
-    counts."""
+    """Return colors (N, 3) of points on the ground; a, b (S, 2): ends of the streets around, of which the
+    nearest counts."""
     def place(start, forward):
-        """Metres along the street from one end, and to the right of it."""
+        """Return metres along the street from one end, and to the right of it."""
         x1, y1 = x - start[..., 0], y - start[..., 1]
         return x1 * forward[..., 0] + y1 * forward[..., 1], x1 * forward[..., 1] - y1 * forward[..., 0]
     size = np.linalg.norm(b - a, axis=1).astype(np.float32)
@@ -321,8 +322,8 @@ def _paint_ground(look, a, b, x, y, distance):
 
 
 def _paint_sky(look, x, y, rise, eye):
-    """Colors (N, 3) of the sky in directions (x, y), `rise` = tangent of the elevation; other clouds for each
-    eye."""
+    """Return colors (N, 3) of the sky in directions (x, y), `rise` = tangent of the elevation; other clouds
+    for each eye."""
     zenith, horizon = np.array(look["sky"], np.float32)
     color = _mix(horizon, zenith, np.minimum(rise / (rise + 0.6) * 1.3, 1))
     # on a ceiling of clouds
@@ -336,8 +337,8 @@ def _paint_sky(look, x, y, rise, eye):
 # ------------------------------------------------------------------------------------------------ the picture
 
 def _scene(town, eye, rays, rise):
-    """Walls, ground and sky seen from eye along rays (C, 2); rise (R,) = tangent of the elevation of each
-    row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
+    """Return walls, ground and sky seen from eye along rays (C, 2); rise (R,) = tangent of the elevation of
+    each row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
     look, walls, rise = town.city.look, _walls(town), rise[:, None]
     p, q = walls["p"], walls["q"]
     away = np.minimum(np.hypot(*(p - eye).T), np.hypot(*(q - eye).T))
@@ -352,7 +353,7 @@ def _scene(town, eye, rays, rise):
     ground, sky = (rise < -EYE / reach) | ((rise <= 0) & np.isinf(reach)), rise > high
 
     def pixels(mask):
-        """Their numbers in the picture, columns, and tangents of the elevation."""
+        """Return their numbers in the picture, columns, and tangents of the elevation."""
         index = np.flatnonzero(mask)
         r, c = np.divmod(index.astype(np.int32), len(rays))
         return index, c, rise[r, 0]
@@ -370,8 +371,8 @@ def _scene(town, eye, rays, rise):
 
 
 def _sprites(town, eye, density):
-    """Signs and trees around eye, farthest first: (distance, left end, right end, top, image (rows, columns,
-    4)), ends as seen by who looks at the front. density: columns of the picture a radian."""
+    """Return signs and trees around eye, farthest first: (distance, left end, right end, top, image (rows,
+    columns, 4)), ends as seen by who looks at the front. density: columns of the picture a radian."""
     found, eye = [], np.asarray(eye, float)
     for mark in (*town.corners.values(), *town.places.values()):
         distance = math.dist(mark.xy, eye)
@@ -391,14 +392,14 @@ def _sprites(town, eye, density):
 
 
 def _left(reader, xy):
-    """Unit vector to the left as the reader looks at xy."""
+    """Return the unit vector to the left as the reader looks at xy."""
     x, y = (reader - xy) / np.linalg.norm(reader - xy)
     return np.array([y, -x])
 
 
 @lru_cache(maxsize=16)
 def _trees(town):
-    """Where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
+    """Return where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
     corners."""
     rng, trees = random.Random(f"trees of {town.name}"), []
     ends = _streets(town, town.nodes.mean(0), math.inf)
@@ -412,7 +413,7 @@ def _trees(town):
 
 
 def _paste(picture, eye, rays, rise, reach, sprite):
-    """One sprite over the picture, where no wall is nearer. From behind, a sign is grey."""
+    """Paste one sprite over the picture, where no wall is nearer. From behind, a sign is grey."""
     _, p, q, top, image = sprite
     hit, share = (x[:, 0] for x in _cast(eye, rays, p[None].astype(np.float32), q[None].astype(np.float32)))
     c = np.flatnonzero(hit < reach)
@@ -431,15 +432,16 @@ def _paste(picture, eye, rays, rise, reach, sprite):
 
 
 def _facing(p, q, eye):
-    """Positive where eye sees the front of the upright rectangle that has its left end at p."""
+    """Return a number that is positive where eye sees the front of the upright rectangle that has its left
+    end at p."""
     return float(_cross(np.asarray(eye) - p, q - p))
 
 
 def panorama(town, index, rotation, width, detail=2):
-    """The equirectangular picture at panorama `index` of a streets.Town: (width / 2, width, 3) uint8. Heading
-    h is at longitude h - 180 + rotation, the middle of the first and last columns at -180 and 180 degrees, of
-    the first and last rows at straight up and straight down (released code). Each pixel is the mean of detail
-    x detail rays."""
+    """Return the equirectangular picture at panorama `index` of a streets.Town: (width / 2, width, 3) uint8.
+    Heading h is at longitude h - 180 + rotation, the middle of the first and last columns at -180 and 180
+    degrees, of the first and last rows at straight up and straight down (released code). Each pixel is the
+    mean of detail x detail rays."""
     eye, height = town.panoramas[index].astype(np.float32), width // 2
     x, y = ((np.arange(n * detail) + 0.5) / detail - 0.5 for n in (width, height))
     headings = np.radians((x / (width - 1) - 0.5) * 360 + 180 - rotation)

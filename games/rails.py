@@ -28,22 +28,22 @@ class Point:
 
     @property
     def observation(self):
-        """The truth in words."""
+        """Return the truth in words."""
         remark = f"{self.landmark} is on your {self.side}" if self.landmark else "No landmarks nearby"
         return remark + "; You observe an intersection" * self.intersection
 
 
 def relative_turn(old, new, wrap=True):
-    """Word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to (-180, 180],
-    which the released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left or right, 0
-    is slightly left."""
+    """Return the word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to
+    (-180, 180], which the released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left
+    or right, 0 is slightly left."""
     turn = 180 - (180 - (new - old)) % 360 if wrap else new - old
     return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
 
 
 def instructions(legs, heading, named=True, wrap=True, wording="both"):
-    """The sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute) and to
-    move, with or without the names of the landmarks. wrap: see relative_turn.
+    """Return the sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute)
+    and to move, with or without the names of the landmarks. wrap: see relative_turn.
 
     wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what
     angle to turn, in steps of the compass's 45 degrees, as "right" alone may lead in any of several
@@ -65,7 +65,7 @@ def instructions(legs, heading, named=True, wrap=True, wording="both"):
 
 
 def rail(route, heading, rule, rng, drop_rate, wrap=True):
-    """The Points of a route: its start, each candidate between two turning points with probability 1 -
+    """Return the Points of a route: its start, each candidate between two turning points with probability 1 -
     drop_rate, the turning points, the destination. A turn moves one on to the next point (released code)."""
     points, place, landmark, side = [], route.start, None, None
     for i, leg in enumerate(route.legs):
@@ -79,7 +79,7 @@ def rail(route, heading, rule, rng, drop_rate, wrap=True):
 
 @lru_cache(maxsize=64)
 def known_routes(look, held_out, image, size, skip_bad):
-    """All routes of a look: a folder in the released format, a built-in city, "others" (the nine of
+    """Return all routes of a look: a folder in the released format, a built-in city, "others" (the nine of
     visual-OOD) or "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones
     were skipped."""
     names = {"others": OTHERS, "broad": BROAD}.get(look, (look,))

@@ -66,8 +66,8 @@ class World:
 
 
 def distance(a, b):
-    """Metres on the sphere between points (..., 2) of latitude and longitude in degrees, by the haversine
-    formula."""
+    """Return metres on the sphere between points (..., 2) of latitude and longitude in degrees, by the
+    haversine formula."""
     a, b = np.radians(a), np.radians(b)
     half = np.sin((b - a) / 2) ** 2     # (..., 2)
     chord = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
@@ -77,14 +77,14 @@ def distance(a, b):
 # -------------------------------------------------------------------------------------- which panoramas exist
 
 def _brief(value):
-    """A value of unknown size and origin as one short line."""
+    """Return a value of unknown size and origin as one short line."""
     plain = isinstance(value, (str, float)) or isinstance(value, int) and value.bit_length() < 99
     text = repr(value if plain else type(value).__name__).strip("'")
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _number(value, what):
-    """float(value), if it is a finite number."""
+    """Return float(value), if it is a finite number."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if abs(value) < 1e300:      # neither NaN nor infinite nor an int that is too long for a float
             return float(value)
@@ -92,7 +92,7 @@ def _number(value, what):
 
 
 def _geocode(value, what):
-    """(latitude, longitude) as floats of a pair of numbers."""
+    """Return (latitude, longitude) as floats of a pair of numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"{what}: expected [latitude, longitude], got {_brief(value)}")
     lat, lon = _number(value[0], what), _number(value[1], what)
@@ -111,7 +111,7 @@ def _read_json(path):
 
 
 class _Dtype:
-    """Stands in for numpy.dtype in a pickled numpy number or string."""
+    """Stand in for numpy.dtype in a pickled numpy number or string."""
 
     def __init__(self, letters, *_):
         if not re.fullmatch("[fiub][1248]|U[0-9]{1,4}", letters):
@@ -123,7 +123,7 @@ class _Dtype:
 
 
 def _scalar(dtype, data):
-    """Stands in for numpy's function that makes a scalar of its bytes."""
+    """Make a number or string of its bytes, as numpy's function does that a pickle names."""
     return np.frombuffer(data, dtype.order + dtype.letters)[0].item()
 
 
@@ -149,8 +149,8 @@ def _unpickle(path):
 
 
 def read_mapping(path):
-    """{(latitude, longitude): panorama id} of a gps_pano_mapping .pkl or .json ([[latitude, longitude, id],
-    ...]).
+    """Return {(latitude, longitude): panorama id} of a gps_pano_mapping .pkl or .json ([[latitude, longitude,
+    id], ...]).
 
     ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
     path = Path(path)
@@ -191,7 +191,7 @@ def _known(folder):
 
 
 def _snap(points, known):
-    """The Place nearest to each of `points` (n, 2), or None where there is none within RADIUS."""
+    """Return the Place nearest to each of `points` (n, 2), or None where there is none within RADIUS."""
     points = np.asarray(points)
     reach = math.degrees(RADIUS / EARTH) * 1.001    # of latitude: what lies beyond is not worth measuring
     firsts = np.searchsorted(known.geocodes[:, 0], points[:, 0] - reach)
@@ -207,7 +207,7 @@ def _snap(points, known):
 # ----------------------------------------------------------------------------------------------------- routes
 
 def _get(raw, *keys):
-    """raw[key][key]...; ValueError that names the key which is missing."""
+    """Return raw[key][key]...; ValueError that names the key which is missing."""
     for depth, key in enumerate(keys):
         if not isinstance(raw, dict) or key not in raw:
             raise ValueError(f"missing key {'.'.join(keys[:depth + 1])}")
@@ -216,8 +216,8 @@ def _get(raw, *keys):
 
 
 def _blocks(text):
-    """milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a field
-    at the end of its line, and commas and quotes around it do not matter."""
+    """Return milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a
+    field at the end of its line, and commas and quotes around it do not matter."""
     if not isinstance(text, str):
         raise ValueError(f"milestone_info: expected a string, got {_brief(text)}")
     blocks = []
@@ -230,7 +230,7 @@ def _blocks(text):
 
 
 def _read_block(block):
-    """(heading, direction, landmark, side) of a block: see Leg."""
+    """Return (heading, direction, landmark, side) of a block: see Leg."""
     towards = _get(block, "to_next_intersection_heading")
     match = re.fullmatch(r"(-?[0-9]{1,3})(?:\.[0-9]*)? *\( *([A-Za-z]+) *\)", towards)
     if not match or match[2].lower() not in COMPASS:
@@ -248,7 +248,7 @@ def _read_block(block):
 
 
 def _between(start, end, known):
-    """The panoramas on the way from one Place to another.
+    """Return the panoramas on the way from one Place to another.
 
     Released code: it keeps a panorama twice or more if several of the POINTS are snapped to it (sparse
     panoramas), and the walker then goes forward without moving. Here it is kept once."""
@@ -261,7 +261,7 @@ def _between(start, end, known):
 
 
 def _route(raw, name, known):
-    """A Route from an entry of route_infos.json; ValueError (one line) if it is bad."""
+    """Return a Route from an entry of route_infos.json; ValueError (one line) if it is bad."""
     start = _geocode(_get(raw, "start_place", "relocated_geocode"), "start_place.relocated_geocode")
     ends, blocks = _get(raw, "route_results", "geocode_list"), _blocks(_get(raw, "milestone_info"))
     if not isinstance(ends, list) or not ends:
@@ -287,7 +287,8 @@ def _route(raw, name, known):
 
 
 def _check_picture(panorama):
-    """None, or what is wrong with a panorama's jpg or metadata. Quick: it looks at both ends of the jpg."""
+    """Return None, or what is wrong with a panorama's jpg or metadata. Quick: it looks at both ends of the
+    jpg."""
     try:
         with open(panorama, "rb") as file:
             head = file.read(2)
@@ -304,8 +305,8 @@ def _check_picture(panorama):
 
 
 def _decodes(panorama):
-    """Does Pillow read a jpg that does not end with the end marker? Some have more bytes after it. Decoding
-    at an eighth of the size takes 10 ms of 25."""
+    """Tell whether Pillow reads a jpg that does not end with the end marker: some have more bytes after it.
+    Decoding at an eighth of the size takes 10 ms of 25."""
     try:
         with Image.open(panorama, formats=["JPEG"]) as image:
             image.draft("L", (image.width // 8, image.height // 8))
@@ -316,19 +317,21 @@ def _decodes(panorama):
 
 
 def _pictures(route):
-    """The paths of all panoramas that a route may show."""
+    """Return the paths of all panoramas that a route may show."""
     places = [route.start, *(place for leg in route.legs for place in (*leg.between, leg.end))]
     return dict.fromkeys(place.panorama for place in places)
 
 
 @lru_cache(maxsize=16)
 def load(folder, *, held_out=False, pictures=False, skip_bad=False):
-    """The World of a folder in the released format.
+    """Return the World of a folder in the released format.
 
     held_out: read held_out_infos.json instead of route_infos.json, if the folder (a built-in training city)
-    has one. pictures: look at all the panoramas' files, too, unless the folder is a built-in city, which
-    draws them on demand. skip_bad: leave bad routes out and list them in World.skipped. ValueError (one line)
-    that names the file and the route otherwise, and if no route is left."""
+    has one.
+    pictures: look at all the panoramas' files, too, unless the folder is a built-in city, which draws them
+    on demand.
+    skip_bad: leave bad routes out and list them in World.skipped.
+    ValueError (one line) that names the file and the route otherwise, and if no route is left."""
     folder = Path(folder)
     infos = folder / "held_out_infos.json"
     infos = infos if held_out and infos.exists() else folder / "route_infos.json"

@@ -17,7 +17,7 @@ from harness.terminal import command
 
 
 def _read_route(folder, index, held_out):
-    """Route `index` of a folder; ValueError if there is no such route."""
+    """Return Route `index` of a folder; ValueError if there is no such route."""
     path = Path(folder) / ("held_out_infos.json" if held_out else "route_infos.json")
     if not path.is_file():
         raise ValueError(f"{path}: no such file; only new-york has held-out routes")
@@ -28,15 +28,15 @@ def _read_route(folder, index, held_out):
 
 
 def _path_of(plan, route):
-    """The panorama numbers of a route of this city: start, turning points, destination."""
+    """Return the panorama numbers of a route of this city: start, turning points, destination."""
     numbers = {tuple(geocode(plan.city, xy)): i for i, xy in enumerate(plan.panoramas)}
     points = [route["start_place"]["relocated_geocode"], *route["route_results"]["geocode_list"]]
     return [numbers[tuple(point)] for point in points]
 
 
 def draw_map(folder, route_index, held_out=False, pixels=900):
-    """A route on the map of its surroundings, a square RGB image, north up: streets, the board of every
-    landmark, the names of those on the route, the start (green), the turning points and the destination
+    """Return a route on the map of its surroundings, a square RGB image, north up: streets, the board of
+    every landmark, the names of those on the route, the start (green), the turning points and the destination
     (red)."""
     plan = plan_of(str(folder))[0]
     path = _path_of(plan, _read_route(folder, route_index, held_out))

@@ -63,39 +63,42 @@ class Town:
 # --------------------------------------------------------------------------------------------------- geometry
 
 def bearing(a, b):
-    """Compass heading from point a to point b, degrees in [0, 360)."""
+    """Return the compass heading from point a to point b, degrees in [0, 360)."""
     return math.degrees(math.atan2(b[0] - a[0], b[1] - a[1])) % 360
 
 
 def apart(a, b):
-    """Unsigned angle between two headings, degrees in [0, 180]."""
+    """Return the unsigned angle between two headings, degrees in [0, 180]."""
     return abs((a - b + 180) % 360 - 180)
 
 
 def geocode(city, xy):
-    """[lat, lon], to the centimetre."""
+    """Return [lat, lon], to the centimetre."""
     lat, lon = city.origin
     return [round(lat + xy[1] / DEGREE, 7), round(lon + xy[0] / (DEGREE * math.cos(math.radians(lat))), 7)]
 
 
 def distances(points, a, b):
-    """Of points (..., 2) to the segments from a (..., 2) to b (..., 2)."""
+    """Return the distances of points (..., 2) to the segments from a (..., 2) to b (..., 2)."""
     along = b - a
     share = np.clip(((points - a) * along).sum(-1) / (along * along).sum(-1), 0, 1)
     return np.linalg.norm(points - a - share[..., None] * along, axis=-1)
 
 
 def pieces_of(a, b):
-    """Into how many equal pieces, some 20 m each, the panoramas cut the street from node a to node b."""
+    """Return into how many equal pieces, some 20 m each, the panoramas cut the street from node a to node
+    b."""
     return max(3, round(math.dist(a, b) / 20))
 
 
 # ---------------------------------------------------------------------------------------------------- streets
 
 def _points(rng, kind, center, rotation, *shape):
-    """Intersections of one plan, (N, 2), before it is merged with the others. The kinds: lattice (dx, dy,
-    columns, rows, stagger, skip): rows dy apart, each shifted by `stagger` columns against the one before;
-    skip leaves out the middle of every hexagon. rings (gap, count): 1, 6, 12, ... points around the center.
+    """Return the intersections of one plan, (N, 2), before it is merged with the others.
+
+    lattice (dx, dy, columns, rows, stagger, skip): rows dy apart, each shifted by `stagger` columns against
+    the one before; skip leaves out the middle of every hexagon.
+    rings (gap, count): 1, 6, 12, ... points around the center.
     scatter (radius, gap): anywhere, at least gap apart."""
     if kind == "lattice":
         dx, dy, columns, rows, stagger, skip = shape
@@ -120,8 +123,8 @@ def _points(rng, kind, center, rotation, *shape):
 
 
 def _connect(points, longest, shortest=60, angle=38, clear=38):
-    """Streets between points, shortest first (a greedy triangulation): none crosses another, meets one at
-    less than `angle` degrees or passes a point within `clear` metres. -> [(a, b), ...]"""
+    """Return streets between points, shortest first (a greedy triangulation): none crosses another, meets one
+    at less than `angle` degrees or passes a point within `clear` metres. -> [(a, b), ...]"""
     pairs = [(math.dist(points[a], points[b]), a, b)
              for a in range(len(points)) for b in range(a + 1, len(points))]
     edges, headings = [], [[] for _ in points]
@@ -140,7 +143,7 @@ def _connect(points, longest, shortest=60, angle=38, clear=38):
 
 
 def _crossed(points, edges, a, b):
-    """Whether the street a-b would cross one of the edges."""
+    """Tell whether the street a-b would cross one of the edges."""
     others = [edge for edge in edges if not {a, b} & set(edge)]
     if not others:
         return False
@@ -154,7 +157,7 @@ def _crossed(points, edges, a, b):
 
 
 def _streets(city, rng):
-    """(nodes (N, 2), edges [(a, b), ...]): the plans merged, joined up, rid of dead ends."""
+    """Return (nodes (N, 2), edges [(a, b), ...]): the plans merged, joined up, rid of dead ends."""
     points = np.zeros((0, 2))
     for plan in city.plan:
         new = _points(rng, *plan)
@@ -173,10 +176,10 @@ def _streets(city, rng):
 # -------------------------------------------------------------------------------------------------- landmarks
 
 def _corner(points, neighbors, node, rng):
-    """Where a sign can stand at a node, or None: some 10 m away, between two streets. Of all such spots one
-    where the side is beyond doubt whichever street one arrives by (4 degrees from the border between two of
-    SIDES), and, if there is one, where the sign is not cut by the border of two views (it is 30 degrees
-    wide)."""
+    """Return where a sign can stand at a node, or None: some 10 m away, between two streets. Of all such
+    spots one where the side is beyond doubt whichever street one arrives by (4 degrees from the border
+    between two of SIDES), and, if there is one, where the sign is not cut by the border of two views (it is
+    30 degrees wide)."""
     streets = sorted(bearing(points[node], points[other]) for other in neighbors)
     spots = []
     for first, second in zip(streets, streets[1:] + [streets[0] + 360]):
@@ -194,8 +197,8 @@ def _corner(points, neighbors, node, rng):
 
 
 def _beside(points, edges, edge, spots, rng):
-    """(panorama, where a sign can stand beside it) on an edge, or None. spots: {panorama: xy} along the
-    edge."""
+    """Return (panorama, where a sign can stand beside it) on an edge, or None. spots: {panorama: xy} along
+    the edge."""
     a, b = points[list(edges[edge])]
     along = (b - a) / np.linalg.norm(b - a)
     others = np.array([e for i, e in enumerate(edges) if i != edge])
@@ -206,8 +209,8 @@ def _beside(points, edges, edge, spots, rng):
 
 
 def _name(used, xy, rng):
-    """(color, emblem, board) for a new landmark: the least used ones first, none that is used within 400
-    m."""
+    """Return (color, emblem, board) for a new landmark: the least used ones first, none that is used within
+    400 m."""
     kinds = [(color, emblem, board) for color in COLORS for emblem in EMBLEMS for board in range(3)]
     rng.shuffle(kinds)
     kinds.sort(key=lambda kind: len(used.get(kind, ())))
@@ -219,7 +222,7 @@ def _name(used, xy, rng):
 
 @lru_cache(maxsize=None)     # there are not many
 def town(name):
-    """The city laid out: the same in any process. ValueError if there is no such city."""
+    """Return the city laid out: the same in any process. ValueError if there is no such city."""
     if name not in CITIES:
         raise ValueError(f"unknown city {name!r}, expected one of {', '.join(CITIES)}")
     city, rng, used = CITIES[name], random.Random(f"{name} {VERSION}"), {}
@@ -253,7 +256,7 @@ def town(name):
 
 
 def _identity(name, i):
-    """22 characters, like those of the released panoramas."""
+    """Return 22 characters, like those of the released panoramas."""
     return base64.urlsafe_b64encode(hashlib.sha256(f"{name} {i}".encode()).digest())[:22].decode()
 
 
@@ -264,9 +267,9 @@ def _grid(center, rotation, dx, dy, columns, rows):
 
 
 def _look(walls, floors, towers, fronts, window, sky, clouds, ground, trees, strip):
-    """What games/drawing.py needs: colors of walls; storeys (from, to) and the share of towers; widths of
-    houses, m; windows (share of the width, of the height, color of the frame); sky (zenith, horizon) and its
-    clouds, 0 to 1; asphalt, pavement, soil; the kind of tree; the strip with the name (background,
+    """Return what games/drawing.py needs: colors of walls; storeys (from, to) and the share of towers; widths
+    of houses, m; windows (share of the width, of the height, color of the frame); sky (zenith, horizon) and
+    its clouds, 0 to 1; asphalt, pavement, soil; the kind of tree; the strip with the name (background,
     letters)."""
     def rgb(text):
         return tuple(tuple(bytes.fromhex(color)) for color in text.split())

@@ -22,8 +22,8 @@ BLOCK = 128         # columns that are cut at a time: their pixels stay in the p
 
 
 def read_rotation(panorama):
-    """`rotation` (degrees) from the metadata beside a panorama's jpg; ValueError (one line) if there is
-    none."""
+    """Return `rotation` (degrees) from the metadata beside a panorama's jpg; ValueError (one line) if there
+    is none."""
     path = Path(panorama).with_suffix(".metadata.json")
     try:
         rotation = json.loads(path.read_bytes())["rotation"]
@@ -39,7 +39,7 @@ def read_rotation(panorama):
 # ---------------------------------------------------------------------------------------------------- cutting
 
 def _cubic(t):
-    """Weights (4, ...) of the pixels at -1, 0, 1, 2 for a point at t in [0, 1): Keys' cubic, a = -0.5
+    """Return weights (4, ...) of the pixels at -1, 0, 1, 2 for a point at t in [0, 1): Keys' cubic, a = -0.5
     (Catmull-Rom)."""
     t = np.asarray(t, np.float32)
     weights = t * (t * (2 - t) - 1), t * t * (3 * t - 5) + 2, t * (t * (4 - 3 * t) + 1), t * t * (t - 1)
@@ -48,32 +48,32 @@ def _cubic(t):
 
 @lru_cache(maxsize=8)
 def _rays(size, fov):
-    """Where the pixels of a view are: degrees to the right of its middle (size,), the same in all rows, for
-    the view is upright; and degrees below the horizon (size, size)."""
+    """Return where the pixels of a view are: degrees to the right of its middle (size,), the same in all
+    rows, for the view is upright; and degrees below the horizon (size, size)."""
     middle = (np.arange(size) - (size - 1) / 2) * math.tan(math.radians(fov / 2)) / (size / 2)
     down = np.arctan2(middle[:, None], np.hypot(1, middle))
     return np.degrees(np.arctan(middle)), np.degrees(down)
 
 
 def _resized(x, length, full):
-    """Where position x (0: the middle of the first pixel) along `full` pixels lies after resizing them to
-    `length`."""
+    """Return where position x (0: the middle of the first pixel) along `full` pixels lies after resizing them
+    to `length`."""
     return (x + 0.5) * (length / full) - 0.5
 
 
 @lru_cache(maxsize=8)
 def _rows(size, fov, height, full):
-    """Where a view's pixels lie among a panorama's rows, the same for every heading: the rows that the view
-    needs (first, last + 1); and for each pixel the first of the four rows around it, counted from `first`
-    (size, size), and their weights (4, size, size)."""
+    """Return where a view's pixels lie among a panorama's rows, the same for every heading: the rows that the
+    view needs (first, last + 1); and for each pixel the first of the four rows around it, counted from
+    `first` (size, size), and their weights (4, size, size)."""
     y = _resized((_rays(size, fov)[1] / 180 + 0.5) * (full - 1), height, full)
     above = np.floor(y).astype(np.int32)
     return above.min() - 1, above.max() + 3, above - above.min(), _cubic(y - above)
 
 
 def _cut(pixels, full, lons, size, fov):
-    """Views (len(lons), size, size, 3) uint8 of a panorama (h, w, 3) that was resized from `full` = (H, W),
-    with their middles at these longitudes (degrees).
+    """Return views (len(lons), size, size, 3) uint8 of a panorama (h, w, 3) that was resized from `full` =
+    (H, W), with their middles at these longitudes (degrees).
 
     All pixels in a column of an upright view have one longitude, so the bicubic filter separates: first the
     panorama's columns become the view's, then each column is resampled by its own rows."""
@@ -97,7 +97,7 @@ def _cut(pixels, full, lons, size, fov):
 
 
 def view(pixels, rotation, heading, size, fov=90):
-    """What a camera at a panorama sees: (H, W, 3) uint8 -> (size, size, 3) uint8, looking level.
+    """Return what a camera at a panorama sees: (H, W, 3) uint8 -> (size, size, 3) uint8, looking level.
 
     rotation: from the panorama's metadata; heading: compass direction of the view's middle; fov: angle
     between the left and the right edge, all in degrees. Bicubic; nothing is done against aliasing where the
@@ -117,7 +117,7 @@ class _Cache:
     items: OrderedDict = field(default_factory=OrderedDict)     # {key: (value, bytes)}
 
     def get(self, key, make):
-        """The value of `key`; made by make() -> (value, bytes) if it is not there."""
+        """Return the value of `key`; made by make() -> (value, bytes) if it is not there."""
         if key not in self.items:
             self.items[key] = make()
             self.used += self.items[key][1]
@@ -132,7 +132,7 @@ _panoramas, _grids = _Cache(512 << 20), _Cache(512 << 20)
 
 
 def _load(panorama, finest):
-    """((pixels, (H, W) of the file, rotation), bytes); pixels (h, w, 3) have at most about `finest`
+    """Return ((pixels, (H, W) of the file, rotation), bytes); pixels (h, w, 3) have at most about `finest`
     columns."""
     path = Path(panorama)
     if not path.exists() and (path.parent.parent / "city.json").exists():
@@ -162,8 +162,9 @@ def _make_grid(panorama, heading, size):
 
 
 def grid(panorama, heading, size):
-    """Four views of 90 degrees around someone who faces compass `heading` (degrees), [front, right / back,
-    left], each `size` pixels square, with a black cross between: an RGB image of 2 * size + 5 pixels square.
+    """Return four views of 90 degrees around someone who faces compass `heading` (degrees), [front, right /
+    back, left], each `size` pixels square, with a black cross between: an RGB image of 2 * size + 5 pixels
+    square.
 
     panorama: path of a jpg with its metadata beside it. A built-in city draws it if it is not there yet.
     ValueError (one line) that names the file if it cannot be read. Released code: it announces this order and
