@@ -1,4 +1,7 @@
-"""Log-prob kernels (on a GPU; interpreted elsewhere, see conftest.py) and their twins, against dense float64 and for three chips."""
+"""Log-prob kernels and their twins, against dense float64 and compiled for three chips.
+
+The kernels run on a GPU, elsewhere in Triton's interpreter: see conftest.py.
+"""
 import math
 import subprocess
 import sys
@@ -18,52 +21,63 @@ both = pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
 
 
 def problem(N, D, V, dtype=torch.float32, device=DEVICE, seed=0):
-    """hidden, weight (both want gradients), targets, upstream gradients (3, N) of which some are 0"""
+    """Draw hidden, weight (both want gradients), targets, upstream gradients (3, N) of which some are 0."""
     g = torch.Generator(device).manual_seed(seed)
-    hidden, weight = (torch.randn(n, D, generator=g, device=device).to(dtype).requires_grad_() for n in (N, V))
-    upstream = torch.randn(3, N, generator=g, device=device) * (torch.rand(3, N, generator=g, device=device) < 0.7)
-    return hidden, weight, torch.randint(0, V, (N,), generator=g, device=device), upstream
+    random = dict(generator=g, device=device)
+    hidden, weight = (torch.randn(n, D, **random).to(dtype).requires_grad_() for n in (N, V))
+    upstream = torch.randn(3, N, **random) * (torch.rand(3, N, **random) < 0.7)
+    return hidden, weight, torch.randint(0, V, (N,), **random), upstream
 
 
 def run(hidden, weight, targets, upstream, temperature=1.0, ways=None):
-    """-> [logprobs, entropy, lse, d hidden, d weight]"""
+    """Return [logprobs, entropy, lse, d hidden, d weight]."""
     found = logprob.token_logprobs(hidden, weight, targets, temperature, ways)
-    return [x.detach() for x in (*found, *torch.autograd.grad(found, (hidden, weight), tuple(upstream.to(found[0].dtype))))]
+    gradients = torch.autograd.grad(found, (hidden, weight), tuple(upstream.to(found[0].dtype)))
+    return [x.detach() for x in (*found, *gradients)]
 
 
 def dense(hidden, weight, targets, upstream, temperature):
-    """What `run` gives, from all logits at once in float64, and how far off honest float32 sums may be.
+    """Return what `run` gives, from all logits at once in float64, and bounds for honest float32 sums.
 
-    A logit of D products is off by at most delta = D 2^-24 sum |h w|. log p and lse move by no more than twice that, the entropy by
-    sum p |log p + H| 2 delta, dz by 4 delta size, where size = p (|a| + |e log p|) + |g| adds what might cancel. dz and the results are
-    rounded to the type (unit) once each; float16 loses below 2^-25. Sums of n terms add n 2^-24.
+    A logit of D products is off by at most delta = D 2^-24 sum |h w|. log p and lse move by no more than
+    twice that, the entropy by sum p |log p + H| 2 delta, dz by 4 delta size, where size = p (|a| + |e log
+    p|) + |g| adds what might cancel. dz and the results are rounded to the type (unit) once each; float16
+    loses below 2^-25. Sums of n terms add n 2^-24.
     """
-    h, w, (g, e, l) = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), upstream.double()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    g, e, l = upstream.double()
     logp = (h @ w.T / temperature).log_softmax(-1)
     lse = (h @ w.T / temperature).logsumexp(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     found = logp.gather(1, targets[:, None])[:, 0], entropy, lse
     found = [*found, *torch.autograd.grad(found, (h, w), (g, e, l))]
     h, w, p, logp, (N, V) = h.detach().abs(), w.detach().abs(), logp.detach().exp(), logp.detach(), logp.shape
-    eps, unit, tiny = 2**-24, torch.finfo(hidden.dtype).eps / 2, 2**-25 if hidden.dtype == torch.float16 else 0
+    eps, unit = 2**-24, torch.finfo(hidden.dtype).eps / 2
+    tiny = 2**-25 if hidden.dtype == torch.float16 else 0
     delta = (h.shape[1] + 4) * eps * float((h @ w.T).max()) / temperature + eps * V
     size = p * ((l - g - e * found[1].detach()).abs()[:, None] + (e[:, None] * logp).abs())
     size.scatter_add_(1, targets[:, None], g.abs()[:, None])
     share = 2 * unit + 4 * delta + eps * (N + V)
-    bounds = [2 * delta, 2 * delta * (2 + math.log(V)), 2 * delta,
-              *((share * a @ b + tiny * b.sum(0) + tiny) / temperature + tiny for a, b in ((size, w), (size.T, h)))]
-    return [x.detach() for x in found], bounds
+    gradients = [(share * a @ b + tiny * b.sum(0) + tiny) / temperature + tiny
+                 for a, b in ((size, w), (size.T, h))]
+    return [x.detach() for x in found], [2 * delta, 2 * delta * (2 + math.log(V)), 2 * delta, *gradients]
+
+
+def child(script):
+    root = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
 
 
 def assert_within(found, expected, bounds):
     for x, y, bound in zip(found, expected, bounds):
-        assert (~((x - y).abs() <= bound)).sum() == 0, ((x - y).abs() / bound).max()          # a NaN is not within
+        assert (~((x - y).abs() <= bound)).sum() == 0, ((x - y).abs() / bound).max()    # a NaN is not within
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("N, D, V, temperature", [(1, 1, 1, 1.0), (1, 7, 3, 0.5), (16, 32, 32, 1.0), (17, 33, 270, 1.0), (37, 40, 131, 0.3),
-                                                  (300, 5, 65, 2.0), (2, 96, 1000, 1.0)])
+@pytest.mark.parametrize("N, D, V, temperature", [
+    (1, 1, 1, 1.0), (1, 7, 3, 0.5), (16, 32, 32, 1.0), (17, 33, 270, 1.0), (37, 40, 131, 0.3),
+    (300, 5, 65, 2.0), (2, 96, 1000, 1.0)])
 def test_against_float64(ways, dtype, N, D, V, temperature):
     numbers = problem(N, D, V, dtype)
     found = run(*numbers, temperature, ways)
@@ -77,7 +91,8 @@ def test_each_output_has_its_own_gradient(ways, asked):
     hidden, weight, targets, upstream = problem(20, 12, 70)
     upstream[[i for i in range(3) if i != asked]] = 0
     output = logprob.token_logprobs(hidden, weight, targets, 0.7, ways)[asked]
-    found = torch.autograd.grad(output, (hidden, weight), upstream[asked])                    # the others get no gradient at all
+    # the others get no gradient at all
+    found = torch.autograd.grad(output, (hidden, weight), upstream[asked])
     expected, bounds = dense(hidden, weight, targets, upstream, 0.7)
     assert_within(found, expected[3:], bounds[3:])
 
@@ -89,20 +104,22 @@ def test_frozen_parts_get_no_gradient(ways):
     for i, frozen in enumerate((weight, hidden)):
         frozen.requires_grad_(False)
         logprobs = logprob.token_logprobs(hidden, weight, targets, 1.0, ways)
-        assert torch.equal(torch.autograd.grad(logprobs, (hidden, weight)[i], tuple(upstream))[0], full[3 + i])
+        found, = torch.autograd.grad(logprobs, (hidden, weight)[i], tuple(upstream))
+        assert torch.equal(found, full[3 + i])
         frozen.requires_grad_()
 
 
 def test_twins_pass_gradcheck():
     hidden, weight, targets, _ = problem(6, 5, 11, torch.float64)
     targets[2] = -100
-    assert torch.autograd.gradcheck(lambda h, w: logprob.token_logprobs_reference(h, w, targets, 0.8), (hidden, weight))
+    twin = lambda h, w: logprob.token_logprobs_reference(h, w, targets, 0.8)
+    assert torch.autograd.gradcheck(twin, (hidden, weight))
 
 
 @both
 def test_small_slabs_and_pieces_change_nothing(ways, monkeypatch):
     numbers = problem(37, 9, 300)
-    monkeypatch.setattr(logits, "WORKSPACE", 37 * 4 * 96)                                    # slabs of 96: 4 of them
+    monkeypatch.setattr(logits, "WORKSPACE", 37 * 4 * 96)                       # slabs of 96: 4 of them
     monkeypatch.setattr(logprob, "PIECE", (5, 7))
     assert_within(run(*numbers, 1.0, ways), *dense(*numbers, 1.0))
 
@@ -117,7 +134,7 @@ def test_every_element_is_written(ways, monkeypatch):
             return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
         monkeypatch.setattr(owner, name, poisoned)
     for x, y in zip(run(*numbers, 1.0, ways), expected):
-        assert torch.equal(x, y)                                                              # so two runs agree bit for bit, too
+        assert torch.equal(x, y)                                        # so two runs agree bit for bit, too
 
 
 @both
@@ -127,13 +144,13 @@ def test_rows_with_negative_targets_cost_nothing(ways, kept):
     few = run(hidden[kept].detach().requires_grad_(), weight, targets[kept], upstream[:, kept], 1.0, ways)
     dropped = [i for i in range(40) if i not in kept]
     with torch.no_grad():
-        hidden[dropped] = math.nan                                                            # nobody looks at them
+        hidden[dropped] = math.nan                                                      # nobody looks at them
     targets[dropped] = torch.tensor([-100, -1] * 20, device=DEVICE)[:len(dropped)]
     seen = []
     spied = [lambda h, *rest, way=way: seen.append(len(h)) or way(h, *rest) for way in ways]
     found = run(hidden, weight, targets, upstream, 1.0, spied)
     used = int((upstream[:, kept] != 0).any(0).sum())
-    assert seen == [len(kept), used]                           # rows with no upstream gradient are dropped, too
+    assert seen == [len(kept), used]                    # rows with no upstream gradient are dropped, too
     for x, y in zip(found[:4], few):
         assert torch.equal(x[kept], y) and not x[dropped].any()
     assert torch.equal(found[4], few[4])
@@ -143,14 +160,16 @@ def test_rows_with_negative_targets_cost_nothing(ways, kept):
 def test_any_strides(ways):
     hidden, weight, targets, _ = problem(20, 12, 70)
     ones = torch.ones(3, 20, device=DEVICE)
-    strided = [torch.stack([x.detach(), x.detach() * 0], -1)[..., 0].requires_grad_(x.requires_grad) for x in (hidden, weight, targets)]
+    strided = [torch.stack([x.detach(), x.detach() * 0], -1)[..., 0].requires_grad_(x.requires_grad)
+               for x in (hidden, weight, targets)]
     outputs = logprob.token_logprobs(*strided, 1.0, ways)
-    found = *outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), strided[:2])        # the gradient of a sum has stride 0
+    # the gradient of a sum has stride 0
+    found = *outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), strided[:2])
     assert_within(found, *dense(hidden, weight, targets, ones, 1.0))
 
 
 @both
-@pytest.mark.skipif(DEVICE == "cuda", reason="there it is an assertion on the device, after which the process can't go on")
+@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on the device ends the process")
 def test_targets_beyond_the_vocabulary_are_refused(ways):
     hidden, weight, targets, _ = problem(4, 3, 5)
     targets[1] = 5
@@ -161,7 +180,8 @@ def test_targets_beyond_the_vocabulary_are_refused(ways):
 @both
 def test_a_row_alone_is_the_row_among_others(ways):
     hidden, weight, targets, upstream = problem(40, 16, 300)
-    many, (_, bounds) = run(hidden, weight, targets, upstream, 1.0, ways), dense(hidden, weight, targets, upstream, 1.0)
+    many = run(hidden, weight, targets, upstream, 1.0, ways)
+    _, bounds = dense(hidden, weight, targets, upstream, 1.0)
     for i in (0, 17, 39):
         row = slice(i, i + 1)
         alone = run(hidden[row].detach().requires_grad_(), weight, targets[row], upstream[:, row], 1.0, ways)
@@ -170,13 +190,13 @@ def test_a_row_alone_is_the_row_among_others(ways):
 
 @both
 def test_sharp_distributions_keep_their_entropy(ways):
-    hidden, weight = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[100.0]] + 40 * [[80.0]], device=DEVICE)
-    entropy = logprob.token_logprobs(hidden, weight, torch.tensor([0], device=DEVICE), 1.0, ways)[1]
-    rest = 40 * math.exp(-20)                                  # 8e-8, so that log(1 + rest), a 20th of the entropy, is lost to float32
+    numbers = [[1.0]], [[100.0]] + 40 * [[80.0]], [0]
+    entropy = logprob.token_logprobs(*(torch.tensor(x, device=DEVICE) for x in numbers), 1.0, ways)[1]
+    rest = 40 * math.exp(-20)   # 8e-8, so that log(1 + rest), a 20th of the entropy, is lost to float32
     assert abs(float(entropy) / (math.log1p(rest) + 20 * rest / (1 + rest)) - 1) < 0.06
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def test_workspace_at_full_size(monkeypatch):
@@ -186,15 +206,16 @@ def test_workspace_at_full_size(monkeypatch):
     slab_launches()
     written = [call.args[7] for call in calls.__getitem__.return_value.call_args_list]
     assert len({id(x) for x in written}) == 1 and len(written) == 26
-    assert written[0].nbytes + (8192 + 1024) * 4096 * 4 + 32 * 2**20 <= 256 * 2**20           # dz, d hidden in float32, a piece more, cuBLAS's own
+    # dz, d hidden in float32, a piece more, cuBLAS's own
+    assert written[0].nbytes + (8192 + 1024) * 4096 * 4 + 32 * 2**20 <= 256 * 2**20
 
 
 def test_memory_of_the_twins():
-    """At most 5% of the plain way, which holds at least the logits and their gradient (it measures more than twice that)."""
+    """At most 5 % of the plain way, which holds at least the logits and their gradient (in fact twice)."""
     script = """if True:
         import resource, sys, torch
         from kernels.logprob import token_logprobs_reference
-        def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+        def peak(): return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
         N, D, V = 2048, 64, 128256
         hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         open("/proc/self/clear_refs", "w").write("5")
@@ -204,11 +225,11 @@ def test_memory_of_the_twins():
         print((peak() - before - 4 * D * (N + V)) / (2 * 4 * N * V))"""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is read from Linux's /proc")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = child(script)
     assert float(done.stdout or "nan") <= 0.05, done.stdout + done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ compiled for GPUs
+# ------------------------------------------------------------------------------------------ compiled for GPUs
 
 
 def slab_launches(dtype=torch.bfloat16):
@@ -239,10 +260,11 @@ def test_compiled(chip):
 
 
 def test_spills_would_be_seen():
-    assert [result["spills"] > 0 for result in aot.compile_all("test_logprob", "greedy_launches", "sm_80")] == [True]
+    result, = aot.compile_all("test_logprob", "greedy_launches", "sm_80")
+    assert result["spills"] > 0
 
 
-# ------------------------------------------------------------------------------------------------------------ which way
+# -------------------------------------------------------------------------------------------------- which way
 
 
 def test_which_way(monkeypatch):
@@ -269,16 +291,17 @@ def test_without_triton_the_twins_run_and_say_so_once():
             assert not use_triton(torch.zeros(1)) and not use_triton(torch.zeros(1))
             logprob.token_logprobs(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, -100]))
         assert ["triton is not installed" in str(w.message) for w in caught] == [True]"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = child(script)
     assert done.returncode == 0, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ on a GPU
+# --------------------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("N, D, V, temperature", [(1, 64, 1000, 1.0), (300, 512, 5003, 0.7), (1000, 33, 777, 1.0)])
+@pytest.mark.parametrize("N, D, V, temperature", [
+    (1, 64, 1000, 1.0), (300, 512, 5003, 0.7), (1000, 33, 777, 1.0)])
 def test_bfloat16_against_float64(N, D, V, temperature):
     numbers = problem(N, D, V, torch.bfloat16)
     assert_within(run(*numbers, temperature), *dense(*numbers, temperature))
@@ -291,7 +314,8 @@ def test_full_size():
     hidden, weight, targets, upstream = problem(8192, 4096, 128256, torch.bfloat16)
     with torch.no_grad():
         weight *= 0.02
-    run(hidden[:128].detach().requires_grad_(), weight, targets[:128], upstream[:, :128])     # compiled, cuBLAS's workspace there
+    # compiled, cuBLAS's workspace there
+    run(hidden[:128].detach().requires_grad_(), weight, targets[:128], upstream[:, :128])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     first = run(hidden, weight, targets, upstream)
