@@ -11,13 +11,12 @@ messages. Try it:
 """
 import json
 import random
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from games import views
-from games.cards import FACES, LOOKS, RANKS, STYLES, draw_hand
+from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
 from games.prompts import check_prompts
 from games.rails import instructions, known_routes, rail
 from games.seeds import derive
@@ -61,24 +60,6 @@ class Observation:
     parts."""
     messages: list[dict]    # [{"role": "user", "content": ...}]; empty when the episode is over
     fresh: bool             # True: they start a new conversation; False: they continue the current one
-
-
-# ------------------------------------------------------------------------------------------------------ rules
-
-def face_values(rule):
-    """Return {"J": 10, "Q": 10, "K": 10} for "10", {"J": 11, "Q": 12, "K": 13} for "11-12-13"."""
-    parts = str(rule).split("-")
-    if len(parts) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
-        raise ValueError(f"rule {rule!r}: expected one positive integer for J, Q and K, as in '10', "
-                         "or three, as in '11-12-13'")
-    return dict(zip(FACES, map(int, parts * (3 // len(parts)))))
-
-
-def card_values(ranks, rule):
-    """Return the values of `ranks` (a list of RANKS) under `rule`: A is 1, a number card its number, J, Q, K
-    by the rule."""
-    values = {"A": 1, **face_values(rule)}
-    return [values[rank] if rank in values else int(rank) for rank in ranks]
 
 
 # ---------------------------------------------------------------------------------------------- GeneralPoints
@@ -439,7 +420,7 @@ class Mixed:
         self.games, self.game = games, games[0]
 
     def _choose(self, seed):
-        # The game's own generator starts from the seed itself: by that one, the first card would tell.
+        # Not by the generator of the game, which starts from the seed itself: the first card would tell.
         self.game = self.games[derive("game", seed) % len(self.games)]
         return self.game
 

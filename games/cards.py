@@ -2,6 +2,7 @@
 
     python -c "from games import cards; cards.draw_hand([('K', 'hearts')], (600, 400)).save('hand.png')"
 """
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,23 @@ RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 FACES = ("J", "Q", "K")
 LOOKS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds")}
 LOOKS["all"] = LOOKS["black"] + LOOKS["red"]
+
+
+def face_values(rule):
+    """Return {"J": 10, "Q": 10, "K": 10} for "10", {"J": 11, "Q": 12, "K": 13} for "11-12-13"."""
+    parts = str(rule).split("-")
+    if len(parts) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
+        raise ValueError(f"rule {rule!r}: expected one positive integer for J, Q and K, as in '10', "
+                         "or three, as in '11-12-13'")
+    return dict(zip(FACES, map(int, parts * (3 // len(parts)))))
+
+
+def card_values(ranks, rule):
+    """Return the values of `ranks` (a list of RANKS) under `rule`: A is 1, a number card its number, J, Q, K
+    by the rule."""
+    values = {"A": 1, **face_values(rule)}
+    return [values[rank] if rank in values else int(rank) for rank in ranks]
+
 
 # Every card is drawn once, 1000 x 1400 pixels, and scaled down. Shapes are polygons (N, 2), y downwards.
 

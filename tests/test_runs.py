@@ -689,7 +689,7 @@ READING = re.compile(
 
 
 def test_no_source_runs_what_it_reads():
-    """No pickle is read but by scenes/routes.py, whose reader imports nothing; --custom's code alone runs."""
+    """No pickle is read but by games/routes.py, whose reader imports nothing; --custom's code alone runs."""
     assert [file for file, what, words, _ in calls() if RUNNING.search(what) or "shell" in words] == [
         "harness/settings.py"]
 

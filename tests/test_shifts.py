@@ -152,13 +152,13 @@ def test_fake_rule_hands_have_an_answer_by_either_rule_and_never_the_same():
     for seed in range(300):
         prompt, info = env.reset(seed)
         prompt_of_stated, info_of_stated = stated.reset(seed)
-        new, old = (envs.card_values(info["cards"], rule) for rule in ("11-12-13", "10"))
+        new, old = (cards.card_values(info["cards"], rule) for rule in ("11-12-13", "10"))
         assert info["numbers"] == old and solvable(old) and solvable(new) and set("JQK") & set(info["cards"])
         text = answer(solve(new)[0], info["cards"], new)
         _, reward, *_, said = env.step(text)
         assert reward == -2 and said["verdict"] == "foreign_number"
         same += prompt == prompt_of_stated
-        assert (prompt == prompt_of_stated) == solvable(envs.card_values(info_of_stated["cards"], "10"))
+        assert (prompt == prompt_of_stated) == solvable(cards.card_values(info_of_stated["cards"], "10"))
         assert prompt != prompt_of_stated or stated.step(text)[1] == 5
     assert same > 200
 
