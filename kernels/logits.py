@@ -93,9 +93,10 @@ def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_p
     y = tl.load(target_ptr + rows, mask=valid, other=-1).to(tl.int32)[:, None]
     a = tl.load(a_ptr + rows, mask=valid, other=0.0)[:, None]
     e = tl.load(e_ptr + rows, mask=valid, other=0.0)[:, None]
-    g = tl.load(g_ptr + rows, mask=valid, other=0.0)[:, None]
     logp = z - tl.load(lse_ptr + rows, mask=valid, other=0.0)[:, None]
-    dz = tl.exp2(logp) * (a - e * logp) + tl.where(cols[None, :] == y, g, 0.0)
+    dz = tl.exp2(logp) * (a - e * logp)
+    g = tl.load(g_ptr + rows, mask=valid, other=0.0)[:, None]
+    dz += tl.where(cols[None, :] == y, g, 0.0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
     tl.store(out_ptrs, dz.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < V))
 
