@@ -11,6 +11,7 @@ killed when, and the sums tell later damage. There is JSON and safetensors in it
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +257,8 @@ def remove(path):
 
 def is_checkpoint(path):
     """Tell whether `Checkpoints.save` wrote a folder."""
-    return any((Path(path) / name).exists() for name in ("record.json", "rank_0.json"))
+    # os.path.exists is False for a name that no file can have; Path.exists raises then.
+    return any(os.path.exists(Path(path) / name) for name in ("record.json", "rank_0.json"))
 
 
 def read_record(path):

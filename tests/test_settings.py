@@ -15,7 +15,7 @@ import train
 from benchmarks import kernels as bench
 from distributed import plan
 from games import cities, show, unpickle
-from harness import ranges
+from harness import ranges, terminal
 from harness.check import settle
 from harness.settings import Args, SettingError, flag_of, parse
 from llama.config import Config
@@ -450,6 +450,7 @@ def test_other_commands_refuse(tmp_path, monkeypatch, capsys, main, line, words)
 def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
     for word, code in (("--help", 0), ("--nonsense", 2)):
         monkeypatch.setattr(sys, "argv", [module, word])
+        monkeypatch.setattr(terminal, "command", lambda main: main())      # it would keep pytest's streams
         with pytest.raises(SystemExit) as stop:
             runpy.run_module(module, run_name="__main__")
         assert stop.value.code == code
