@@ -6,8 +6,8 @@
     torchrun train.py --task gp-l --algo eval --model runs/gp-l-ppo/final
     torchrun train.py --plot runs/gp-l-sft runs/gp-l-ppo               # ID and OOD success against training compute
 
-This file holds what is around the learning: processes and devices, the tiny model, evaluation,
-logs, checkpoints and the loop. What is learnt from is in envs.py, what learns in model.py, how in sft.py and ppo.py.
+This file holds what is around the learning: the tiny model, loading, evaluation, the trainer and its loop. The
+games are in envs.py, the model in model.py, the algorithms in sft.py and ppo.py, settings and files in harness/.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from harness import files, terminal
 from harness.check import attempt, settle
 from harness.folder import RunFolder, chosen, git_commit, record_of, write_atomically
 from harness.ranges import SettingError, UserError
-from harness.settings import GAME_SETTINGS, PRESETS, Args, apply_preset, parse, resumed  # noqa: F401
+from harness.settings import GAME_SETTINGS, Args, parse
 from llama.config import Config
 from llama.processor import Processor
 from model import Llama

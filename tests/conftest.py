@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import envs
 import train
+from harness.settings import apply_preset
 from games import rails
 from games.verifier import SPACES
 from llama.config import Config
@@ -39,7 +40,7 @@ def small_config():
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, working_folder):
     """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
-    args = train.apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
+    args = apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
     mixture = train.foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
     tokenizer = train.train_tokenizer(mixture, config.vocab_size, "|".join(train.APART.values()))

@@ -9,6 +9,7 @@ import pytest
 
 import envs
 import train
+from harness.settings import apply_preset
 from envs import COMPAT, GeneralPoints, Navigation
 from games.answers import read_answer
 from games.cards import FACES
@@ -87,7 +88,7 @@ def test_the_sixth_attempt_is_none_of_a_demonstration():
 
 @pytest.mark.parametrize("compat, kind", [("official", SixthAttempt), ("iid-deck", GeneralPoints)])
 def test_a_run_plays_by_its_compat(compat, kind):
-    env = train.make_env(train.apply_preset(train.Args(task="gp-l", compat=compat), 0))()
+    env = train.make_env(apply_preset(train.Args(task="gp-l", compat=compat), 0))()
     assert type(env) is kind and "iid-deck" in env.compat
 
 

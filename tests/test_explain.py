@@ -14,6 +14,7 @@ from torch import nn
 
 import ppo
 import train
+from harness.settings import apply_preset
 from study import explain
 from test_train import command, learnt, records, run, weights
 from variants import lora, reference
@@ -24,7 +25,7 @@ SMALL = [*LEARN, *PROBES]
 
 
 def probe_of(model, processor, start, task="gp-l", probe_hands=2, probe_samples=2, **settings):
-    args = train.apply_preset(train.Args(task=task, algo="ppo", preset="tiny", device="cpu", max_new_tokens=2, **settings), 32)
+    args = apply_preset(train.Args(task=task, algo="ppo", preset="tiny", device="cpu", max_new_tokens=2, **settings), 32)
     sets = train.evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
     return explain.Probe(args, model, processor, train.Processes("cpu"), sets, start, probe_hands, probe_samples)
 

@@ -1,9 +1,7 @@
 """LoRA: nothing at the start, dense algebra afterwards, merged on export, resumed bit for bit; and what --tune leaves to learn."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from torch import nn
 
 import sft
 import train
+from harness.settings import apply_preset
 from distributed.plan import LLAMA_11B
 from envs import GeneralPoints
 from llama.batches import collate
@@ -30,7 +29,7 @@ LORA = ["--lora-rank", "3", "--lora-alpha", "6", "--lr-schedule", "constant", "-
 
 def trainer_of(model, processor, task="gp-vl", algo="sft", **changes):
     args = train.Args(task=task, algo=algo, preset="tiny", batch_size=4, lr=1e-2, **changes)
-    return train.Trainer(train.apply_preset(args, 32), model, processor, train.Processes("cpu"))
+    return train.Trainer(apply_preset(args, 32), model, processor, train.Processes("cpu"))
 
 
 def batch_of(processor, task):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppo
 import sft
 import train
+from harness.settings import apply_preset
 from distributed import plan
 from kernels.attention import attention_reference
 from llama.cache import KVCache
@@ -48,7 +49,7 @@ def task(request):
 
 
 def settings(task, algo, **more):
-    return train.apply_preset(train.Args(task=task, algo=algo, preset="tiny", **more), 256)
+    return apply_preset(train.Args(task=task, algo=algo, preset="tiny", **more), 256)
 
 
 def real_bytes(run, attention=SDPBackend.MATH):
@@ -192,7 +193,7 @@ def test_a_growing_cache_takes_one_layer_beside(medium):
 def test_the_paper_fits_as_it_stands(task):
     """11B on 8 GPUs of 80 GB in the paper's settings: at most 65 GB a rank, without a flag."""
     args, config = train.Args(task=task, algo="ppo"), plan.read_config("Llama-3.2-11B-Vision-Instruct", "gp")
-    _, phases = plan.memory(config, train.apply_preset(args, config.hidden_size), 8)
+    _, phases = plan.memory(config, apply_preset(args, config.hidden_size), 8)
     assert max(sum(phases[name].values()) for name in ("rollout", "update", "optimizer step")) < 65e9
 
 

@@ -10,6 +10,7 @@ import torch
 import ppo
 import sft
 import train
+from harness.settings import apply_preset
 from envs import GeneralPoints, Navigation
 from llama.generate import Sample
 
@@ -17,7 +18,7 @@ GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True
 
 
 def settings(**changes):
-    args = train.apply_preset(train.Args(task="gp-l", algo="ppo", preset="tiny", temperature=1.0), 32)     # that of `play`
+    args = apply_preset(train.Args(task="gp-l", algo="ppo", preset="tiny", temperature=1.0), 32)     # that of `play`
     for name, value in changes.items():
         assert hasattr(args, name)
         setattr(args, name, value)

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,6 @@ import torch
 import train
 from distributed import checkpoint
 from harness import files, folder, terminal
-from model import Llama
 from study import records
 from study.runner import Run, Runner
 

@@ -17,7 +17,7 @@ from distributed import plan
 from games import cities, show, unpickle
 from harness import ranges, terminal
 from harness.check import settle
-from harness.settings import Args, SettingError, flag_of, parse
+from harness.settings import PRESETS, Args, SettingError, flag_of, parse
 from llama.config import Config
 from study import __main__ as study
 from study import faces
@@ -298,7 +298,7 @@ def test_every_setting_says_what_it_may_be(name):
     kind = FIELDS[name].metadata["kind"]
     assert kind.expect() and FIELDS[name].metadata["help"]
     assert kind.fit("") is kind.fit([]) is None
-    for preset in (values.get(name) for algos in train.PRESETS.values() for values in algos.values()):
+    for preset in (values.get(name) for algos in PRESETS.values() for values in algos.values()):
         for value in preset.values() if isinstance(preset, dict) else [preset]:
             assert value is None or kind.fit(value) == value
 

@@ -9,6 +9,7 @@ import torch
 import ppo
 import sft
 import train
+from harness.settings import apply_preset
 from envs import GeneralPoints
 from llama.batches import bucket, collate
 
@@ -16,7 +17,7 @@ GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True
 
 
 def settings(**changes):
-    args = train.apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny"), 32)
+    args = apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny"), 32)
     for name, value in changes.items():
         setattr(args, name, value)
     return args
@@ -97,7 +98,7 @@ def test_loss_is_the_mean_over_target_tokens(model, processor, task):
                                           ("no-vision-no-adapter", ["vision_model", "multi_modal_projector"])])
 def test_frozen_parts_stay(model, processor, tune, frozen):
     before = copy.deepcopy(model.state_dict())
-    args = train.apply_preset(train.Args(task="gp-vl", algo="sft", preset="tiny", tune=tune, batch_size=4), 32)
+    args = apply_preset(train.Args(task="gp-vl", algo="sft", preset="tiny", tune=tune, batch_size=4), 32)
     trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
     trainer.update(0)
     moved = {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -218,7 +219,7 @@ def test_own_right_answers_become_examples():
 
 def test_own_answers_through_the_trainer(model, processor, monkeypatch):
     """Without a single right answer nothing is learnt and nothing has failed; with some, it learns from them alone."""
-    args = train.apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny", batch_size=3, sft_data="own", max_new_tokens=4), 32)
+    args = apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny", batch_size=3, sft_data="own", max_new_tokens=4), 32)
     trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
     before = copy.deepcopy(model.state_dict())
     for i in range(args.max_skipped + 1):

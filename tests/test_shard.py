@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import ppo  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
+from harness.settings import apply_preset  # noqa: E402
 from distributed import checkpoint, shard  # noqa: E402
 from llama import folders  # noqa: E402
 from llama.config import Config  # noqa: E402
@@ -171,7 +172,7 @@ def rollouts(folder, processes):
 
 
 def play(model, processor, rank, hands):
-    args, seeds = train.apply_preset(train.Args(task="gp-vl", preset="tiny", algo="ppo"), 32), range(rank, hands, 2)
+    args, seeds = apply_preset(train.Args(task="gp-vl", preset="tiny", algo="ppo"), 32), range(rank, hands, 2)
     episodes = ppo.rollout(model, processor, train.make_env(args), seeds, batch=2, temperature=1.0, max_new_tokens=5 - 2 * rank)
     return {e.seed: [(c.ids, c.logprobs) for c in e.conversations] for e in episodes}
 

@@ -14,8 +14,8 @@ from test_envs import AnyNumber, answer, evaluate
 from test_navigation import HOSTILE as HOSTILE_STEPS
 from test_navigation import game, here    # noqa: F401 (here is a fixture)
 
-import envs
 import train
+from harness.settings import apply_preset
 from envs import GAMES, GeneralPoints, Mixed, Navigation
 from games import cards, compass, solver
 from games.prompts import TASKS
@@ -331,7 +331,7 @@ RULES = {"gp-l": "10,11-12-13,5", "virl-l": "relative,absolute"}
 
 
 def settings(task, algo, **changes):
-    return train.apply_preset(train.Args(task=task, algo=algo, preset="tiny", batch_size=12, rules=RULES[task], **changes), 32)
+    return apply_preset(train.Args(task=task, algo=algo, preset="tiny", batch_size=12, rules=RULES[task], **changes), 32)
 
 
 @pytest.mark.parametrize("task", RULES)
@@ -383,7 +383,7 @@ def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_set_can_be_asked_for(task):
-    args = train.apply_preset(train.Args(task=task, algo="eval", preset="tiny"), 128)
+    args = apply_preset(train.Args(task=task, algo="eval", preset="tiny"), 128)
     known = GAMES[args.game].shifts(args.rule, args.look, args.image)
     args.eval_sets = ",".join(known)
     assert list(train.evaluation_sets(args)) == list(known)

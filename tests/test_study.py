@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from study import faces, figures, records, variants
+from study import faces, figures, records
 from study.__main__ import EXPERIMENTS, at_scale, chosen, page
 from study.figures import Group
 from study.runner import Run, Runner

@@ -17,6 +17,7 @@ import torch
 
 import envs
 import train
+from harness.settings import PRESETS, apply_preset
 from distributed import checkpoint
 from distributed.checkpoint import Checkpoints
 from games import cities, rails, routes
@@ -164,10 +165,10 @@ def test_every_argument_is_used():
 
 def test_presets_fill_everything():
     """And name only what is left open: a preset cannot override a default."""
-    for preset, algos in train.PRESETS.items():
+    for preset, algos in PRESETS.items():
         assert all(train.Args.__dataclass_fields__[name].default is None for values in algos.values() for name in values)
         for algo in set(algos) - {"all"}:
-            args = train.apply_preset(train.Args(task="gp-vl", algo=algo, preset=preset), 128)
+            args = apply_preset(train.Args(task="gp-vl", algo=algo, preset=preset), 128)
             needed = {"ppo": ["hands", "clip", "critic"], "sft": ["batch_size"], "pretrain": ["batch_size"], "eval": []}[algo]
             needed += ["steps", "lr", "betas"] if algo != "eval" else ["eval_hands", "max_new_tokens"]
             assert all(getattr(args, name) is not None for name in needed)
