@@ -30,7 +30,7 @@ def reference_inputs(processor, conversations, images):
     if images is not None:
         sees = (ids == processor.image_token_id).cumsum(1) > 0
         mask = sees[:, :, None] & images.aspect_ratio_mask.bool()[:, None]                    # (B, T, tiles)
-        inputs |= dict(pixel_values=images.pixel_values[:, None],
+        inputs |= dict(pixel_values=torch.stack(images.pixel_values)[:, None],
                        aspect_ratio_ids=images.aspect_ratio_ids[:, None],
                        aspect_ratio_mask=images.aspect_ratio_mask[:, None],
                        cross_attention_mask=mask.long()[:, :, None])

@@ -1,12 +1,10 @@
 """Turn messages into ids and image tensors, and ids into text; read and write the files of a tokenizer."""
 import json
-import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -207,22 +205,30 @@ class Processor:
         return -1 if start < 0 else bisect_left(range(len(ids)), True, key=ends_after)
 
     def images(self, images, features=None):
-        """Turn one PIL image or None per batch row into Images, or None if there is none. features: of each
-        row's image, where they are known already."""
+        """Put one image per batch row together: a picture, what `cut` made of one, or None -> Images, or None
+        if there is none. features: of each row's image, where they are known already."""
         rows = [i for i, image in enumerate(images) if image is not None]
         if not rows:
             return None
+        cut = [self.cut(images[i]) for i in rows]
+        ids, mask = (torch.cat([getattr(image, name) for image in cut])
+                     for name in ("aspect_ratio_ids", "aspect_ratio_mask"))
+        pixels, known = [image.pixel_values[0] for image in cut], None
+        if features:
+            pixels, known = None, torch.stack([features[i] for i in rows])
+        return Images(pixels, ids, mask, torch.tensor(rows), known)
+
+    def cut(self, image):
+        """Cut a PIL image into tiles -> Images of this one, which all batches that it is in can share."""
+        if isinstance(image, Images):
+            return image
         if self.image_config is None:
             raise ValueError(NO_IMAGES)
         size, max_tiles = self.image_config["size"]["height"], self.image_config["max_image_tiles"]
-        ids, layouts = zip(*(best_canvas(images[i].width, images[i].height, size, max_tiles) for i in rows))
-        real = torch.arange(max_tiles) < torch.tensor([math.prod(layout) for layout in layouts])[:, None]
-        pixels = known = None
-        if features:
-            known = torch.stack([features[i] for i in rows])
-        else:
-            pixels = torch.from_numpy(np.stack([tile_image(images[i], self.image_config) for i in rows]))
-        return Images(pixels, torch.tensor(ids), real.long(), torch.tensor(rows), known)
+        ratio, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
+        real = (torch.arange(max_tiles) < rows * columns).long()
+        pixels = torch.from_numpy(tile_image(image, self.image_config))
+        return Images([pixels], torch.tensor([ratio]), real[None], torch.zeros(1, dtype=torch.int64))
 
 
 # ------------------------------------------------------------------------------------------------------------

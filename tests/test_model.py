@@ -20,6 +20,7 @@ from kernels.attention import Visible
 from llama import folders
 from llama.cache import KVCache
 from llama.config import Config, tile_layouts
+from llama.frozen import remember
 from llama.generate import draw_tokens, draw_uniform, generate, pad
 from llama.images import Images, to_rgb
 from llama.processor import CHATML, LLAMA3, Processor
@@ -783,22 +784,61 @@ def test_image_tensors(llama3, their_images):
     pictures = [noise(*size, seed=i) for i, size in enumerate(sizes())]
     ours = llama3.images([None, *pictures, None])
     theirs = their_images([[p] for p in pictures], return_tensors="pt")
-    assert len(pictures) == 30 and ours.rows.tolist() == list(range(1, 31)) and ours.pixel_values.dtype == torch.float32
+    assert len(pictures) == 30 and ours.rows.tolist() == list(range(1, 31)) and all(p.dtype == torch.float32 for p in ours.pixel_values)
     assert torch.equal(ours.aspect_ratio_ids, theirs["aspect_ratio_ids"][:, 0]) and ours.aspect_ratio_ids.unique().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert torch.equal(ours.aspect_ratio_mask, theirs["aspect_ratio_mask"][:, 0])
     scale = torch.tensor(PREPROCESSOR["image_std"])[:, None, None]
-    assert_close(ours.pixel_values * scale, theirs["pixel_values"][:, 0] * scale, 1 / 255)
+    assert_close(torch.stack(ours.pixel_values) * scale, theirs["pixel_values"][:, 0] * scale, 1 / 255)
     assert llama3.images([None, None]) is None
     known = llama3.images([None, *pictures, None], [None, *torch.arange(30), None])
     assert known.pixel_values is None and known.features.tolist() == list(range(30))
     assert all(torch.equal(getattr(known, name), getattr(ours, name)) for name in ("aspect_ratio_ids", "aspect_ratio_mask", "rows"))
 
 
+def test_a_picture_is_cut_once(llama3):
+    """A batch takes what was cut already as it takes a picture, and shares its pixels."""
+    pictures = [noise(30, 30, 0), noise(90, 40, 1)]
+    cut = [llama3.cut(picture) for picture in pictures]
+    batch, expected = llama3.images([cut[0], None, cut[1]]), llama3.images([pictures[0], None, pictures[1]])
+    for name in ("aspect_ratio_ids", "aspect_ratio_mask", "rows"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name))
+    assert all(map(torch.equal, batch.pixel_values, expected.pixel_values)) and batch.rows.tolist() == [0, 2]
+    assert all(batch.pixel_values[i] is cut[i].pixel_values[0] and llama3.cut(cut[i]) is cut[i] for i in (0, 1))
+
+
+def test_a_frozen_encoder_sees_each_image_once(tiny, llama3, monkeypatch):
+    """Whatever batches it comes in, in any copy of the model: nothing else changes. Afterwards all is as before."""
+    seen, features, forward = [], {}, type(tiny.vision_model).forward
+    def count(encoder, images):
+        seen.append(len(images.rows))
+        return forward(encoder, images)
+
+    monkeypatch.setattr(type(tiny.vision_model), "forward", count)
+    cut = [llama3.cut(noise(*size, 0)) for size in ((30, 30), (90, 40), (28, 28))]
+    ids = random_ids(4, 8, image_at=[(0, 1), (1, 2), (3, 0)])
+    both = torch.nn.ModuleList([tiny, copy.deepcopy(tiny)])
+    for rows in ([0, 1, None, 1], [1, 0, None, 0], [2, 1, None, 0]):
+        images = llama3.images([None if row is None else cut[row] for row in rows])
+        expected = our_logits(tiny, ids, images=images)
+        seen.clear()
+        with torch.inference_mode(), remember(both[0], features):
+            assert torch.equal(both[0](ids, images=images, logits="all").logits, expected)
+        assert seen == {0: [2], 1: [], 2: [1]}[rows[0]]
+        with remember(both, features):
+            assert torch.equal(our_logits(both[1], ids, images=images), expected)
+        assert len(seen) == (rows[0] != 1) and all(x.device.type == "cpu" for x in features.values())
+    with remember(tiny, None):
+        our_logits(tiny, ids, images=images)
+    our_logits(tiny, ids, images=images)
+    assert seen == [1, 3, 3] and len(features) == 3
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "F"])
 def test_odd_modes_as_transformers(llama3, their_images, mode):
     picture = noise(40, 60, 1, "RGBA").convert("L" if mode in "IF" else "RGB" if mode in ("CMYK", "P", "1") else "RGBA").convert(mode)
     for image in (picture, picture.resize((1, 1))):
-        assert_close(llama3.images([image]).pixel_values, their_images([[image]], return_tensors="pt")["pixel_values"][:, 0], 1 / 255)
+        theirs = their_images([[image]], return_tensors="pt")["pixel_values"][0]
+        assert_close(llama3.cut(image).pixel_values[0], theirs[0], 1 / 255)
 
 
 def greys(image):
@@ -814,7 +854,7 @@ def test_16_bits_in_any_order(llama3, mode, order):
     assert greys(Image.frombytes(mode, (6, 1), values.tobytes())) == [0, 0, 1, 128, 128, 255]
     half = Image.frombytes(mode, (5, 5), np.full(25, 128 * 256, order + "u2").tobytes())
     same = Image.new("L", (5, 5), 128)
-    assert torch.equal(llama3.images([half]).pixel_values, llama3.images([same]).pixel_values)
+    assert torch.equal(llama3.cut(half).pixel_values[0], llama3.cut(same).pixel_values[0])
 
 
 @pytest.mark.parametrize("kind, values, expected", [

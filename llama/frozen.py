@@ -1,0 +1,47 @@
+"""Encode each image once per update, where the vision encoder is frozen: its output then stays the same.
+
+    images = [processor.cut(picture)]                      # once per picture, for all batches that it is in
+    features = {} if model.vision_frozen else None         # of one update; None: nothing is remembered
+    with remember(player, features):                       # what plays: the model, or its weights gathered
+        ...                                                # processor.images(images) goes to player
+    with remember(actor_critic, features):                 # what learns: each Llama in it
+        ...                                                # processor.images(images): no encoder runs
+
+An image is known by the identity of its tiles, so give batches what `Processor.cut` returned, not the picture.
+Features wait on the host (11B: 98 MB per image), and their memory is free when `features` is. Of a sharded
+model either all ranks must know all images of a pass, or none any: the encoder's layers wait for all ranks.
+The update after a rollout with gathered weights is such a pass; with --rollout-sharded, give None to both.
+"""
+import contextlib
+from functools import partial
+
+import torch
+
+from llama.images import Images
+
+
+@contextlib.contextmanager
+def remember(module, features):
+    """Look up what the encoder of each Llama in `module` makes of an image; encode and note what is new.
+
+    features: {pixels of an image: (S, F) on the host}, shared by encoders with the same weights; or None.
+    """
+    encoders = [] if features is None else [
+        part.vision_model for part in module.modules() if hasattr(part, "vision_model")]
+    for encoder in encoders:
+        encoder.forward = partial(encode, encoder.forward, features)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            del encoder.forward                                # uncovers that of its class
+
+
+def encode(forward, features, images):
+    """Do what `forward`, a vision encoder's, does: Images -> (N, S, F), but only for images not known yet."""
+    new = {pixels: i for i, pixels in enumerate(images.pixel_values) if pixels not in features}
+    if new:                                                    # tensors hash by identity
+        at = list(new.values())
+        ids, mask, rows = images.aspect_ratio_ids[at], images.aspect_ratio_mask[at], images.rows[at]
+        features.update(zip(new, forward(Images(list(new), ids, mask, rows)).cpu()))
+    return torch.stack([features[pixels] for pixels in images.pixel_values]).to(images.rows.device)
