@@ -4,7 +4,7 @@
     torchrun train.py --task gp-l --algo sft --steps 200               # the other way to learn
     torchrun train.py --task virl-vl --algo ppo                        # the other game: find the way through a city
     torchrun train.py --task gp-l --algo eval --model runs/gp-l-ppo/final
-    torchrun train.py --plot runs/gp-l-sft runs/gp-l-ppo               # ID and OOD success against training compute
+    python -m study plot runs/gp-l-sft runs/gp-l-ppo                   # ID and OOD success against training compute
 
 This file holds what is around the learning: the tiny model, loading, evaluation, the trainer and its loop. The
 games are in envs.py, the model in model.py, the algorithms in sft.py and ppo.py, settings and files in harness/.
@@ -40,7 +40,6 @@ from harness.settings import GAME_SETTINGS, Args, parse
 from llama.config import Config
 from llama.processor import Processor
 from model import Llama
-from study import figures
 from study.explain import Probe
 from study.flops import Ledger
 from variants import lora, official, reference
@@ -588,12 +587,10 @@ def evaluate_only(args, processes):
 def main(argv=None):
     processes = None
     try:
-        args, typed, runs = parse(argv, __doc__)
+        args, typed = parse(argv, __doc__)
     except SettingError as error:
         refuse(error, Processes("cpu"))
     try:
-        if runs:
-            return figures.plot(runs)
         if args.dry_run:
             return plan.show(args, typed, args.dry_run)
         processes = Processes(args.device)

@@ -532,9 +532,9 @@ def main(argv=None):
     parser.add_argument("--gpu-memory", type=ranges.above(0), default=80.0, help="GB of each (default: 80)")
     own, rest = parser.parse_known_args(argv)
     try:
-        args, typed, runs = parse(rest)
-        if runs or args.dry_run:
-            raise SettingError(f"--{'plot' if runs else 'dry-run'}: expected with train.py, not here")
+        args, typed = parse(rest)
+        if args.dry_run:
+            raise SettingError("--dry-run: expected with train.py, not here")
         show(args, typed, own.gpus, own.gpu_memory)
     except SettingError as error:
         parser.error(str(error))

@@ -322,15 +322,13 @@ def spelled(args, name):
 
 
 def parse(argv=None, description=__doc__):
-    """Command line -> (Args, names of the settings that were typed, run folders to plot).
+    """Command line -> (Args, names of the settings that were typed).
 
     Options come from the dataclass, so `--help` cannot drift from what is used. SettingError for a word that
     is none of its kind. Nothing is read or written, so that all ranks come to the same verdict.
     """
     parser = command_line("train.py", description, fail, usage="%(prog)s [options]",
                           argument_default=argparse.SUPPRESS)
-    parser.add_argument("--plot", nargs="+", metavar="RUN",
-                        help="print the table and draw success against compute (success.png) of these runs")
     for f in dataclasses.fields(Args):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         kind, help = f.metadata["kind"], f.metadata["help"]
@@ -343,10 +341,7 @@ def parse(argv=None, description=__doc__):
             late = isinstance(kind.names, dict)                # --custom can add to it, see `load_custom`
             group.add_argument(flag_of(f.name), type=str if late else kind, metavar=names, help=help)
     typed = vars(parser.parse_args(argv))
-    runs = typed.pop("plot", None)
-    if runs and typed:
-        raise SettingError(f"--plot {' '.join(runs)}: expected alone, without {flag_of(min(typed))}")
-    return Args(**typed), frozenset(typed), runs
+    return Args(**typed), frozenset(typed)
 
 
 def fail(message):

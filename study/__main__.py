@@ -1,13 +1,15 @@
-"""Do the runs of an experiment, as many at once as there are cores, then print its table and draw its figure.
+"""Do the runs of an experiment, as many at once as there are cores; print its table, draw its figures.
 
-    python -m study main                     # go on where it was stopped; with the records in git nothing is missing, and it only draws
+    python -m study main                     # go on where it was stopped; with the records in git nothing is
+                                             # missing, and it only draws
     python -m study all --plan               # what is there, what is missing, how long that will take
     python -m study main --records runs/mine --seeds 0               # measure anew
-    python -m study main --model Llama-3.2-11B-Vision-Instruct --ranks 8 --seeds 0         # the same questions to a real model
+    python -m study main --model Llama-3.2-11B-Vision-Instruct --ranks 8 --seeds 0      # ask a real model
+    python -m study plot runs/gp-l-sft runs/gp-l-ppo                 # success against compute, of your runs
 
-The folder of records gets a page, README.md, with all experiments that were begun. With --model the paper's presets hold, runs go one after the
-other, each on --ranks GPUs, and everything lies under runs/study-MODEL. Arms with numbers in their flags (steps, learning rates:
-study/experiments.py) are meant for the tiny model.
+The folder of records gets a page, README.md, with all experiments that were begun. With --model the paper's
+presets hold, runs go one after the other, each on --ranks GPUs, and everything lies under runs/study-MODEL.
+Arms with numbers in their flags (steps, learning rates: study/experiments.py) are meant for the tiny model.
 """
 
 import dataclasses
@@ -17,25 +19,27 @@ import sys
 from pathlib import Path
 
 from harness.files import write_atomically
-from harness.ranges import FOLDER, command_line, integer, one_of, several, shown
+from harness.ranges import FOLDER, SettingError, command_line, integer, one_of, several, shown
 from harness.terminal import command, visible
-from study import compat, records, shifts, variants
-from study.experiments import ARMS, Experiment
+from study import figures, records, tables
+from study.experiments import EXPERIMENTS, SEEDS
 from study.runner import Runner
 
-EXPERIMENTS = {name: Experiment(*what) for name, what in ARMS.items()} | {"shifts": shifts, "variants": variants, "compat": compat}
 DOCS = Path("docs/study")
-SEEDS = 100            # a table looks for runs of the seeds below
+PAGE = """# The study
+
+Each part is written by the command above it, from the records beside this page. ± is one standard error for \
+which seeds and hands are both samples (study/records.py)."""
 
 
 def at_scale(run, model, ranks):
-    """The run with another model where it would take the tiny one, on so many ranks."""
+    """Return the run with another model where it would take the tiny one, on so many ranks."""
     argv = run.argv + ("--model", model) if model and "--model" not in run.argv else run.argv
     return dataclasses.replace(run, argv=argv, ranks=max(ranks, run.ranks))
 
 
 def chosen(runs, only):
-    """Runs whose name holds a text, and what they need."""
+    """Return the runs whose name holds a text, and what they need."""
     names = set()
     for run in reversed(runs):
         if only in run.name or run.name in names:
@@ -44,55 +48,73 @@ def chosen(runs, only):
 
 
 def page(folder):
-    """All experiments that were begun, as Markdown: question, what was found (NAME.md, written by hand), figures, table, what it was measured on."""
-    found, parts = records.read(folder), ["# The study\n\nEach part is written by the command above it, from the records beside this page. "
-                                          "± is one standard error for which seeds and hands are both samples (study/records.py)."]
+    """Write all experiments that were begun as Markdown: question, what was found (NAME.md, by hand),
+    figures, table, what it was measured on."""
+    found, parts = records.read(folder), [PAGE]
     for name, experiment in EXPERIMENTS.items():
         if not (folder / f"{name}.jsonl").exists():
             continue
-        mine = [found[run.name] for run in experiment.runs(range(SEEDS)) if run.name in found]
-        seeds, commits, hardware = (sorted({str(what) for what in whats}) for whats in zip(*(
-            (record["config"]["seed"], record["commit"] or "unknown", record["hardware"]) for record in mine)))
-        says = folder / f"{name}.md"
-        findings = [says.read_text(encoding="utf-8").strip()] if says.exists() else []
-        pictures = [f"![{file.stem}]({file.name})" for file in (folder / f"{name}.png", *sorted(folder.glob(f"{name}-*.png"))) if file.exists()]
-        parts.append("\n\n".join([f"## {name}\n\n{experiment.question}\n\n`python -m study {name}`", *findings, *pictures, experiment.table(found),
-                                  f"*Seeds {', '.join(seeds)}; {' and '.join(hardware)}; commit {', '.join(commits)}.*"]))
+        mine = [found[run.name] for run in experiment.runs(SEEDS) if run.name in found]
+        facts = ((record["config"]["seed"], record["commit"] or "unknown", record["hardware"])
+                 for record in mine)
+        seeds, commits, hardware = (sorted(set(map(str, of_all))) for of_all in zip(*facts))
+        findings = [file.read_text(encoding="utf-8").strip() for file in folder.glob(f"{name}.md")]
+        pictures = [*folder.glob(f"{name}.png"), *sorted(folder.glob(f"{name}-*.png"))]
+        parts += [f"## {name}", experiment.question, f"`python -m study {name}`", *findings,
+                  *(f"![{file.stem}]({file.name})" for file in pictures), experiment.table(found),
+                  f"*Seeds {', '.join(seeds)}; {' and '.join(hardware)}; commit {', '.join(commits)}.*"]
     return "\n\n".join(parts) + "\n"
 
 
 def wanted(name, args):
-    """The runs of an experiment that the command line asks for."""
+    """Return the runs of an experiment that the command line asks for."""
     runs = EXPERIMENTS[name].runs([int(seed) for seed in args.seeds.split(",")])
     return [at_scale(run, args.model, args.ranks) for run in chosen(runs, args.only)]
 
 
 def do(name, args, folder, root):
-    """One experiment. Returns the names of runs that failed."""
+    """Do one experiment. Return the names of runs that failed."""
     experiment = EXPERIMENTS[name]
-    runner = Runner(wanted(name, args), root, folder / f"{name}.jsonl", 1 if args.ranks > 1 else args.workers)
+    workers = 1 if args.ranks > 1 else args.workers
+    runner = Runner(wanted(name, args), root, folder / f"{name}.jsonl", workers)
     if args.plan:
         missing = runner.missing()
-        print(*(f"{'missing' if run in missing else 'there  '}  {run.name}  train.py {' '.join(run.argv)}" for run in runner.runs), sep="\n")
+        for run in runner.runs:
+            print("missing" if run in missing else "there  ", f" {run.name}  train.py {' '.join(run.argv)}")
         runner.report()
         return []
     failed, found = runner.work(), records.read(folder)
     print(experiment.table(found))
-    if hasattr(experiment, "plot"):
-        try:
-            experiment.plot(found, folder / f"{name}.png")
-        except ImportError:
-            print("no figure, which needs matplotlib: pip install -e '.[plot]'")
+    drawn(experiment.plot, found, folder / f"{name}.png")
     write_atomically(folder / "README.md", page(folder))
     print(f"wrote {folder / 'README.md'}")
     return failed
 
 
+def drawn(draw, *given):
+    """Draw, where that is possible. Return whether it was."""
+    try:
+        draw(*given)
+        return True
+    except ImportError:
+        print("no figure, which needs matplotlib: pip install -e '.[plot]'")
+
+
+def plot(folders, file=Path("success.png")):
+    """Print the table and draw the figure of run folders."""
+    groups = tables.read_runs(folders)
+    print(tables.headline(groups))
+    if drawn(figures.draw, groups, file):
+        print(f"wrote {file}")
+
+
 def main(argv=None):
     questions = "\n".join(f"    {name:12}{experiment.question}" for name, experiment in EXPERIMENTS.items())
     parser = command_line("python -m study", f"{__doc__}\nexperiments:\n{questions}")
-    parser.add_argument("experiment", type=one_of(("all", *EXPERIMENTS)), help="all, or one of the above")
-    parser.add_argument("--seeds", type=several(integer(0, SEEDS - 1)), default="0,1,2",
+    parser.add_argument("experiment", type=one_of(("all", "plot", *EXPERIMENTS)),
+                        help="all, plot, or one of the above")
+    parser.add_argument("folders", nargs="*", metavar="RUN", help="folders of runs, of plot")
+    parser.add_argument("--seeds", type=several(integer(0, SEEDS[-1])), default="0,1,2",
                         help="of training, joined by commas (default: %(default)s)")
     parser.add_argument("--model", help="init checkpoint to begin with instead of the tiny model's")
     parser.add_argument("--ranks", type=integer(1), default=1,
@@ -106,23 +128,29 @@ def main(argv=None):
     parser.add_argument("--plan", action="store_true",
                         help="say what is missing and how long it will take, do nothing")
     args = parser.parse_args(argv)
-    names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
+    if bool(args.folders) != (args.experiment == "plot"):
+        parser.error("RUN ...: expected with plot, and with plot alone")
+    names = EXPERIMENTS if args.experiment == "all" else [args.experiment] * (not args.folders)
     names = [name for name in names if wanted(name, args)]
-    if not names:
+    if not names and not args.folders:
         parser.error(f"--only {shown(args.only)}: expected part of the name of a run of {args.experiment}; "
                      "--plan lists them")
     if args.model and not (Path(args.model) / "config.json").is_file():
         parser.error(f"--model {shown(args.model)}: expected a folder with a config.json")
     own = args.model and Path("runs") / f"study-{Path(args.model).name}"
     folder, root = Path(args.records or own or DOCS), Path(args.runs or own or "runs/study")
-    signal.signal(signal.SIGINT, signal.default_int_handler)           # which a shell's & turns off
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in (signal.SIGINT, signal.SIGTERM):               # a shell's & turns the first off
+        signal.signal(name, signal.default_int_handler)
     try:
+        if args.folders:
+            return plot(args.folders)
         failed = [run for name in names for run in do(name, args, folder, root)]
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     except BrokenPipeError:
         raise
+    except SettingError as error:
+        parser.error(str(error))
     except (OSError, ValueError) as error:
         sys.exit(f"python -m study: error: {visible(str(error))}")
     if failed:

@@ -1,114 +1,285 @@
-"""The paper's questions as lists of runs: from one init checkpoint each way to learn (an *arm*), several seeds, and the figure and table that answer.
+"""The paper's questions and some of our own as lists of runs: from one init checkpoint each way to learn (an
+*arm*), several seeds, and the tables and figures that answer.
 
     python -m study main                     # figures 5 to 7: SFT and PPO on all four tasks
     python -m study attempts                 # figure 10: how many attempts in training
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
 
 from games.prompts import TASKS
-from study import figures
-from study.figures import Group
+from study import figures, tables
 from study.runner import Run
+from study.tables import Group
+from variants import official
+
+SEEDS = range(100)             # tables look for runs of these
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to learn. Its runs are TASK-NAME-SEED. start: the name of an arm of the same task and seed whose weights it begins with ("": the task's
-    init checkpoint), or with a '/' in it a folder."""
-    task: str
+    """One way to learn, or to test what was learnt.
+
+    name: of its runs' folders but for -SEED; it holds the task
+    flags: of train.py; {NAME} in them stands for the weights that NAME's run of the same seed ends with
+    label: in tables and figures; "": they leave it out
+    """
     name: str
     flags: str
-    start: str = ""
+    label: str
+    ranks: int = 1
+
+    @property
+    def task(self):
+        return next(task for task in TASKS if f"{task}-" in self.name)
+
+    @property
+    def before(self):
+        """The run whose evaluation stands before the arm's own; None: the arm begins with one itself."""
+        if "-shifts-" in self.name:
+            return f"{self.task}-shifts-init-0"
+        return f"{self.task}-init-0" if "--skip-first-eval" in self.flags else None
 
     def run(self, seed):
-        return f"{self.task}-{self.name}-{seed}"
-
-    def model(self, seed):
-        if not self.start:
-            return ()
-        return "--model", self.start if "/" in self.start else f"{{root}}/{self.task}-{self.start}-{seed}/final"
-
-
-SFT, PPO = "--algo sft", "--algo ppo"
-FROM_INIT = "--skip-first-eval"        # where all seeds begin with the init checkpoint, its own evaluation is the first
-MAIN = [Arm(task, algo, f"--algo {algo}") for task in TASKS for algo in ("sft", "ppo")]
-main_of = {(arm.task, arm.name): arm for arm in MAIN}
-ARMS = {                   # experiment: (its question, its arms)
-    "main": ("Figures 5 to 8: SFT and PPO from one init checkpoint, tested on the rule and look of training and on others.", MAIN),
-    "no-sft": ("Figure 9: RL without SFT before it. The tiny foundation knows the game's format already; beside it one that has hardly begun to learn.",
-               [main_of["gp-l", "ppo"], Arm("gp-l", "ppo-from-foundation", PPO, "docs/tiny/gp"), Arm("gp-l", "ppo-from-young", PPO, "young")]),
-    # As many updates as take the compute of 40 with five attempts (80, 119, 146 and 198 tokens an episode).
-    "attempts": ("Figure 10: how many attempts, in training and in the evaluation, at equal compute.",
-                 [Arm("gp-l", "ppo-1-attempt", f"{PPO} --attempts 1 --steps 73 --eval-every 37"),
-                  Arm("gp-l", "ppo-3-attempts", f"{PPO} --attempts 3 --steps 49 --eval-every 25"), main_of["gp-l", "ppo"],
-                  Arm("gp-l", "ppo-10-attempts", f"{PPO} --attempts 10 --steps 30 --eval-every 15")]),
-    # 185 tokens instead of 79 (gp-l), 134 instead of 112 (virl-l), and so fewer steps.
-    "suboptimal": ("Figure 15: SFT on dialogues in which wrong answers and the verifier's replies come before the right one.",
-                   [main_of["gp-l", "sft"], Arm("gp-l", "sft-suboptimal", f"{SFT} --mistakes 1 --steps 193 --eval-every 97 {FROM_INIT}"),
-                    main_of["virl-l", "sft"], Arm("virl-l", "sft-suboptimal", f"{SFT} --mistakes 1 --steps 186 --eval-every 93 {FROM_INIT}")]),
-    "freeze": ("Figure 16: SFT's learning rate, and what is frozen.",
-               [Arm("gp-vl", f"sft-{lr}-{tune}", f"{SFT} --lr {lr} --tune {tune} --steps 150 {FROM_INIT}")
-                for tune in ("all", "no-vision", "no-vision-no-adapter") for lr in ("1e-4", "3e-4", "1e-3")]),
-    "overfitted": ("Figure 19: RL from where SFT ended.",
-                   [arm for task in ("gp-l", "virl-l") for arm in (main_of[task, "sft"], Arm(task, "ppo-after-sft", PPO, "sft"))]),
-    "best-sft": ("SFT given its best chance: several rules, a small learning rate, weights for tokens, an early end, embedding and head left alone.",
-                 [main_of["gp-l", "sft"], Arm("gp-l", "sft-rules", f"{SFT} --rules 10,5,7 {FROM_INIT}"),
-                  Arm("gp-l", "sft-small-lr", f"{SFT} --lr 3e-5 {FROM_INIT}"), Arm("gp-l", "sft-dft-weights", f"{SFT} --sft-loss dft {FROM_INIT}"),
-                  Arm("gp-l", "sft-early", f"{SFT} --steps 90 --eval-every 15 {FROM_INIT}"),
-                  Arm("gp-l", "sft-no-embeddings", f"{SFT} --tune no-embeddings {FROM_INIT}"), main_of["gp-l", "ppo"],
-                  main_of["virl-l", "sft"], Arm("virl-l", "sft-small-lr", f"{SFT} --lr 3e-5 {FROM_INIT}"), main_of["virl-l", "ppo"]]),
-}
-STARTS = [Arm("gp-l", "young", "--algo pretrain --steps 60 --eval-hands 0")]           # begun with, but no arm of an experiment
+        begun = re.search("{(.+)}", self.flags)
+        after = f"{begun[1]}-{seed}" if begun else f"{self.task}-init-0"
+        flags = self.flags.replace(begun[0], f"{{root}}/{after}/final") if begun else self.flags
+        drawn = () if "--algo eval" in flags else ("--seed", str(seed))
+        name = f"{self.name}-{0 if self.name.endswith('-init') else seed}"
+        return Run(name, ("--task", self.task, *flags.split(), *drawn), (after,), self.ranks)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A list of arms with its runs, table and figure."""
+    """arms: what others begin with comes first; table: groups -> Markdown; figures: {what their names end
+    with: function of groups and file}."""
     question: str
     arms: list
+    table_of: Callable = tables.changes
+    figures: dict = field(default_factory=lambda: {"": figures.draw, "-tradeoff": figures.tradeoff})
 
     def runs(self, seeds):
-        """The init checkpoints first (their evaluation makes them), then seed by seed, what is begun with before what begins with it."""
-        tasks = list(dict.fromkeys(arm.task for arm in self.arms))
-        found = [Run(f"{task}-init-0", ("--task", task, "--algo", "eval")) for task in tasks]
-        known = {(arm.task, arm.name): arm for arms in [*(arms for _, arms in ARMS.values()), STARTS] for arm in arms}
-        for seed in seeds:
-            for arm in self.arms:
-                chain = [arm]
-                while chain[0].start and "/" not in chain[0].start:
-                    chain.insert(0, known[arm.task, chain[0].start])
-                for one in chain:
-                    needs = chain[chain.index(one) - 1].run(seed) if one.start and "/" not in one.start else f"{arm.task}-init-0"
-                    run = Run(one.run(seed), ("--task", one.task, "--seed", str(seed), *one.flags.split(), *one.model(seed)), after=(needs,))
-                    if run not in found:
-                        found.append(run)
-        return found
+        """Return the runs: first the init checkpoints (evaluating one makes it), then seed by seed."""
+        tasks = dict.fromkeys(arm.task for arm in self.arms)
+        inits = [Run(f"{task}-init-0", ("--task", task, "--algo", "eval")) for task in tasks]
+        return list(dict.fromkeys(inits + [arm.run(seed) for seed in seeds for arm in self.arms]))
 
     def groups(self, found):
-        """A group an arm that has any records, each with an evaluation before the first step."""
+        """Return a group for each arm that has any records, each with an evaluation before the first step."""
         groups = []
         for arm in self.arms:
-            mine = [found[arm.run(seed)] for seed in range(100) if arm.run(seed) in found]
-            if FROM_INIT in arm.flags:
-                before = [point | {"counted_tflops": 0.0} for point in found[f"{arm.task}-init-0"]["curve"]]
+            mine = [found[name] for seed in SEEDS if (name := f"{arm.name}-{seed}") in found]
+            if arm.label and mine and (not arm.before or arm.before in found):
+                curve = found[arm.before]["curve"] if arm.before else []
+                before = [point | {"counted_tflops": 0.0} for point in curve]
                 mine = [record | {"curve": before + record["curve"]} for record in mine]
-            groups += [Group(arm.task, arm.name, mine)] if mine else []
+                groups.append(Group(arm.task, arm.label, mine))
         return groups
 
     def table(self, found):
-        groups = self.groups(found)
-        if self.arms is not MAIN:
-            return figures.table(groups)
-        return "\n\n".join(show(groups) for show in (figures.headline, figures.verdict, figures.explained))
+        return self.table_of(self.groups(found))
 
     def plot(self, found, file):
-        groups = self.groups(found)
-        figures.draw(groups, file)
-        figures.tradeoff(groups, file.with_stem(f"{file.stem}-tradeoff"))
-        if self.arms is MAIN:
-            figures.finals(groups, file.with_stem(f"{file.stem}-final"))
-            figures.scatter(groups, file.with_stem(f"{file.stem}-recognition"), "cards or observations read right (%)",
-                            lambda point, name: 100 * point["eval"][name]["recognized"])
-            figures.scatter(groups, file.with_stem(f"{file.stem}-kl"), "KL(init || policy) on the training game (nats an answer)",
-                            lambda point, name: figures.measured(point, 1, "forward_kl_answer"))
+        for suffix, draw in self.figures.items():
+            draw(self.groups(found), file.with_stem(file.stem + suffix))
+
+
+def arms(text):
+    """Read arms, TASK NAME FLAGS in a line each."""
+    return [Arm(f"{task}-{name}", " ".join(flags), name)
+            for task, name, *flags in map(str.split, text.strip().splitlines())]
+
+
+def hidden(found):
+    """Return the arms without a label."""
+    return [replace(arm, label="") for arm in found]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's figures
+
+MAIN = arms("\n".join(f"{task} {algo} --algo {algo}" for task in TASKS for algo in ("sft", "ppo")))
+
+NO_SFT = hidden(arms("gp-l young --algo pretrain --steps 60 --eval-hands 0")) + arms("""
+    gp-l ppo                  --algo ppo
+    gp-l ppo-from-foundation  --algo ppo --model docs/tiny/gp
+    gp-l ppo-from-young       --algo ppo --model {gp-l-young}
+""")
+# As many updates as take the compute of 40 with five attempts (80, 119, 146 and 198 tokens an episode).
+ATTEMPTS = arms("""
+    gp-l ppo-1-attempt    --algo ppo --attempts 1 --steps 73 --eval-every 37
+    gp-l ppo-3-attempts   --algo ppo --attempts 3 --steps 49 --eval-every 25
+    gp-l ppo              --algo ppo
+    gp-l ppo-10-attempts  --algo ppo --attempts 10 --steps 30 --eval-every 15
+""")
+# 185 tokens instead of 79 (gp-l), 134 instead of 112 (virl-l), and so fewer steps.
+SUBOPTIMAL = arms("""
+    gp-l   sft             --algo sft
+    gp-l   sft-suboptimal  --algo sft --mistakes 1 --steps 193 --eval-every 97 --skip-first-eval
+    virl-l sft             --algo sft
+    virl-l sft-suboptimal  --algo sft --mistakes 1 --steps 186 --eval-every 93 --skip-first-eval
+""")
+FREEZE = arms("\n".join(
+    f"gp-vl sft-{lr}-{tune} --algo sft --lr {lr} --tune {tune} --steps 150 --skip-first-eval"
+    for tune in ("all", "no-vision", "no-vision-no-adapter") for lr in ("1e-4", "3e-4", "1e-3")))
+OVERFITTED = arms("""
+    gp-l   sft            --algo sft
+    gp-l   ppo-after-sft  --algo ppo --model {gp-l-sft}
+    virl-l sft            --algo sft
+    virl-l ppo-after-sft  --algo ppo --model {virl-l-sft}
+""")
+BEST_SFT = arms("""
+    gp-l   sft                --algo sft
+    gp-l   sft-rules          --algo sft --rules 10,5,7 --skip-first-eval
+    gp-l   sft-small-lr       --algo sft --lr 3e-5 --skip-first-eval
+    gp-l   sft-dft-weights    --algo sft --sft-loss dft --skip-first-eval
+    gp-l   sft-early          --algo sft --steps 90 --eval-every 15 --skip-first-eval
+    gp-l   sft-no-embeddings  --algo sft --tune no-embeddings --skip-first-eval
+    gp-l   ppo                --algo ppo
+    virl-l sft                --algo sft
+    virl-l sft-small-lr       --algo sft --lr 3e-5 --skip-first-eval
+    virl-l ppo                --algo ppo
+""")
+
+# ------------------------------------------------------------------------------------------------------------
+# More shifts: the weights that main's runs end with, tested on other targets, values, looks and wordings.
+# fake-rule states the new rule and judges by the old one: who succeeds there ignores the rule, who fails
+# there and on rule-ood fails at its arithmetic (first tries tell it best, as the verifier's replies speak of
+# the old values). envs.py describes each set; pre-training knew face-5, face-7, target-12 and target-20.
+
+SETS = {"gp": "id-face,fake-rule,face-5,face-7,five-cards,target-12,target-20,target-36",
+        "virl": "fake-rule,relative-wording"}
+SEEN = {"gp-vl": ",mirrored,recoloured"}               # of pictures alone
+SHIFTS = hidden(MAIN)
+for task in TASKS:
+    test = f"--algo eval --eval-sets {SETS[task.split('-')[0]]}{SEEN.get(task, '')}"
+    SHIFTS.append(Arm(f"{task}-shifts-init", test, label=""))
+    SHIFTS += [Arm(f"{task}-shifts-{algo}", f"{test} --model {{{task}-{algo}}}", algo)
+               for algo in ("sft", "ppo")]
+
+# ------------------------------------------------------------------------------------------------------------
+# Variants at equal compute, half of main's. Each line: what differs, its name, flags beside the preset's, and
+# the training FLOPs of a step against the preset's as train.py counts them (gp-l, virl-l, or both). Steps are
+# fewer or more by as much. A rollout takes 2 a weight and token, an update 6, a pass that scores 2 more;
+# own right answers cost the batch that is played to find them. Learning rates of LoRA and the weight of the
+# KL penalty were not tuned.
+
+ONCE = "--eval-every 0 --skip-first-eval --probe-hands 0 --keep 1"
+HALF = {"ppo": {"gp-l": 20, "virl-l": 15}, "sft": {"gp-l": 225, "virl-l": 110}}        # of the presets' steps
+VARIANTS = """
+    advantage: gae-loo (preset)  | | 1
+    advantage: gae               | --advantage gae | 1
+    advantage: gae-token         | --advantage gae-token --unit token | 1.54 1.32
+    advantage: gae-two-level     | --advantage gae-two-level --unit token | 1.54 1.32
+    advantage: monte-carlo       | --advantage monte-carlo | 1
+    advantage: rloo              | --advantage rloo | 1
+    advantage: grpo              | --advantage grpo | 1
+    advantage: grpo-no-std       | --advantage grpo-no-std | 1
+    advantage: reinforce++       | --advantage reinforce++ --unit token | 1
+    loss: ppo, of tokens         | --unit token | 1
+    loss: clip-higher            | --loss clip-higher | 1
+    loss: dual-clip              | --loss dual-clip | 1
+    loss: reinforce              | --loss reinforce --minibatches 1 | 1
+    both, as published: GRPO     | --advantage grpo --loss grpo --clip 0.2 | 1
+    both, as published: Dr. GRPO | --advantage grpo-no-std --unit token --clip 0.2 | 1
+    both, as published: GSPO     | --advantage grpo --loss gspo --clip 3e-4 | 1
+    both, as published: DAPO     | --advantage grpo --loss dapo --clip 0.2 | 1
+    KL to init: k1 in the loss   | --kl-coef 0.1 --kl-in loss --kl-estimator k1 | 10/8
+    KL to init: k2 in the loss   | --kl-coef 0.1 --kl-in loss --kl-estimator k2 | 10/8
+    KL to init: k3 in the loss   | --kl-coef 0.1 --kl-in loss --kl-estimator k3 | 10/8
+    KL to init: k1 in the reward | --kl-coef 0.1 --kl-in reward --kl-estimator k1 | 10/8
+    KL to init: k2 in the reward | --kl-coef 0.1 --kl-in reward --kl-estimator k2 | 10/8
+    KL to init: k3 in the reward | --kl-coef 0.1 --kl-in reward --kl-estimator k3 | 10/8
+    what learns: attention       | --tune attention | 0.84
+    what learns: mlp             | --tune mlp | 0.9
+    what learns: LoRA            | --lora-rank 16 --lr 1e-3 | 0.94
+    SFT: nll (preset)            | | 1
+    SFT: dft                     | --sft-loss dft | 1
+    SFT: psft                    | --sft-loss psft --minibatches 4 | 8/6
+    SFT: iw-sft                  | --sft-loss iw-sft | 8/6
+    SFT: own right answers       | --sft-data own | 1.43 7.1
+    SFT: attention               | --tune attention | 0.75
+    SFT: mlp                     | --tune mlp | 0.86
+    SFT: LoRA                    | --lora-rank 16 --lr 3e-3 | 0.85
+"""
+
+
+def variant(line, task):
+    """Read a line of VARIANTS as the arm of a task."""
+    label, flags, costs = map(str.strip, line.split("|"))
+    algo = "sft" if label.startswith("SFT") else "ppo"
+    name = re.sub(r"[^\w+-]", "", label.partition(": ")[2].replace(" ", "-"))
+    cost = Fraction(costs.split()[-1 if task == "virl-l" else 0])
+    steps = round(HALF[algo][task] / cost)
+    return Arm(f"{task}-{algo}-{name}", f"--algo {algo} --steps {steps} {ONCE} {flags}", label)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Behaviours of the released code (variants/official.py), in PPO with GAE as there. The last evaluation plays
+# the game as the run did, with the switch on; then the weights are judged again in the default game, so that
+# what training made of the model stands apart from what the judge makes of it.
+
+PICTURES = ["misread-first"]                           # does nothing without them
+SWITCHES = {"gp-l": [switch for switch in (*official.OF_GAME["gp"], *official.PPO, "official")
+                     if switch not in PICTURES],
+            "gp-vl": PICTURES,
+            "virl-l": [*official.OF_GAME["virl"], "official"]}
+
+
+def switched(task, switch):
+    """Return the arm of one switch, "" for none, and the arm that judges what it ends with."""
+    name, steps = f"{task}-compat-{switch or 'none'}", HALF["ppo"].get(task, 20)
+    flags = f"--advantage gae --steps {steps} {ONCE}" + f" --compat {switch}" * bool(switch)
+    ranks = 2 if switch == "rank-advantages" else 1                # of one there is nothing to see
+    return [Arm(name, flags, switch or "none", ranks),
+            Arm(f"judged-{name}", f"--algo eval --model {{{name}}}", f"judged {switch or 'none'}")]
+
+
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def in_full(groups):
+    return "\n\n".join([tables.headline(groups), tables.verdict(groups), tables.explained(groups)])
+
+
+CAUSES = {"-recognition": partial(figures.scatter, label="cards or observations read right (%)",
+                                  x=lambda point, name: 100 * point["eval"][name]["recognized"]),
+          "-kl": partial(figures.scatter, label="KL(init || policy) on the training game (nats an answer)",
+                         x=lambda point, name: tables.measured(point, 1, "forward_kl_answer"))}
+EXPERIMENTS = {
+    "main": Experiment(
+        "Figures 5 to 8: SFT and PPO from one init checkpoint, tested on the rule and look of training and "
+        "on others.", MAIN, in_full,
+        {"": figures.draw, "-tradeoff": figures.tradeoff, "-final": figures.finals} | CAUSES),
+    "no-sft": Experiment(
+        "Figure 9: RL without SFT before it. The tiny foundation knows the game's format already; beside it "
+        "one that has hardly begun to learn.", NO_SFT),
+    "attempts": Experiment(
+        "Figure 10: how many attempts, in training and in the evaluation, at equal compute.", ATTEMPTS),
+    "suboptimal": Experiment(
+        "Figure 15: SFT on dialogues in which wrong answers and the verifier's replies come before the right "
+        "one.", SUBOPTIMAL),
+    "freeze": Experiment("Figure 16: SFT's learning rate, and what is frozen.", FREEZE),
+    "overfitted": Experiment("Figure 19: RL from where SFT ended.", OVERFITTED),
+    "best-sft": Experiment(
+        "SFT given its best chance: several rules, a small learning rate, weights for tokens, an early end, "
+        "embedding and head left alone.", BEST_SFT),
+    "shifts": Experiment(
+        "More shifts than the paper's: does what holds there hold on others, and does a model that fails a "
+        "rule ignore it?", SHIFTS, tables.headline, {"": figures.finals}),
+    "variants": Experiment(
+        "Every variant on both games: what it does to success, and what it costs. Presets and variants at "
+        "equal compute, half of main's.",
+        [variant(line, task) for task in ("gp-l", "virl-l") for line in VARIANTS.strip().splitlines()],
+        tables.variants, {"": figures.variants}),
+    "compat": Experiment(
+        "What each behaviour of the released code does to PPO with GAE, as its own judge reports it and in "
+        "the default game.",
+        [arm for task, switches in SWITCHES.items() for switch in ("", *switches)
+         for arm in switched(task, switch)], tables.switches, {}),
+}

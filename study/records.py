@@ -1,4 +1,5 @@
-"""What is kept of a run, a line of JSON; and how sure a rate is that comes from several seeds playing the same hands."""
+"""Keep of a run a line of JSON; and say how sure a rate is that comes from several seeds playing the same
+hands."""
 
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from harness.files import append_line, read_lines
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
+OF_ALL = ("config", "commit", "hardware")
 
 
 def read(folder):
@@ -18,44 +20,47 @@ def read(folder):
 
 
 def of_run(name, folder):
-    """The record of a run that has ended: how it was called and what it ran on, its evaluations in order (an evaluation alone has one, after 0
-    steps and FLOPs), what it took."""
+    """Return the record of a run that has ended: how it was called and what it ran on, its evaluations in
+    order (an evaluation alone has one, after 0 steps and FLOPs), what it took."""
     alone = (Path(folder) / "eval.json").exists()
     file = Path(folder) / ("eval.json" if alone else "log.jsonl")
     try:
-        told = of_evaluation(json.loads(file.read_text(encoding="utf-8"))) if alone else of_log(
-            read_lines(file, {"event": str}))
+        if alone:
+            only = json.loads(file.read_text(encoding="utf-8"))
+            told = {key: only[key] for key in OF_ALL} | {"curve": [{"step": 0, "eval": only["eval"]}]}
+        else:
+            told = of_log(read_lines(file, {"event": str}))
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file}: not of a run that has ended, or of another version ({reason}); leave the run "
-                         "out, or make it anew in another folder") from None
+        raise ValueError(f"{file}: not of a run that has ended, or of another version ({reason}); leave the "
+                         "run out, or make it anew in another folder") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); make the run anew in another folder") from None
     return {"name": name} | told
 
 
-def of_evaluation(only):
-    """Return what eval.json tells, as `of_run` does."""
-    curve = [{"step": 0, "eval": only["eval"]}]
-    return {key: only[key] for key in ("config", "commit", "hardware")} | {"curve": curve}
-
-
 def of_log(lines):
     """Return what the lines of a log tell, as `of_run` does."""
-    kinds = {event: [line for line in lines if line["event"] == event] for event in ("start", "step", "eval")}
-    start, steps = kinds["start"][0], kinds["step"]
-    took = {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
-    took |= {"seconds": sum(line["seconds"] for line in steps), "memory_gb": max(line["memory_gb"] for line in steps)}
-    curve = [point(line) for line in kinds["eval"]]
-    return {key: start[key] for key in ("config", "commit", "hardware")} | took | {"curve": curve}
+    start, steps, curve = ([line for line in lines if line["event"] == event]
+                           for event in ("start", "step", "eval"))
+    told = {key: start[0][key] for key in OF_ALL}
+    told |= {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
+    return told | {"seconds": sum(line["seconds"] for line in steps),
+                   "memory_gb": max(line["memory_gb"] for line in steps),
+                   "curve": [point(line) for line in curve]}
 
 
 def point(line):
-    """What is kept of an evaluation: of its probe (study/explain.py) only what is not told hand by hand."""
+    """Return what is kept of an evaluation: of its probe only what is not told hand by hand."""
+    def brief(told):
+        if not isinstance(told, dict):
+            return told
+        return {key: x for key, x in told.items() if not isinstance(x, list)}
+
     kept = {key: line[key] for key in ("step", "tflops", "counted_tflops", "eval") if key in line}
     if "probe" in line:
-        kept["probe"] = {name: {key: x for key, x in found.items() if not isinstance(x, list)} if isinstance(found, dict) else found
-                         for name, found in line["probe"].items() if not name.endswith("_hands")}
+        kept["probe"] = {name: brief(told) for name, told in line["probe"].items()
+                         if not name.endswith("_hands")}
     return kept
 
 
@@ -69,7 +74,7 @@ def append(file, record):
 
 
 def pack(numbers):
-    """Whole numbers as one string, where all are below 36."""
+    """Write whole numbers as one string, where all are below 36."""
     return "".join(DIGITS[n] for n in numbers) if max(numbers) < 36 else numbers
 
 
@@ -78,11 +83,13 @@ def unpack(numbers):
 
 
 def error_of_mean(scores):
-    """Standard error of the mean of scores, (seeds, hands), where each seed is one training run and all of them play the same hands.
+    """Return the standard error of the mean of scores, (seeds, hands), where each seed is one training run
+    and all of them play the same hands.
 
-    Both are samples, and crossed: Var = (MS_seeds + MS_hands - MS_rest) / (seeds hands), by analysis of variance with two random factors. As the
-    three mean squares are estimates, and of few seeds poor ones, the sum is taken to be no less than the larger of the first two. Of one
-    seed's runs nothing tells how seeds differ: the error is that of the hands.
+    Both are samples, and crossed: Var = (MS_seeds + MS_hands - MS_rest) / (seeds hands), by analysis of
+    variance with two random factors. As the three mean squares are estimates, and of few seeds poor ones, the
+    sum is taken to be no less than the larger of the first two. Of one seed's runs nothing tells how seeds
+    differ: the error is that of the hands.
     """
     seeds, hands = scores.shape
     mean, of_seed, of_hand = scores.mean(), scores.mean(1, keepdims=True), scores.mean(0, keepdims=True)
@@ -95,26 +102,29 @@ def error_of_mean(scores):
 
 
 def outcomes(results, metric):
-    """Numerator and denominator of a metric, (2, hands), from one evaluation of one set (see train.evaluate)."""
+    """Return numerator and denominator of a metric, (2, hands), from one evaluation of one set."""
     solved, right, answers = (np.array(unpack(results[key]), dtype=float) for key in OF_EACH)
-    return {"success": lambda: np.stack([solved, np.ones_like(solved)]),
-            "first": lambda: np.stack([solved * (right == answers), np.ones_like(solved)]),
-            "per_step": lambda: np.stack([right, answers])}[metric]()
+    if metric == "per_step":
+        return np.stack([right, answers])
+    return np.stack([solved * (right == answers) if metric == "first" else solved, np.ones_like(solved)])
+
+
+def linearised(evaluations, metric):
+    """Return the rate over several seeds on the same hands, and (seeds, hands) scores whose mean has the
+    error of that rate, a ratio of two sums."""
+    above, below = np.stack([outcomes(results, metric) for results in evaluations], axis=1)
+    rate = above.sum() / below.sum()
+    return rate, (above - rate * below) / below.mean()
 
 
 def rate(evaluations, metric):
-    """(rate, standard error) in % over the evaluations of several seeds on the same hands. A ratio of sums is linearised for its error."""
-    above, below = np.stack([outcomes(results, metric) for results in evaluations], axis=1)
-    p = above.sum() / below.sum()
-    return 100 * p, 100 * error_of_mean((above - p * below) / below.mean())
+    """Return (rate, standard error) in %."""
+    rate, scores = linearised(evaluations, metric)
+    return 100 * rate, 100 * error_of_mean(scores)
 
 
 def change(evaluations, others, metric):
-    """(difference of the rates, its standard error) in points, of two groups of evaluations on the same hands, hand by hand. `others` are as many
-    (seed by seed), or one that all are compared with."""
-    scores, rates = [], []
-    for group in (evaluations, others):
-        above, below = np.stack([outcomes(results, metric) for results in group], axis=1)
-        rates.append(above.sum() / below.sum())
-        scores.append((above - rates[-1] * below) / below.mean())
-    return 100 * (rates[0] - rates[1]), 100 * error_of_mean(scores[0] - scores[1])
+    """Return (difference of the rates, its standard error) in points, of two groups of evaluations on the
+    same hands, hand by hand. `others` are as many (seed by seed), or one that all are compared with."""
+    (rate, scores), (other, their) = (linearised(group, metric) for group in (evaluations, others))
+    return 100 * (rate - other), 100 * error_of_mean(scores - their)

@@ -24,6 +24,7 @@ import train
 from distributed import checkpoint
 from harness import files, folder, terminal
 from study import records
+from study import __main__ as study
 from study.runner import Run, Runner
 
 ROOT = Path(train.__file__).parent
@@ -58,10 +59,10 @@ def sft(runs, tmp_path):
     return shutil.copytree(runs / "sft", tmp_path / "sft")
 
 
-def refused(*argv):
+def refused(*argv, main=train.main):
     """Run a command that is to be refused. Returns its one line."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
-        train.main(list(map(str, argv)))
+        main(list(map(str, argv)))
     said = err.getvalue().strip() if stop.value.code == 2 else str(stop.value.code)
     assert "\n" not in said and len(said) > 20, said
     return said
@@ -338,19 +339,19 @@ def test_lines(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["cut off", "not JSON", "empty", "not text", "no object"])
 def test_a_runs_log(sft, name, monkeypatch):
-    """--resume and --plot: a cut-off last line is left out, another foreign one is named."""
+    """On --resume and for a plot a cut-off last line is left out, another foreign one is named."""
     log, (foreign, bad, _) = sft / "log.jsonl", LOGS[name]
     lines = log.read_bytes()
     log.write_bytes(lines + (foreign if bad else foreign.removeprefix(GOOD + b"\n")))
     monkeypatch.chdir(sft.parent)
     if bad:
         n = lines.count(b"\n") + bad
-        for argv in (resume(sft), ["--plot", sft]):
-            assert f"{log}, line {n}: " in refused(*argv)
+        for said in (refused(*resume(sft)), refused("plot", sft, main=study.main)):
+            assert f"{log}, line {n}: " in said
     else:
         train.main(resume(sft))
         assert log.read_bytes().startswith(lines) and b'"step": 2, "config"' in log.read_bytes()
-        train.main(["--plot", str(sft)])
+        study.main(["plot", str(sft)])
 
 
 def log_of(**changes):
@@ -371,14 +372,15 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, words):
     log = tmp_path / "run/log.jsonl"
     log.parent.mkdir()
     log.write_bytes(content) if content is not None else log.mkdir()
-    said = refused("--plot", log.parent)
+    said = refused("plot", log.parent, main=study.main)
     assert str(log.parent) in said and words in said
 
 
 def test_runs_that_were_tested_otherwise_are_not_plotted_together(runs, sft):
     log = sft / "log.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"rule-ood": {', b'"fake-rule": {'))
-    assert f"{sft}: evaluated on other sets or hands" in refused("--plot", runs / "ppo", sft)
+    assert f"{sft}: evaluated on other sets or hands" in refused(
+        "plot", runs / "ppo", sft, main=study.main)
 
 
 def test_records(tmp_path):

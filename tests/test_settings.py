@@ -108,8 +108,6 @@ REFUSED = [
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--eval-hand 3", "unrecognized arguments: --eval-hand"),
     ("--lr", "--lr: expected one argument"),
-    ("--plot runs/x --lr 1", "--plot runs/x: expected alone, without --lr"),
-    ("--plot nowhere", "--plot nowhere: expected a folder that train.py wrote"),
     # lists
     ("--eval-sets id,rule-odd", "--eval-sets id,rule-odd: expected one of id, id-face, rule-ood"),
     ("--eval-sets id,id", "--eval-sets id,id: expected"),
@@ -364,7 +362,7 @@ def printed():
         lines += (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()
     for said in re.findall(r"train\.py (--.*)", "\n".join(lines)):
         words = shlex.split(re.split(r"#|&&|\$\(|:", said)[0])
-        if words[0] not in ("--help", "--plot"):
+        if words[0] != "--help":
             yield words
 
 
@@ -373,7 +371,7 @@ def test_the_commands_in_the_documentation_pass(tmp_path, working_folder):
     assert len(seen) > 10
     data = dict.fromkeys(("nyc_1k_routes", "vln_mini"), str(cities.build("milan", working_folder)))
     for words in seen:
-        args, typed, _ = parse([data.get(word, word) for word in words])
+        args, typed = parse([data.get(word, word) for word in words])
         if not (args.resume or args.custom):
             settle(args, TINY, typed, args.dry_run or 1)
 
@@ -382,7 +380,7 @@ def test_the_commands_of_the_study_pass():
     lines = {run.argv: run.ranks for experiment in study.EXPERIMENTS.values() for run in experiment.runs([0])}
     assert len(lines) > 100
     for argv, ranks in lines.items():
-        args, typed, _ = parse(argv)
+        args, typed = parse(argv)
         settle(args, TINY, typed, ranks)
 
 
@@ -404,6 +402,9 @@ OTHERS = [
     (study.main, "main --records file", "--records file: expected a folder that can be made"),
     (study.main, "main --runs file/x", "--runs file/x: expected a folder"),
     (study.main, "main --runs ''", "--runs '': expected a folder"),
+    (study.main, "plot", "RUN ...: expected with plot"),
+    (study.main, "main nowhere", "RUN ...: expected with plot"),
+    (study.main, "plot nowhere", "plot nowhere: expected a folder that train.py wrote"),
     (plan.main, "--gpus 0", "--gpus 0: expected an integer from 1"),
     (plan.main, "--gpus 2.5", "--gpus 2.5: expected"),
     (plan.main, "--gpu-memory -1", "--gpu-memory -1: expected a number above 0"),

@@ -64,7 +64,7 @@ ONLY |= dict.fromkeys(("ppo in 4", "ppo in 3"), "whole")
 
 
 def run(processes, *argv):
-    args, typed, _ = train.parse([str(word) for word in argv])
+    args, typed = train.parse([str(word) for word in argv])
     if not args.resume:
         train.agree(processes, args, typed)
     if args.sft_data == "own":

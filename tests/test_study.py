@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from study import faces, figures, records
-from study.__main__ import EXPERIMENTS, at_scale, chosen, page
-from study.figures import Group
+from study import faces, records, tables
+from study.__main__ import at_scale, chosen, page
+from study.experiments import EXPERIMENTS
 from study.runner import Run, Runner
 
 # Stands for train.py: notes when it ran, and leaves what its first argument says.
@@ -197,11 +197,12 @@ def test_every_run_of_an_experiment_is_in_its_table(name):
     assert len(experiment.table(half).splitlines()) > 5                                        # what is there so far
 
 
-@pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if hasattr(experiment, "plot")])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_figures_are_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")
     EXPERIMENTS[name].plot(made_up(EXPERIMENTS[name].runs([0])), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").exists() and all(file.stat().st_size > 10_000 for file in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == len(EXPERIMENTS[name].figures)
+    assert all(file.stat().st_size > 10_000 for file in tmp_path.iterdir())
 
 
 def test_page_holds_what_was_begun(tmp_path):
@@ -235,21 +236,21 @@ def test_page_outside_a_git_checkout_says_that_the_commit_is_unknown(tmp_path):
 def test_verdict_counts_directions_by_their_errors():
     def group(name, before, after):
         hands = lambda right: results([1] * right + [0] * (100 - right), [1] * 100, [1] * 100)
-        return Group("gp-l", name, [{"curve": [{"eval": {"id": hands(50), "rule-ood": hands(of)}} for of in (before, after)]}])
+        return tables.Group("gp-l", name, [{"curve": [{"eval": {"id": hands(50), "rule-ood": hands(of)}} for of in (before, after)]}])
 
-    assert figures.verdict([group("sft", 50, 30), group("ppo", 50, 70)]).startswith(
+    assert tables.verdict([group("sft", 50, 30), group("ppo", 50, 70)]).startswith(
         "Of the paper's 2 directions (SFT falls, RL rises), 2 as in the paper (SFT on gp-l rule-ood, PPO on gp-l rule-ood); 0 within")
-    text = figures.verdict([group("sft", 50, 70), group("ppo", 50, 51)])
+    text = tables.verdict([group("sft", 50, 70), group("ppo", 50, 51)])
     assert "1 within two standard errors of no change (PPO on gp-l rule-ood); 1 the other way (SFT on gp-l rule-ood)" in text
 
 
 def test_what_explains_it_is_averaged_over_seeds():
-    group = Group("gp-l", "ppo", [{"curve": [{"probe": probe(0)}, {"probe": probe(k)}]} for k in (1, 2)])
-    init, ppo = figures.explained([group]).splitlines()[2:]
+    group = tables.Group("gp-l", "ppo", [{"curve": [{"probe": probe(0)}, {"probe": probe(k)}]} for k in (1, 2)])
+    init, ppo = tables.explained([group]).splitlines()[2:]
     assert init.startswith("| gp-l | init | 0 | 0 | 0 | 0 | 0 |")
     assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] | 1.5 [1, 2] | 15 [10, 20] |") and ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
     group.records[0]["curve"][0]["probe"]["reverse_kl_answer"] = group.records[1]["curve"][1]["probe"]["forward_kl_answer"] = None
-    init, ppo = figures.explained([group]).splitlines()[2:]
+    init, ppo = tables.explained([group]).splitlines()[2:]
     assert init.startswith("| gp-l | init | 0 | - | 0 |") and ppo.startswith("| gp-l | ppo | 0.1 | 0.3 [0.2, 0.4] |")
 
 
