@@ -18,38 +18,12 @@ import numpy as np
 from games import views
 from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
 from games.prompts import check_prompts
-from games.rails import instructions, known_routes, rail
+from games.rails import instructions, known_routes, rail, relative_turn
 from games.seeds import derive
 from games.solver import miss, solvable, solve
 from games.verifier import SPACES, judge, judge_step
 
 EXHAUSTED = -1.0    # on top, when the last attempt fails
-
-# Behaviours of the released code that `compat` brings back: what each does, and why the default differs.
-# What is alike in both games is in variants/official.py.
-COMPAT = {
-    "gp": {
-        "added-penalties":
-            "the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number (also "
-            "a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is left out; "
-            "without any of these a formula that has no value costs 1. In the paper an answer has one "
-            "verdict",
-        "misread-first":
-            "misread cards (image tasks) cost 1.5 and the formula is not judged; in the paper they cost 1.5 "
-            "more",
-        "iid-deck":
-            "four independent draws of rank and suit, so that a card can be dealt twice, one of them from "
-            "the face cards alone where a face is wanted; the paper deals from a deck",
-        "float-equality":
-            "whether a formula makes the target is decided in floating point. Where that misses, a formula "
-            "as the released code lists its solutions, such as 8/(3-8/3)=24, gets 0 and the message '.', any "
-            "other -1; the default is exact",
-    },
-    "virl": {
-        "unwrapped-angles":
-            "a turn is named by new heading less old, from 350 to 10 degrees 'left'; it is slightly right",
-    },
-}
 
 COUNTS = {3: "three", 4: "four", 5: "five"}      # {count} of cards, in words
 
@@ -74,15 +48,6 @@ def _positive(name, value):
         raise ValueError(f"{name} {value!r}: expected a positive integer")
 
 
-def _switches(compat, known):
-    """Return the names in `compat`, a comma-separated string or a set, as a frozenset; ValueError for one
-    that is not in `known`."""
-    names = frozenset(compat.replace(" ", "").split(",") if isinstance(compat, str) else compat) - {""}
-    if foreign := sorted(names - known.keys()):
-        raise ValueError(f"compat {', '.join(foreign)}: expected one or more of {', '.join(known)}")
-    return names
-
-
 def _dialogue(game, messages, mistakes):
     """Return the prompt `messages`, then `mistakes` wrong answers with the verifier's replies, then the
     expert's."""
@@ -105,8 +70,7 @@ class GeneralPoints:
     expert, if that is not what the prompt says; look: the suits dealt ("black", "red", "all"); style: how the
     cards are drawn (cards.STYLES); deal: "any" hand or those with a "face" card (the paper's rule-OOD);
     cards: how many, of COUNTS; target: a positive integer; attempts: answers judged an episode; size: (width,
-    height) of the image in pixels; prompts: see load_prompts; compat: names of COMPAT["gp"], in a set or
-    separated by commas. Bad values are ValueErrors."""
+    height) of the image in pixels; prompts: see load_prompts. Bad values are ValueErrors."""
     # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
     answer_key = "formula"
     headline, recognition = "success", "cards read"             # what is plotted; what `recognized` means
@@ -146,7 +110,7 @@ class GeneralPoints:
                 for weight, game in games for image in (False, True)]
 
     def __init__(self, *, image=False, rule="10", judged_rule=None, look="black", style="plain", target=24,
-                 deal="any", cards=4, attempts=5, size=(1200, 1200), prompts=None, compat=()):
+                 deal="any", cards=4, attempts=5, size=(1200, 1200), prompts=None):
         _one_of("look", look, tuple(LOOKS))
         _one_of("style", style, STYLES)
         _one_of("deal", deal, ("any", "face"))
@@ -158,7 +122,7 @@ class GeneralPoints:
         self.image, self.rule, self.look, self.style = image, str(rule), look, style
         self.deal, self.count = deal, cards
         self.target, self.attempts, self.size = int(target), int(attempts), tuple(size)
-        self.prompts, self.compat = check_prompts(prompts or {}), _switches(compat, COMPAT["gp"])
+        self.prompts = check_prompts(prompts or {})
         self.stated, self.values = (dict(zip(RANKS, card_values(RANKS, r)))
                                     for r in (rule, judged_rule or rule))
         self.deck = [(rank, suit) for suit in LOOKS[look] for rank in RANKS]
@@ -172,7 +136,7 @@ class GeneralPoints:
             raise ValueError(f"seed {seed!r}: expected an integer >= 0")
         self.rng = random.Random(int(seed))
         for self.drawn in range(1, 10_001):
-            self.hand = self._draw()
+            self.hand = self.draw()
             self.cards = [rank for rank, _ in self.hand]
             wanted = self.deal == "any" or set(FACES) & set(self.cards)
             if wanted and all(solvable([values[rank] for rank in self.cards], self.target)
@@ -186,12 +150,12 @@ class GeneralPoints:
         info = {"cards": self.cards, "suits": [suit for _, suit in self.hand], "numbers": self.numbers}
         return Observation([{"role": "user", "content": self._prompt()}], fresh=True), info
 
-    def _draw(self):
-        if "iid-deck" not in self.compat:
-            return self.rng.sample(self.deck, self.count)
-        last = [card for card in self.deck if self.deal == "any" or card[0] in FACES]
-        hand = self.rng.choices(self.deck, k=self.count - 1) + self.rng.choices(last)
-        return self.rng.sample(hand, self.count)        # shuffled
+    def draw(self):
+        """Return a hand from one deck, solvable or not."""
+        return self.rng.sample(self.deck, self.count)
+
+    def judge(self, text):
+        return judge(text, self.cards, self.numbers, self.target, self.image, self.prompts)
 
     def _prompt(self):
         faces, target = {face: self.stated[face] for face in FACES}, self.target
@@ -211,7 +175,7 @@ class GeneralPoints:
         if self.attempt is None:
             raise RuntimeError("no episode is running: call reset(seed) first")
         self.attempt += 1
-        verdict = judge(text, self.cards, self.numbers, self.target, self.image, self.prompts, self.compat)
+        verdict = self.judge(text)
         correct = verdict.code == "correct"
         truncated = not correct and self.attempt == self.attempts
         info = {"verdict": verdict.code, "message": verdict.message, "correct": correct,
@@ -264,12 +228,12 @@ class Navigation:
     or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
     intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes
     can tell; describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of
-    the four views; prompts: see load_prompts; compat: names of COMPAT["virl"], in a set or separated by
-    commas. Bad values are ValueErrors."""
+    the four views; prompts: see load_prompts. Bad values are ValueErrors."""
     answer_key = "action"
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
     looks = {False: "new-york", True: "new-york"}
+    turn = staticmethod(relative_turn)      # names a turn from one heading to another
 
     @staticmethod
     def shifts(rule, look, image):
@@ -294,7 +258,7 @@ class Navigation:
 
     def __init__(self, *, image=False, rule="absolute", judged_rule=None, wording="both", look="new-york",
                  held_out=False, attempts=2, after_failure="end", drop_rate=0.5, hide_landmarks=False,
-                 describe=False, size=53, prompts=None, skip_bad_routes=False, compat=()):
+                 describe=False, size=53, prompts=None, skip_bad_routes=False):
         for name, value in (("rule", rule), ("judged_rule", judged_rule or rule)):
             _one_of(name, value, tuple(SPACES))
         _one_of("wording", wording, ("both", "relative"))
@@ -306,7 +270,7 @@ class Navigation:
         self.image, self.rule, self.judged_rule, self.wording = image, rule, judged_rule or rule, wording
         self.describe, self.attempts, self.after_failure = describe, attempts, after_failure
         self.drop_rate, self.named, self.size = drop_rate, not hide_landmarks, size
-        self.prompts, self.compat = check_prompts(prompts or {}), _switches(compat, COMPAT["virl"])
+        self.prompts = check_prompts(prompts or {})
         self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
         self.distinct = len(self.routes)
         self.index = None       # of the point where one stands; None: no episode is running
@@ -316,9 +280,9 @@ class Navigation:
             raise ValueError(f"seed {seed!r}: expected an integer >= 0")
         self.rng = random.Random(int(seed))
         route = self.routes[seed % len(self.routes)]
-        heading, wrap = route.init_heading or self.rng.randrange(360), "unwrapped-angles" not in self.compat
-        self.sentences = instructions(route.legs, heading, self.named, wrap, self.wording)
-        self.points = rail(route, heading, self.judged_rule, self.rng, self.drop_rate, wrap)
+        heading = route.init_heading or self.rng.randrange(360)
+        self.sentences = instructions(route.legs, heading, self.named, self.wording, self.turn)
+        self.points = rail(route, heading, self.judged_rule, self.rng, self.drop_rate, self.turn)
         self.landmarks = {leg.landmark for leg in route.legs if leg.landmark}
         self.index, self.attempt, self.failed = 0, 0, False
         return {"route": route.name, "points": len(self.points), "instructions": self.sentences}

@@ -63,8 +63,7 @@ def make_env(args, **changes):
     """A factory of environments with the run's settings and `changes` to them."""
     game = GAMES[args.game]
     settings = {name: getattr(args, name) for name in GAME_SETTINGS if getattr(args, name) is not None}
-    settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None,
-                     compat=official.of_game(args.compat, args.game)) | changes
+    settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None) | changes
     return lambda: official.wrap(game(**settings), args.compat)
 
 

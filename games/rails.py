@@ -33,17 +33,20 @@ class Point:
         return remark + "; You observe an intersection" * self.intersection
 
 
-def relative_turn(old, new, wrap=True):
-    """Return the word for the turn from heading `old` to `new` (degrees). The signed angle is wrapped to
-    (-180, 180], which the released code forgets (wrap=False); its limits are kept: beyond 45 degrees is left
-    or right, 0 is slightly left."""
-    turn = 180 - (180 - (new - old)) % 360 if wrap else new - old
-    return ("slightly " if abs(turn) <= 45 else "") + ("left" if turn <= 0 else "right")
+def name_turn(angle):
+    """Return the word for a turn by so many degrees: beyond 45 left or right, 0 is slightly left (as in the
+    released code)."""
+    return ("slightly " if abs(angle) <= 45 else "") + ("left" if angle <= 0 else "right")
 
 
-def instructions(legs, heading, named=True, wrap=True, wording="both"):
+def relative_turn(old, new):
+    """Return the word for the turn from heading `old` to `new`; the angle between is in (-180, 180]."""
+    return name_turn(180 - (180 - (new - old)) % 360)
+
+
+def instructions(legs, heading, named=True, wording="both", turn=relative_turn):
     """Return the sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute)
-    and to move, with or without the names of the landmarks. wrap: see relative_turn.
+    and to move, with or without the names of the landmarks.
 
     wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what
     angle to turn, in steps of the compass's 45 degrees, as "right" alone may lead in any of several
@@ -51,26 +54,26 @@ def instructions(legs, heading, named=True, wrap=True, wording="both"):
     history."""
     sentences, facing = [], word(heading)
     for i, leg in enumerate(legs):
-        turn = relative_turn(heading, leg.heading, wrap)
+        way = turn(heading, leg.heading)
         goal = "destination" if leg is legs[-1] else "next intersection"
         where = f" where {leg.landmark} is on your {leg.side}" if leg.landmark and named else ""
         steps = COMPASS.index(leg.direction) - COMPASS.index(facing)
-        angle = (-steps if "left" in turn else steps) % 8 * 45
+        angle = (-steps if "left" in way else steps) % 8 * 45
         start = "" if i or wording == "both" else f"You face {facing}. "
         whither = f"to face {leg.direction}" if wording == "both" else f"by {angle} degrees"
-        sentences += [f"{start}{'Turn' if i else 'First, turn'} {turn} {whither}.",
+        sentences += [f"{start}{'Turn' if i else 'First, turn'} {way} {whither}.",
                       f"Move forward until you reach {goal}{where}."]
         heading, facing = leg.heading, leg.direction
     return sentences
 
 
-def rail(route, heading, rule, rng, drop_rate, wrap=True):
+def rail(route, heading, rule, rng, drop_rate, turn=relative_turn):
     """Return the Points of a route: its start, each candidate between two turning points with probability 1 -
     drop_rate, the turning points, the destination. A turn moves one on to the next point (released code)."""
     points, place, landmark, side = [], route.start, None, None
     for i, leg in enumerate(route.legs):
-        turn = leg.direction if rule == "absolute" else relative_turn(heading, leg.heading, wrap)
-        points.append(Point(place.panorama, heading, landmark, side, i > 0, 2 * i, f"turn_direction({turn})"))
+        way = leg.direction if rule == "absolute" else turn(heading, leg.heading)
+        points.append(Point(place.panorama, heading, landmark, side, i > 0, 2 * i, f"turn_direction({way})"))
         heading, place, landmark, side = leg.heading, leg.end, leg.landmark, leg.side
         points += [Point(between.panorama, heading, None, None, False, 2 * i + 1, "forward()")
                    for between in leg.between if rng.random() >= drop_rate]

@@ -5,7 +5,6 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
-from operator import add, mul, sub, truediv
 
 from games.answers import MAX_FORMULA, read_answer, read_step
 from games.compass import COMPASS
@@ -24,12 +23,10 @@ REWARDS = {
     "division_by_zero": -3.0,
     "wrong_value": -1.0,        # a legal formula, whatever it claims to equal, that misses the target
     "correct": 5.0,
+    "misread": -1.5,            # on top: "cards" of an image, in any order, are untrue
 }
-# What the released code charges: once per misplaced sign or number, once per kind of wrong number. A formula
-# without such a fault costs 1 if it has no value: a parenthesis stays open, or it divides by zero.
-ADDED = {**REWARDS, "used_twice": -2.0, "left_out": -2.0, "division_by_zero": -1.0, "unfinished": -1.0}
 STEP_REWARDS = {"no_action": -1.0, "unknown_action": -1.0, "wrong_action": -1.0, "right_action": 1.0}
-MISREAD = -1.5      # on top: "cards" (of an image, in any order) or "current observation" are untrue
+MISREAD = REWARDS["misread"]    # on top there, too: "current observation" is untrue
 
 TURNS = ("left", "right", "slightly left", "slightly right")
 SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words))
@@ -38,132 +35,95 @@ SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words)
 
 @dataclass
 class Verdict:
-    """What the verifier thinks of one answer."""
+    """The verifier's judgement of one answer."""
     reward: float
     message: str        # one or two short sentences for the model
     recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
     translated: bool    # "number" are the dealt values; "current instruction" is right (never rewarded)
-    code: str           # of REWARDS, STEP_REWARDS; with compat also misread, unfinished, float_miss
+    code: str           # of REWARDS, STEP_REWARDS
 
 
 _LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
-# How the released code's solver writes its solutions (n: a number, o: a sign): with at most one pair of
-# parentheses, or with two, around two pairs of numbers.
-_LISTED = re.compile(r"(?!\(n(on)+\)$)(no)*(n|\(n(on)+\))(on)*|\(non\)o\(non\)(on)*")
 
 
-def _float_arith(a, op, b):
-    """Return what arith is in Python's own numbers, held as (value, 1): 8/(3-8/3) makes 23.99999999999999."""
-    if a is None or b is None or (op == "/" and b[0] == 0):
-        return None
-    return {"+": add, "-": sub, "*": mul, "/": truediv}[op](a[0], b[0]), 1
-
-
-def _evaluate(tokens, level=1, arith=arith):
-    """Take an expression off the end of `tokens` (last token first) by precedence climbing; return its value.
-
-    ValueError if there is none. MAX_FORMULA bounds the nesting."""
+def _climb(tokens, level, arith):
+    """Take an expression off the end of `tokens` (last token first) by precedence climbing; return its
+    value."""
     token = tokens.pop() if tokens else ""
     if token == "(":
-        value = _evaluate(tokens, 1, arith)
+        value = _climb(tokens, 1, arith)
         if not tokens or tokens.pop() != ")":
             raise ValueError("unbalanced parentheses")
     elif token == "-":      # a sign binds more tightly than any operation
-        value = arith((0, 1), "-", _evaluate(tokens, 3, arith))
-    elif token.isdecimal():
+        value = arith((0, 1), "-", _climb(tokens, 3, arith))
+    elif token.isascii() and token.isdecimal():
         value = (int(token), 1)
     else:
         raise ValueError(f"unexpected {token!r}")
     while tokens and _LEVELS.get(tokens[-1], 0) >= level:
         op = tokens.pop()
-        value = arith(value, op, _evaluate(tokens, _LEVELS[op] + 1, arith))
+        value = arith(value, op, _climb(tokens, _LEVELS[op] + 1, arith))
     return value
 
 
-def _misplaced(tokens):
-    """Count the tokens that cannot follow the one before. As in the released code there is no minus sign."""
-    count, open_, before = 0, 0, ""
-    # A number and ( begin a value, all else follows one.
-    for token in tokens:
-        value_before = before.isdecimal() or before == ")"
-        wrong = value_before == (token.isdecimal() or token == "(") or token == ")" and not open_
-        open_ += 0 if wrong else (token == "(") - (token == ")")
-        count, before = count + wrong, token
-    return count
+def evaluate(tokens, arith=arith):
+    """Return the value (n, d) of an expression, None where it divides by zero.
+
+    ValueError if it is none. MAX_FORMULA bounds the nesting."""
+    rest = tokens[::-1]
+    value = _climb(rest, 1, arith)
+    if rest:
+        raise ValueError(f"unexpected {rest[-1]!r}")
+    return value
 
 
-def _number_faults(tokens, numbers):
+def number_faults(tokens, numbers):
     """Return [(code, the smallest number concerned)] of what is wrong with the numbers in a formula."""
-    # As in the released code a number used twice counts only where none is foreign.
     used, dealt = Counter(int(token) for token in tokens if token.isdecimal()), Counter(numbers)
-    foreign = used.keys() - dealt.keys()
-    twice = () if foreign else used - dealt
-    found = {"foreign_number": foreign, "used_twice": twice, "left_out": dealt - used}
+    found = {"foreign_number": used.keys() - dealt.keys(), "used_twice": used - dealt,
+             "left_out": dealt - used}
     return [(code, str(min(wrong))) for code, wrong in found.items() if wrong]
 
 
-def _value_fault(tokens, value, target, floats):
-    """Return (code, number) of a formula of the right numbers that makes `value`; None if that is right."""
-    made = _evaluate(tokens[::-1], arith=_float_arith) if floats else value
-    if made == (target, 1):
-        return None
-    shape = re.sub(r"[0-9]+", "n", re.sub(r"[-+*/]", "o", "".join(tokens)))
-    if value == (target, 1) and _LISTED.fullmatch(shape):
-        return "float_miss", None
-    return "wrong_value", f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0])
-
-
-def _faults(formula, numbers, target, compat):
-    """Return [(code, the number that its message mentions or None)], never empty, of all that is wrong with a
-    formula (None: there is none), or that it is right. The first is the paper's verdict."""
+def fault(formula, numbers, target):
+    """Return the verdict on a formula (None: there is none): (code, the number that its message mentions)."""
     if formula is None:
-        return [("no_json", None)]
+        return "no_json", ""
     left, _, right = formula.rpartition("=")
     if not left or not re.fullmatch(r"\s*[0-9]+", right):
-        return [("no_target", None)]
-    if len(formula) > MAX_FORMULA or re.search(r"[^0-9\s()*/+-]", left):    # nothing else is looked at
-        return [("unparsable", None)]
+        return "no_target", ""
+    if len(formula) > MAX_FORMULA:
+        return "unparsable", ""
     tokens = re.findall(r"[0-9]+|\S", left)
-    rest = tokens[::-1]
-    # Numbers are looked at in a formula that cannot be evaluated, too: "added-penalties" counts both.
     try:
-        value = _evaluate(rest)
-        unfinished = bool(rest)
+        value = evaluate(tokens)
     except ValueError:
-        unfinished = True
-    unreadable = _misplaced(tokens) if "added-penalties" in compat else unfinished
-    faults = [("unparsable", None)] * unreadable + _number_faults(tokens, numbers)
-    if faults:
-        return faults
-    if unfinished:
-        return [("unfinished", None)]
+        return "unparsable", ""
+    if wrong := number_faults(tokens, numbers):
+        return wrong[0]
     if value is None:
-        return [("division_by_zero", None)]
-    wrong = _value_fault(tokens, value, target, "float-equality" in compat)
-    return [wrong or ("correct" if int(right) == target else "no_target", None)]
+        return "division_by_zero", ""
+    if value != (target, 1):
+        return "wrong_value", "/".join(map(str, value)).removesuffix("/1")
+    return "correct" if int(right) == target else "no_target", ""
 
 
-def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS, compat=frozenset()):
+def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS,
+          faults=lambda *said: [fault(*said)], rewards=REWARDS):
     """Return the verdict on any text whatever, never an exception.
 
-    cards: dealt ranks; numbers: their values; image: whether misread cards cost MISREAD; compat: names of
-    envs.COMPAT["gp"]. Rewards: see REWARDS."""
+    cards: dealt ranks; numbers: their values; image: whether misread cards cost more; faults: what is wrong
+    with a formula, in the paper one thing alone; rewards: their sum is given."""
     read_cards, read_numbers, formula = read_answer(text)
-    added = "added-penalties" in compat
-    faults = _faults(formula, numbers, target, compat)[:None if added else 1]
-    price = {"float_miss": 0.0, **(ADDED if added else REWARDS)}
     recognized = sorted(read_cards or []) == sorted(cards)
     translated = sorted(read_numbers or []) == sorted(map(str, numbers))
+    found = faults(formula, numbers, target)
+    told = [("misread", "")] * (image and not recognized) + found
     # A message is read by the model: a number of 200 digits is cut.
-    short = lambda number: number if number is None or len(number) <= 12 else number[:11] + "…"
-    told = [prompts[code].format(number=short(number), target=target) for code, number in faults]
-    reward, message = sum(price[code] for code, _ in faults), " ".join(dict.fromkeys(told))
-    if image and not recognized:
-        misread = prompts["misread"].format(target=target)
-        if "misread-first" in compat:
-            return Verdict(MISREAD, misread, recognized, translated, "misread")
-        reward, message = reward + MISREAD, f"{misread} {message}"
-    return Verdict(reward, message, recognized, translated, faults[0][0])
+    short = lambda number: number if len(number) <= 12 else number[:11] + "…"
+    message = [prompts[code].format(number=short(number), target=target) for code, number in told]
+    return Verdict(sum(rewards[code] for code, _ in told), " ".join(dict.fromkeys(message)), recognized,
+                   translated, found[0][0])
 
 
 def judge_step(text, point, sentence, landmarks, rule, prompts=PROMPTS):

@@ -242,7 +242,7 @@ def check_deals(args):
     sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
     for name, changes in sets.items():
         own = dict(rule=args.rule, look=args.look, target=args.target)
-        env = envs.GeneralPoints(**own | changes | NO_PICTURE, compat=official.of_game(args.compat, "gp"))
+        env = official.wrap(envs.GeneralPoints(**own | changes | NO_PICTURE), args.compat)
         if not dealt_often(env):
             culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
             raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can "

@@ -23,6 +23,7 @@ from games.observations import wrong_observation
 from games.rails import Point
 from games.solver import solve
 from games.verifier import MISREAD, REWARDS, SPACES, STEP_REWARDS, judge, judge_step
+from variants.official_games import OF_GAME, play
 
 CARDS, NUMBERS = ["3", "7", "7", "8"], [3, 7, 7, 8]
 RIGHT = solve(NUMBERS)
@@ -131,10 +132,13 @@ ANSWERS = st.one_of(ANYTHING, several(*PIECES), FORMULAS.map(dumped), edited(FOR
 
 
 @JUDGED
-@given(ANSWERS, st.booleans(), one_of("", *envs.COMPAT["gp"]))
+@given(ANSWERS, st.booleans(), one_of("", *OF_GAME["gp"]))
 def test_any_answer_gets_a_verdict(text, image, compat):
-    verdict = judge(text, CARDS, NUMBERS, image=image, compat={compat})
-    assert verdict == judge(text, CARDS, NUMBERS, image=image, compat={compat})
+    env = envs.GeneralPoints(image=image)
+    env.cards, env.numbers = CARDS, NUMBERS
+    env = play(env, {compat})
+    verdict = env.judge(text)
+    assert verdict == env.judge(text)
     misread = MISREAD * (image and not verdict.recognized)
     assert compat or verdict.reward == REWARDS[verdict.code] + misread
     assert 0 < len(verdict.message) <= 160 and not any(right[:-3] in verdict.message for right in RIGHT)

@@ -22,6 +22,7 @@ from games.prompts import TASKS
 from games.rails import instructions
 from games.solver import solve
 from games.verifier import SPACES
+from variants.official import wrap
 
 SMALL = dict(image=True, size=(56, 14))
 GP = GeneralPoints.shifts("10", "black", True)
@@ -119,7 +120,7 @@ def test_demonstrations_of_every_set_replay():
 def dealt(hand, **settings):
     """GeneralPoints with this hand before it, and the prompt."""
     env = GeneralPoints(look="all", **settings)
-    env._draw = lambda: [(rank, "clubs") for rank in hand]
+    env.draw = lambda: [(rank, "clubs") for rank in hand]
     return env, env.reset(0)[0].messages[0]["content"]
 
 
@@ -199,7 +200,7 @@ def test_five_cards_by_hand(formula, reward):
 
 
 def test_five_cards_of_the_released_deck():
-    env = GeneralPoints(look="all", compat="iid-deck", **{**GP["five-cards"], "deal": "face"})
+    env = wrap(GeneralPoints(look="all", **{**GP["five-cards"], "deal": "face"}), "iid-deck")
     hands = [env.reset(seed)[1]["cards"] for seed in range(200)]
     assert all(len(hand) == 5 and set("JQK") & set(hand) for hand in hands)
     assert {i for hand in hands for i, rank in enumerate(hand) if rank in "JQK"} == set(range(5))

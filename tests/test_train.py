@@ -289,7 +289,7 @@ def test_imports_follow_the_map():
                "study/explain": {"torch", "ppo", "sft", "distributed", "variants"},
                "study/experiments": {"games", "study", "variants"}, "study/__main__": {"harness", "study"},
                "variants/lora": {"torch", "llama", "model", "distributed", "harness"},
-               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"envs", "harness"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
+               "variants/advantages": set(), "variants/losses": {"torch"}, "variants/official": {"harness", "variants"}, "variants/official_games": {"envs", "games"}, "variants/sft_losses": {"torch", "variants"}, "variants/reference": {"torch", "model"},
                "study/flops": {"torch", "llama", "model", "variants", "distributed", "harness", "train"},
                **{f"benchmarks/{name}": may for name, may in {
                    "kernels": {"torch", "harness", "kernels", "benchmarks"},

@@ -2,20 +2,14 @@
 
     torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
 
-Each switch says what it does and why the default differs: a game's own in envs.COMPAT, the rest here.
+Each switch says what it does and why the default differs: a game's own in official_games.py, PPO's here.
 `python -m variants.official` lists all.
 """
 from functools import lru_cache
 
-from envs import COMPAT, EXHAUSTED
 from harness.terminal import command
+from variants.official_games import OF_GAME, play
 
-SIXTH = {
-    "sixth-attempt":
-        "after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is trained "
-        "on; here that -1 goes to the answer that used up the attempts",
-}
-OF_GAME = {game: {**SIXTH, **own} for game, own in COMPAT.items()}
 PPO = {
     "leaking-gae":
         "an episode that used up its attempts does not end the chain: the value and the advantage of the "
@@ -37,46 +31,15 @@ PPO = {
 NAMES = frozenset(PPO).union(*OF_GAME.values())
 
 
-class SixthAttempt:
-    """A game with one more answer after the last attempt: nobody judges it, and it alone costs EXHAUSTED."""
-
-    def __init__(self, game):
-        self.game, self.attempts = game, game.attempts
-
-    def __getattr__(self, name):
-        return getattr(self.game, name)
-
-    def reset(self, seed):
-        self.game.attempts = self.attempts + 1
-        return self.game.reset(seed)
-
-    def demonstrate(self, seed, mistakes=0):
-        self.game.attempts = self.attempts
-        return self.game.demonstrate(seed, mistakes)
-
-    def step(self, text):
-        if self.game.attempt != self.attempts:
-            return self.game.step(text)
-        observation, _, _, truncated, info = self.game.step("")     # wrong in any game, whatever was said
-        info |= {"verdict": "unjudged", "message": "", "recognized": False, "translated": False}
-        arrived = "point" in info and info["point"] == len(self.game.points) - 1
-        return observation, EXHAUSTED, arrived, truncated, info
-
-
 @lru_cache
 def switches(text):
     """Return the names in --compat. "official": all."""
     return NAMES if text == "official" else frozenset(filter(None, text.split(",")))
 
 
-def of_game(text, game):
-    """Return those that the game itself takes."""
-    return switches(text) & COMPAT[game].keys()
-
-
 def wrap(game, text):
-    """Return the game, with the sixth attempt if it is among the names in --compat."""
-    return SixthAttempt(game) if "sixth-attempt" in switches(text) else game
+    """Return the game with what --compat changes in it."""
+    return play(game, switches(text))
 
 
 def main():
