@@ -388,7 +388,7 @@ def test_the_commands_of_the_study_pass():
 # The other command lines
 
 OTHERS = [
-    (study.main, "mian", "experiment mian: expected one of all, main"),
+    (study.main, "mian", "experiment mian: expected one of all, plot, main"),
     (study.main, "main --seeds a", "--seeds a: expected an integer from 0 to 99; or several"),
     (study.main, "main --seeds 0,0", "--seeds 0,0: expected"),
     (study.main, "main --seeds 0,", "--seeds 0,: expected"),
