@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.processes import first, gather
 from harness.files import to_json
-from llama.folders import split_shards, to_released
+from llama.folders import describe, shard_files, to_released
 
 BLOCK = 2**24       # bytes read at a time
 
@@ -320,20 +320,15 @@ def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
     A rank gathers one weight at a time and keeps those of its own file, so that none ever holds more.
     """
     weights = {to_released(name, llama.config): p for name, p in llama.named_parameters()}
-    parts = split_shards(weights, max_shard_size)
-    files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    mine = {}
-    for i, names in enumerate(parts):
+    files, mine = shard_files(weights, max_shard_size), {}
+    for i, names in enumerate(files.values()):
         for name in names:
             whole = weights[name].full_tensor()                                # a collective
             if i % world == rank:
                 mine[name] = whole.detach().cpu()
-        if mine and (i % world == world - 1 or i == len(parts) - 1):       # all ranks write at the same time
-            save_file(mine, folder / files[i // world * world + rank], {"format": "pt"})
+        if mine and (i % world == world - 1 or i == len(files) - 1):       # all ranks write at the same time
+            save_file(mine, folder / list(files)[i // world * world + rank], {"format": "pt"})
             mine = {}
     if rank == 0:
-        index = {"metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
-                 "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        config = llama.config.to_dict() | {"torch_dtype": "float32"}
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        for name, text in describe(llama.config, torch.float32, weights, files).items():
+            (folder / name).write_text(text, encoding="utf-8")

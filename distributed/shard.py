@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed.checkpoint import is_checkpoint, load_policy, rows
 from distributed.processes import gather
-from llama.folders import find_tensors, finite, opened
+from llama.folders import find_tensors, read_weights
 from llama.images import Images
 from model import CrossLayer, Llama, SelfLayer, VisionLayer
 
@@ -76,12 +76,8 @@ def read_slices(llama, folder):
     Llama.from_pretrained, on all ranks: NaN in the rows of one, the others do not see."""
     weights, problems = dict(llama.named_parameters()), []
     try:
-        for file, names in find_tensors(folder, llama).items():
-            with opened(file) as tensors:
-                for name, theirs in names.items():
-                    weight, source = weights[name], tensors.get_slice(theirs)
-                    if len(weight.to_local()):
-                        weight.to_local().copy_(finite(source[rows(weight)], file, theirs))
+        for name, tensor in read_weights(folder, llama, rows):
+            weights[name].to_local().copy_(tensor)
     except ValueError as error:
         problems = [str(error)]
     if problems := gather(problems):

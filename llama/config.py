@@ -1,8 +1,9 @@
 """The sizes of a model: config.json, checked as a whole before anything is built of it."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from llama.checks import OBJECT, SWITCH, TOKEN, TOKENS, Rule, check, number, only, several, whole, wrong
+from llama.checks import (
+    OBJECT, SPECIAL, SWITCH, TOKEN, Rule, check, multiple, number, only, several, whole)
 from llama.folders import read_json
 
 
@@ -90,21 +91,26 @@ class Config:
             check(file, PARTS, hf, needed=PARTS)
         text, where = (hf["text_config"], "text_config.") if mllama else (hf, "")
         check(file, TEXT, text, where, needed=NEEDED)
-
         hidden, heads = text["hidden_size"], text["num_attention_heads"]
-        head_dim = None if mllama else text.get("head_dim")
-        if head_dim is None and hidden % heads:
-            raise wrong(file, where + "hidden_size", hidden, f"a multiple of num_attention_heads = {heads}")
-        values = {"num_key_value_heads": heads} | given(cls, text) | read_rope(text, file, where, mllama)
-        values["head_dim"] = head_dim or hidden // heads
-        config = cls(**values | read_vision(hf, file) if mllama else values | {"cross_attention_layers": []})
+        values = {"num_key_value_heads": heads, "head_dim": hidden // heads} | given(cls, text)
+        values |= read_rope(text, file, where, mllama)
+        values |= read_vision(hf, file) if mllama else TEXT_ALONE
+        config = cls(**values)
 
-        raw = {where + name: value for name, value in text.items()} | hf
-        raw |= {"vision_config." + name: value for name, value in hf.get("vision_config", {}).items()}
-        for name, holds, expected in TOGETHER:
-            own = name.replace("text_config.", where)
-            if (mllama or own != name) and not holds(config, raw.get(own)):
-                raise wrong(file, own, raw.get(own), expected.format(c=config))
+        layers, rows = config.num_hidden_layers, config.embedding_rows
+        if mllama or text.get("head_dim") is None:
+            check(file, {"hidden_size": multiple(heads, "num_attention_heads")}, text, where)
+        check(file, {
+            "num_attention_heads": multiple(config.num_key_value_heads, "num_key_value_heads"),
+            "head_dim": Rule("even, from 2 to 128; for mllama it is hidden_size / num_attention_heads",
+                             lambda v: v in range(2, 129, 2) and (not mllama or v * heads == hidden)),
+            "cross_attention_layers": Rule(
+                f"different numbers below num_hidden_layers = {layers}, one at least, and not all of them",
+                lambda v: not mllama or 0 < len(v) == len({*v}) < layers and max(v) < layers),
+        }, values, where)
+        check(file, {"image_token_index": Rule(
+            f"a row of the embedding, which has vocab_size + 8 = {rows}", lambda v: v < rows)},
+            {"image_token_index": config.image_token_id})
         return config
 
     def to_dict(self):
@@ -128,89 +134,69 @@ def given(cls, values):
 
 def read_rope(text, file, where, mllama):
     """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before it)."""
-    newer = text.get("rope_parameters")
-    rope = newer or text.get("rope_scaling") or {}
-    where += "rope_parameters." if newer else "rope_scaling."
+    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope, where = text.get(key) or {}, f"{where}{key}."
     kind = rope.get("rope_type") or rope.get("type") or "default"
     check(file, ROPE, rope | {"rope_type": kind}, where)
-    thetas = rope.get("rope_theta"), text.get("rope_theta"), 500000.0 if mllama else 10000.0
-    found = {"rope_theta": next(theta for theta in thetas if theta is not None), "rope_scaling": None}
+    default = 500000.0 if mllama else 10000.0
+    found = {"rope_theta": rope.get("rope_theta") or text.get("rope_theta") or default, "rope_scaling": None}
     if kind == "llama3":
         check(file, LLAMA3_ROPE, rope, where, needed=LLAMA3_ROPE)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        if high <= low:
-            raise wrong(file, where + "high_freq_factor", high, f"more than low_freq_factor = {low}")
+        low = rope["low_freq_factor"]
+        more = Rule(f"more than low_freq_factor = {low}", lambda v: v > low)
+        check(file, {"high_freq_factor": more}, rope, where)
         found["rope_scaling"] = {"rope_type": kind, **{name: rope[name] for name in LLAMA3_ROPE}}
     return found
 
 
 def read_vision(hf, file):
     """Read what mllama has beside a Llama."""
-    check(file, VISION, hf["vision_config"], "vision_config.")
+    values, where = hf["vision_config"], "vision_config."
+    check(file, VISION, values, where)
+    vision = VisionConfig(**given(VisionConfig, values))
+    heads, layers = vision.attention_heads, vision.num_hidden_layers
+    check(file, {
+        "hidden_size": Rule(f"a multiple of attention_heads = {heads}, at most 128 times as large",
+                            lambda v: v in range(heads, 128 * heads + 1, heads)),
+        "image_size": multiple(vision.patch_size, "patch_size"),
+        "intermediate_layers_indices": Rule(           # transformers goes by their order, Meta does not
+            f"ascending numbers up to num_hidden_layers = {layers}, one at least",
+            lambda v: v and v == sorted({*v}) and v[-1] <= layers),
+        "supported_aspect_ratios": Rule(
+            f"all [rows, columns] of at most max_num_tiles = {vision.max_num_tiles} tiles, in order",
+            lambda v: v == tile_layouts(vision.max_num_tiles)),
+        "vision_output_dim": only(vision.output_size),
+    }, vars(vision) | {"vision_output_dim": values.get("vision_output_dim")}, where)
     layers, token = hf["text_config"].get("cross_attention_layers"), hf.get("image_token_index")
     return {"cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38] if layers is None else layers,
-            "image_token_id": 128256 if token is None else token,
-            "tie_word_embeddings": False,                      # the head has fewer rows than the embedding
-            "vision": VisionConfig(**given(VisionConfig, hf["vision_config"]))}
+            "image_token_id": 128256 if token is None else token, "vision": vision,
+            "tie_word_embeddings": False}                      # the head has fewer rows than the embedding
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What config.json may hold. Limits lie far beyond any Llama; they keep a broken file from filling memory.
 
-TOP = {"model_type": only("llama", "mllama"), "image_token_index": TOKEN,
-       "bos_token_id": TOKEN, "eos_token_id": TOKENS, "pad_token_id": TOKEN,
-       "quantization_config": Rule("none: quantized weights are not supported", lambda value: False)}
-PARTS = {"text_config": OBJECT, "vision_config": OBJECT}
-TEXT = {"vocab_size": whole(1, 2**20), "hidden_size": whole(1, 2**16), "intermediate_size": whole(1, 2**18),
-        "num_hidden_layers": whole(1, 1000), "num_attention_heads": whole(1, 1024),
-        "num_key_value_heads": whole(1, 1024), "head_dim": whole(2, 128),
-        "rms_norm_eps": number(0, 1), "max_position_embeddings": whole(1, 2**31),
-        "rope_theta": number(0), "rope_scaling": OBJECT, "rope_parameters": OBJECT,
-        "cross_attention_layers": several(whole(0, 999)), "tie_word_embeddings": SWITCH,
-        "hidden_act": only("silu"), "attention_bias": only(False), "mlp_bias": only(False),
-        "bos_token_id": TOKEN, "eos_token_id": TOKENS, "pad_token_id": TOKEN}
+
+def rules(cls, **others):
+    """Make rules for the fields of a dataclass by their types, and for the others."""
+    kinds = {int: whole(1, 2**18), bool: SWITCH, float: number(0), list: several(whole(0, 1000))}
+    return {part.name: kinds[part.type] for part in fields(cls) if part.type in kinds} | others
+
+
 NEEDED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+TEXT_ALONE = {"cross_attention_layers": [], "image_token_id": None, "vision": None}
+PARTS = {"text_config": OBJECT, "vision_config": OBJECT}
+TOP = SPECIAL | {"model_type": only("llama", "mllama"), "image_token_index": TOKEN,
+                 "quantization_config": Rule("none: quantized weights are not supported", lambda v: False)}
+LAYERS = whole(1, 1000)
+TEXT = SPECIAL | rules(
+    Config, num_hidden_layers=LAYERS, max_position_embeddings=whole(1, 2**31), rms_norm_eps=number(0, 1),
+    rope_scaling=OBJECT, rope_parameters=OBJECT,
+    hidden_act=only("silu"), attention_bias=only(False), mlp_bias=only(False))
 ROPE = {"rope_type": only("default", "llama3"), "rope_theta": number(0)}
 LLAMA3_ROPE = {"factor": number(0), "low_freq_factor": number(0), "high_freq_factor": number(0),
                "original_max_position_embeddings": whole(1, 2**31)}
-VISION = {"hidden_size": whole(1, 2**16), "intermediate_size": whole(1, 2**18),
-          "num_hidden_layers": whole(1, 1000), "num_global_layers": whole(0, 1000),
-          "attention_heads": whole(1, 1024), "num_channels": only(3), "norm_eps": number(0, 1),
-          "image_size": whole(1, 4096), "patch_size": whole(1, 4096), "max_num_tiles": whole(1, 64),
-          "intermediate_layers_indices": several(whole(0, 1000)),
-          "supported_aspect_ratios": several(several(whole(1, 64), 2)),
-          "vision_output_dim": whole(1, 2**26), "hidden_act": only("gelu")}
-
-
-def distinct(layers, end):
-    """Are these different layers below `end`, one at least?"""
-    return len(layers) > 0 and len(set(layers)) == len(layers) and max(layers) < end
-
-
-# What must go together: name, does it hold (config, the file's value), what is expected.
-# Only a Vision model has what is not in text_config.
-TOGETHER = [
-    ("text_config.num_attention_heads", lambda c, v: v % c.num_key_value_heads == 0,
-     "a multiple of num_key_value_heads = {c.num_key_value_heads}"),
-    ("text_config.head_dim", lambda c, v: c.head_dim in range(2, 129, 2) and v in (None, c.head_dim),
-     "an even number from 2 to 128; for mllama it is hidden_size / num_attention_heads"),
-    ("text_config.cross_attention_layers",
-     lambda c, v: not c.vision or distinct(c.cross_attention_layers, c.num_hidden_layers) and
-     len(c.cross_attention_layers) < c.num_hidden_layers,
-     "different numbers below num_hidden_layers = {c.num_hidden_layers}, one at least, and not all of them"),
-    ("image_token_index", lambda c, v: c.image_token_id < c.embedding_rows,
-     "a row of the embedding, which has vocab_size + 8 = {c.embedding_rows}"),
-    ("vision_config.hidden_size",
-     lambda c, v: c.vision.hidden_size in [size * c.vision.attention_heads for size in range(1, 129)],
-     "a multiple of attention_heads = {c.vision.attention_heads}, at most 128 times as large"),
-    ("vision_config.image_size", lambda c, v: c.vision.image_size % c.vision.patch_size == 0,
-     "a multiple of patch_size = {c.vision.patch_size}"),
-    ("vision_config.intermediate_layers_indices",      # transformers goes by their order, Meta does not
-     lambda c, v: distinct(layers := c.vision.intermediate_layers_indices, c.vision.num_hidden_layers + 1) and
-     layers == sorted(layers),
-     "ascending numbers up to num_hidden_layers = {c.vision.num_hidden_layers}, one at least"),
-    ("vision_config.supported_aspect_ratios",
-     lambda c, v: c.vision.supported_aspect_ratios == tile_layouts(c.vision.max_num_tiles),
-     "all [rows, columns] of at most max_num_tiles = {c.vision.max_num_tiles} tiles, in order"),
-    ("vision_config.vision_output_dim", lambda c, v: v in (None, c.vision.output_size),
-     "{c.vision.output_size}, which follows from hidden_size and intermediate_layers_indices")]
+VISION = rules(
+    VisionConfig, num_hidden_layers=LAYERS, num_global_layers=whole(0, 1000), num_channels=only(3),
+    norm_eps=number(0, 1), image_size=whole(1, 4096), max_num_tiles=whole(1, 64),
+    supported_aspect_ratios=several(several(TOKEN)), hidden_act=only("gelu"))

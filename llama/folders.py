@@ -10,11 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llama.checks import OBJECT, wrong
+from llama.checks import OBJECT, Rule, check
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = WEIGHTS + ".index.json"
 LARGEST = 2**28                             # bytes of a file without tensors; a tokenizer may take 2**24
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = "F64, F32, F16, BF16"
+PLACES = Rule("an object, {tensor: file}", lambda v: v and OBJECT.holds(v))
+BESIDE = Rule("a .safetensors file beside it",                 # "../x" would leave the folder
+              lambda v: type(v) is str and re.fullmatch(r"[\w.-]+\.safetensors", v))
 
 # (prefix in a file, prefix here), the first match counts: mllama as released, the newer layout, and llama's
 KEY_MAP = [("language_model.model.", ""), ("language_model.lm_head.", "lm_head."),
@@ -66,9 +70,8 @@ def read_json(folder, name, optional=False):
     return values
 
 
-def write_files(folder, files, replaces=None):
-    """Write {name: text, bytes or tensors}: all aside first, so that a failure leaves the folder as it was.
-    Then drop older files that match `replaces`."""
+def write_files(folder, files):
+    """Write {name: text, bytes or tensors}: all aside first, so that a failure leaves all as it was."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     aside = {name: folder / f".{name.replace('/', '.')}.{os.getpid()}.tmp" for name in files}
@@ -88,9 +91,6 @@ def write_files(folder, files, replaces=None):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()                                     # only succeeds where nothing could be written
-    for old in folder.glob(replaces) if replaces else ():
-        if old.name not in files:
-            old.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -99,16 +99,15 @@ def write_files(folder, files, replaces=None):
 def weight_files(folder):
     """List the safetensors files of a folder. FileNotFoundError, ValueError."""
     folder = Path(folder)
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder}: expected model.safetensors, or {INDEX} and its shards")
-    places = read_json(folder, INDEX).get("weight_map")
-    if not OBJECT.holds(places) or not places:
-        raise wrong(folder / INDEX, "weight_map", places, "an object, {tensor: file}")
-    for tensor, name in places.items():
-        if type(name) is not str or not re.fullmatch(r"[\w.-]+\.safetensors", name):   # "../x" would leave it
-            raise wrong(folder / INDEX, f"weight_map.{tensor}"[:80], name, "a .safetensors file beside it")
+        raise FileNotFoundError(f"{folder}: expected {WEIGHTS}, or {INDEX} and its shards")
+    index = read_json(folder, INDEX)
+    check(folder / INDEX, {"weight_map": PLACES}, index, needed=["weight_map"])
+    places = index["weight_map"]
+    check(folder / INDEX, dict.fromkeys(places, BESIDE), places, "weight_map.", needed=places)
+    for name in places.values():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: not found, but {INDEX} names it")
     return [folder / name for name in sorted(set(places.values()))]
@@ -130,39 +129,61 @@ def find_tensors(folder, model):
     ValueError unless it has exactly these, in shape, as floating-point numbers. What follows from others may
     come on top: a tied head, and rotary_emb.inv_freq of old checkpoints.
     """
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}     # a tied one once
-    found, missing, config = {}, dict(shapes), model.config
+    missing = {name: tuple(weight.shape) for name, weight in model.named_parameters()}      # a tied one once
+    found, config = {}, model.config
     for file in weight_files(folder):
         with opened(file) as tensors:
             for theirs in tensors.keys():
                 name, part = from_any_layout(theirs), tensors.get_slice(theirs)
+                shape, kind = tuple(part.get_shape()), part.get_dtype()
                 tied = name == "lm_head.weight" and config.tie_word_embeddings
                 if tied or name.endswith("rotary_emb.inv_freq"):
                     continue
-                if name not in missing:
-                    again = ", a second one" if name in shapes else ""
-                    raise ValueError(f"{file}: unexpected tensor {theirs}{again}")
-                shape, expected = tuple(part.get_shape()), tuple(missing.pop(name))
+                expected = missing.pop(name, None)
+                if expected is None:
+                    raise ValueError(f"{file}: tensor {theirs} is unexpected, or a second one")
                 if shape != expected:
                     raise ValueError(f"{file}: tensor {theirs} has shape {shape}, expected {expected}")
-                if (kind := part.get_dtype()) not in FLOATS:
-                    raise ValueError(f"{file}: tensor {theirs} has type {kind}, not F64, F32, F16 or BF16")
+                if kind not in FLOATS.split(", "):
+                    raise ValueError(f"{file}: tensor {theirs} has type {kind}, not one of {FLOATS}")
                 found.setdefault(file, {})[name] = theirs
     if missing:
-        more = f" ({len(missing)} in all)" if len(missing) > 1 else ""
-        raise ValueError(f"{file}: tensor {to_released(next(iter(missing)), config)} is missing{more}")
+        raise ValueError(f"{file}: tensor {to_released(next(iter(missing)), config)} is missing "
+                         f"({len(missing)} in all)")
     return found
 
 
-def finite(tensor, file, name):
-    """Return the tensor. ValueError if it holds NaN or infinity: its minimum or maximum is then none, too."""
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(f"{file}: tensor {name} holds NaN or infinity: take an earlier or an undamaged copy")
-    return tensor
+def read_weights(folder, model, rows=lambda weight: slice(None), device="cpu"):
+    """Yield (our name, tensor) for all weights of a model; rows(weight): the slice of one that is read.
+
+    FileNotFoundError for what is absent; ValueError, on one line, for broken files, and for tensors that are
+    missing, unexpected, misshaped, not floats, or hold NaN.
+    """
+    weights = dict(model.named_parameters())
+    for file, names in find_tensors(folder, model).items():
+        with opened(file, str(device)) as tensors:
+            for name, theirs in names.items():
+                tensor = tensors.get_slice(theirs)[rows(weights[name])]
+                # The minimum or the maximum of what holds NaN or infinity is none of the other numbers.
+                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                    raise ValueError(f"{file}: tensor {theirs} holds NaN or infinity: "
+                                     "take an earlier or an undamaged copy")
+                yield name, tensor
 
 
-def split_shards(tensors, limit):
-    """Cut the names, in order, so that a shard has at most `limit` bytes (or a single tensor)."""
+# ------------------------------------------------------------------------------------------------------------
+# Whole models
+
+def load_weights(model, folder, device="cpu", dtype=None):
+    """Give a model on the meta device the weights of a folder, see `read_weights`; dtype None: the file's."""
+    state = {name: tensor.to(dtype) for name, tensor in read_weights(folder, model, device=device)}
+    model.load_state_dict(state, assign=True, strict=False)    # all are there, but for the head that is tied:
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def shard_files(tensors, limit):
+    """Share tensors out, in order, to files of at most `limit` bytes, or of one tensor -> {file: names}."""
     shards, size = [], math.inf
     for name, tensor in tensors.items():
         size += tensor.nbytes
@@ -170,44 +191,28 @@ def split_shards(tensors, limit):
             shards.append([])
             size = tensor.nbytes
         shards[-1].append(name)
-    return shards
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Whole models
-
-def load_weights(model, folder, device="cpu", dtype=None):
-    """Give a model on the meta device the weights of a folder, of one file or shards; dtype None: the file's.
-
-    FileNotFoundError for what is absent; ValueError, on one line, for broken files, and for tensors that are
-    missing, unexpected, misshaped, not floats, or hold NaN.
-    """
-    state = {}
-    for file, names in find_tensors(folder, model).items():
-        with opened(file, str(device)) as tensors:
-            for name, theirs in names.items():
-                state[name] = finite(tensors.get_tensor(theirs).to(dtype), file, theirs)
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+def describe(config, dtype, tensors, files):
+    """Return {file: text} of what goes beside `tensors` in `files`: config.json, and an index for several."""
+    texts = {"config.json": config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}}
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": places}
+    return {file: json.dumps(content, indent=2) for file, content in texts.items()}
 
 
 def save_model(model, folder, max_shard_size):
     """Write config.json and safetensors in the released layout, all or nothing."""
-    config = model.config
-    tensors = {to_released(name, config): tensor for name, tensor in model.state_dict().items()
-               if not (name == "lm_head.weight" and config.tie_word_embeddings)}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files = {"config.json": json.dumps(config.to_dict() | {"torch_dtype": dtype}, indent=2)}
-    shards = split_shards(tensors, max_shard_size)
-    places = {}                                                # {tensor: file}
-    for i, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        files[file] = {name: tensors[name] for name in names}
-        places |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        files[INDEX] = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-    write_files(folder, files, replaces="model*.safetensors*")
+    tensors = {to_released(name, model.config): weight for name, weight in model.named_parameters()}
+    files = shard_files(tensors, max_shard_size)
+    texts = describe(model.config, next(iter(tensors.values())).dtype, tensors, files)
+    shards = {file: {name: tensors[name] for name in names} for file, names in files.items()}
+    write_files(folder, texts | shards)
+    for old in Path(folder).glob("model*.safetensors*"):       # of an earlier save in more files, or in fewer
+        if old.name not in texts | files:
+            old.unlink()

@@ -1,4 +1,4 @@
-"""Encode each image once per update, where the vision encoder is frozen: its output then stays the same.
+"""Encode each image once per update, where the vision encoder is frozen: its output stays the same.
 
     images = [processor.cut(picture)]                      # once per picture, for all batches that it is in
     features = {} if model.vision_frozen else None         # of one update; None: nothing is remembered
@@ -7,7 +7,7 @@
     with remember(actor_critic, features):                 # what learns: each Llama in it
         ...                                                # processor.images(images): no encoder runs
 
-An image is known by the identity of its tiles, so give batches what `Processor.cut` returned, not the picture.
+An image is known by the identity of its tiles: give batches what `Processor.cut` returned, not the picture.
 Features wait on the host (11B: 98 MB per image), and their memory is free when `features` is. Of a sharded
 model either all ranks must know all images of a pass, or none any: the encoder's layers wait for all ranks.
 The update after a rollout with gathered weights is such a pass; with --rollout-sharded, give None to both.

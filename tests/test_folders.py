@@ -99,7 +99,7 @@ TOGETHER = [            # what is changed, and what is complained about
     (T + "num_key_value_heads", 8, T + "num_attention_heads = 4: expected a multiple of num_key_value_heads"),
     (T + "hidden_size", 64, T + "head_dim = 8: expected"),
     (T + "num_hidden_layers", 1, T + "cross_attention_layers = [1]: expected different numbers below"),
-    (T + "cross_attention_layers", ..., T + "cross_attention_layers = None: expected different numbers"),
+    (T + "cross_attention_layers", ..., T + "cross_attention_layers = [3, 8, 13, 18, 23, 28, 33, 38]: expected different"),
     (V + "attention_heads", 3, V + "hidden_size = 16: expected a multiple of attention_heads = 3"),
     (V + "hidden_size", 258, V + "hidden_size = 258: expected a multiple of attention_heads = 2"),
     (V + "patch_size", 15, V + "image_size = 56: expected a multiple of patch_size = 15"),
@@ -229,7 +229,7 @@ WEIGHTS = [
     (spoil(NORM, NAN), f"{FILE}: tensor {NORM} holds NaN or infinity"),
     (spoil("language_model.lm_head.weight", INF), f"{FILE}: tensor language_model.lm_head.weight holds NaN"),
     (spoil("vision_model.class_embedding", -INF), f"{FILE}: tensor vision_model.class_embedding holds NaN"),
-    *[(swap(NORM, torch.ones(32).to(kind)), f"{FILE}: tensor {NORM} has type {said}, not F64, F32")
+    *[(swap(NORM, torch.ones(32).to(kind)), f"{FILE}: tensor {NORM} has type {said}, not one of F64, F32")
       for kind, said in ((torch.int32, "I32"), (torch.uint8, "U8"), (torch.bool, "BOOL"),
                          (torch.float8_e4m3fn, "F8_E4M3"))],
     (swap("model.language_model.norm.weight", torch.ones(32)), "a second one"),
@@ -238,10 +238,11 @@ WEIGHTS = [
     (tensors(lambda content: content.clear()), "is missing (" ),
     (put(b""), "not a whole safetensors file"), (put(b"\xff" * 64), "not a whole safetensors file"),
     (put(b"\x02" + b"\0" * 7 + b"{}"), "is missing ("),
-    (shards({}), "weight_map = None: expected an object"), (shards([]), "expected a JSON object"),
-    *[(shards({"weight_map": value}), f"weight_map = {value!r}: expected") for value in ([], {}, None, "a")],
+    (shards({}), "weight_map is missing: expected an object"), (shards([]), "expected a JSON object"),
+    *[(shards({"weight_map": value}), f"weight_map = {value!r}: expected") for value in ([], {}, "a")],
+    (place(None), f"weight_map.{NORM} is missing: expected a .safetensors file beside it"),
     *[(place(name), f"weight_map.{NORM} = {name!r}: expected a .safetensors file beside it") for name in (
-        5, None, ["a.safetensors"], "../model/a.safetensors", "/etc/passwd", "a\0.safetensors", "x", "")],
+        5, ["a.safetensors"], "../model/a.safetensors", "/etc/passwd", "a\0.safetensors", "x", "")],
     (place("b.safetensors"), "b.safetensors: not found"), (shards("{"), "not valid JSON"),
     (shards("[" * 10**5), "not valid JSON"), (shards("\ufeff{}"), "not valid JSON")]
 
