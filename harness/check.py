@@ -7,6 +7,7 @@ range (declared in settings.py), without effect, or at odds with the rest.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from games.cards import LOOKS, face_values
 from games.prompts import load_prompts
 from games.rails import known_routes
 from games.verifier import SPACES
-from harness.ranges import FOLDER, SettingError, one_of, several, shown, text
+from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
 from variants import lora, official
@@ -38,7 +39,7 @@ def settle(args, config, typed=frozenset(), world=1):
     check_ranges(args)
     apply_preset(args, config.hidden_size)
     check_games_words(args)
-    check_use(args, typed)
+    check_needs(args, typed)
     for name, expected in conflicts(args, config, world):
         raise SettingError(f"{spelled(args, name)}: expected {expected}")
     check_files(args)
@@ -81,60 +82,18 @@ WORDS = {              # game: (what a rule may be, what a look may be)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings without effect: who types one expects it to do something. (What it is expected with, whether that
-# is there, the names.)
+# Settings without effect
 
-USE = [
-    ("--algo sft, ppo or pretrain", lambda a: a.algo != "eval",
-     "seed resume steps lr lr_schedule warmup weight_decay betas adam_eps max_grad_norm max_skipped "
-     "token_budget tune checkpoint_activations epochs minibatches eval_every skip_first_eval save_every "
-     "keep"),
-    ("--algo sft or ppo", lambda a: a.algo in ("sft", "ppo"), "rules lora_rank dry_run probe_hands"),
-    ("--algo ppo", lambda a: a.algo == "ppo",
-     "hands samples advantage loss unit clip_high dual_clip value_clip value_coef entropy_coef gamma lam "
-     "token_gamma token_lam kl_coef critic critic_lr critic_warmup reward_scale transcript_every"),
-    ("--algo sft or pretrain", lambda a: a.algo in ("sft", "pretrain"),
-     "batch_size mistakes learn_prompts describe"),
-    ("--algo sft", lambda a: a.algo == "sft", "sft_loss sft_data"),
-    ("--sft-data expert", lambda a: a.sft_data == "expert", "mistakes learn_prompts describe"),
-    ("--attempts of at least 2", lambda a: a.attempts > 1, "mistakes"),
-    ("--algo ppo, or sft with --sft-data own",
-     lambda a: a.algo == "ppo" or a.sft_data == "own", "temperature"),
-    ("pictures: --task virl-vl", lambda a: a.image, "describe"),
-    ("--resume", lambda a: a.resume, "override"),
-    ("--shard on or auto", lambda a: a.shard != "off", "rollout_sharded"),
-    ("a built-in look, without --routes", lambda a: not a.routes, "look"),
-    ("visual-ood among --eval-sets", lambda a: "visual-ood" in a.eval_sets.split(","), "ood_routes"),
-    ("--lora-rank above 0", lambda a: a.lora_rank, "lora_alpha lora_modules"),
-    ("--probe-hands above 0", lambda a: a.probe_hands, "probe_samples"),
-    ("--kl-coef above 0", lambda a: a.kl_coef, "kl_in kl_estimator"),
-]
-USE_OF_VARIANTS = [            # not with --custom: a user's own estimators and losses may read any setting
-    ("--algo ppo, or sft with --sft-loss psft or iw-sft",
-     lambda a: a.algo == "ppo" or a.sft_loss in ("psft", "iw-sft"), "clip"),
-    ("a --loss that clips", lambda a: a.loss != "reinforce", "clip"),
-    ("--loss clip-higher or dapo", lambda a: a.loss in ("clip-higher", "dapo"), "clip_high"),
-    ("--loss dual-clip", lambda a: a.loss == "dual-clip", "dual_clip"),
-    ("a --loss that leaves it open", lambda a: ppo.LOSSES[a.loss].unit is None, "unit"),
-    ("an --advantage that reads values", lambda a: ppo.ESTIMATORS[a.advantage].values,
-     "value_clip value_coef critic critic_lr critic_warmup"),
-    ("another --advantage than gae-token or reinforce++",
-     lambda a: a.advantage not in ("gae-token", "reinforce++"), "gamma"),
-    ("--advantage gae, gae-loo or gae-two-level",
-     lambda a: a.advantage in ("gae", "gae-loo", "gae-two-level"), "lam"),
-    ("--advantage gae-token, gae-two-level or reinforce++",
-     lambda a: ppo.ESTIMATORS[a.advantage].per == "token", "token_gamma"),
-    ("--advantage gae-token or gae-two-level",
-     lambda a: a.advantage in ("gae-token", "gae-two-level"), "token_lam"),
-]
+def check_needs(args, typed):
+    """Refuse what was typed and would do nothing, as it needs other settings: who types it expects something.
 
-
-def check_use(args, typed):
-    """Refuse what was typed and would do nothing."""
-    for expected, used, names in USE + (USE_OF_VARIANTS if not args.custom else []):
-        for name in names.split():
-            if name in typed and not used(args):
-                raise SettingError(f"{spelled(args, name)}: expected with {expected}")
+    With --custom nobody knows what one's own estimators and losses read.
+    """
+    for field in dataclasses.fields(Args):
+        for clause in filter(None, field.metadata["needs"].split("; ")):
+            own = args.custom and re.search("--(loss|advantage|sft-loss) ", clause)
+            if field.name in typed and not own and not met(args, clause):
+                raise SettingError(f"{spelled(args, field.name)}: expected with {clause}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -154,6 +113,8 @@ def conflicts(args, config, world):
         yield "shard", "several ranks (torchrun --nproc-per-node 2) and another --algo than pretrain"
     if args.shard == "on" and args.lora_rank:
         yield "shard", "off with --lora-rank, which keeps whole copies of weights that do not change"
+    if args.override and not args.resume:
+        yield "override", "with --resume"
     if args.dry_run and args.lora_rank:
         yield "dry_run", "without --lora-rank; python -m variants.lora says what that saves"
     if args.dry_run and args.resume:

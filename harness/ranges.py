@@ -1,4 +1,5 @@
-"""What a word on a command line may be, and one way to refuse it: `--flag VALUE: expected ...`, exit code 2.
+"""Settings are declared with what they may be; what they may not be is refused in one way:
+`--flag VALUE: expected ...`, exit code 2.
 
     parser = command_line("python -m study", __doc__)
     parser.add_argument("--workers", type=integer(1), default=2)
@@ -7,6 +8,7 @@ Only the standard library is imported here, so that every command of the project
 """
 
 import argparse
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -61,6 +63,32 @@ def shown(value):
     """Return a value as one line; quoted where one could not see it otherwise."""
     word = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return word if word.isprintable() and word.strip() == word != "" else repr(word)
+
+
+def arg(default, kind, help, needs=""):
+    """Declare a setting as a field of a dataclass; those of a run come together in settings.Args.
+
+    kind: what it may be, beside its default. needs: other settings without which it has no effect, as
+    "--algo sft or pretrain; --attempts above 1"; all of these clauses must hold, see `met`.
+    """
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "needs": needs})
+
+
+def flag(default, help, needs=""):
+    """Declare a setting that is on if its flag is there."""
+    return arg(default, Kind("true or false", str, lambda value: isinstance(value, bool)), help, needs)
+
+
+def met(args, clause):
+    """Return whether settings are as one clause of `needs` says: "--kl-coef above 0", or that one of several
+    has one of the values named, "--algo ppo or --sft-loss psft or iw-sft"."""
+    name = ""
+    for flag, above, value in re.findall(r"(?:--(\S+) )?(above )?([^ ,]+)", clause.replace(" or ", ", ")):
+        name = flag.replace("-", "_") or name
+        found = getattr(args, name)
+        if (found or 0) > float(value) if above else value in str(found).split(","):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------

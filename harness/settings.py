@@ -1,12 +1,13 @@
 """The settings of a run: names, defaults, presets, the command line, and what a resumed run may set anew.
 
-    python train.py --help
+    python train.py --help          # what most runs need; --help-all shows the rest, too
 """
 
-import argparse
 import dataclasses
 import inspect
 import runpy
+import sys
+from argparse import SUPPRESS
 from dataclasses import dataclass
 
 import ppo
@@ -14,20 +15,13 @@ import sft
 from envs import GAMES
 from games.prompts import TASKS
 from harness.ranges import (
-    Kind, SettingError, above, at_least, between, command_line, inside, integer, numbers, one_of, real,
+    SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of, real,
     several, shown, text)
-from variants import lora, losses, official
-
-
-def arg(default, kind, help):
-    """Declare a setting. kind: what it may be, beside its default; see ranges.py."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
-
-
-def flag(default, help):
-    """Declare a setting that is on if its flag is there."""
-    return arg(default, Kind("true or false", str, lambda value: isinstance(value, bool)), help)
-
+from variants.advantages import AdvantageSettings
+from variants.lora import LoraSettings
+from variants.losses import LossSettings
+from variants.official import OfficialSettings
+from variants.reference import ReferenceSettings
 
 BETA = real("a number from 0 to below 1", lambda x: 0 <= x < 1)
 # Below 0.01, logits over it leave the range of float32.
@@ -35,183 +29,148 @@ TEMPERATURE = real("a number from 0.01 to 100; greedy answers (0) leave no ratio
                    lambda x: 0.01 <= x <= 100)
 EVAL_TEMPERATURE = real("0 (greedy) or a number from 0.01 to 100", lambda x: x == 0 or 0.01 <= x <= 100)
 
+# What settings need to have an effect, see ranges.arg.
+LEARNING, SFT, PPO = "--algo sft, ppo or pretrain", "--algo sft or pretrain", "--algo ppo"
+POST_TRAINING = "--algo sft or ppo"
+EXPERT = SFT + "; --sft-data expert"
+CRITIC = PPO + "; --advantage gae, gae-loo, gae-token or gae-two-level"
+CLIPS = "--loss ppo, grpo, gspo, clip-higher, dapo or dual-clip"
+
 
 @dataclass
-class Args:
-    """Every setting of a run. None means: from the preset."""
-    task: str = arg("gp-l", one_of(TASKS),
-                    "gp-l: GeneralPoints with the cards in text; gp-vl: with the cards in an image; virl-l: "
-                    "navigation with what is seen in text; virl-vl: with street views")
+class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, OfficialSettings):
+    """Every setting of a run. None means: from the preset, or the game's own default."""
+    task: str = arg("gp-l", one_of(TASKS), "cards (gp) or navigation (virl), in text or in pictures (-vl)")
     algo: str = arg("ppo", one_of(("ppo", "sft", "eval", "pretrain")),
-                    "ppo, sft, eval, or pretrain (makes the tiny model's foundation, from random weights or "
-                    "from --model)")
+                    "how to learn; eval: only evaluate; pretrain: make the tiny model's foundation")
     model: str = arg("tiny", text("a folder, or tiny"),
-                     "'tiny' (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision model, or a "
-                     "checkpoint of another run")
-    out: str = arg(None, text("a folder"),
-                   "folder for logs, checkpoints and transcripts (default runs/TASK-ALGO)")
-    seed: int = arg(0, integer(0, 2**63 - 1),
-                    "seed of training hands, draws and shuffles; evaluation hands are the same for every "
-                    "seed")
+                     "tiny (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision, or a "
+                     "checkpoint")
+    out: str = arg(None, text("a folder"), "folder of the run (default: runs/TASK-ALGO)")
+    seed: int = arg(0, integer(0, 2**63 - 1), "of hands, draws and shuffles in training",
+                    LEARNING)
     preset: str = arg("auto", one_of(("auto", "tiny", "paper")),
-                      "tiny: settings for the built-in model; paper: the paper's settings; auto: by the "
-                      "model's size")
-    device: str = arg("auto", one_of(("auto", "cuda", "mps", "cpu")), "cuda, mps, cpu, or auto")
-    resume: bool = flag(False, "continue the run in --out from its newest checkpoint, with its settings")
-    override: bool = flag(False,
-                          "with --resume: take settings from the command line that differ from the run's")
-    compat: str = arg("", several(one_of(("official", *sorted(official.NAMES)))),
-                      "behaviours of the released code, by name, joined by commas, or official: all (python "
-                      "-m variants.official lists them)")
-    custom: str = arg(None, text("a Python file"),
-                      "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
-                      "--loss and --sft-loss (see README.md)")
-    prompts: str = arg(None, text("a JSON file"),
-                       "JSON file of templates that replace the built-in prompts and verifier messages")
+                      "settings for the built-in model or the paper's; auto: by the model's size")
+    device: str = arg("auto", one_of(("auto", "cuda", "mps", "cpu")), "what to compute on")
+    resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint", LEARNING)
 
-    # the game; None means the game's own default
     rule: str = arg(None, text("a rule"),
-                    "rule in training. gp: what J, Q, K count, 10 (default), 11-12-13, or any number or "
-                    "three joined by '-'; virl: what turn_direction takes, absolute (default) or relative")
-    rules: str = arg(None, several(text("a rule")),
-                     "rules that training mixes, one per seed, in place of --rule, joined by commas: "
-                     "10,11-12-13,5; --rule still says what the init checkpoint, id and rule-ood are about")
+                    "in training. gp: what J, Q, K count, 10, 11-12-13 or others; virl: directions, "
+                    "absolute or relative")
     look: str = arg(None, text("a look"),
-                    "look in training. gp: suits dealt, black (default for gp-vl), red or all (default for "
-                    "gp-l); virl: a built-in city (default new-york), 'others' (nine cities) or 'broad' "
+                    "in training. gp: suits, black, red or all; virl: a city, others (nine cities) or broad "
                     "(those of pre-training)")
     attempts: int = arg(None, integer(1, 1000),
-                        "judged attempts (default: 5 per hand, 2 per point of a route)")
-    target: int = arg(None, integer(1), "gp: the number to make (default 24)")
+                        "judged answers (default: 5 a hand, 2 a point of a route)")
+    target: int = arg(None, integer(1), "gp: the number to make (default: 24)")
     routes: str = arg(None, text("a folder of routes"),
-                      "virl: train on this folder of routes in the released format (route_infos.json, ...) "
-                      "instead of a built-in city")
+                      "virl: folder of routes in the released format to train on")
+
+    steps: int = arg(None, integer(1), "PPO updates or SFT optimizer steps", LEARNING)
+    lr: float = arg(None, above(0), "learning rate", LEARNING)
+    lr_schedule: str = arg(None, one_of(("constant", "cosine")), "after the warm-up; cosine falls to 0",
+                           LEARNING)
+    warmup: float = arg(None, between(0, 1), "share of the steps in which the rate rises from 0", LEARNING)
+    epochs: int = arg(None, integer(1), "passes over each rollout, or batch of SFT", LEARNING)
+    minibatches: int = arg(None, integer(1), "optimizer steps per pass", LEARNING)
+    tune: str = arg("all", one_of(tuple(sft.TUNE)), "weights that learn; text: the language model", LEARNING)
+
+    batch_size: int = arg(None, integer(1, 10**6), "dialogues per step, over all ranks", SFT)
+    sft_loss: str = arg("nll", one_of(sft.LOSSES), "see sft.py and variants/sft_losses.py", "--algo sft")
+    sft_data: str = arg("expert", one_of(("expert", "own")),
+                        "an expert's dialogues, or the model's own right answers (rejection sampling)",
+                        "--algo sft")
+    mistakes: float = arg(None, between(0, 1), "share of dialogues with wrong answers before the right one",
+                          EXPERT + "; --attempts above 1")
+
+    hands: int = arg(None, integer(1, 10**6), "hands (or routes) per update, over all ranks", PPO)
+    samples: int = arg(None, integer(1, 10**6), "episodes played of each", PPO)
+    temperature: float = arg(None, TEMPERATURE, "of the rollout", PPO + " or --sft-data own")
+    max_new_tokens: int = arg(None, integer(1, 131072), "longest answer, in tokens")
+    advantage: str = arg(None, one_of(ppo.ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
+    loss: str = arg("ppo", one_of(ppo.LOSSES), "see ppo.py and variants/losses.py", PPO)
+    unit: str = arg(None, one_of(("turn", "token")), "unit of a ratio, where --loss leaves it open",
+                    PPO + "; --loss ppo, clip-higher, dual-clip or reinforce")
+    clip: float = arg(None, inside(0, 1), "clip range of the ratio",
+                      f"{PPO} or --sft-loss psft or iw-sft; {CLIPS}")
+    gamma: float = arg(0.9, between(0, 1), "discount from turn to turn",
+                       f"{PPO}; --advantage gae, gae-loo, gae-two-level, monte-carlo, rloo, grpo or "
+                       "grpo-no-std")
+    lam: float = arg(0.95, between(0, 1), "lambda of GAE, from turn to turn",
+                     PPO + "; --advantage gae, gae-loo or gae-two-level")
+    value_coef: float = arg(None, at_least(0), "weight of the value loss", CRITIC)
+    entropy_coef: float = arg(None, at_least(0), "weight of an entropy bonus", PPO)
+    critic: str = arg(None, one_of(("shared", "detached", "separate")),
+                      "what the value head reads (see ppo.ActorCritic)", CRITIC)
+
+    eval_every: int = arg(None, integer(0), "steps between evaluations; 0: only before and after", LEARNING)
+    eval_hands: int = arg(None, integer(0), "hands (or routes) per evaluation set")
+    eval_sets: str = arg(None, several(text("a set")),
+                         "id, rule-ood, visual-ood, or other `shifts` of the game in envs.py, by commas")
+    save_every: int = arg(None, integer(1), "steps between checkpoints; there is one at the end", LEARNING)
+
+    # What --help-all shows, too.
+    rules: str = arg(None, several(text("a rule")),
+                     "rules that training mixes, one per seed, in place of --rule, by commas: 10,11-12-13,5; "
+                     "--rule still says what the init checkpoint, id and rule-ood are about", POST_TRAINING)
     ood_routes: str = arg(None, text("a folder of routes"),
-                          "virl: folder of the visual-ood set, in the same format, instead of the nine "
-                          "built-in cities")
+                          "virl: routes of the visual-ood set, instead of the nine built-in cities",
+                          "--eval-sets visual-ood")
     skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many")
     hide_landmarks: bool = flag(None,
                                 "virl: leave the landmarks' names out of the instructions, so that only what "
                                 "is seen tells them")
-    after_failure: str = arg(None, one_of(("end", "walk-on")),
-                             "virl: what follows a point that stays wrong, 'end' of the episode (default, "
-                             "the paper) or 'walk-on' (the released code)")
+    prompts: str = arg(None, text("a JSON file"),
+                       "JSON file of templates that replace the built-in prompts and verifier messages")
+    custom: str = arg(None, text("a Python file"),
+                      "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
+                      "--loss and --sft-loss (see README.md)")
+    override: bool = flag(False,
+                          "with --resume: take settings from the command line that differ from the run's")
 
-    # learning
-    steps: int = arg(None, integer(1), "PPO updates or SFT optimizer steps")
-    lr: float = arg(None, above(0), "learning rate")
-    lr_schedule: str = arg(None, one_of(("constant", "cosine")),
-                           "constant or cosine (to 0), after the warm-up")
-    warmup: float = arg(None, between(0, 1), "share of the steps over which the learning rate rises from 0")
-    weight_decay: float = arg(None, at_least(0), "AdamW weight decay")
+    weight_decay: float = arg(None, at_least(0), "AdamW's", LEARNING)
     betas: tuple = arg(None, numbers("two numbers from 0 to below 1, joined by a comma", BETA, BETA),
-                       "Adam betas, as two numbers joined by a comma")
-    adam_eps: float = arg(None, above(0), "Adam epsilon")
-    max_grad_norm: float = arg(None, above(0), "gradient norm to clip to")
+                       "AdamW's, as two numbers joined by a comma", LEARNING)
+    adam_eps: float = arg(None, above(0), "AdamW's", LEARNING)
+    max_grad_norm: float = arg(None, above(0), "gradient norm to clip to", LEARNING)
     max_skipped: int = arg(5, integer(1),
                            "stop after so many steps in a row whose loss or gradient was not finite; such a "
-                           "step changes nothing")
+                           "step changes nothing", LEARNING)
+    value_clip: float = arg(None, at_least(0), "clip range of the value's change, 0 for none", CRITIC)
+    critic_lr: float = arg(None, above(0), "learning rate of the value head (and of its own trunk)", CRITIC)
+    critic_warmup: int = arg(None, integer(0), "first updates that train the critic alone", CRITIC)
+    reward_scale: float = arg(None, above(0), "factor on rewards before advantages and value targets", PPO)
+
     token_budget: int = arg(None, integer(1),
                             "padded tokens of one forward and backward pass, an image as many as take its "
-                            "memory; gradients are accumulated over several")
-    tune: str = arg("all", one_of(tuple(sft.TUNE)),
-                    "what SFT and PPO train; text, attention and mlp are the language model's (with its "
-                    "cross-attention layers), vision is the tower and its projector, no-embeddings all but "
-                    "the embedding and the head")
-    lora_rank: int = arg(0, integer(0, 10**5),
-                         "train low-rank adapters of this rank beside frozen weights (see variants/lora.py); "
-                         "0: the weights themselves")
-    lora_alpha: float = arg(16.0, above(0), "an adapter's update counts alpha / rank times")
-    lora_modules: str = arg("all", several(one_of((*lora.GROUPS, *lora.GROUPS["all"]))),
-                            "which of the linear layers that --tune leaves get adapters: attention, mlp, "
-                            "all, or names as q_proj, by commas")
-
-    # several ranks
+                            "memory; gradients are accumulated over several", LEARNING)
+    rollout_batch: int = arg(None, integer(1), "episodes played at once by each rank")
+    checkpoint_activations: bool = flag(
+        False, "compute a block's activations again in the backward pass instead of keeping them", LEARNING)
     shard: str = arg("auto", one_of(("auto", "on", "off")),
                      "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 "
                      "million weights on)")
-    checkpoint_activations: bool = flag(False,
-                                        "compute a block's activations again in the backward pass instead of "
-                                        "keeping them")
-    dry_run: int = arg(0, integer(1, 10**5), "print the memory that this run takes on so many GPUs, and end")
-    rollout_sharded: bool = flag(False,
-                                 "where a gathered copy does not fit: keep the weights sharded in rollouts, "
-                                 "all ranks in lockstep")
+    rollout_sharded: bool = flag(
+        False, "where a gathered copy does not fit: keep the weights sharded in rollouts, in lockstep",
+        "--shard on or auto")
+    dry_run: int = arg(0, integer(1, 10**5), "print the memory that this run takes on so many GPUs, and end",
+                       POST_TRAINING)
 
-    # SFT
-    batch_size: int = arg(None, integer(1, 10**6), "SFT dialogues per step, over all ranks")
-    mistakes: float = arg(None, between(0, 1),
-                          "share of SFT dialogues with wrong answers and verifier messages before the right "
-                          "answer")
-    describe: bool = flag(None,
-                          "virl-vl, for SFT and pre-training: learn to tell what is in the pictures rather "
-                          "than the way")
-    learn_prompts: bool = flag(None, "also learn to predict the prompts, as pre-training does")
-    sft_loss: str = arg("nll", one_of(sft.LOSSES), "SFT loss (see sft.py and variants/sft_losses.py)")
-    sft_data: str = arg("expert", one_of(("expert", "own")),
-                        "what SFT learns from: dialogues of an expert, or the model's own right answers of "
-                        "--batch-size episodes per step (rejection sampling)")
-
-    # PPO
-    hands: int = arg(None, integer(1, 10**6), "hands dealt (or routes begun) per update, over all ranks")
-    samples: int = arg(None, integer(1, 10**6), "episodes played of each of them")
-    temperature: float = arg(None, TEMPERATURE, "sampling temperature of the rollout")
-    max_new_tokens: int = arg(None, integer(1, 131072), "longest answer, in tokens")
-    advantage: str = arg(None, one_of(ppo.ESTIMATORS),
-                         "advantage estimator (see ppo.py and variants/advantages.py)")
-    loss: str = arg("ppo", one_of(ppo.LOSSES), "policy loss (see ppo.py and variants/losses.py)")
-    unit: str = arg(None, one_of(("turn", "token")),
-                    "what a ratio is taken of, where --loss leaves it open: a whole turn (the paper) or a "
-                    "token")
-    clip: float = arg(None, inside(0, 1), "clip range of the ratio")
-    clip_high: float = arg(0.28, above(0), "clip range upwards, of --loss clip-higher and dapo")
-    dual_clip: float = arg(3.0, above(1),
-                           "of --loss dual-clip: largest ratio that counts against an answer worse than "
-                           "expected")
-    value_clip: float = arg(None, at_least(0), "clip range of the value's change, 0 for none")
-    value_coef: float = arg(None, at_least(0), "weight of the value loss")
-    entropy_coef: float = arg(None, at_least(0), "weight of an entropy bonus")
-    gamma: float = arg(0.9, between(0, 1), "discount from turn to turn")
-    lam: float = arg(0.95, between(0, 1), "lambda of GAE, from turn to turn")
-    token_gamma: float = arg(1.0, between(0, 1), "discount from token to token, of estimators over tokens")
-    token_lam: float = arg(0.95, between(0, 1), "lambda of GAE from token to token")
-    kl_coef: float = arg(0.0, at_least(0),
-                         "weight of a penalty on the KL divergence from the policy that the run began with; "
-                         "0 for none")
-    kl_in: str = arg("loss", one_of(("loss", "reward")), "where that penalty goes")
-    kl_estimator: str = arg("k3", one_of(tuple(losses.KL)),
-                            "how the divergence is estimated from a token; in the loss the gradient of k1 is "
-                            "zero in expectation")
-    epochs: int = arg(None, integer(1), "passes over each rollout (or batch of SFT)")
-    minibatches: int = arg(None, integer(1), "optimizer steps per pass")
-    critic: str = arg(None, one_of(("shared", "detached", "separate")),
-                      "what the value head reads: shared, detached or separate (see ppo.ActorCritic)")
-    critic_lr: float = arg(None, above(0), "learning rate of the value head (and of its own trunk)")
-    critic_warmup: int = arg(None, integer(0), "first updates that train the critic alone")
-    reward_scale: float = arg(None, above(0), "factor on rewards before advantages and value targets")
-
-    # evaluation and logs
-    eval_every: int = arg(None, integer(0),
-                          "steps between evaluations (also before and after training); 0: only before and "
-                          "after")
-    eval_hands: int = arg(None, integer(0), "hands (or routes) per evaluation set")
-    skip_first_eval: bool = flag(False,
-                                 "leave out the evaluation before training, which is the same for all runs "
-                                 "from one model")
-    eval_sets: str = arg(None, several(text("a set")),
-                         "comma-separated: id, rule-ood, visual-ood (default: those of the task); also "
-                         "fake-rule; gp: id-face, five-cards, face-5, face-7, target-12, target-20, "
-                         "target-36; gp-vl: mirrored, recoloured; virl: id-train, relative-wording (see "
-                         "`shifts` in envs.py)")
+    skip_first_eval: bool = flag(
+        False, "leave out the evaluation before training, which is the same for all runs from one model",
+        LEARNING)
     eval_temperature: float = arg(0.2, EVAL_TEMPERATURE, "sampling temperature of evaluations")
     probe_hands: int = arg(None, integer(0),
                            "with every evaluation, fixed hands (or routes) to measure KL to the run's start, "
-                           "pass@k, entropy and changed weights on (see study/explain.py); 0: do not")
-    probe_samples: int = arg(8, integer(1, 10**6), "episodes of each of them, at temperature 1")
-    save_every: int = arg(None, integer(1), "steps between checkpoints; there is always one at the end")
-    keep: int = arg(2, integer(1), "checkpoints to keep")
-    transcript_every: int = arg(10, integer(1), "steps between sample transcripts (PPO)")
-    rollout_batch: int = arg(None, integer(1), "episodes played at once by each rank")
+                           "pass@k, entropy and changed weights on; 0: do not", POST_TRAINING)
+    probe_samples: int = arg(8, integer(1, 10**6), "episodes of each of them, at temperature 1",
+                             "--probe-hands above 0")
+    keep: int = arg(2, integer(1), "checkpoints to keep", LEARNING)
+    transcript_every: int = arg(10, integer(1), "steps between sample transcripts", PPO)
+
+    describe: bool = flag(None, "virl-vl: learn to tell what is in the pictures rather than the way",
+                          EXPERT + "; --task virl-vl")
+    learn_prompts: bool = flag(None, "also learn to predict the prompts", EXPERT)
 
     @property
     def game(self):
@@ -223,9 +182,14 @@ class Args:
         return self.task.endswith("vl")
 
 
-# The first setting of each group in --help.
-GROUPS = {"task": "the run", "rule": "the game", "steps": "learning", "shard": "several ranks",
-          "batch_size": "SFT", "hands": "PPO", "eval_every": "evaluation and logs"}
+# Titles in --help, by the first setting below each; those of RARE are in --help-all only.
+GROUPS = {"task": "the run", "rule": "the game", "steps": "learning", "batch_size": "SFT", "hands": "PPO",
+          "eval_every": "evaluation"}
+RARE = {"rules": "the game and files", "weight_decay": "optimizer and critic", "token_budget": "memory",
+        "skip_first_eval": "evaluation and logs", "describe": "pre-training (also of SFT)",
+        "clip_high": "variants/losses.py", "token_gamma": "variants/advantages.py",
+        "kl_coef": "variants/reference.py", "lora_rank": "variants/lora.py",
+        "compat": "variants/official.py: the released code"}
 # What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
 FREE = ("out", "resume", "override", "custom", "device", "shard", "checkpoint_activations", "rollout_sharded",
         "save_every", "keep", "max_skipped")
@@ -235,49 +199,52 @@ GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Presets are data: what holds for every algorithm first, then what one adds. Where a number is a dict, the
-# task or the game chooses. The paper's numbers are PAPER: section 4.
+# Presets are command lines. A line holds for the runs that all words before it name: preset, algorithm,
+# game, task. Of two the later wins. The paper's numbers are PAPER: section 4.
 
 PRESETS = {
-    "tiny": dict(
-        all=dict(
-            weight_decay=0.0, betas=(0.9, 0.95), adam_eps=1e-8, max_grad_norm=1.0, token_budget=4096,
-            lr_schedule="constant", max_new_tokens={"gp": 48, "virl": 64}, rollout_batch=256,
-            eval_hands={"gp": 500, "virl": 200}, probe_hands={"gp": 16, "virl": 8}),
-        sft=dict(
-            steps={"gp": 450, "virl-l": 221, "virl-vl": 230}, lr=3e-4, batch_size=64, mistakes=0.0,
-            learn_prompts=False, epochs=1, minibatches=1, clip=0.1, temperature=1.0, warmup=0.03,
-            eval_every={"gp": 150, "virl": 115}, save_every=150),
-        ppo=dict(
-            steps={"gp": 40, "virl": 30}, lr=1e-4, lr_schedule="cosine", warmup=0.1,
-            hands={"gp": 32, "virl": 16}, samples={"gp": 8, "virl": 4}, temperature=0.5,
-            advantage="gae-loo", unit="turn", clip=0.1, value_clip=0.0, value_coef=0.5, entropy_coef=0.0,
-            epochs=1, minibatches=4, critic="detached", critic_lr=3e-4, critic_warmup=0,
-            reward_scale={"gp": 0.2, "virl": 0.5}, eval_every={"gp": 20, "virl": 15},
-            save_every={"gp": 20, "virl": 15}),
-        pretrain=dict(
-            steps={"gp": 450, "virl": 560}, lr={"gp": 4e-3, "virl": 3e-3}, lr_schedule="cosine", warmup=0.05,
-            weight_decay=0.01, betas=(0.9, 0.98), batch_size={"gp": 64, "virl": 40}, epochs=1, minibatches=1,
-            mistakes={"gp": 0.3, "virl": 0.2}, learn_prompts={"gp": False, "virl": True},
-            eval_every={"gp": 150, "virl": 280}, save_every=150, probe_hands=0),
-        eval={}),
-    "paper": dict(
-        all=dict(
-            weight_decay=0.0, adam_eps=1e-7, token_budget=6144, lr_schedule="cosine", max_new_tokens=512,
-            rollout_batch={"gp-l": 64, "gp-vl": 32, "virl": 40}, eval_hands={"gp": 234, "virl": 48},
-            probe_hands=0),
-        sft=dict(
-            steps=400, lr={"gp-l": 1e-6, "gp-vl": 5e-7, "virl-l": 1e-6, "virl-vl": 5e-7}, batch_size=128,
-            mistakes=0.0, learn_prompts=False, epochs=1, minibatches=1, clip=0.1, temperature=1.0,
-            betas=(0.9, 0.98), warmup=0.03, max_grad_norm=1.0, eval_every=50, save_every=100),
-        ppo=dict(
-            steps={"gp": 20, "virl": 15}, lr={"gp": 1e-6, "virl-l": 1e-6, "virl-vl": 1e-7}, warmup=0.0,
-            betas=(0.9, 0.999), max_grad_norm=0.01,
-            hands={"gp": 512, "virl": 320}, samples=1, temperature=0.2,
-            advantage="gae", unit="turn", clip=0.1, value_clip=0.1, value_coef=0.5, entropy_coef=0.0,
-            epochs=4, minibatches=2, critic="shared", critic_lr=1e-6, critic_warmup=0, reward_scale=1.0,
-            eval_every=5, save_every=5),
-        eval={}),
+    "tiny": "--weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 4096 "
+            "--lr-schedule constant --rollout-batch 256",
+    "tiny gp": "--max-new-tokens 48 --eval-hands 500 --probe-hands 16",
+    "tiny virl": "--max-new-tokens 64 --eval-hands 200 --probe-hands 8",
+
+    "tiny sft": "--lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1 "
+                "--temperature 1 --save-every 150",
+    "tiny sft gp": "--steps 450 --eval-every 150",
+    "tiny sft virl": "--steps 230 --eval-every 115",
+    "tiny sft virl-l": "--steps 221",
+
+    "tiny ppo": "--lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo --unit "
+                "turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4 "
+                "--critic detached --critic-lr 3e-4 --critic-warmup 0",
+    "tiny ppo gp": "--steps 40 --hands 32 --samples 8 --reward-scale 0.2 --eval-every 20 --save-every 20",
+    "tiny ppo virl": "--steps 30 --hands 16 --samples 4 --reward-scale 0.5 --eval-every 15 --save-every 15",
+
+    "tiny pretrain": "--lr-schedule cosine --warmup 0.05 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1 "
+                     "--minibatches 1 --save-every 150 --probe-hands 0",
+    "tiny pretrain gp": "--steps 450 --lr 4e-3 --batch-size 64 --mistakes 0.3 --eval-every 150",
+    "tiny pretrain virl": "--steps 560 --lr 3e-3 --batch-size 40 --mistakes 0.2 --learn-prompts "
+                          "--eval-every 280",
+
+    "paper": "--weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512 "
+             "--probe-hands 0",
+    "paper gp": "--rollout-batch 64 --eval-hands 234",
+    "paper gp-vl": "--rollout-batch 32",
+    "paper virl": "--rollout-batch 40 --eval-hands 48",
+
+    "paper sft": "--steps 400 --lr 1e-6 --warmup 0.03 --betas 0.9,0.98 --max-grad-norm 1 --batch-size 128 "
+                 "--mistakes 0 --epochs 1 --minibatches 1 --clip 0.1 --temperature 1 --eval-every 50 "
+                 "--save-every 100",
+    "paper sft gp-vl": "--lr 5e-7",
+    "paper sft virl-vl": "--lr 5e-7",
+
+    "paper ppo": "--lr 1e-6 --warmup 0 --betas 0.9,0.999 --max-grad-norm 0.01 --samples 1 --temperature 0.2 "
+                 "--advantage gae --unit turn --clip 0.1 --value-clip 0.1 --value-coef 0.5 --entropy-coef 0 "
+                 "--epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --critic-warmup 0 "
+                 "--reward-scale 1 --eval-every 5 --save-every 5",
+    "paper ppo gp": "--steps 20 --hands 512",
+    "paper ppo virl": "--steps 15 --hands 320",
+    "paper ppo virl-vl": "--lr 1e-7",
 }
 
 
@@ -285,23 +252,23 @@ def apply_preset(args, hidden_size):
     """Fill what the user left open from the preset and from the game's own defaults."""
     if args.preset == "auto":
         args.preset = "tiny" if hidden_size <= 512 else "paper"
-    preset = PRESETS[args.preset]
-    if args.algo not in preset:
-        raise SettingError(f"--preset {args.preset}: expected tiny with --algo {args.algo}")
-    for name, value in (preset["all"] | preset[args.algo]).items():      # the later one wins
-        if getattr(args, name) is None:
-            chosen = value.get(args.task, value.get(args.game)) if isinstance(value, dict) else value
-            setattr(args, name, chosen)
+    if args.algo == "pretrain" and args.preset != "tiny":
+        raise SettingError(f"--preset {args.preset}: expected tiny with --algo pretrain")
+    run = {args.preset, args.algo, args.game, args.task}
+    lines = [line for words, line in PRESETS.items() if run.issuperset(words.split())]
     game = GAMES[args.game]
     defaults = {name: parameter.default for name, parameter in inspect.signature(game).parameters.items()}
     defaults |= {"look": game.looks[args.image]}
     defaults |= {"routes": None, "ood_routes": None} if args.game == "virl" else {}
     for name in ("routes", "ood_routes", *GAME_SETTINGS):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults.get(name))
-        elif name not in defaults:
+        if getattr(args, name) is not None and name not in defaults:
             raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
-    args.look = args.routes or args.look
+    if args.routes and args.look not in (None, args.routes):
+        raise SettingError(f"{spelled(args, 'look')}: expected a built-in look, without --routes")
+    args.look = args.look or args.routes
+    for name, value in (defaults | vars(options().parse_args(" ".join(lines).split()))).items():
+        if getattr(args, name, "") is None:
+            setattr(args, name, value)
     # One's own routes are tested on one's own other look, or on none.
     seen = args.image and (args.ood_routes or not args.routes)
     args.eval_sets = args.eval_sets or ("id,rule-ood,visual-ood" if seen else "id,rule-ood")
@@ -321,26 +288,34 @@ def spelled(args, name):
     return flag_of(name) if value is True else f"{flag_of(name)} {shown(value)}"
 
 
-def parse(argv=None, description=__doc__):
-    """Command line -> (Args, names of the settings that were typed).
-
-    Options come from the dataclass, so `--help` cannot drift from what is used. SettingError for a word that
-    is none of its kind. Nothing is read or written, so that all ranks come to the same verdict.
-    """
+def options(description=None, everything=True):
+    """Return the parser of train.py, made from the fields of Args. everything: show those of RARE, too."""
     parser = command_line("train.py", description, fail, usage="%(prog)s [options]",
-                          argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Args):
-        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        kind, help = f.metadata["kind"], f.metadata["help"]
-        if f.default not in (None, False):
-            help += f" (default: {f.default})"
-        if f.type is bool:
-            group.add_argument(flag_of(f.name), action="store_true", help=help)
-        else:
-            names = "{" + ",".join(kind.names) + "}" if kind.names else None
+                          argument_default=SUPPRESS)
+    parser.add_argument("--help-all", action="help", help="show all settings")
+    for name in [name for section in (Args, *Args.__bases__) for name in section.__annotations__]:
+        if title := (GROUPS | RARE).get(name):
+            group, hidden = parser.add_argument_group(title), name in RARE and not everything
+        field = Args.__dataclass_fields__[name]
+        kind, help = field.metadata["kind"], field.metadata["help"]
+        if field.default not in (None, False):
+            help += f" (default: {field.default})"
+        how = dict(help=SUPPRESS if hidden else help, action="store_true")
+        if field.type is not bool:
+            metavar = "{" + ",".join(kind.names) + "}" if kind.names else field.type.__name__.upper()
             late = isinstance(kind.names, dict)                # --custom can add to it, see `load_custom`
-            group.add_argument(flag_of(f.name), type=str if late else kind, metavar=names, help=help)
-    typed = vars(parser.parse_args(argv))
+            how |= dict(action="store", metavar=metavar, type=str if late else kind)
+        group.add_argument(flag_of(name), **how)
+    return parser
+
+
+def parse(argv=None, description=__doc__):
+    """Read a command line -> (Args, names of the settings that were typed).
+
+    SettingError for a word that is none of its kind. Nothing is read or written, so that all ranks come to the
+    same verdict."""
+    argv = sys.argv[1:] if argv is None else argv
+    typed = vars(options(description, "--help-all" in argv).parse_args(argv))
     return Args(**typed), frozenset(typed)
 
 

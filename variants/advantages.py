@@ -20,6 +20,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
+from harness.ranges import arg, between
+
+
+@dataclass
+class AdvantageSettings:
+    """Settings of estimators over tokens; --gamma and --lam are from turn to turn."""
+    token_gamma: float = arg(1.0, between(0, 1), "discount from token to token",
+                             "--advantage gae-token, gae-two-level or reinforce++")
+    token_lam: float = arg(0.95, between(0, 1), "lambda of GAE from token to token",
+                           "--advantage gae-token or gae-two-level")
+
 
 # Differences within some steps of float32, in which values and log-probs come, are none: divided by their own
 # deviation they would be worth a whole update.
@@ -45,7 +56,7 @@ def earned(turn, args):
 
 
 def size(turn, args):
-    """Size of what an advantage is added up from: reward, values, log-probs (in penalties; some nats each)."""
+    """Size of what an advantage is added up from: reward, values, log-probs (penalties; some nats each)."""
     values = turn.value if isinstance(turn.value, list) else [turn.value]
     return abs(args.reward_scale * turn.reward) + max(map(abs, values)) + args.kl_coef * len(turn.penalties)
 

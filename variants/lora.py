@@ -28,11 +28,13 @@ What it does not do. A rollout computes W x and B A x apart, as training does, a
 without a second copy: `disabled` switches the adapters off, which makes a frozen reference for a KL penalty.
 """
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.ranges import above, arg, integer, one_of, several
 from harness.terminal import command
 from llama.config import Config
 from model import Linear, Llama
@@ -40,6 +42,19 @@ from model import Linear, Llama
 # What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are computed from its weight.
 GROUPS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")}
 GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"] + ("multi_modal_projector",)
+
+
+@dataclass
+class LoraSettings:
+    """Settings of adapters."""
+    lora_rank: int = arg(0, integer(0, 10**5),
+                         "train low-rank adapters of this rank beside frozen weights; 0: the weights themselves",
+                         "--algo sft or ppo")
+    lora_alpha: float = arg(16.0, above(0), "an adapter's update counts alpha / rank times",
+                            "--lora-rank above 0")
+    lora_modules: str = arg("all", several(one_of((*GROUPS, *GROUPS["all"]))),
+                            "which of the linear layers that --tune leaves get adapters: attention, mlp, all, or "
+                            "names as q_proj, by commas", "--lora-rank above 0")
 
 
 class Adapted(nn.Module):
@@ -122,7 +137,7 @@ def table(config, rank):
 
 def main():
     from distributed.plan import LLAMA_11B
-    from harness.ranges import command_line, integer
+    from harness.ranges import command_line
     parser = command_line("python -m variants.lora", "What LoRA saves on Llama-3.2-11B-Vision.")
     parser.add_argument("--rank", type=integer(1, 10**5), default=16,
                         help="of the adapters (default: %(default)s)")

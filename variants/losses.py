@@ -12,6 +12,16 @@ from typing import Callable
 
 import torch
 
+from harness.ranges import above, arg
+
+
+@dataclass
+class LossSettings:
+    """Settings of single losses."""
+    clip_high: float = arg(0.28, above(0), "clip range upwards", "--loss clip-higher or dapo")
+    dual_clip: float = arg(3.0, above(1), "largest ratio that counts against an answer worse than expected",
+                           "--loss dual-clip")
+
 
 @dataclass(frozen=True)
 class Loss:

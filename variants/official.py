@@ -5,8 +5,10 @@
 Each switch says what it does and why the default differs: a game's own in official_games.py, PPO's here.
 `python -m variants.official` lists all.
 """
+from dataclasses import dataclass
 from functools import lru_cache
 
+from harness.ranges import arg, command_line, one_of, several
 from harness.terminal import command
 from variants.official_games import OF_GAME, play
 
@@ -31,6 +33,17 @@ PPO = {
 NAMES = frozenset(PPO).union(*OF_GAME.values())
 
 
+@dataclass
+class OfficialSettings:
+    """Settings that bring back the released code."""
+    compat: str = arg("", several(one_of(("official", *sorted(NAMES)))),
+                      "behaviours of the released code, by name, joined by commas, or official: all (python "
+                      "-m variants.official lists them)")
+    after_failure: str = arg(None, one_of(("end", "walk-on")),
+                             "virl: what follows a point that stays wrong, the end of the episode (default, "
+                             "the paper) or the next point")
+
+
 @lru_cache
 def switches(text):
     """Return the names in --compat. "official": all."""
@@ -43,7 +56,6 @@ def wrap(game, text):
 
 
 def main():
-    from harness.ranges import command_line
     command_line("python -m variants.official", "List what --compat takes, and what each does.").parse_args()
     tables = {f"--task {game}-*": table for game, table in OF_GAME.items()}
     for part, table in (tables | {"--algo ppo": PPO}).items():

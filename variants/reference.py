@@ -17,6 +17,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from harness.ranges import arg, at_least, one_of
+from variants.losses import KL
+
+
+@dataclass
+class ReferenceSettings:
+    """Settings of a KL penalty."""
+    kl_coef: float = arg(0.0, at_least(0),
+                         "weight of a penalty on the KL divergence from the policy that the run began with; "
+                         "0 for none", "--algo ppo")
+    kl_in: str = arg("loss", one_of(("loss", "reward")), "where that penalty goes", "--kl-coef above 0")
+    kl_estimator: str = arg("k3", one_of(tuple(KL)),
+                            "how the divergence is estimated from a token; in the loss the gradient of k1 is "
+                            "zero in expectation", "--kl-coef above 0")
+
 
 def initial(policy):
     """The policy as it is now. The weights that are trained (of sharded ones: this rank's slices) are kept in
