@@ -123,8 +123,7 @@ class GeneralPoints:
         self.deal, self.count = deal, cards
         self.target, self.attempts, self.size = int(target), int(attempts), tuple(size)
         self.prompts = check_prompts(prompts or {})
-        self.stated, self.values = (dict(zip(RANKS, card_values(RANKS, r)))
-                                    for r in (rule, judged_rule or rule))
+        self.stated, self.values = card_values(rule), card_values(judged_rule or rule)
         self.deck = [(rank, suit) for suit in LOOKS[look] for rank in RANKS]
         self.attempt = None     # judged so far; None: no episode is running
 

@@ -6,104 +6,138 @@ import re
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
-FACES = ("J", "Q", "K")
+RANKS = tuple("A 2 3 4 5 6 7 8 9 10 J Q K".split())
+FACES = RANKS[-3:]
 LOOKS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds")}
 LOOKS["all"] = LOOKS["black"] + LOOKS["red"]
 
 
-def face_values(rule):
-    """Return {"J": 10, "Q": 10, "K": 10} for "10", {"J": 11, "Q": 12, "K": 13} for "11-12-13"."""
-    parts = str(rule).split("-")
-    if len(parts) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
+def card_values(rule):
+    """Return {rank: value}: A counts 1, a number card its number; J, Q and K count 10 by the rule "10", 11, 12
+    and 13 by "11-12-13". ValueError for a bad rule."""
+    faces = str(rule).split("-")
+    if len(faces) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", face) for face in faces):
         raise ValueError(f"rule {rule!r}: expected one positive integer for J, Q and K, as in '10', "
                          "or three, as in '11-12-13'")
-    return dict(zip(FACES, map(int, parts * (3 // len(parts)))))
-
-
-def card_values(ranks, rule):
-    """Return the values of `ranks` (a list of RANKS) under `rule`: A is 1, a number card its number, J, Q, K
-    by the rule."""
-    values = {"A": 1, **face_values(rule)}
-    return [values[rank] if rank in values else int(rank) for rank in ranks]
+    return dict(zip(RANKS, [*range(1, 11), *map(int, faces * (3 // len(faces)))]))
 
 
 # Every card is drawn once, 1000 x 1400 pixels, and scaled down. Shapes are polygons (N, 2), y downwards.
+_T = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+
 
 def _oval(x, y, rx, ry=None):
-    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    return np.stack([x + rx * np.cos(t), y + (ry or rx) * np.sin(t)], 1)
+    return np.stack([x + rx * np.cos(_T), y + (ry or rx) * np.sin(_T)], 1)
 
 
 def _bar(x, y, width, height):
     return [(x + i * width / 2, y + j * height / 2) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
-COLORS = {"table": (0x35, 0x65, 0x4D), "paper": (253, 253, 250),
-          "line": (40, 40, 60), "edge": (150, 150, 150),
-          "gold": (244, 196, 72), "skin": (248, 218, 188), "steel": (196, 206, 216), "wood": (150, 100, 60),
-          "leaf": (70, 130, 80), "lip": (190, 60, 60),
-          "J": (206, 150, 66), "Q": (124, 70, 34), "K": (110, 100, 94)}
+def _polygon(*xy):
+    return np.reshape(xy, (-1, 2))
+
+
+def _shapes(text):
+    """Return [(name of a color, polygon)] of lines as "gold oval 610 195 80 26": an oval has a centre and one
+    or two radii, a bar a centre, a width and a height, a polygon corners "x,y"."""
+    lines = (line.replace(",", " ").split() for line in text.strip().splitlines())
+    kinds = {"oval": _oval, "bar": _bar, "polygon": _polygon}
+    return [(color, kinds[kind](*map(float, numbers))) for color, kind, *numbers in lines]
+
+
+def _colors(text):
+    """Return {name: (red, green, blue)} of words "name #rrggbb"."""
+    words = text.split()
+    return dict(zip(words[::2], map(ImageColor.getrgb, words[1::2])))
+
+
+COLORS = _colors("""
+    table #35654d  paper #fdfdfa  line #28283c  edge #969696  gold #f4c448  skin #f8dabc  steel #c4ced8
+    wood #96643c  leaf #468250  lip #be3c3c  J #ce9642  Q #7c4622  K #6e645e""")
+BLACK, RED = _colors("ink #101014  robe #304c96"), _colors("ink #ce1220  robe #b2262e")
 # how a card is drawn: left and right exchanged; rank and suit in colours no deck has
 STYLES = ("plain", "mirrored", "recoloured")
-RECOLOURED = {"spades": (20, 60, 205), "clubs": (0, 130, 60),
-              "hearts": (235, 120, 0), "diamonds": (150, 40, 180)}
-BLACK, RED = {"ink": (16, 16, 20), "robe": (48, 76, 150)}, {"ink": (206, 18, 32), "robe": (178, 38, 46)}
-# rank: (rows of the two side columns, rows of the middle column), from -1, the highest, to 1, the lowest
-PIPS = {"A": ((), (0,)), "2": ((), (-1, 1)), "3": ((), (-1, 0, 1)), "4": ((-1, 1), ()), "5": ((-1, 1), (0,)),
-        "6": ((-1, 0, 1), ()), "7": ((-1, 0, 1), (-1 / 2,)), "8": ((-1, 0, 1), (-1 / 2, 1 / 2)),
-        "9": ((-1, -1 / 3, 1 / 3, 1), (0,)), "10": ((-1, -1 / 3, 1 / 3, 1), (-2 / 3, 2 / 3))}
+RECOLOURED = _colors("spades #143ccd  clubs #00823c  hearts #eb7800  diamonds #9628b4")
+# rank: rows of the two side columns | rows of the middle column, in sixths, from -6, the highest, to 6
+PIPS = {rank: [[int(row) / 6 for row in column.split()] for column in rows.split("|")] for rank, rows in {
+    "A": "| 0", "2": "| -6 6", "3": "| -6 0 6", "4": "-6 6 |", "5": "-6 6 | 0", "6": "-6 0 6 |",
+    "7": "-6 0 6 | -3", "8": "-6 0 6 | -3 3", "9": "-6 -2 2 6 | 0", "10": "-6 -2 2 6 | -4 4"}.items()}
+
 # The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand
 # carries.
-LOCKS = {"J": [_oval(500, 370, 132, 120), _oval(395, 440, 45), _oval(605, 440, 45)],
-         "Q": [_oval(500, 430, 150, 195)], "K": [_oval(500, 375, 128, 140)]}
-BUST = [("robe", [(372, 500), (628, 500), (760, 560), (806, 705), (194, 705), (240, 560)]),
-        ("gold", [(290, 540), (330, 524), (340, 705), (270, 705)]),
-        ("gold", [(710, 540), (670, 524), (660, 705), (730, 705)]),
-        ("gold", [(420, 500), (580, 500), (610, 705), (390, 705)]),
-        ("paper", [(366, 505), (420, 462), (500, 545), (580, 462), (634, 505), (500, 625)]),
-        ("skin", _oval(500, 372, 90, 116))]
-REGALIA = {
-    "J": [("gold", _oval(610, 195, 80, 26)), ("robe", _oval(500, 250, 142, 72)),
-          ("gold", _bar(500, 290, 256, 36)),
-          ("wood", _bar(738, 480, 18, 440)), ("steel", [(738, 140), (778, 250), (738, 300), (698, 250)])],
-    "Q": [("gold", [(402, 290), (370, 205), (436, 240), (500, 180), (564, 240), (630, 205), (598, 290)]),
-          ("paper", _bar(500, 284, 208, 26)), ("paper", _oval(370, 205, 17)), ("paper", _oval(500, 180, 17)),
-          ("paper", _oval(630, 205, 17)), ("leaf", _bar(738, 480, 12, 440)), ("ink", _oval(738, 247, 32)),
-          ("ink", _oval(776, 285, 32)), ("ink", _oval(738, 323, 32)), ("ink", _oval(700, 285, 32)),
-          ("gold", _oval(738, 285, 22))],
-    "K": [("K", _oval(500, 440, 96, 120)), ("skin", _oval(500, 352, 84, 94)),
-          ("gold", [(392, 292), (352, 160), (432, 222), (500, 130), (568, 222), (648, 160), (608, 292)]),
-          ("robe", _bar(500, 284, 232, 36)), ("ink", _oval(352, 160, 15)), ("ink", _oval(500, 130, 15)),
-          ("ink", _oval(648, 160, 15)),
-          ("steel", [(722, 690), (722, 250), (737, 200), (752, 250), (752, 690)]),
-          ("gold", _bar(737, 520, 120, 28))]}
-FEATURES = [_oval(464, 358, 10), _oval(536, 358, 10), _bar(464, 332, 40, 6), _bar(536, 332, 40, 6),
-            [(500, 360), (488, 402), (506, 402)]]
+BUST = """
+    robe polygon 372,500 628,500 760,560 806,705 194,705 240,560
+    gold polygon 290,540 330,524 340,705 270,705
+    gold polygon 710,540 670,524 660,705 730,705
+    gold polygon 420,500 580,500 610,705 390,705
+    paper polygon 366,505 420,462 500,545 580,462 634,505 500,625
+    skin oval 500 372 90 116"""
+COURT = {rank: _shapes(hair + BUST + regalia) for rank, hair, regalia in (
+    ("J", """
+        J oval 500 370 132 120
+        J oval 395 440 45
+        J oval 605 440 45""", """
+        gold oval 610 195 80 26
+        robe oval 500 250 142 72
+        gold bar 500 290 256 36
+        wood bar 738 480 18 440
+        steel polygon 738,140 778,250 738,300 698,250"""),
+    ("Q", """
+        Q oval 500 430 150 195""", """
+        gold polygon 402,290 370,205 436,240 500,180 564,240 630,205 598,290
+        paper bar 500 284 208 26
+        paper oval 370 205 17
+        paper oval 500 180 17
+        paper oval 630 205 17
+        leaf bar 738 480 12 440
+        ink oval 738 247 32
+        ink oval 776 285 32
+        ink oval 738 323 32
+        ink oval 700 285 32
+        gold oval 738 285 22"""),
+    ("K", """
+        K oval 500 375 128 140""", """
+        K oval 500 440 96 120
+        skin oval 500 352 84 94
+        gold polygon 392,292 352,160 432,222 500,130 568,222 648,160 608,292
+        robe bar 500 284 232 36
+        ink oval 352 160 15
+        ink oval 500 130 15
+        ink oval 648 160 15
+        steel polygon 722,690 722,250 737,200 752,250 752,690
+        gold bar 737 520 120 28"""))}
+FEATURES = _shapes("""
+    line oval 464 358 10
+    line oval 536 358 10
+    line bar 464 332 40 6
+    line bar 536 332 40 6
+    line polygon 500,360 488,402 506,402
+    lip oval 500 432 26 8""")
+# Suit marks, in the box -0.5..0.5.
+_Y = 5 * np.cos(2 * _T) + 2 * np.cos(3 * _T) + np.cos(4 * _T) - 13 * np.cos(_T)
+_HEART = np.stack([16 * np.sin(_T) ** 3, _Y - 2.5], 1) / 30
+_STEM = """
+    ink polygon -0.03,0 0.03,0 0.06,0.3 0.18,0.5 -0.18,0.5 -0.06,0.3"""
+MARKS = {
+    "spades": [("ink", _HEART * (0.9, -0.88) + (0, -0.06)), *_shapes(_STEM)],
+    "clubs": _shapes("""
+        ink oval 0 -0.26 0.23
+        ink oval -0.25 0.1 0.23
+        ink oval 0.25 0.1 0.23
+        ink oval 0 0 0.1""" + _STEM),
+    "hearts": [("ink", _HEART)],
+    "diamonds": _shapes("ink polygon 0,-0.52 0.2,-0.23 0.39,0 0.2,0.23 0,0.52 -0.2,0.23 -0.39,0 -0.2,-0.23")}
 INDEX_ONLY = 120    # pixels: a card less high than this shows its rank and suit large, and nothing else
 
 
-def _suit_shapes(suit):
-    """Return the polygons that make up a suit mark, in the box -0.5..0.5."""
-    t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    y = 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)
-    heart = np.stack([16 * np.sin(t) ** 3, y - 2.5], 1) / 30
-    stem = [(-0.03, 0), (0.03, 0), (0.06, 0.3), (0.18, 0.5), (-0.18, 0.5), (-0.06, 0.3)]
-    return {"spades": [heart * (0.9, -0.88) + (0, -0.06), stem],
-            "clubs": [_oval(0, -0.26, 0.23), _oval(-0.25, 0.1, 0.23), _oval(0.25, 0.1, 0.23),
-                      _oval(0, 0, 0.1), stem],
-            "hearts": [heart],
-            "diamonds": [[(0, -0.52), (0.2, -0.23), (0.39, 0), (0.2, 0.23),
-                          (0, 0.52), (-0.2, 0.23), (-0.39, 0), (-0.2, -0.23)]]}[suit]
-
-
-def _fill(draw, shapes, color, x=0, y=0, scale=1, outline=None):
+def _fill(draw, shapes, colors, x=0, y=0, scale=1, outline=None):
     """Fill polygons scaled by `scale` (a number or (x, y) factors) and moved to (x, y)."""
-    for shape in shapes:
+    for color, shape in shapes:
         points = (np.array(shape) * scale + (x, y)).tolist()
-        draw.polygon(list(map(tuple, points)), color, outline, 5)
+        draw.polygon(list(map(tuple, points)), colors[color], outline, 5)
 
 
 def _glyph(card, rank, color, x, y, width, height):
@@ -121,14 +155,12 @@ def _draw_face(card, rank, mark, colors):
     """Draw indices in two corners; pips, the lower ones upside down, or a framed bust and its half turn."""
     draw = ImageDraw.Draw(card)
     _glyph(card, rank, colors["ink"], 98, 55, 150, 150)
-    _fill(draw, mark, colors["ink"], 98, 285, 120)
+    _fill(draw, mark, colors, 98, 285, 120)
     if rank in FACES:
-        _fill(draw, mark, colors["ink"], 268, 182, 124)
-        for name, shape in [*((rank, lock) for lock in LOCKS[rank]), *BUST, *REGALIA[rank]]:
-            _fill(draw, [shape], colors[name], outline=colors["line"])
-        _fill(draw, FEATURES, colors["line"])
-        _fill(draw, [_oval(500, 432, 26, 8)], colors["lip"])
-        _fill(draw, mark, colors["ink"], 500, 655, 72)
+        _fill(draw, mark, colors, 268, 182, 124)
+        _fill(draw, COURT[rank], colors, outline=colors["line"])
+        _fill(draw, FEATURES, colors)
+        _fill(draw, mark, colors, 500, 655, 72)
     card.paste(card.crop((0, 0, 1000, 700)).rotate(180), (0, 700))
     if rank in FACES:
         draw.rectangle((190, 690, 809, 709), colors["gold"], colors["line"], 5)
@@ -136,21 +168,22 @@ def _draw_face(card, rank, mark, colors):
         return
     sides, middle = PIPS[rank]
     size = 480 if rank == "A" else 200
-    for x, row in [(x, row) for x in (315, 685) for row in sides] + [(500, row) for row in middle]:
-        _fill(draw, mark, colors["ink"], x, 700 + 470 * row, (size, size if row <= 0 else -size))
+    for x, rows in ((315, sides), (685, sides), (500, middle)):
+        for row in rows:
+            _fill(draw, mark, colors, x, 700 + 470 * row, (size, size if row <= 0 else -size))
 
 
 @lru_cache(maxsize=256)
 def draw_card(rank, suit, height, style="plain"):
     """Return one card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round
     corners. style: of STYLES."""
-    colors, mark = {**COLORS, **(RED if suit in LOOKS["red"] else BLACK)}, _suit_shapes(suit)
+    colors, mark = COLORS | (RED if suit in LOOKS["red"] else BLACK), MARKS[suit]
     if style == "recoloured":
         colors["ink"] = RECOLOURED[suit]
     card, corners = Image.new("RGB", (1000, 1400), colors["paper"]), Image.new("L", (1000, 1400))
     if height < INDEX_ONLY:
         _glyph(card, rank, colors["ink"], 500, 90, 860, 660)
-        _fill(ImageDraw.Draw(card), mark, colors["ink"], 500, 1070, 520)
+        _fill(ImageDraw.Draw(card), mark, colors, 500, 1070, 520)
     else:
         _draw_face(card, rank, mark, colors)
         ImageDraw.Draw(card).rounded_rectangle((0, 0, 999, 1399), 70, None, colors["edge"], 6)

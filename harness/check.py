@@ -16,7 +16,7 @@ import envs
 import ppo
 import sft
 from games import streets
-from games.cards import LOOKS, face_values
+from games.cards import LOOKS, card_values
 from games.prompts import load_prompts
 from games.rails import known_routes
 from games.verifier import SPACES
@@ -73,7 +73,7 @@ def check_games_words(args):
 ROUTES = text("a folder of routes in the released format", lambda name: Path(name).is_dir())
 CITIES = (*streets.CITIES, "others", "broad")
 WORDS = {              # game: (what a rule may be, what a look may be)
-    "gp": (text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", face_values),
+    "gp": (text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", card_values),
            one_of(tuple(LOOKS))),
     "virl": (one_of(tuple(SPACES)),
              text(f"a folder of routes or one of {', '.join(CITIES)}",

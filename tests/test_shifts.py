@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from test_envs import HOSTILE as HOSTILE_CARDS
-from test_envs import AnyNumber, answer, evaluate
+from test_envs import AnyNumber, answer, evaluate, values_of
 from test_navigation import HOSTILE as HOSTILE_STEPS
 from test_navigation import game, here    # noqa: F401 (here is a fixture)
 
@@ -153,13 +153,13 @@ def test_fake_rule_hands_have_an_answer_by_either_rule_and_never_the_same():
     for seed in range(300):
         prompt, info = env.reset(seed)
         prompt_of_stated, info_of_stated = stated.reset(seed)
-        new, old = (cards.card_values(info["cards"], rule) for rule in ("11-12-13", "10"))
+        new, old = (values_of(info["cards"], rule) for rule in ("11-12-13", "10"))
         assert info["numbers"] == old and solvable(old) and solvable(new) and set("JQK") & set(info["cards"])
         text = answer(solve(new)[0], info["cards"], new)
         _, reward, *_, said = env.step(text)
         assert reward == -2 and said["verdict"] == "foreign_number"
         same += prompt == prompt_of_stated
-        assert (prompt == prompt_of_stated) == solvable(cards.card_values(info_of_stated["cards"], "10"))
+        assert (prompt == prompt_of_stated) == solvable(values_of(info_of_stated["cards"], "10"))
         assert prompt != prompt_of_stated or stated.step(text)[1] == 5
     assert same > 200
 
