@@ -10,11 +10,8 @@ This file holds what is around the learning: the tiny model, loading, evaluation
 games are in envs.py, the model in model.py, the algorithms in sft.py and ppo.py, settings and files in harness/.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -27,287 +24,22 @@ import torch.distributed as dist
 
 import ppo
 import sft
-from distributed import checkpoint, plan, shard
-from distributed.processes import Interrupt, Processes, first, gather, leave, lost
-from envs import GAMES, Mixed
-from games.prompts import load_prompts
+from distributed import plan, shard
+from distributed.processes import Interrupt, Processes, leave
 from games.seeds import TRAINING, derive
-from harness import files, terminal
-from harness.check import attempt, settle
-from harness.folder import RunFolder, chosen, git_commit, record_of, write_atomically
+from harness import files, terminal, tiny
+from harness.environments import evaluation_sets, foundation_mixture, training_env
+from harness.evaluation import evaluate, summarize
+from harness.flops import Ledger
+from harness.folder import RunFolder, chosen, git_commit, write_atomically
+from harness.launch import explain, refuse
+from harness.load import (
+    agree, autocast, choose_what_learns, compares_with_start, count_parameters, load, optimizers)
+from harness.probe import Probe
 from harness.ranges import SettingError, UserError
-from harness.settings import GAME_SETTINGS, Args, parse
-from llama.config import Config
-from llama.processor import Processor
-from model import Llama
-from study.explain import Probe
-from study.flops import Ledger
-from variants import lora, official, reference
-
-HERE = Path(__file__).resolve().parent
-FOUNDATIONS = HERE / "docs" / "tiny"           # the tiny model's pre-trained weights, a folder a game; remade by --algo pretrain
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's surroundings
-
-def autocast(args, device):
-    """bfloat16 compute over float32 weights on CUDA; nothing elsewhere. A sharded model gathers its weights in bfloat16 by itself."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and args.shard != "on")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The game: training and evaluation sets are instances of one class
-
-def make_env(args, **changes):
-    """A factory of environments with the run's settings and `changes` to them."""
-    game = GAMES[args.game]
-    settings = {name: getattr(args, name) for name in GAME_SETTINGS if getattr(args, name) is not None}
-    settings |= dict(image=args.image, size=game.sizes[args.preset], prompts=load_prompts(args.prompts) if args.prompts else None) | changes
-    return lambda: official.wrap(game(**settings), args.compat)
-
-
-def training_env(args):
-    """The factory of the game that is learnt from: with --rules one rule a seed, else make_env's."""
-    if not args.rules:
-        return make_env(args)
-    factories = [make_env(args, rule=rule) for rule in args.rules.split(",")]
-    return lambda: Mixed([make() for make in factories])
-
-
-def evaluation_sets(args):
-    """Name -> factory of the sets in --eval-sets; they are the game's own `shifts` of the training environment."""
-    known = GAMES[args.game].shifts(args.rule, args.look, args.image)
-    if args.ood_routes:
-        known["visual-ood"] = {"look": args.ood_routes}
-    return {name: make_env(args, **known[name]) for name in args.eval_sets.split(",")}
-
-
-def evaluate(model, processor, args, processes, progress=""):
-    """Play the fixed hands (or routes) of every evaluation set. Returns {set: {success, first, per_step, recognized, reward, n, ..., and of each
-    hand: solved (0 or 1), right and answers (how many)}}.
-
-    success: solved, a route with every point right, within the attempts; first: without one wrong answer; both with the binomial
-    standard error sqrt(P(1-P)/N). per_step: share of all answers that are right; its error counts episodes, not answers, as
-    independent. recognized: share of answers whose cards or observation are right (landmarks: of those given at a landmark);
-    reward: mean sum of rewards of an episode.
-    """
-    results = {}
-    for name, factory in evaluation_sets(args).items():
-        seeds = processes.share(range(min(args.eval_hands, factory().distinct)))       # no route is walked twice
-        with autocast(args, processes.device), shard.for_rollout(model, processes.largest, args.rollout_sharded) as player:
-            episodes = ppo.rollout(player, processor, factory, seeds, temperature=args.eval_temperature,
-                                   batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
-        r = summarize(episodes, processes)
-        of_each = sorted(gather([(episode.seed, int(episode.success), *right_answers(episode)) for episode in episodes]))
-        results[name] = r | dict(zip(("solved", "right", "answers"), list(zip(*of_each))[1:]))
-        rates = "   ".join(f"{what} {100 * r[key]:5.1f} ± {100 * r[key + '_se']:.1f} %" for what, key in (
-            ("success", "success"), ("first try", "first"), ("per step", "per_step")))
-        at_landmarks = f" (at landmarks {100 * r['landmarks']:.1f} %)" if "landmarks" in r else ""
-        processes.print(f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} {100 * r['recognized']:5.1f} %{at_landmarks}   "
-                        f"reward {r['reward']:+6.2f}   N {r['n']}")
-    return results
-
-
-def judged(episode):
-    """Its turns but for those that --compat leaves without a verdict."""
-    return [turn for turn in episode.turns if turn.info["verdict"] != "unjudged"]
-
-
-def right_answers(episode):
-    """(right answers, all answers) of an episode."""
-    return sum(turn.info["correct"] for turn in judged(episode)), len(judged(episode))
-
-
-def summarize(episodes, processes):
-    """Rates over all episodes of all ranks."""
-    turns = [turn for episode in episodes for turn in judged(episode)]
-    right = [right_answers(episode) for episode in episodes]
-    sums = lambda width, rows: [sum(column) for column in zip([0.0] * width, *rows)]          # a rank may have no episode
-    counts = sums(3, [(1, e.success, e.success and k == m) for e, (k, m) in zip(episodes, right)])
-    counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])
-    counts += sums(2, [(1, turn.info["recognized"]) for turn in turns if turn.info.get("landmark")])
-    counts += sums(4, [(k, k * k, k * m, m * m) for k, m in right])
-    n, success, first, n_turns, recognized, reward, landmarks, read, k, kk, km, mm = processes.all_reduce(
-        torch.tensor(counts, dtype=torch.float64)).tolist()
-    rate = lambda name, p: {name: p, f"{name}_se": math.sqrt(p * (1 - p) / n)}
-    p = k / n_turns                                                        # a ratio of two sums over episodes: its error by linearisation
-    return rate("success", success / n) | rate("first", first / n) | {
-        "per_step": p, "per_step_se": math.sqrt(max(0.0, kk - 2 * p * km + p * p * mm)) / n_turns,
-        "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)} | (
-        {"landmarks": read / landmarks} if landmarks else {})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tiny model: a from-scratch Llama-Vision in an ordinary Hugging Face folder
-
-TINY = {
-    "model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], "torch_dtype": "float32",
-    "image_token_index": 1024,
-    "text_config": {
-        "model_type": "mllama_text_model", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384,
-        "num_hidden_layers": 6, "cross_attention_layers": [2], "num_attention_heads": 4, "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 2048,
-        "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 5},
-    "vision_config": {
-        "model_type": "mllama_vision_model", "image_size": 56, "patch_size": 14, "num_channels": 3, "hidden_size": 96,
-        "attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 2, "num_global_layers": 1,
-        "intermediate_layers_indices": [1, 2], "max_num_tiles": 4, "vision_output_dim": 288, "norm_eps": 1e-5,
-        "hidden_act": "gelu",
-        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
-}
-TINY_IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
-INIT_STEPS = 60                                # SFT steps from the foundation to the paper's init
-
-
-def foundation_mixture(args):
-    """What the tiny model is 'pre-trained' on, half in text, half in images: the game under all rules and many looks (its `broad`).
-
-    The paper's Llama comes to the game with arithmetic, with words and with eyes; this stands for that. Returns the
-    mixture of sft.make_batch: (environment, weight) pairs; with --describe of pictures to describe alone.
-    """
-    return [(make_env(args, **settings)(), weight) for weight, settings in GAMES[args.game].broad()
-            if settings.get("describe") or not args.describe]
-
-
-# What the tiny tokenizer keeps apart: numbers, operators and card letters; words that differ from route to route.
-APART = {"gp": r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])",
-         "virl": r"\d+| [A-Z][a-z]+(?= is on)| [A-Z][a-z]+(?= [A-Z][a-z]+ is on)|[A-Z][a-z]+(?= [A-Z])"      # the words of a name
-                 r"|\b(?:north|south)?(?:east|west|north|south)\b|\b(?:slightly|left|right|front|behind)\b"}
-
-
-def train_tokenizer(mixture, vocab_size, apart):
-    """Byte-level BPE on the environments' own text. What matches `apart` stays in tokens of its own; all else, spaces
-    included, may merge, so that a prompt costs the tiny model some dozen tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(apart), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    dialogues = [env.demonstrate(TRAINING + k, mistakes=k % env.attempts)
-                 for k in range(40) for env, _ in mixture]
-    texts = [ppo.readable(message["content"]).replace("<image>", "") for said in dialogues for message in said]
-    texts += ["user", "assistant", "\n\n"] * 500
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer)
-    fillers = [f"<|reserved_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())]
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in fillers + ["<|image|>"]])   # its id: vocab_size
-    return tokenizer
-
-
-def prepare_tiny(args, processes):
-    """Folder of the tiny model's init checkpoint for this game: the foundation after the paper's brief SFT on it.
-
-    Made on first use and kept in runs/, by a name that follows from the foundation's weights and the game.
-    """
-    foundation = FOUNDATIONS / args.game
-    if not (foundation / "model.safetensors").exists():
-        raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the README.md there says")
-    game = {name: getattr(args, name) for name in (
-        "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
-    game["seed"] = derive("init")              # no run's own: what init has learnt from, none begins with
-    digest = hashlib.sha256((foundation / "model.safetensors").read_bytes() + repr(game).encode()).hexdigest()[:8]
-    ready = Path("runs") / f"init-{args.task}-{digest}"
-    if first((ready / "final").exists):
-        return ready / "final"
-    processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT steps, in "
-                    f"{ready}")
-    with contextlib.ExitStack() as stack:      # another run may be making it, too: the first to end wins
-        private = first(lambda: stack.enter_context(files.aside(ready, "final")))
-        init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
-                    eval_hands=0, device=args.device, **game)
-        agree(processes, init)
-        ended = train(init, processes)
-        if not ended:
-            raise UserError("interrupted before the init checkpoint was ready; the next run makes it anew")
-    processes.barrier()                                        # until it has its name
-    return ready / "final"
-
-
-def agree(processes, args, typed=frozenset(), newest=None):
-    """Settle `args` on all ranks (harness/check.py). If one refuses, all raise the same SettingError.
-
-    newest: the checkpoint that is resumed.
-    """
-    refusal = None
-    try:
-        settle(args, config_of(args, processes, newest), typed, processes.world)
-    except SettingError as error:
-        refusal = str(error)
-    refusals = [text for text in gather([refusal]) if text]
-    if refusals:
-        raise SettingError(refusals[0])
-
-
-def config_of(args, processes, newest=None):
-    """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
-    if args.model == "tiny" and not newest:
-        return Config.from_dict(TINY)
-    if not newest:                             # `RunFolder.resume` has looked at the other
-        verify(args.model, processes)
-    expected = "tiny, a checkpoint or a folder with a config.json"
-    return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
-
-
-def verify(folder, processes):
-    if checkpoint.is_checkpoint(folder):
-        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(Path(folder))
-
-
-def load(args, processes, resumed=None):
-    """Return model, processor and folder of the weights of a run with complete settings. A model that is to be
-    sharded comes without its weights; so does that of a run that is resumed from the checkpoint `resumed`."""
-    if args.algo == "pretrain" and args.model == "tiny" and not resumed:
-        args.shard = sharding(args, 0, processes)
-        config, everything = Config.from_dict(TINY), foundation_mixture(dataclasses.replace(args, describe=None))
-        processor = Processor(train_tokenizer(everything, config.vocab_size, APART[args.game]), image_config=TINY_IMAGES)
-        model = Llama(config)
-        model.init_weights(seed=derive("weights", args.seed))
-        for name, parameter in model.named_parameters():
-            if "gate" in name.split(".")[-1] and parameter.numel() == 1:
-                torch.nn.init.constant_(parameter, 0.5)        # Llama grafted its eyes on with closed gates; these grow together
-        return model.to(processes.device), processor, None
-    if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:           # load that; Trainer.restore does the rest
-        folder, resumed = Path(str(record_of(resumed)["began"])), None
-        verify(folder, processes)
-    else:
-        folder = resumed or (prepare_tiny(args, processes) if args.model == "tiny" else Path(args.model))
-    with torch.device("meta"):
-        model = Llama(Config.from_pretrained(folder))
-    args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
-    trained = record_of(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
-    if trained.get("lora_rank"):
-        if args.shard == "on":
-            raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's final/, in which they are merged")
-        choose_what_learns(model, argparse.Namespace(**dataclasses.asdict(Args()) | trained))
-    if args.shard == "off" and checkpoint.is_checkpoint(folder):
-        shard.fill(model, None if resumed else folder, processes.device)
-        lora.merge(model)
-    elif args.shard == "off":
-        model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
-    processor = Processor.from_pretrained(folder, model.config, images=args.image)
-    return model, processor, None if resumed else folder
-
-
-def compares_with_start(args):
-    """Does the run need the policy that it began with, for a KL penalty or an SFT loss?"""
-    return bool(args.kl_coef) if args.algo == "ppo" else sft.LOSSES[args.sft_loss].before == "initial"
-
-
-def choose_what_learns(model, args):
-    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint afterwards."""
-    sft.freeze(model, args.tune)
-    if args.lora_rank:
-        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
-
-
-def sharding(args, size, processes):
-    """What --shard comes to, on or off, for a model of `size` parameters."""
-    possible = processes.world > 1 and args.algo != "pretrain" and not args.lora_rank
-    auto = "on" if possible and (processes.device.type == "cuda" or size > 10**8) else "off"
-    return auto if args.shard == "auto" else args.shard
+from harness.settings import parse
+from rollout import rollout
+from variants import lora, reference
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,16 +71,7 @@ class Trainer:
             self.reference = start if compares_with_start(args) else None
             sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
             self.probe = Probe(args, model, processor, processes, sets, start, args.probe_hands, args.probe_samples) if args.probe_hands else None
-        policy = [p for p in model.parameters() if p.requires_grad]
-        known = {id(p) for p in model.parameters()}
-        critic = [p for p in self.module.parameters() if id(p) not in known and p.requires_grad]
-        groups = [dict(params=policy, peak=args.lr)] + ([dict(params=critic, peak=args.critic_lr)] if critic else [])
-        muon = matrices(model) if args.algo == "pretrain" else []
-        groups[0]["params"] = [p for p in policy if all(p is not matrix for matrix in muon)]
-        self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, weight_decay=args.weight_decay)]
-        if muon:
-            group = dict(params=muon, peak=args.lr)
-            self.optimizers.append(torch.optim.Muon([group], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        self.optimizers = optimizers(args, model, self.module)
         self.env = training_env(args)
         self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
         self.policy_size = count_parameters(model, args.task)
@@ -409,7 +132,7 @@ class Trainer:
         with (autocast(args, device),
               shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
               self.ledger.phase("rollout", player)):
-            return ppo.rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
+            return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
                                temperature=args.temperature, batch=args.rollout_batch,
                                max_new_tokens=args.max_new_tokens,
                                keep_features=args.algo == "ppo" and self.model.vision_frozen)
@@ -484,15 +207,15 @@ class Trainer:
         return record["step"]
 
 
-def matrices(model):
-    """The weight matrices of the layers: what Muon (Jordan et al. 2024) steps in pre-training; AdamW steps the rest."""
-    return [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
+def first_weights(args, processes):
+    """Return the folder of the weights that a run begins with; None: random ones."""
+    def learn(init, processes):
+        agree(processes, init)
+        return train(init, processes)
 
-
-def count_parameters(model, task):
-    """Parameters that work on a token: N of the paper's 6ND. Text tasks use neither the vision tower nor cross-attention."""
-    blind = ("vision_model.", "multi_modal_projector.", *(f"layers.{i}." for i in model.config.cross_attention_layers))
-    return sum(p.numel() for name, p in model.named_parameters() if task.endswith("vl") or not name.startswith(blind))
+    if args.model != "tiny":
+        return Path(args.model)
+    return None if args.algo == "pretrain" else tiny.prepare(args, processes, learn)
 
 
 def describe(i, args, metrics, seconds_left):
@@ -524,7 +247,8 @@ def train(args, processes, typed=frozenset()):
         newest, args = folder.resume(args, typed)
         agree(processes, args, typed, newest)
     processes.barrier()                        # nobody writes before all have looked
-    model, processor, weights = load(args, processes, newest)
+    begin = None if newest else first_weights(args, processes)
+    model, processor, weights = load(args, processes, begin, newest)
     trainer = Trainer(args, model, processor, processes, weights)
     start = trainer.restore(folder.checkpoints, newest) if newest else 0
     folder.start(args, start)
@@ -573,7 +297,7 @@ def loop(trainer, folder, start, interrupt):
 
 def evaluate_only(args, processes):
     """--algo eval: print and save the evaluation of a checkpoint."""
-    model, processor, weights = load(args, processes)
+    model, processor, weights = load(args, processes, first_weights(args, processes))
     if args.shard == "on":
         shard.shard(model, weights, processes.device, processes.world)
     results = evaluate(model, processor, args, processes)
@@ -603,7 +327,7 @@ def main(argv=None):
     except BrokenPipeError:
         raise
     except SettingError as error:
-        refuse(error, processes)
+        refuse(error, processes or Processes("cpu"))
     except Exception as error:
         message = explain(error, args)
         if message is None or os.environ.get("DEBUG"):
@@ -613,27 +337,6 @@ def main(argv=None):
         sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def refuse(error, processes):
-    """End all processes with one line of the first, for each has the same to say; None: this one alone."""
-    if not processes or processes.rank == 0:
-        print(f"train.py: error: {terminal.visible(str(error))}", file=sys.stderr, flush=True)
-    if processes:
-        processes.barrier()                    # else torchrun might stop the first before it has printed
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(2)
-
-
-def explain(error, args):
-    """What happened and what to do, in one line; None for an error that this program did not expect."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{str(error).splitlines()[0]} A smaller --rollout-batch or --token-budget, or --checkpoint-activations, takes less; --dry-run shows what takes it"
-    if isinstance(error, RuntimeError) and lost(error):
-        return (f"lost another rank, which may have said why ({str(error).splitlines()[0][:160]}); torchrun --max-restarts N goes on by itself from the last "
-                f"checkpoint, else add --resume --out {args.out}")
-    return str(error) if isinstance(error, (UserError, OSError, ValueError)) else None
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def micro_loss(module, batch):
 
 
 def measure_rollout(model, rows, lengths, image, *, cuda=True):
-    """`rows` conversations in lockstep, as ppo.rollout plays them -> bytes (self keys, image keys, peak), without weights.
+    """`rows` conversations in lockstep, as rollout plays them -> bytes (self keys, image keys, peak), without weights.
 
     lengths: [forced, drawn, forced, drawn, ...] tokens.
     """

@@ -9,12 +9,14 @@ that ignores the rule lists 10s; one that lists what the prompt says and then wr
 import re
 from collections import Counter
 
-import ppo
-import train
 from distributed.processes import Processes
 from games.answers import read_answer
 from harness.ranges import SettingError, command_line, integer, one_of
 from harness.terminal import command
+from harness.environments import evaluation_sets
+from harness.load import agree, load
+from harness.settings import Args
+from rollout import rollout
 
 VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")
 HEAD = ("model", "values listed right", "all over 10 in the formula", *(name.replace("_", " ") for name in VERDICTS))
@@ -35,8 +37,8 @@ def uses_them(said):
 
 def row(args, processes, hands):
     """Cells of one model's line: shares in % of all first answers, the second of those that list a number over 10."""
-    model, processor, _ = train.load(args, processes)
-    episodes = ppo.rollout(model, processor, train.evaluation_sets(args)["rule-ood"], range(hands), batch=args.rollout_batch,
+    model, processor, _ = load(args, processes, args.model)
+    episodes = rollout(model, processor, evaluation_sets(args)["rule-ood"], range(hands), batch=args.rollout_batch,
                            temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, device=processes.device)
     infos = [episode.turns[0].info for episode in episodes]
     used = [uses for episode in episodes if (uses := uses_them(next(said for who, said in episode.transcript if who == "assistant"))) is not None]
@@ -53,10 +55,10 @@ def main(argv=None):
     parser.add_argument("--hands", type=integer(1), default=500, help="of rule-ood (default: %(default)s)")
     typed = parser.parse_args(argv)
     processes = Processes()
-    runs = [train.Args(task=typed.task, algo="eval", attempts=1, model=folder) for folder in typed.models]
+    runs = [Args(task=typed.task, algo="eval", attempts=1, model=folder) for folder in typed.models]
     for args in runs:                          # all, before the first is played
         try:
-            train.agree(processes, args)
+            agree(processes, args)
         except SettingError as error:
             parser.error(str(error))
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)

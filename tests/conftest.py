@@ -10,13 +10,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")             # before anything imports triton; KERNELS=triton then runs kernels here
 
 import envs
-import train
 from harness.settings import apply_preset
 from games import rails
 from games.verifier import SPACES
 from llama.config import Config
 from llama.processor import Processor
 from model import Llama
+from harness import tiny
+from harness.environments import foundation_mixture
+from harness.settings import Args
+from harness.tiny import CONFIG as TINY, IMAGES as TINY_IMAGES
 
 torch.set_num_threads(2)
 
@@ -30,7 +33,7 @@ def working_folder(tmp_path_factory):
 
 
 def small_config():
-    config = copy.deepcopy(train.TINY)
+    config = copy.deepcopy(TINY)
     config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "cross_attention_layers": [1]}
     config["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "attention_heads": 2, "num_hidden_layers": 1,
                                 "intermediate_layers_indices": [1], "vision_output_dim": 32}
@@ -40,11 +43,11 @@ def small_config():
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, working_folder):
     """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
-    args = apply_preset(train.Args(task="gp-vl", algo="pretrain"), 0)
+    args = apply_preset(Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
-    mixture = train.foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
-    tokenizer = train.train_tokenizer(mixture, config.vocab_size, "|".join(train.APART.values()))
-    processor = Processor(tokenizer, image_config=train.TINY_IMAGES)
+    mixture = foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
+    tokenizer = tiny.train_tokenizer(mixture, config.vocab_size, "|".join(tiny.APART.values()))
+    processor = Processor(tokenizer, image_config=TINY_IMAGES)
     model = Llama(config)
     model.init_weights(seed=1, std=0.1)
     for name, parameter in model.named_parameters():

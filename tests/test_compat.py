@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import envs
-import train
 from envs import GeneralPoints, Navigation
 from games.answers import read_answer
 from games.cards import FACES
 from games.rails import relative_turn
 from games.routes import Leg, Route
 from games.solver import solvable
-from harness.settings import apply_preset
+from harness.environments import make_env
+from harness.settings import Args, apply_preset
 from tables import rows
 from test_envs import HOSTILE as HOSTILE_CARDS
 from test_envs import answer
@@ -28,7 +28,7 @@ from variants.official_games import SixthAttempt, unwrapped_turn
 
 @pytest.mark.parametrize("compat, kind", [("official", SixthAttempt), ("iid-deck", GeneralPoints)])
 def test_a_run_plays_by_its_compat(compat, kind):
-    env = train.make_env(apply_preset(train.Args(task="gp-l", compat=compat), 0))()
+    env = make_env(apply_preset(Args(task="gp-l", compat=compat), 0))()
     hands = [env.reset(seed)[1] for seed in range(200)]
     assert type(env) is kind and any(len(set(zip(hand["cards"], hand["suits"]))) < 4 for hand in hands)
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-import ppo
-import train
 from harness.settings import apply_preset
-from study import explain
 from test_train import command, learnt, records, run, weights
 from variants import lora, reference
+from distributed.processes import Processes
+from harness.environments import evaluation_sets
+from harness.probe import Probe, changed, kind, pass_at, rate
+from harness.settings import Args
+from rollout import Conversation, Episode, Player, Turn
 
 PROBES = ["--probe-hands", 3, "--probe-samples", 2]
 LEARN = ["--lr-schedule", "constant", "--lr", "1e-3"]
@@ -25,9 +27,9 @@ SMALL = [*LEARN, *PROBES]
 
 
 def probe_of(model, processor, start, task="gp-l", probe_hands=2, probe_samples=2, **settings):
-    args = apply_preset(train.Args(task=task, algo="ppo", preset="tiny", device="cpu", max_new_tokens=2, **settings), 32)
-    sets = train.evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
-    return explain.Probe(args, model, processor, train.Processes("cpu"), sets, start, probe_hands, probe_samples)
+    args = apply_preset(Args(task=task, algo="ppo", preset="tiny", device="cpu", max_new_tokens=2, **settings), 32)
+    sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
+    return Probe(args, model, processor, Processes("cpu"), sets, start, probe_hands, probe_samples)
 
 
 # ---------------------------------------------------------------------------------------------------------- what is played
@@ -36,26 +38,26 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success():
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert explain.pass_at(k, n, c) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+            assert pass_at(k, n, c) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
 
 
 def test_error_of_a_ratio_by_hand():
     """6 / 4 = 1.5; residuals 0.5, 1, -1.5 with variance 3.5 / 2; error sqrt(1.75 * 3) / 4. With all ones below it is that of a mean."""
-    found = explain.rate("x", torch.tensor([2.0, 4.0, 0.0]), torch.tensor([1.0, 2.0, 1.0]))
+    found = rate("x", torch.tensor([2.0, 4.0, 0.0]), torch.tensor([1.0, 2.0, 1.0]))
     assert found == {"x": 1.5, "x_se": pytest.approx(math.sqrt(5.25) / 4)}
-    found = explain.rate("x", torch.tensor([1.0, 3.0]), torch.ones(2))
+    found = rate("x", torch.tensor([1.0, 3.0]), torch.ones(2))
     assert found == {"x": 2.0, "x_se": pytest.approx(math.sqrt(2 / 2))}
-    assert math.isnan(explain.rate("x", torch.ones(1), torch.ones(1))["x_se"])
+    assert math.isnan(rate("x", torch.ones(1), torch.ones(1))["x_se"])
 
 
 def episode(hand, answers, success, stop):
     """answers: (tokens, right, ended) of each."""
     ids, turns = [9], []
     for tokens, right, ended in answers:
-        turns.append(ppo.Turn(0, len(ids), len(ids) + tokens, 0.0, {"correct": right, "verdict": "judged"}))
+        turns.append(Turn(0, len(ids), len(ids) + tokens, 0.0, {"correct": right, "verdict": "judged"}))
         ids += [9] * (tokens - 1) + [stop if ended else 9]
-    conversation = ppo.Conversation(ids, [i > 0 for i in range(len(ids))])
-    return ppo.Episode(hand, [conversation], turns, success)
+    conversation = Conversation(ids, [i > 0 for i in range(len(ids))])
+    return Episode(hand, [conversation], turns, success)
 
 
 def test_behaviour_by_hand(model, processor):
@@ -111,7 +113,7 @@ def test_divergences_of_all_answers_enumerated(model, processor):
     play, played = probe.play, []
     probe.play = lambda factory: played.append(play(factory)) or played[-1]
     result = probe()
-    ids = ppo.Player(probe.sets["id"](), 0, 0, processor).episode.conversations[0].ids
+    ids = Player(probe.sets["id"](), 0, 0, processor).episode.conversations[0].ids
     expected, tokens = exact(policy, model, ids, processor.stop_ids)
     for name, p, q, episodes, kl, length in zip(("reverse_kl", "forward_kl"), (policy, model), (model, policy), played, expected, tokens,
                                                 strict=True):
@@ -169,7 +171,7 @@ def test_changed_weights_by_hand():
     toy.embed_tokens.weight[0, 0] += 2**-9
     toy.embed_tokens.weight[1] += 2**-6
     toy.layers[1]["mlp"].weight[0, 0] -= 1
-    found, small, large = explain.changed(toy, start), 2**-9, 2**-6
+    found, small, large = changed(toy, start), 2**-9, 2**-6
     assert found["changed"] == {"all": 0.3, "embedding": 0.5, "mlp": 0.0, "cross-attention": 0.5, "head": 0.0}
     assert found["distance"] == pytest.approx({"all": math.sqrt((small**2 + 2 * large**2 + 1) / 10),
                                                "embedding": math.sqrt((small**2 + 2 * large**2) / 4),
@@ -179,7 +181,7 @@ def test_changed_weights_by_hand():
 def test_every_weight_is_of_a_kind(model):
     counts = {}
     for name, parameter in model.named_parameters():
-        what = explain.kind(name, model.config)
+        what = kind(name, model.config)
         counts[what] = counts.get(what, 0) + parameter.numel()
     plain = {kind: sum(p.numel() for layer in (0, 2) for p in getattr(model.layers[layer], part).parameters())
              for kind, part in (("attention", "self_attn"), ("mlp", "mlp"))}
@@ -200,8 +202,8 @@ def test_of_adapters_it_is_the_merged_weights_that_count(model):
     again = copy.deepcopy(before)
     remembered = reference.initial(again)
     again.load_state_dict(merged.state_dict())
-    found = explain.changed(model, start)
-    assert found == {what: pytest.approx(numbers) for what, numbers in explain.changed(again, remembered).items()}
+    found = changed(model, start)
+    assert found == {what: pytest.approx(numbers) for what, numbers in changed(again, remembered).items()}
     assert found["changed"]["attention"] > 0.5 and found["changed"]["mlp"] == found["changed"]["head"] == 0.0
 
 

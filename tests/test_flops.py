@@ -20,8 +20,9 @@ from llama.config import Config
 from llama.generate import generate
 from llama.images import Images
 from model import Llama
-from study import flops
+from harness import flops
 from variants import lora
+from harness.load import count_parameters
 
 PATCHES, PADDED, TILES = 17, 24, 4                             # of a tile of 56 pixels, with and without padding; of an image
 REAL = [3, 1]                                                 # tiles of the two images of `show` that are no padding
@@ -318,7 +319,7 @@ def test_what_6nd_says_and_what_is_counted(small, tmp_path, monkeypatch, algo):
     assert of("rollout") == (forward if algo == "ppo" else {})
     passes = 3 if algo == "sft" else 4                                                        # forward ones' worth
     tokens, head = sum(len(ids) for ids, _ in rows), small[1].lm_head.weight.numel()
-    size, weights = train.count_parameters(small[1], "gp-l"), sum(p.numel() for layer in small[1].layers if hasattr(layer, "self_attn")
+    size, weights = count_parameters(small[1], "gp-l"), sum(p.numel() for layer in small[1].layers if hasattr(layer, "self_attn")
                                                                   for p in layer.parameters() if p.ndim == 2)
     idle = 2 * (size - weights - head) * tokens + 2 * head * (tokens - sum(sum(sampled[1:]) for _, sampled in rows)) + 2 * weights * len(rows)
     attention = forward["text"] - 2 * weights * (tokens - len(rows))

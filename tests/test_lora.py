@@ -21,6 +21,11 @@ from llama.batches import collate
 from llama.config import Config
 from model import Linear, Llama
 from variants import lora
+from distributed.processes import Processes
+from harness.load import load, sharding
+from harness.ranges import UserError
+from harness.settings import Args
+from harness.tiny import CONFIG as TINY
 
 HERE = Path(train.__file__).parent
 LORA = ["--lora-rank", "3", "--lora-alpha", "6", "--lr-schedule", "constant", "--lr", "1e-2",
@@ -28,8 +33,8 @@ LORA = ["--lora-rank", "3", "--lora-alpha", "6", "--lr-schedule", "constant", "-
 
 
 def trainer_of(model, processor, task="gp-vl", algo="sft", **changes):
-    args = train.Args(task=task, algo=algo, preset="tiny", batch_size=4, lr=1e-2, **changes)
-    return train.Trainer(apply_preset(args, 32), model, processor, train.Processes("cpu"))
+    args = Args(task=task, algo=algo, preset="tiny", batch_size=4, lr=1e-2, **changes)
+    return train.Trainer(apply_preset(args, 32), model, processor, Processes("cpu"))
 
 
 def batch_of(processor, task):
@@ -231,12 +236,12 @@ def test_a_checkpoint_loads_merged(small, tmp_path, algo):
     """For --algo eval or for another run, with adapters of its own or none: the same weights as in final/. Sharded, it says what to take."""
     run("--task", "gp-l", "--algo", algo, "--model", small[0], "--steps", 2, "--out", tmp_path / "run", "--tune", "text", *LORA)
     final, checkpoint = weights(tmp_path / "run/final"), tmp_path / "run/checkpoints/step_000002"
-    loaded = train.load(train.Args(algo="eval", model=str(checkpoint)), train.Processes("cpu"))[0].state_dict()
+    loaded = load(Args(algo="eval", model=str(checkpoint)), Processes("cpu"), checkpoint)[0].state_dict()
     assert loaded.keys() == final.keys() and all(torch.equal(loaded[name], final[name]) for name in final)
     run("--task", "gp-l", "--algo", "sft", "--model", checkpoint, "--steps", 1, "--out", tmp_path / "next", *LORA)
     ranks = SimpleNamespace(rank=0, world=2, device=torch.device("cpu"))
-    with pytest.raises(train.UserError, match="final/"):
-        train.load(train.Args(algo="eval", model=str(checkpoint), shard="on"), ranks)
+    with pytest.raises(UserError, match="final/"):
+        load(Args(algo="eval", model=str(checkpoint), shard="on"), ranks, checkpoint)
 
 
 def test_two_ranks_equal_one(small, tmp_path, working_folder):
@@ -254,12 +259,12 @@ def test_two_ranks_equal_one(small, tmp_path, working_folder):
 
 def test_adapters_are_not_sharded():
     ranks = SimpleNamespace(rank=0, world=2, device=torch.device("cuda"))
-    assert train.sharding(train.Args(), 10**9, ranks) == "on"
-    assert train.sharding(train.Args(lora_rank=4), 10**9, ranks) == "off"
+    assert sharding(Args(), 10**9, ranks) == "on"
+    assert sharding(Args(lora_rank=4), 10**9, ranks) == "off"
 
 
 def test_a_text_model_has_no_vision_to_tune():
-    sizes = {k: v for k, v in train.TINY["text_config"].items() if k != "cross_attention_layers"}
+    sizes = {k: v for k, v in TINY["text_config"].items() if k != "cross_attention_layers"}
     with torch.device("meta"):
         model = Llama(Config.from_dict(sizes | {"model_type": "llama"}))
     with pytest.raises(ValueError, match="no such weights"):

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
 import sft
-import train
 from harness.settings import apply_preset
 from distributed import plan
 from kernels.attention import attention_reference
@@ -21,13 +20,18 @@ from llama.config import Config
 from llama.generate import generate
 from llama.processor import Processor
 from model import Llama
+from harness import tiny
+from harness.environments import make_env
+from harness.settings import Args
+from harness.tiny import CONFIG as TINY
+from rollout import rollout
 
 BATCH = 3
 
 
 def medium_config():
     """Large enough for tensors to outweigh the allocator's odds and ends."""
-    config = copy.deepcopy(train.TINY)
+    config = copy.deepcopy(TINY)
     config["text_config"] |= {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "cross_attention_layers": [1]}
     config["vision_config"] |= {"vision_output_dim": 384, "hidden_size": 128, "num_hidden_layers": 2}
     return Config.from_dict(config)
@@ -40,7 +44,7 @@ def medium():
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor.from_pretrained(train.FOUNDATIONS / "gp")
+    return Processor.from_pretrained(tiny.FOUNDATIONS / "gp")
 
 
 @pytest.fixture(params=["gp-l", "gp-vl"])
@@ -49,7 +53,7 @@ def task(request):
 
 
 def settings(task, algo, **more):
-    return apply_preset(train.Args(task=task, algo=algo, preset="tiny", **more), 256)
+    return apply_preset(Args(task=task, algo=algo, preset="tiny", **more), 256)
 
 
 def real_bytes(run, attention=SDPBackend.MATH):
@@ -69,7 +73,7 @@ def real_bytes(run, attention=SDPBackend.MATH):
 
 def played(task, model, processor, max_new_tokens=12, tune="all"):
     args = settings(task, "ppo", attempts=2, tune=tune)
-    return args, ppo.rollout(model, processor, train.make_env(args), range(BATCH), temperature=1.0, max_new_tokens=max_new_tokens,
+    return args, rollout(model, processor, make_env(args), range(BATCH), temperature=1.0, max_new_tokens=max_new_tokens,
                              keep_features=tune != "all")
 
 
@@ -93,7 +97,7 @@ def test_ppo_micro_batch(medium, processor, task, tune):
 def test_sft_steps(medium, processor, task):
     """Two whole steps: gradients and the optimizer's state are part of it."""
     args, model = settings(task, "sft"), copy.deepcopy(medium)
-    examples = sft.make_batch(processor, [(train.make_env(args)(), 1.0)], range(BATCH), 0)
+    examples = sft.make_batch(processor, [(make_env(args)(), 1.0)], range(BATCH), 0)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     learn = lambda: [sft.update(model, processor, examples, args, step=lambda loss: optimizer.step() or 0.0) for _ in range(2)]
     most, left = real_bytes(learn)
@@ -192,7 +196,7 @@ def test_a_growing_cache_takes_one_layer_beside(medium):
 
 def test_the_paper_fits_as_it_stands(task):
     """11B on 8 GPUs of 80 GB in the paper's settings: at most 65 GB a rank, without a flag."""
-    args, config = train.Args(task=task, algo="ppo"), plan.read_config("Llama-3.2-11B-Vision-Instruct", "gp")
+    args, config = Args(task=task, algo="ppo"), plan.read_config("Llama-3.2-11B-Vision-Instruct", "gp")
     _, phases = plan.memory(config, apply_preset(args, config.hidden_size), 8)
     assert max(sum(phases[name].values()) for name in ("rollout", "update", "optimizer step")) < 65e9
 
@@ -216,6 +220,6 @@ def twin_attention(q, k, v, visible, scale=None):
 @pytest.mark.parametrize("memory, words", [(80, ["fits", "self KV cache", "log-prob workspace"]),
                                            (0.05, ["does NOT fit", "--rollout-batch"])])
 def test_what_is_printed(memory, words, capsys):
-    plan.show(train.Args(task="gp-vl", hands=16, eval_hands=8), frozenset(), 2, memory)
+    plan.show(Args(task="gp-vl", hands=16, eval_hands=8), frozenset(), 2, memory)
     said = capsys.readouterr().out
     assert all(word in said for word in words), said

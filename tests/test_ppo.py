@@ -9,16 +9,17 @@ import torch
 
 import ppo
 import sft
-import train
 from harness.settings import apply_preset
 from envs import GeneralPoints, Navigation
 from llama.generate import Sample
+from harness.settings import Args
+from rollout import Episode, Turn, rollout
 
 GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56))}
 
 
 def settings(**changes):
-    args = apply_preset(train.Args(task="gp-l", algo="ppo", preset="tiny", temperature=1.0), 32)     # that of `play`
+    args = apply_preset(Args(task="gp-l", algo="ppo", preset="tiny", temperature=1.0), 32)     # that of `play`
     for name, value in changes.items():
         assert hasattr(args, name)
         setattr(args, name, value)
@@ -26,12 +27,12 @@ def settings(**changes):
 
 
 def episode(rewards, values):
-    turns = [ppo.Turn(0, 0, 1, reward, {"attempt": k}, value=value) for k, (reward, value) in enumerate(zip(rewards, values))]
-    return ppo.Episode(0, turns=turns)
+    turns = [Turn(0, 0, 1, reward, {"attempt": k}, value=value) for k, (reward, value) in enumerate(zip(rewards, values))]
+    return Episode(0, turns=turns)
 
 
 def play(model, processor, task="gp-l", hands=4, **kwargs):
-    return ppo.rollout(model, processor, GP[task], range(hands), **({"temperature": 1.0, "max_new_tokens": 12} | kwargs))
+    return rollout(model, processor, GP[task], range(hands), **({"temperature": 1.0, "max_new_tokens": 12} | kwargs))
 
 
 def scripted(monkeypatch, processor, answers):
@@ -43,7 +44,7 @@ def scripted(monkeypatch, processor, answers):
         ids = [processor.encode(text) + [processor.end_id] for text in texts]
         return [Sample(row, [-0.1] * len(row), True) for row in ids], type("Cache", (), {"keep": lambda self, rows: None})()
 
-    monkeypatch.setattr(ppo, "generate", generate)
+    monkeypatch.setattr("rollout.generate", generate)
 
 
 # ------------------------------------------------------------------------------------------------------------- advantages
@@ -131,7 +132,7 @@ def test_normalized_advantages_over_ranks():
 
 
 def test_explained_variance():
-    turns = [ppo.Turn(0, 0, 1, 0, {}, value=v, target=t) for v, t in ((1, 1), (2, 2), (4, 4))]
+    turns = [Turn(0, 0, 1, 0, {}, value=v, target=t) for v, t in ((1, 1), (2, 2), (4, 4))]
     assert ppo.explained_variance(turns) == pytest.approx(1.0)
     for turn in turns:
         turn.value = 7.0
@@ -168,7 +169,7 @@ def test_wrong_then_right(monkeypatch, processor):
     foreign = f'{{"cards": [], "number": [], "formula": "{a}+{b}+{c}+99=24"}}'
     assert a + b + c + d != 24
     scripted(monkeypatch, processor, [wrong, foreign, right])
-    played = ppo.rollout(None, processor, GP["gp-l"], [0], temperature=1.0, max_new_tokens=60)[0]
+    played = rollout(None, processor, GP["gp-l"], [0], temperature=1.0, max_new_tokens=60)[0]
     assert [t.reward for t in played.turns] == [-1, -2, 5]
     assert played.success and len(played.conversations) == 1
     said = [text for who, text in played.transcript if who == "assistant"]
@@ -186,7 +187,7 @@ def test_wrong_then_right(monkeypatch, processor):
 
 def test_attempts_run_out(monkeypatch, processor):
     scripted(monkeypatch, processor, ["nonsense"] * 5)
-    played = ppo.rollout(None, processor, GP["gp-l"], [0], temperature=1.0, max_new_tokens=60)[0]
+    played = rollout(None, processor, GP["gp-l"], [0], temperature=1.0, max_new_tokens=60)[0]
     assert [t.reward for t in played.turns] == [-3, -3, -3, -3, -4] and not played.success      # -1 more: exhausted
     assert set(played.conversations[0].weights) == {0.0, 1.0}                                  # no key: all of it weighs one
 
@@ -301,8 +302,8 @@ def test_value_is_read_at_the_last_prompt_token(model, processor, task):
     cut = copy.deepcopy(episodes[1].conversations[0])
     for name in ("ids", "sampled", "logprobs", "weights"):
         setattr(cut, name, getattr(cut, name)[:turn.start + 1])
-    last = ppo.Turn(0, turn.start, turn.start + 1, 0.0, {})
-    ppo.score_values(actor_critic, processor, [ppo.Episode(0, [cut], [last])], 10**6, "cpu")
+    last = Turn(0, turn.start, turn.start + 1, 0.0, {})
+    ppo.score_values(actor_critic, processor, [Episode(0, [cut], [last])], 10**6, "cpu")
     assert turn.value != 0 and last.value == pytest.approx(turn.value, abs=1e-4)
 
 
@@ -325,7 +326,7 @@ SEEING = {"gp-vl": GP["gp-vl"], "virl-vl": lambda: Navigation(image=True, size=1
 def test_kept_features_give_the_gradients_of_pixels(model, processor, task, critic, tune, monkeypatch):
     """With a frozen encoder. It sees each image once, in the rollout; what is drawn does not depend on whether that is kept."""
     sft.freeze(model, tune)
-    kept, plain = (ppo.rollout(model, processor, SEEING[task], range(3), temperature=1.0, max_new_tokens=8, keep_features=keep)
+    kept, plain = (rollout(model, processor, SEEING[task], range(3), temperature=1.0, max_new_tokens=8, keep_features=keep)
                    for keep in (True, False))
     seen = [[(c.ids, c.logprobs) for e in episodes for c in e.conversations] for episodes in (kept, plain)]
     assert seen[0] == seen[1] and all(c.features is not None for e in kept for c in e.conversations)

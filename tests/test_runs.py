@@ -26,6 +26,8 @@ from harness import files, folder, terminal
 from study import records
 from study import __main__ as study
 from study.runner import Run, Runner
+from distributed.processes import Processes
+from harness.settings import Args
 
 ROOT = Path(train.__file__).parent
 GAME = "--task gp-l --attempts 2 --max-new-tokens 4 --eval-hands 2 --device cpu".split()
@@ -152,7 +154,7 @@ def starts_at_once(args, n):
     barrier, found = threading.Barrier(n), []
 
     def choose():
-        own, locks = train.Args(**vars(args)), []
+        own, locks = Args(**vars(args)), []
         barrier.wait()
         try:
             name, _ = folder.choose(own, SimpleNamespace(restarted=False, launch=None), locks)
@@ -172,9 +174,9 @@ def starts_at_once(args, n):
 
 def test_of_many_starts_each_gets_a_folder_of_its_own_or_one_gets_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = starts_at_once(train.Args(task="gp-l", algo="sft"), 8)
+    names = starts_at_once(Args(task="gp-l", algo="sft"), 8)
     assert sorted(names) == ["runs/gp-l-sft", *(f"runs/gp-l-sft-{k}" for k in range(2, 9))]
-    found = starts_at_once(train.Args(out="x"), 8)
+    found = starts_at_once(Args(out="x"), 8)
     assert found.count("x") == 1 and sum(isinstance(one, files.Held) for one in found) == 7
 
 
@@ -184,12 +186,12 @@ def test_default_folders(tmp_path, monkeypatch, runs):
     for name in ("gp-l-sft", "gp-l-sft-2"):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "log.jsonl").touch()
-    assert starts_at_once(train.Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
-    assert starts_at_once(train.Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
+    assert starts_at_once(Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
+    assert starts_at_once(Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
     lock = files.Lock("runs/gp-l-sft-2")
-    assert "gp-l-sft-2: in use by" in str(starts_at_once(train.Args(algo="sft", resume=True), 1)[0])
+    assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
     lock.release()
-    assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(train.Args(resume=True), 1)[0])
+    assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(Args(resume=True), 1)[0])
     assert not Path("runs/gp-l-ppo").exists()
 
 
@@ -719,7 +721,7 @@ def test_visible(text, shown):
 
 
 def test_transcripts_and_lines_hold_nothing_that_acts(tmp_path, capsys):
-    run = folder.RunFolder(train.Args(out=str(tmp_path)), train.Processes("cpu"))
+    run = folder.RunFolder(Args(out=str(tmp_path)), Processes("cpu"))
     said = [("user", "Bar \x1b]0;owned\a \udc80"), ("assistant", "\u202eé")]
     run.transcript(1, SimpleNamespace(transcript=said, conversations=[]))
     said = (tmp_path / "transcripts/step_000001.txt").read_text(encoding="utf-8")

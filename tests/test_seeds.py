@@ -18,6 +18,7 @@ from harness.files import to_json
 from llama.generate import draw_uniform
 from study import records as study
 from test_train import records, run
+from rollout import Turn
 
 SEEDS = [0, 1, 2**32, 20240601, 2**62, 2**63 - 1]               # of runs
 
@@ -77,7 +78,7 @@ def test_every_answer_has_draws_of_its_own(small, tmp_path, monkeypatch):
             draws.setdefault((seed, temperature), []).extend(seeds)
             return generate(*args, temperature=temperature, seeds=seeds, **kwargs)
 
-        monkeypatch.setattr(ppo, "generate", spy)
+        monkeypatch.setattr("rollout.generate", spy)
         run("--algo", "ppo", "--model", small[0], "--seed", seed, "--steps", 2, "--samples", 2,
             "--max-new-tokens", 2, "--temperature", 0.7, "--eval-sets", "id", "--probe-hands", 2,
             "--out", tmp_path / str(seed))
@@ -147,7 +148,7 @@ def test_all_that_a_run_writes_is_strict(small, tmp_path):
 
 def test_json_of_objects_knows_no_nan_either():
     """As a batch is written down that a run broke down on."""
-    turn = ppo.Turn(0, 0, 1, math.nan, {"x": math.inf}, advantage=[math.nan])
+    turn = Turn(0, 0, 1, math.nan, {"x": math.inf}, advantage=[math.nan])
     found = json.loads(to_json({"turns": [turn]}, default=vars), parse_constant=pytest.fail)
     assert found["turns"][0]["reward"] is None and found["turns"][0]["info"] == {"x": None}
     assert found["turns"][0]["advantage"] == [None]

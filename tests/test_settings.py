@@ -21,10 +21,13 @@ from harness.settings import PRESETS, Args, SettingError, flag_of, parse
 from llama.config import Config
 from study import __main__ as study
 from study import faces
+from distributed.processes import Processes
+from harness.load import agree
+from harness.tiny import CONFIG as TINY
 
 HERE = Path(train.__file__).parent
-TINY = Config.from_dict(train.TINY)
-TEXT = {**train.TINY["text_config"], "model_type": "llama"}
+TINY = Config.from_dict(TINY)
+TEXT = {**TINY["text_config"], "model_type": "llama"}
 del TEXT["cross_attention_layers"]
 
 
@@ -489,7 +492,7 @@ def test_other_commands_refuse(tmp_path, monkeypatch, capsys, module, line):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("module", ["variants.official", "variants.lora", "study.flops"])
+@pytest.mark.parametrize("module", ["variants.official", "variants.lora", "harness.flops"])
 def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
     for word, code in (("--help", 0), ("--nonsense", 2)):
         monkeypatch.setattr(sys, "argv", [module, word])
@@ -528,7 +531,7 @@ def test_a_refusal_is_one_line():
 
 def test_a_refusal_of_one_rank_is_that_of_all(monkeypatch):
     """A file may be missing on one node alone."""
-    processes = train.Processes("cpu")
-    monkeypatch.setattr(train, "gather", lambda own: own + ["--prompts p.json: expected a JSON file"])
+    processes = Processes("cpu")
+    monkeypatch.setattr("harness.load.gather", lambda own: own + ["--prompts p.json: expected a JSON file"])
     with pytest.raises(SettingError, match="--prompts p.json"):
-        train.agree(processes, Args(algo="eval"))
+        agree(processes, Args(algo="eval"))

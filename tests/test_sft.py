@@ -6,18 +6,20 @@ import math
 import pytest
 import torch
 
-import ppo
 import sft
 import train
 from harness.settings import apply_preset
 from envs import GeneralPoints
 from llama.batches import bucket, collate
+from distributed.processes import Processes
+from harness.settings import Args
+from rollout import Conversation, Episode, Turn
 
 GP = {"gp-l": lambda: GeneralPoints(), "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56))}
 
 
 def settings(**changes):
-    args = apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny"), 32)
+    args = apply_preset(Args(task="gp-l", algo="sft", preset="tiny"), 32)
     for name, value in changes.items():
         setattr(args, name, value)
     return args
@@ -98,8 +100,8 @@ def test_loss_is_the_mean_over_target_tokens(model, processor, task):
                                           ("no-vision-no-adapter", ["vision_model", "multi_modal_projector"])])
 def test_frozen_parts_stay(model, processor, tune, frozen):
     before = copy.deepcopy(model.state_dict())
-    args = apply_preset(train.Args(task="gp-vl", algo="sft", preset="tiny", tune=tune, batch_size=4), 32)
-    trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
+    args = apply_preset(Args(task="gp-vl", algo="sft", preset="tiny", tune=tune, batch_size=4), 32)
+    trainer = train.Trainer(args, model, processor, Processes("cpu"))
     trainer.update(0)
     moved = {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved.isdisjoint(frozen)
@@ -208,10 +210,10 @@ def test_weights_of_long_and_of_impossible_dialogues_are_finite():
 
 
 def test_own_right_answers_become_examples():
-    conversations = [ppo.Conversation(ids=list(range(20)), image="a"), ppo.Conversation(ids=list(range(9)), image="b")]
-    turn = lambda k, start, end, correct: ppo.Turn(k, start, end, 0.0, {"correct": correct})
-    solved = ppo.Episode(0, conversations, [turn(0, 5, 8, False), turn(0, 12, 15, True), turn(1, 6, 9, False)])
-    failed = ppo.Episode(1, [ppo.Conversation(ids=[1, 2, 3])], [turn(0, 1, 3, False)])
+    conversations = [Conversation(ids=list(range(20)), image="a"), Conversation(ids=list(range(9)), image="b")]
+    turn = lambda k, start, end, correct: Turn(k, start, end, 0.0, {"correct": correct})
+    solved = Episode(0, conversations, [turn(0, 5, 8, False), turn(0, 12, 15, True), turn(1, 6, 9, False)])
+    failed = Episode(1, [Conversation(ids=[1, 2, 3])], [turn(0, 1, 3, False)])
     [example] = sft.own_answers([solved, failed])
     assert example.ids == list(range(15)) and example.image == "a"                 # the wrong answer before it is context
     assert [i for i, learnt in enumerate(example.sampled) if learnt] == [12, 13, 14]
@@ -219,8 +221,8 @@ def test_own_right_answers_become_examples():
 
 def test_own_answers_through_the_trainer(model, processor, monkeypatch):
     """Without a single right answer nothing is learnt and nothing has failed; with some, it learns from them alone."""
-    args = apply_preset(train.Args(task="gp-l", algo="sft", preset="tiny", batch_size=3, sft_data="own", max_new_tokens=4), 32)
-    trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
+    args = apply_preset(Args(task="gp-l", algo="sft", preset="tiny", batch_size=3, sft_data="own", max_new_tokens=4), 32)
+    trainer = train.Trainer(args, model, processor, Processes("cpu"))
     before = copy.deepcopy(model.state_dict())
     for i in range(args.max_skipped + 1):
         metrics = trainer.update(i)                                                # of a random model: none is right

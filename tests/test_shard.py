@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-import ppo  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
 from harness.settings import apply_preset  # noqa: E402
@@ -28,6 +27,12 @@ from distributed import checkpoint, shard  # noqa: E402
 from llama import folders  # noqa: E402
 from llama.config import Config  # noqa: E402
 from model import Llama  # noqa: E402
+from distributed.processes import Processes
+from harness.environments import make_env
+from harness.load import agree
+from harness.settings import Args, parse
+from llama.processor import Processor
+from rollout import rollout
 
 GAME = ["--attempts", "2", "--max-new-tokens", "4", "--eval-sets", "id", "--device", "cpu"]
 # A large eps: no step out of rounding noise.
@@ -64,9 +69,9 @@ ONLY |= dict.fromkeys(("ppo in 4", "ppo in 3"), "whole")
 
 
 def run(processes, *argv):
-    args, typed = train.parse([str(word) for word in argv])
+    args, typed = parse([str(word) for word in argv])
     if not args.resume:
-        train.agree(processes, args, typed)
+        agree(processes, args, typed)
     if args.sft_data == "own":
         with mock.patch("sft.own_answers", lucky_answers):
             return train.train(args, processes, typed)
@@ -88,7 +93,7 @@ def model_of(name, small):
 
 def worker(folder, small):
     """What each of the two ranks does."""
-    processes = train.Processes("cpu")
+    processes = Processes("cpu")
     for name, (argv, differently) in CASES.items():
         common = ["--model", model_of(name, small), *argv]
         for way, more in (("whole", ["--shard", "off"]), ("sharded", ["--shard", "on", *differently])):
@@ -167,13 +172,13 @@ def rollouts(folder, processes):
     for lockstep in (False, True):
         for hands in (1, 5):
             with shard.for_rollout(model, processes.largest, lockstep) as player:
-                found[lockstep, hands] = play(player, train.Processor.from_pretrained(folder), processes.rank, hands)
+                found[lockstep, hands] = play(player, Processor.from_pretrained(folder), processes.rank, hands)
     return found
 
 
 def play(model, processor, rank, hands):
-    args, seeds = apply_preset(train.Args(task="gp-vl", preset="tiny", algo="ppo"), 32), range(rank, hands, 2)
-    episodes = ppo.rollout(model, processor, train.make_env(args), seeds, batch=2, temperature=1.0, max_new_tokens=5 - 2 * rank)
+    args, seeds = apply_preset(Args(task="gp-vl", preset="tiny", algo="ppo"), 32), range(rank, hands, 2)
+    episodes = rollout(model, processor, make_env(args), seeds, batch=2, temperature=1.0, max_new_tokens=5 - 2 * rank)
     return {e.seed: [(c.ids, c.logprobs) for c in e.conversations] for e in episodes}
 
 
@@ -233,7 +238,7 @@ def one_rank(small, tmp_path_factory):
     @functools.cache
     def once(name):
         folder = tmp_path_factory.mktemp(name) / "run"
-        run(train.Processes("cpu"), "--model", model_of(name, small[0]), *CASES[name][0], "--out", folder)
+        run(Processes("cpu"), "--model", model_of(name, small[0]), *CASES[name][0], "--out", folder)
         return folder
     return once
 
@@ -271,7 +276,7 @@ def test_sharded_resumed_equals_uninterrupted(two_ranks):
 def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, tmp_path):
     source = two_ranks / "resumed" / "parts"
     shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("step_000003", "final"))
-    run(train.Processes("cpu"), "--resume", "--steps", 3, "--override", "--out", tmp_path / "run")
+    run(Processes("cpu"), "--resume", "--steps", 3, "--override", "--out", tmp_path / "run")
     a, b = (Llama.from_pretrained(folder / "final").state_dict() for folder in (two_ranks / "resumed/uninterrupted", tmp_path / "run"))
     assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
 

@@ -23,6 +23,9 @@ from games.rails import instructions
 from games.solver import solve
 from games.verifier import SPACES
 from variants.official import wrap
+from distributed.processes import Processes
+from harness.environments import evaluation_sets, make_env, training_env
+from harness.settings import Args
 
 SMALL = dict(image=True, size=(56, 14))
 GP = GeneralPoints.shifts("10", "black", True)
@@ -332,14 +335,14 @@ RULES = {"gp-l": "10,11-12-13,5", "virl-l": "relative,absolute"}
 
 
 def settings(task, algo, **changes):
-    return apply_preset(train.Args(task=task, algo=algo, preset="tiny", batch_size=12, rules=RULES[task], **changes), 32)
+    return apply_preset(Args(task=task, algo=algo, preset="tiny", batch_size=12, rules=RULES[task], **changes), 32)
 
 
 @pytest.mark.parametrize("task", RULES)
 def test_a_seed_is_an_episode_of_one_of_the_rules(task):
     args = settings(task, "sft")
-    mixed, rules = train.training_env(args)(), RULES[task].split(",")
-    alone = {rule: train.make_env(args, rule=rule)() for rule in rules}
+    mixed, rules = training_env(args)(), RULES[task].split(",")
+    alone = {rule: make_env(args, rule=rule)() for rule in rules}
     count = dict.fromkeys(rules, 0)
     for seed in range(300):
         dialogue = mixed.demonstrate(seed, mistakes=1)
@@ -367,27 +370,27 @@ def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
     stated = {"10": "all count as 10", "11-12-13": "Q as 12", "5": "all count as 5", "absolute": "x is north", "relative": "x is left"}
     wanted = {stated[rule] for rule in RULES[task].split(",")}
     said = lambda text: {part for part in stated.values() if part in text}
-    trainer = train.Trainer(settings(task, "sft"), model, processor, train.Processes("cpu"))
+    trainer = train.Trainer(settings(task, "sft"), model, processor, Processes("cpu"))
     assert np.isfinite(trainer.update(0)["nll"])
     seen = [said(processor.decode(example.ids)) for example in trainer.batch]
     assert all(len(found) == 1 for found in seen) and set.union(*seen) == wanted
 
     args = settings(task, "ppo", hands=6, samples=2, max_new_tokens=4, attempts=1)
-    trainer = train.Trainer(args, model, processor, train.Processes("cpu"))
+    trainer = train.Trainer(args, model, processor, Processes("cpu"))
     trainer.update(0)
     rules = [said(episode.transcript[0][1]) for episode in trainer.batch]
     assert all(len(found) == 1 for found in rules) and rules[::2] == rules[1::2] and set.union(*rules) == wanted
-    for name, factory in train.evaluation_sets(args).items():
-        of_one = train.evaluation_sets(train.Args(**{**vars(args), "rules": None}))[name]
+    for name, factory in evaluation_sets(args).items():
+        of_one = evaluation_sets(Args(**{**vars(args), "rules": None}))[name]
         assert factory().reset(3) == of_one().reset(3)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_set_can_be_asked_for(task):
-    args = apply_preset(train.Args(task=task, algo="eval", preset="tiny"), 128)
+    args = apply_preset(Args(task=task, algo="eval", preset="tiny"), 128)
     known = GAMES[args.game].shifts(args.rule, args.look, args.image)
     args.eval_sets = ",".join(known)
-    assert list(train.evaluation_sets(args)) == list(known)
-    for factory in train.evaluation_sets(args).values():
+    assert list(evaluation_sets(args)) == list(known)
+    for factory in evaluation_sets(args).values():
         factory().reset(0)
     assert args.eval_sets.count("mirrored") == (task == "gp-vl") and args.eval_sets.count("fake-rule") == 1

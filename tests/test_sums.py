@@ -15,6 +15,7 @@ from distributed.processes import Processes
 from envs import GeneralPoints
 from llama.batches import parts
 from test_ppo import critic_of, episode, settings
+from rollout import Conversation, Episode, Turn
 
 
 def ragged(turns=((30, 2), (2,), (7, 1, 12)), samples=2):
@@ -23,7 +24,7 @@ def ragged(turns=((30, 2), (2,), (7, 1, 12)), samples=2):
     rng, episodes = random.Random(0), []
     for hand in range(2):
         for k, lengths in enumerate(turns[:samples] if hand else turns):
-            conversation, own = ppo.Conversation(), []
+            conversation, own = Conversation(), []
             for attempt, n in enumerate(lengths):
                 told, start = rng.randint(2, 9), len(conversation.ids)
                 conversation.ids += [rng.randint(6, 900) for _ in range(told + n)]
@@ -32,8 +33,8 @@ def ragged(turns=((30, 2), (2,), (7, 1, 12)), samples=2):
                 conversation.weights += [0.0] * told + [0.5] * (n // 2) + [1.0] * (n - n // 2)
                 hidden = torch.tensor([rng.gauss(0, 1) for _ in range(32)])
                 reward = rng.choice([-1.0, 5.0, -2.0])
-                own.append(ppo.Turn(0, start + told, start + told + n, reward, {"attempt": attempt}, hidden))
-            episodes.append(ppo.Episode(hand, [conversation], own))
+                own.append(Turn(0, start + told, start + told + n, reward, {"attempt": attempt}, hidden))
+            episodes.append(Episode(hand, [conversation], own))
     return episodes
 
 
@@ -112,11 +113,11 @@ def tied(name, reward, noise=0.0, turns=1):
     per, rng, episodes = ppo.ESTIMATORS[name].per, random.Random(1), []
     for hand in range(4):
         for _ in range(2):
-            own = [ppo.Turn(0, 3 * k, 3 * k + 1, reward, {"attempt": k}) for k in range(turns)]
+            own = [Turn(0, 3 * k, 3 * k + 1, reward, {"attempt": k}) for k in range(turns)]
             for turn in own:
                 value = float(torch.tensor(0.3 * (1 + noise * rng.uniform(-1, 1))))          # in float32
                 turn.value = [value] if per == "token" else value
-            episodes.append(ppo.Episode(hand, turns=own))
+            episodes.append(Episode(hand, turns=own))
     return episodes
 
 
@@ -177,7 +178,7 @@ def test_penalties_that_are_rounding_tie_too(name, reward, tokens):
 def test_nothing_to_explain(offset):
     """The variance of targets that tie is rounding: NaN, also far from 0; of those that differ it is
     explained there, too."""
-    turns = [ppo.Turn(0, 0, 1, 0, {}, value=offset + k / 2, target=offset + 0.1 + 1e-9 * k) for k in range(9)]
+    turns = [Turn(0, 0, 1, 0, {}, value=offset + k / 2, target=offset + 0.1 + 1e-9 * k) for k in range(9)]
     assert math.isnan(ppo.explained_variance(turns))
     for k, turn in enumerate(turns):
         turn.target = offset + k

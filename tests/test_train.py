@@ -1,7 +1,5 @@
 """The command line and the run around the learning: resuming, stopping, errors, ranks, and the shape of the code."""
 
-import ast
-import graphlib
 import inspect
 import itertools
 import json
@@ -18,12 +16,14 @@ import torch
 
 import envs
 import train
+from harness import tiny
 from harness.settings import apply_preset
 from distributed import checkpoint
 from distributed.checkpoint import Checkpoints
 from games import cities, rails, routes
 from model import Llama
 from study import __main__ as study
+from harness.settings import Args, GAME_SETTINGS
 
 HERE = Path(train.__file__).parent
 SHORT = {              # what makes a run short, by its algorithm
@@ -148,15 +148,15 @@ def test_sigterm_saves_and_ends_cleanly(small, tmp_path):
 def test_every_argument_is_used():
     """A key that nothing reads does not exist."""
     text = "".join(file.read_text() for file in (*HERE.glob("*.py"), *HERE.glob("[dhv]*/*.py")))
-    for name in train.Args.__dataclass_fields__:
-        assert f"args.{name}" in text or name in train.GAME_SETTINGS, name
-    for name in train.GAME_SETTINGS:
+    for name in Args.__dataclass_fields__:
+        assert f"args.{name}" in text or name in GAME_SETTINGS, name
+    for name in GAME_SETTINGS:
         assert any(name in inspect.signature(game).parameters for game in envs.GAMES.values()), name
 
 
 def test_presets_fill_everything():
     for preset, algo in itertools.product(("tiny", "paper"), ("ppo", "sft", "eval")):
-        args = apply_preset(train.Args(task="gp-vl", algo=algo, preset=preset), 128)
+        args = apply_preset(Args(task="gp-vl", algo=algo, preset=preset), 128)
         needed = {"ppo": ["hands", "clip", "critic"], "sft": ["batch_size"], "eval": []}[algo]
         needed += ["steps", "lr", "betas"] if algo != "eval" else ["eval_hands", "max_new_tokens"]
         assert all(getattr(args, name) is not None for name in needed)
@@ -194,7 +194,7 @@ def test_eval_of_a_checkpoint(small, tmp_path):
 
 def test_tiny_makes_its_init_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "INIT_STEPS", 1)
+    monkeypatch.setattr(tiny, "INIT_STEPS", 1)
     for repeat, rule in enumerate(["10", "10", "11-12-13"]):                # a rule of its own has an init of its own
         run("--task", "gp-vl", "--algo", "sft", "--steps", 1, "--rule", rule)
         assert ("making its init checkpoint" in capsys.readouterr().out) == (repeat != 1)
@@ -246,72 +246,6 @@ def test_plot(small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     study.main(["plot", "run"])
     assert (tmp_path / "success.png").stat().st_size > 5000
-
-
-def test_imports_follow_the_map():
-    """games and envs know no torch and no model; model no game, llama no model; third parties are listed."""
-    allowed = {"envs": {"numpy", "games"},
-               **{f"games/{name}": set() for name in ("solver", "answers", "observations", "prompts", "compass", "seeds")},
-               **{f"games/{name}": {"games"} for name in ("verifier", "rails")},
-               **{f"games/{name}": {"numpy", "PIL", "games"} for name in
-                  ("cards", "streets", "drawing", "views", "routes")},
-               "games/cities": {"numpy", "PIL", "games", "harness"},
-               "games/show": {"numpy", "PIL", "games", "harness"}, "games/unpickle": {"games", "harness"},
-               "model": {"torch", "kernels", "llama"},
-               "llama/checks": set(), "llama/config": {"llama"},
-               "llama/images": {"torch", "numpy", "PIL", "llama"},
-               "llama/folders": {"torch", "safetensors", "llama"},
-               "llama/processor": {"torch", "numpy", "tokenizers", "llama"},
-               "llama/cache": {"torch"}, "llama/batches": {"torch", "llama"}, "llama/metrics": set(),
-               "llama/generate": {"torch", "numpy", "kernels", "llama"},
-               "sft": {"torch", "games", "llama", "variants"}, "ppo": {"torch", "games", "llama", "variants"},
-               "kernels/__init__": {"torch", "triton"},
-               **{f"kernels/{name}": {"torch", "kernels"} for name in ("attention", "flash", "decode", "visible", "tiles", "logprob", "logits")},
-               "distributed/shard": {"torch", "llama", "model", "distributed"}, "distributed/checkpoint": {"torch", "safetensors", "llama", "distributed", "harness"},
-               "distributed/processes": {"torch", "harness"},
-               "distributed/plan": {"torch", "harness", "kernels", "llama", "model", "ppo", "sft"},
-               "study/figures": {"study", "matplotlib"}, "study/runner": {"harness", "study"},
-               "study/tables": {"envs", "games", "harness", "numpy", "study"},
-               "study/records": {"numpy", "harness"},
-               "study/explain": {"torch", "ppo", "sft", "distributed", "variants"},
-               "study/experiments": {"games", "study", "variants"}, "study/__main__": {"harness", "study"},
-               "variants/lora": {"torch", "llama", "model", "distributed", "harness"},
-               "variants/advantages": {"harness"}, "variants/losses": {"torch", "harness"},
-               "variants/official": {"harness", "variants"}, "variants/official_games": {"envs", "games"},
-               "variants/sft_losses": {"torch", "variants"},
-               "variants/reference": {"torch", "model", "variants", "harness"},
-               "study/flops": {"torch", "llama", "model", "variants", "distributed", "harness", "train"},
-               **{f"benchmarks/{name}": may for name, may in {
-                   "kernels": {"torch", "harness", "kernels", "benchmarks"},
-                   "rivals": {"torch", "kernels", "liger_kernel", "cut_cross_entropy"},
-                   "generate": {"torch", "transformers", "envs", "harness", "llama", "model"},
-                   "scenes": {"games", "harness"}, "soak": {"harness", "model"}}.items()},
-               "harness/ranges": {"harness"}, "harness/settings": {"envs", "games", "harness", "ppo", "sft", "variants"},
-               "harness/check": {"envs", "games", "harness", "model", "ppo", "sft", "torch", "variants"},
-               "harness/files": {"harness"}, "harness/terminal": set(),
-               "harness/folder": {"torch", "distributed", "harness", "llama", "variants"},
-               "train": {"torch", "envs", "games", "harness", "llama", "model", "sft", "ppo", "distributed", "variants", "study", "tokenizers"}}
-    for name, may in allowed.items():
-        tree = ast.parse((HERE / f"{name}.py").read_text())
-        found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert found - set(sys.stdlib_module_names) <= may, name
-
-
-def test_no_import_circle_around_the_model_and_the_games():
-    """Each module's imports can be loaded first; model.py needs no more of llama/ than its sizes and folders."""
-    files = [HERE / "model.py", HERE / "envs.py",
-             *(file for folder in ("llama", "kernels", "games") for file in (HERE / folder).glob("*.py"))]
-    name_of = lambda file: ".".join(file.relative_to(HERE).with_suffix("").parts)
-    graph = {name_of(file): set() for file in files}
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                inner = {f"{node.module}.{alias.name}" for alias in node.names}
-                graph[name_of(file)] |= (inner & set(graph)) or {node.module}
-    graphlib.TopologicalSorter(graph).prepare()
-    assert {name for name in graph["model"] if name.startswith("llama")} == {"llama.config", "llama.folders"}
-    assert not any("envs" in graph[name] for name in graph if name.startswith("games"))
 
 
 def test_the_readmes_own_estimator_runs(small, tmp_path, monkeypatch, capsys):

@@ -10,10 +10,11 @@ import torch
 
 import ppo
 import sft
-import train
 from test_ppo import critic_of, gradients, play, settings
 from test_train import command, learnt, records, run, weights
 from variants import losses, reference
+from envs import GAMES
+from rollout import Conversation, Episode, Turn, rollout
 
 
 # ------------------------------------------------------------------------------------------------- the example, by hand
@@ -31,9 +32,9 @@ def example(per="turn", rewards=REWARDS, forced=(3, 2, 2)):
     for own, values in zip(rewards, VALUES):
         turns, at = [], 0
         for k, (reward, value, told) in enumerate(zip(own, values, forced)):
-            turns.append(ppo.Turn(0, at + told, at + told + len(value), reward, {"attempt": k}, value=value[0] if per == "turn" else list(value)))
+            turns.append(Turn(0, at + told, at + told + len(value), reward, {"attempt": k}, value=value[0] if per == "turn" else list(value)))
             at = turns[-1].end
-        episodes.append(ppo.Episode(0, turns=turns))
+        episodes.append(Episode(0, turns=turns))
     return episodes
 
 
@@ -73,8 +74,8 @@ def test_every_estimator_is_worked_by_hand():
 @pytest.mark.parametrize("name", WORKED)
 def test_estimator_by_hand(name):
     for found, worked in zip(estimate(name), WORKED[name]):
-        assert ppo.flat([ppo.Turn(0, 0, 1, 0, {}, advantage=a) for a in found], "advantage") == pytest.approx(
-            ppo.flat([ppo.Turn(0, 0, 1, 0, {}, advantage=a) for a in worked], "advantage"), abs=2e-6)
+        assert ppo.flat([Turn(0, 0, 1, 0, {}, advantage=a) for a in found], "advantage") == pytest.approx(
+            ppo.flat([Turn(0, 0, 1, 0, {}, advantage=a) for a in worked], "advantage"), abs=2e-6)
         assert [type(a) for a in found] == [list if ppo.ESTIMATORS[name].per == "token" else float] * 3
 
 
@@ -406,16 +407,16 @@ def test_values_before_each_token(model, processor, critic):
     ppo.score_values(module, processor, episodes, 10**6, "cpu", per="token")
     turn, c = episodes[1].turns[1], episodes[1].conversations[0]
     for k in range(turn.end - turn.start):
-        cut = ppo.Conversation(*[getattr(c, name)[:turn.start + k + 1] for name in ("ids", "sampled", "logprobs", "weights")])
-        last = ppo.Turn(0, turn.start + k, turn.start + k + 1, 0.0, {})
-        ppo.score_values(module, processor, [ppo.Episode(0, [cut], [last])], 10**6, "cpu")
+        cut = Conversation(*[getattr(c, name)[:turn.start + k + 1] for name in ("ids", "sampled", "logprobs", "weights")])
+        last = Turn(0, turn.start + k, turn.start + k + 1, 0.0, {})
+        ppo.score_values(module, processor, [Episode(0, [cut], [last])], 10**6, "cpu")
         assert last.value == pytest.approx(turn.value[k], abs=1e-4)
     assert len(turn.value) == turn.end - turn.start > 5 and len(set(turn.value)) == len(turn.value)
 
 
 def shared_hand(model, processor, hands=3, samples=2):
     """Samples of each hand, as a rollout with --samples 2 has them, with rewards that differ."""
-    episodes = ppo.rollout(model, processor, train.GAMES["gp"], range(hands), samples=samples, temperature=1.0, max_new_tokens=12)
+    episodes = rollout(model, processor, GAMES["gp"], range(hands), samples=samples, temperature=1.0, max_new_tokens=12)
     for k, episode in enumerate(episodes):
         episode.turns[-1].reward = k * k
     return episodes

@@ -13,11 +13,11 @@ from collections import defaultdict
 
 import torch
 
-import ppo
 import sft
 from distributed import shard
 from distributed.processes import gather
 from variants.reference import local, reshard
+from rollout import rollout
 
 COLUMNS = ("solved", "first", "answers", "tokens", "cut", "entropy", "log_ratio")      # of a hand: sums over its samples
 
@@ -75,7 +75,7 @@ class Probe:
         args, processes = self.args, self.processes
         hands = processes.share(range(min(self.hands, factory().distinct)))
         with shard.for_rollout(self.model, processes.largest, args.rollout_sharded) as player:
-            return ppo.rollout(player, self.processor, factory, hands, samples=self.samples, temperature=1.0,
+            return rollout(player, self.processor, factory, hands, samples=self.samples, temperature=1.0,
                                batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
 
     @torch.no_grad()

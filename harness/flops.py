@@ -1,6 +1,6 @@
 """FLOPs that training takes, counted by part and phase beside the paper's 6 N D: the x axis that is fair to both algorithms.
 
-    python -m study.flops                    # what 6 N D says and what is counted, for Llama-3.2-11B-Vision
+    python -m harness.flops                    # what 6 N D says and what is counted, for Llama-3.2-11B-Vision
 
 6 N D (and 2 N D where nothing is learnt) takes every parameter to work once on every text token. The embedding table does no products at all,
 the head works where a log-prob is asked, the vision tower once on every patch of an image and not on text, a frozen weight has no gradient,
@@ -231,7 +231,7 @@ class Ledger:
 def table(config, length, answers):
     """GFLOPs a token of a dialogue of `length` tokens, `answers` of them answers, without and with an image of all tiles."""
     from distributed.plan import make_ids, make_images
-    from train import count_parameters
+    from harness.load import count_parameters
     with torch.device("meta"):
         llama = Llama(config)
     lines = [f"{'GFLOPs a token':<34}" + "".join(f"{name:>17}" for name in (*PARTS, "counted", "2ND or 6ND"))]
@@ -250,7 +250,7 @@ def main():
     from distributed.plan import LLAMA_11B
     from harness.ranges import command_line
     from llama.config import Config
-    command_line("python -m study.flops", __doc__).parse_args()
+    command_line("python -m harness.flops", __doc__).parse_args()
     print(table(Config.from_dict(LLAMA_11B), 512, 128))
 
 

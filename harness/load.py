@@ -1,0 +1,138 @@
+"""Load a model with its processor, choose what learns in it, and make the optimizers."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import sft
+from distributed import checkpoint, shard
+from distributed.processes import gather
+from games.seeds import derive
+from harness import tiny
+from harness.check import attempt, settle
+from harness.folder import record_of
+from harness.ranges import SettingError, UserError
+from harness.settings import Args
+from llama.config import Config
+from llama.processor import Processor
+from model import Llama
+from variants import lora
+
+
+def autocast(args, device):
+    """Compute in bfloat16 with float32 weights on CUDA, in float32 elsewhere. A sharded model gathers its
+    weights in bfloat16 by itself."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and args.shard != "on")
+
+
+def agree(processes, args, typed=frozenset(), newest=None):
+    """Settle `args` on all ranks (harness/check.py). If one refuses, all raise the same SettingError.
+
+    newest: the checkpoint that is resumed.
+    """
+    refusal = None
+    try:
+        settle(args, config_of(args, processes, newest), typed, processes.world)
+    except SettingError as error:
+        refusal = str(error)
+    refusals = [text for text in gather([refusal]) if text]
+    if refusals:
+        raise SettingError(refusals[0])
+
+
+def config_of(args, processes, newest=None):
+    """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
+    if args.model == "tiny" and not newest:
+        return Config.from_dict(tiny.CONFIG)
+    if not newest:                             # `RunFolder.resume` has looked at the other
+        verify(args.model, processes)
+    expected = "tiny, a checkpoint or a folder with a config.json"
+    return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
+
+
+def verify(folder, processes):
+    """Raise ValueError for a checkpoint that is damaged."""
+    if checkpoint.is_checkpoint(folder):
+        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(Path(folder))
+
+
+def load(args, processes, folder, resumed=None):
+    """Return model, processor and folder of the weights of a run with complete settings.
+
+    folder: where the run begins, None for random weights; resumed: the checkpoint where it goes on. A resumed
+    model comes without its weights, and so does one that is to be sharded.
+    """
+    if not folder and not resumed:
+        args.shard = sharding(args, 0, processes)
+        return *tiny.from_scratch(args, processes.device), None
+    if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:
+        folder, resumed = Path(str(record_of(resumed)["began"])), None     # Trainer.restore does the rest
+        verify(folder, processes)
+    folder = Path(resumed or folder)
+    with torch.device("meta"):
+        model = Llama(Config.from_pretrained(folder))
+    args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
+    trained = record_of(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
+    if trained.get("lora_rank"):
+        if args.shard == "on":
+            raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's "
+                            "final/, in which they are merged")
+        choose_what_learns(model, argparse.Namespace(**dataclasses.asdict(Args()) | trained))
+    if args.shard == "off" and checkpoint.is_checkpoint(folder):
+        shard.fill(model, None if resumed else folder, processes.device)
+        lora.merge(model)
+    elif args.shard == "off":
+        model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
+    processor = Processor.from_pretrained(folder, model.config, images=args.image)
+    return model, processor, None if resumed else folder
+
+
+def sharding(args, size, processes):
+    """Return what --shard comes to, on or off, for a model of `size` parameters."""
+    possible = processes.world > 1 and args.algo != "pretrain" and not args.lora_rank
+    auto = "on" if possible and (processes.device.type == "cuda" or size > 10**8) else "off"
+    return auto if args.shard == "auto" else args.shard
+
+
+def compares_with_start(args):
+    """Return whether the run needs the policy that it began with: a KL penalty or an SFT loss does."""
+    return bool(args.kl_coef) if args.algo == "ppo" else sft.LOSSES[args.sft_loss].before == "initial"
+
+
+def choose_what_learns(model, args):
+    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
+    afterwards."""
+    sft.freeze(model, args.tune)
+    if args.lora_rank:
+        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
+
+
+def optimizers(args, model, module):
+    """Return AdamW for the policy `model` and, in a group of its own, for the critic that `module` adds.
+
+    In pre-training the matrices of the layers are stepped by Muon (Jordan et al. 2024) instead. A group's
+    "peak" is its learning rate, before any schedule.
+    """
+    adam = dict(lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, weight_decay=args.weight_decay)
+    policy = {id(p) for p in model.parameters()}
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
+    muon = matrices if args.algo == "pretrain" else []
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not matrix for matrix in muon)]
+    critic = [p for p in module.parameters() if id(p) not in policy and p.requires_grad]
+    groups = [dict(params=rest, peak=args.lr)]
+    groups += [dict(params=critic, peak=args.critic_lr)] if critic else []
+    found = [torch.optim.AdamW(groups, **adam)]
+    if muon:
+        found.append(torch.optim.Muon([dict(params=muon, peak=args.lr)], lr=args.lr,
+                                      weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def count_parameters(model, task):
+    """Count the parameters that work on a token: N of the paper's 6ND. Text tasks use neither the vision
+    encoder nor cross-attention."""
+    layers = [f"layers.{i}." for i in model.config.cross_attention_layers]
+    blind = () if task.endswith("vl") else ("vision_model.", "multi_modal_projector.", *layers)
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(blind))

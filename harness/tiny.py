@@ -1,0 +1,120 @@
+"""The built-in tiny model: a Llama-Vision of a million weights, in ordinary Hugging Face folders.
+
+    python train.py --task gp-l --algo pretrain        # make its foundation anew (docs/tiny/gp/README.md)
+
+The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
+game in docs/tiny, stands for that: it has seen the game under all rules and many looks. From it `prepare`
+makes the paper's *init* on first use, by a brief SFT on the training rule.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from distributed.processes import first
+from games.seeds import TRAINING, derive
+from harness import files
+from harness.environments import foundation_mixture
+from harness.ranges import UserError
+from harness.settings import Args
+from llama.config import Config
+from llama.processor import Processor
+from model import Llama
+from rollout import readable
+
+FOUNDATIONS = Path(__file__).parents[1] / "docs" / "tiny"
+INIT_STEPS = 60                                # SFT steps from the foundation to init
+
+CONFIG = {
+    "model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], "torch_dtype": "float32",
+    "image_token_index": 1024,
+    "text_config": {
+        "model_type": "mllama_text_model", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 6, "cross_attention_layers": [2],
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 2048,
+        "tie_word_embeddings": False, "hidden_act": "silu",
+        "bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 5},
+    "vision_config": {
+        "model_type": "mllama_vision_model", "image_size": 56, "patch_size": 14, "num_channels": 3,
+        "hidden_size": 96, "attention_heads": 4, "intermediate_size": 192,
+        "num_hidden_layers": 2, "num_global_layers": 1, "intermediate_layers_indices": [1, 2],
+        "max_num_tiles": 4, "vision_output_dim": 288, "norm_eps": 1e-5, "hidden_act": "gelu",
+        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
+}
+IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
+          "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+           "<|finetune_right_pad_id|>"]
+# What the tokenizer keeps apart: numbers, operators and card letters; words that differ from route to route.
+APART = {"gp": r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])",
+         "virl": r"\d+| [A-Z][a-z]+(?= is on)| [A-Z][a-z]+(?= [A-Z][a-z]+ is on)|[A-Z][a-z]+(?= [A-Z])"
+                 r"|\b(?:north|south)?(?:east|west|north|south)\b|\b(?:slightly|left|right|front|behind)\b"}
+
+
+def prepare(args, processes, train):
+    """Return the folder of the init checkpoint for the game of `args`, made on first use by `train`.
+
+    It is kept in runs/, by a name that follows from the foundation's weights and the game.
+    """
+    foundation = FOUNDATIONS / args.game
+    if not (foundation / "model.safetensors").exists():
+        raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the "
+                        "README.md there says")
+    game = {name: getattr(args, name) for name in (
+        "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
+    game["seed"] = derive("init")              # no run's own: what init has learnt from, none begins with
+    weights = (foundation / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(weights + repr(game).encode()).hexdigest()[:8]
+    ready = Path("runs") / f"init-{args.task}-{digest}"
+    if not first((ready / "final").exists):
+        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT "
+                        f"steps, in {ready}")
+        with contextlib.ExitStack() as stack:  # another run may be making it, too: the first to end wins
+            private = first(lambda: stack.enter_context(files.aside(ready, "final")))
+            init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
+                        eval_hands=0, device=args.device, **game)
+            if not train(init, processes):
+                raise UserError("interrupted before the init checkpoint was ready; the next run makes it "
+                                "anew")
+        processes.barrier()                    # until it has its name
+    return ready / "final"
+
+
+def from_scratch(args, device):
+    """Return a model with random weights and a processor with a tokenizer for the game of `args`."""
+    config = Config.from_dict(CONFIG)
+    everything = foundation_mixture(dataclasses.replace(args, describe=None))
+    tokenizer = train_tokenizer(everything, config.vocab_size, APART[args.game])
+    model = Llama(config)
+    model.init_weights(seed=derive("weights", args.seed))
+    for name, parameter in model.named_parameters():
+        if "gate" in name.split(".")[-1] and parameter.numel() == 1:
+            # Llama grafted its eyes on with closed gates; these grow together
+            torch.nn.init.constant_(parameter, 0.5)
+    return model.to(device), Processor(tokenizer, image_config=IMAGES)
+
+
+def train_tokenizer(mixture, vocab_size, apart):
+    """Train byte-level BPE on the environments' own text. What matches `apart` stays in tokens of its own;
+    all else, spaces included, may merge, so that a prompt costs the tiny model some dozen tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(apart), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    dialogues = [env.demonstrate(TRAINING + k, mistakes=k % env.attempts)
+                 for k in range(40) for env, _ in mixture]
+    texts = [readable(message["content"]).replace("<image>", "") for said in dialogues for message in said]
+    texts += ["user", "assistant", "\n\n"] * 500
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    fillers = [f"<|reserved_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())]
+    # the image token's id is vocab_size
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in [*fillers, "<|image|>"]])
+    return tokenizer
