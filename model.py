@@ -288,7 +288,7 @@ class VisionModel(nn.Module):
         """Encode Images -> (N, tiles * P, output_size): P patches per tile, the class token first."""
         N, tiles = images.aspect_ratio_mask.shape
         ids, P = images.aspect_ratio_ids, self.config.num_patches
-        x = torch.cat([*images.pixel_values]).to(self.class_embedding)             # (N * tiles, 3, size, size)
+        x = torch.cat([*images.pixel_values]).to(self.class_embedding)            # (N * tiles, 3, size, size)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
         x = self.pre_tile_positional_embedding(x.unflatten(0, (N, tiles)), ids)
         x = torch.cat([self.class_embedding.expand(N, tiles, 1, -1), x], 2)                 # (N, tiles, P, D)

@@ -330,5 +330,5 @@ def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
             save_file(mine, folder / list(files)[i // world * world + rank], {"format": "pt"})
             mine = {}
     if rank == 0:
-        for name, text in describe(llama.config, torch.float32, weights, files).items():
+        for name, text in describe(llama.config, weights, files).items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -2,23 +2,18 @@
 import contextlib
 import json
 import math
-import os
-import re
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llama.checks import OBJECT, Rule, check
+from llama.checks import OBJECT
 
 WEIGHTS = "model.safetensors"
-INDEX = WEIGHTS + ".index.json"
 LARGEST = 2**28                             # bytes of a file without tensors; a tokenizer may take 2**24
 FLOATS = "F64, F32, F16, BF16"
-PLACES = Rule("an object, {tensor: file}", lambda v: v and OBJECT.holds(v))
-BESIDE = Rule("a .safetensors file beside it",                 # "../x" would leave the folder
-              lambda v: type(v) is str and re.fullmatch(r"[\w.-]+\.safetensors", v))
 
 # (prefix in a file, prefix here), the first match counts: mllama as released, the newer layout, and llama's
 KEY_MAP = [("language_model.model.", ""), ("language_model.lm_head.", "lm_head."),
@@ -74,21 +69,21 @@ def write_files(folder, files):
     """Write {name: text, bytes or tensors}: all aside first, so that a failure leaves all as it was."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = {name: folder / f".{name.replace('/', '.')}.{os.getpid()}.tmp" for name in files}
     try:
-        for name, content in files.items():
-            if isinstance(content, dict):
-                tensors = {k: t.detach().cpu().contiguous() for k, t in content.items()}
-                save_file(tensors, aside[name], {"format": "pt"})
-                aside[name].chmod(0o644)                       # safetensors lets its owner alone read it
-            else:
-                aside[name].write_bytes(content.encode() if isinstance(content, str) else content)
-        for name, path in aside.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(path, folder / name)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
+            for name, content in files.items():
+                path = Path(aside, name)
+                path.parent.mkdir(exist_ok=True)
+                if isinstance(content, dict):
+                    tensors = {k: t.detach().cpu().contiguous() for k, t in content.items()}
+                    save_file(tensors, path, {"format": "pt"})         # older transformers ask for that
+                    path.chmod(0o644)                          # safetensors lets its owner alone read it
+                else:
+                    path.write_bytes(content.encode() if isinstance(content, str) else content)
+            for name in files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                Path(aside, name).replace(folder / name)
     finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()                                     # only succeeds where nothing could be written
 
@@ -97,20 +92,11 @@ def write_files(folder, files):
 # Tensors
 
 def weight_files(folder):
-    """List the safetensors files of a folder. FileNotFoundError, ValueError."""
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder}: expected {WEIGHTS}, or {INDEX} and its shards")
-    index = read_json(folder, INDEX)
-    check(folder / INDEX, {"weight_map": PLACES}, index, needed=["weight_map"])
-    places = index["weight_map"]
-    check(folder / INDEX, dict.fromkeys(places, BESIDE), places, "weight_map.", needed=places)
-    for name in places.values():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: not found, but {INDEX} names it")
-    return [folder / name for name in sorted(set(places.values()))]
+    """List the safetensors files of a model: one, or else all shards."""
+    found = sorted(Path(folder).glob("model*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{folder}: expected {WEIGHTS}, or shards of it")
+    return [file for file in found if file.name == WEIGHTS] or found
 
 
 @contextlib.contextmanager
@@ -196,13 +182,14 @@ def shard_files(tensors, limit):
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def describe(config, dtype, tensors, files):
+def describe(config, tensors, files):
     """Return {file: text} of what goes beside `tensors` in `files`: config.json, and an index for several."""
-    texts = {"config.json": config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    texts = {"config.json": config.to_dict() | {"torch_dtype": dtype}}
     if len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": places}
+        texts[WEIGHTS + ".index.json"] = {"metadata": {"total_size": size}, "weight_map": places}
     return {file: json.dumps(content, indent=2) for file, content in texts.items()}
 
 
@@ -210,7 +197,7 @@ def save_model(model, folder, max_shard_size):
     """Write config.json and safetensors in the released layout, all or nothing."""
     tensors = {to_released(name, model.config): weight for name, weight in model.named_parameters()}
     files = shard_files(tensors, max_shard_size)
-    texts = describe(model.config, next(iter(tensors.values())).dtype, tensors, files)
+    texts = describe(model.config, tensors, files)
     shards = {file: {name: tensors[name] for name in names} for file, names in files.items()}
     write_files(folder, texts | shards)
     for old in Path(folder).glob("model*.safetensors*"):       # of an earlier save in more files, or in fewer

@@ -40,11 +40,11 @@ class Images:
         return Images(self.pixel_values, *(x.to(device) for x in others), features)
 
 
-def tile_image(image, config):
-    """Turn a PIL image into tiles (max_tiles, 3, size, size) float32, black ones last."""
+def cut(image, config):
+    """Cut a PIL image into tiles, black ones last -> Images of this one, which all its batches can share."""
     size, max_tiles = config["size"]["height"], config["max_image_tiles"]
     image = to_rgb(image)
-    _, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
+    ratio, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
     target = fit(image.width, image.height, columns * size, rows * size, size)
     image = image.resize(target, config["resample"])
     canvas = np.zeros((rows * size, columns * size, 3), np.float32)
@@ -53,10 +53,11 @@ def tile_image(image, config):
         canvas *= np.float32(config["rescale_factor"])
     if config["do_normalize"]:
         canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
-    tiles = np.zeros((max_tiles, 3, size, size), np.float32)
+    tiles = torch.zeros(max_tiles, 3, size, size)
     canvas = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
-    tiles[:rows * columns] = canvas.reshape(-1, 3, size, size)
-    return tiles
+    tiles[:rows * columns] = torch.from_numpy(canvas.reshape(-1, 3, size, size))
+    real = (torch.arange(max_tiles) < rows * columns).long()
+    return Images([tiles], torch.tensor([ratio]), real[None], torch.tensor([0]))
 
 
 def to_rgb(image):

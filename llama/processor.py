@@ -2,6 +2,8 @@
 import json
 from bisect import bisect_left
 from dataclasses import dataclass
+from glob import glob
+from itertools import groupby
 from pathlib import Path
 from string import Template
 
@@ -9,14 +11,13 @@ import torch
 from tokenizers import Tokenizer
 
 from llama import images as pictures
-from llama.checks import OBJECT, TOKEN, TOKENS, check, wrong
+from llama.checks import OBJECT, SPECIAL, Rule, check
 from llama.folders import read_file, read_json, write_files
-from llama.images import Images, best_canvas, tile_image
+from llama.images import Images
 
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHATML = ["<|im_start|>", "<|im_end|>"]
 IMAGE, PAD = "<|image|>", "<|finetune_right_pad_id|>"
-GENERATION = {"bos_token_id": TOKEN, "eos_token_id": TOKENS, "pad_token_id": TOKEN}
 
 # Files of a tokenizer that pass through to the byte: transformers knows what they say.
 KEPT = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "added_tokens.json",
@@ -69,25 +70,24 @@ class Processor:
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None):          # so is this: merges at random
             tokenizer.model.dropout = None
-        layout = [token for token in (*LLAMA3, *CHATML, IMAGE) if tokenizer.token_to_id(token) is not None]
-        tokenizer.add_special_tokens(layout)                   # where the file forgot to call them special
+        self.id_of, self.tokenizer, self.kept = tokenizer.token_to_id, tokenizer, kept or {}
+        found = [token for token in (*LLAMA3, *CHATML, IMAGE) if self.id_of(token) is not None]
+        tokenizer.add_special_tokens(found)                    # where the file forgot to call them special
         tokenizer.encode_special_tokens = True                 # as the text that they are spelled with
         self.special_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.tokenizer, self.kept, self.image_config = tokenizer, kept or {}, None
+        self.image_config = None if image_config is None else pictures.DEFAULTS | {
+            name: value for name, value in image_config.items() if value is not None}
         self.generation_config, self.tokenizer_config = generation_config or {}, tokenizer_config or {}
-        if image_config is not None:
-            said = {name: value for name, value in image_config.items() if value is not None}
-            self.image_config = pictures.DEFAULTS | said
 
-        self.chatml = CHATML[0] in layout
-        for token in CHATML if self.chatml else LLAMA3:
-            if token not in layout:
+        self.chatml = CHATML[0] in found
+        self.layout = CHATML if self.chatml else LLAMA3
+        for token in self.layout:
+            if token not in found:
                 raise ValueError(f"tokenizer.json: token {token} is absent: "
                                  "expected the special tokens of Llama 3 or ChatML")
-        self.end_id = tokenizer.token_to_id(CHATML[1] if self.chatml else LLAMA3[3])
-        self.image_token_id = tokenizer.token_to_id(IMAGE)
+        self.end_id, self.image_token_id = self.id_of(self.layout[-1]), self.id_of(IMAGE)
         self.stop_ids = sorted({self.end_id, *as_list(self.generation_config.get("eos_token_id"))})
-        pads = self.generation_config.get("pad_token_id"), tokenizer.token_to_id(PAD), self.end_id
+        pads = self.generation_config.get("pad_token_id"), self.id_of(PAD), self.end_id
         self.pad_id = next(pad for pad in pads if pad is not None)
 
     @classmethod
@@ -100,8 +100,7 @@ class Processor:
             tokenizer = Tokenizer.from_buffer(text)
         except Exception as error:                             # tokenizers raises nothing narrower
             raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
-        names = [str(path.relative_to(folder)) for pattern in KEPT for path in sorted(folder.glob(pattern))]
-        kept = {name: read_file(folder, name) for name in names}
+        kept = {name: read_file(folder, name) for pattern in KEPT for name in glob(pattern, root_dir=folder)}
         tokens = read_json(folder, "tokenizer_config.json", optional=True)
         configs = read_images(folder), read_generation(folder), tokens
         try:
@@ -114,20 +113,18 @@ class Processor:
 
     def save_pretrained(self, folder):
         """Write what from_pretrained reads, all or nothing, so that transformers chats alike and stops."""
-        name = self.tokenizer.id_to_token
         tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if "special_tokens_map.json" not in self.kept:         # else they are there
             tokens |= {} if self.chatml else {"bos_token": LLAMA3[0]}
-            tokens |= {"eos_token": name(self.end_id), "pad_token": name(self.pad_id)}
+            tokens |= {"eos_token": self.layout[-1], "pad_token": self.tokenizer.id_to_token(self.pad_id)}
         stops = {"eos_token_id": self.stop_ids, "pad_token_id": self.pad_id}
         configs = {"tokenizer_config.json": tokens | self.tokenizer_config,
-                   "generation_config.json": self.generation_config | stops}
-        if self.image_config is not None:
-            configs["preprocessor_config.json"] = self.image_config
-        files = self.kept | {file: json.dumps(values, indent=2) for file, values in configs.items()}
+                   "generation_config.json": self.generation_config | stops,
+                   "preprocessor_config.json": self.image_config}
+        files = {file: json.dumps(values, indent=2) for file, values in configs.items() if values}
         if not any("chat_template" in said for said in (*self.kept, *self.tokenizer_config)):
             files["chat_template.jinja"] = CHATML_TEMPLATE if self.chatml else LLAMA3_TEMPLATE
-        write_files(folder, files | {"tokenizer.json": self.tokenizer.to_str(pretty=True)})
+        write_files(folder, self.kept | files | {"tokenizer.json": self.tokenizer.to_str(pretty=True)})
 
     def encode(self, text):
         """Turn plain text into ids, none of them special."""
@@ -146,53 +143,52 @@ class Processor:
         ValueError for more than one image or an unknown part.
         """
         out = Rendered([], [], [])
-        newline = self.encode("\n") if self.chatml else []     # after <|im_end|>, never sampled
+        newline = ["\n"] if self.chatml else []                # after <|im_end|>, never sampled
 
-        def add(ids, sampled=False):
-            out.ids += ids
-            out.sampled += [sampled and i != self.image_token_id for i in ids]     # the head lacks that row
+        def add(pieces, sampled=False):                        # of ids and texts; adjacent texts are one
+            for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+                ids = self.encode("".join(run)) if is_text else list(run)
+                out.ids += ids
+                out.sampled += [sampled and i != self.image_token_id for i in ids]      # no row of the head
 
         if not first:
-            add(([] if ended else [self.end_id]) + newline)
+            add([self.end_id] * (not ended) + newline)
         elif not self.chatml:
-            add([self.tokenizer.token_to_id(LLAMA3[0])])
+            add([self.id_of(LLAMA3[0])])
         for message in messages:
-            sampled = message.get("train", message["role"] == "assistant")
-            ids, text = self.header(message["role"])
-            if sampled or message["role"] == "assistant":      # apart, as before an answer that is drawn
-                ids, text = ids + self.encode(text), ""
-            add(ids)
-            add(self.content(text, message["content"], out.images) + [self.end_id], sampled)
+            answer = message["role"] == "assistant"
+            sampled, header = message.get("train", answer), self.header(message["role"])
+            if sampled or answer:                              # apart, as before an answer that is drawn
+                add(header)
+                header = []
+            add(header + self.content(message["content"], out.images) + [self.end_id], sampled)
             add(newline)
         if reply:
-            ids, text = self.header("assistant")
-            add(ids + self.encode(text))
+            add(self.header("assistant"))
         if len(out.images) > 1:
             raise ValueError(f"a conversation can have at most one image, this one has {len(out.images)}")
         return out
 
     def header(self, role):
-        """Return the ids that open a message, and the text between them and its content."""
+        """Return the ids and texts that open a message."""
         if self.chatml:
-            return [self.tokenizer.token_to_id(CHATML[0])], role + "\n"
-        start, end = (self.tokenizer.token_to_id(token) for token in LLAMA3[1:3])
-        return [start, *self.encode(role), end], "\n\n"
+            return [self.id_of(CHATML[0]), role + "\n"]
+        return [self.id_of(LLAMA3[1]), role, self.id_of(LLAMA3[2]), "\n\n"]
 
-    def content(self, text, content, images):
-        """Return the ids of `text` and a message's content, and append its images to `images`."""
-        ids = []
+    def content(self, content, images):
+        """Return the texts of a message and ids of <|image|>, and append its images to `images`."""
+        pieces = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "text":
-                text += part["text"]
+                pieces.append(part["text"])
             elif part["type"] != "image":
                 raise ValueError(f"message part of type {part['type']!r}: expected 'text' or 'image'")
             elif self.image_config is None or self.image_token_id is None:
                 raise ValueError(NO_IMAGES)
             else:
-                ids += [*self.encode(text), self.image_token_id]
-                text = ""
+                pieces.append(self.image_token_id)
                 images.append(part["image"])
-        return ids + self.encode(text)
+        return pieces
 
     def decode(self, ids):
         """Turn ids into text, special tokens left out."""
@@ -220,15 +216,9 @@ class Processor:
 
     def cut(self, image):
         """Cut a PIL image into tiles -> Images of this one, which all batches that it is in can share."""
-        if isinstance(image, Images):
-            return image
         if self.image_config is None:
             raise ValueError(NO_IMAGES)
-        size, max_tiles = self.image_config["size"]["height"], self.image_config["max_image_tiles"]
-        ratio, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
-        real = (torch.arange(max_tiles) < rows * columns).long()
-        pixels = torch.from_numpy(tile_image(image, self.image_config))
-        return Images([pixels], torch.tensor([ratio]), real[None], torch.zeros(1, dtype=torch.int64))
+        return image if isinstance(image, Images) else pictures.cut(image, self.image_config)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -258,40 +248,41 @@ def read_images(folder):
 
 def read_generation(folder):
     """Read generation_config.json, with the stop tokens of config.json, and its padding if there is none."""
-    found = read_json(folder, "generation_config.json", optional=True) or {}
-    hf = read_json(folder, "config.json", optional=True) or {}
-    check(folder / "generation_config.json", GENERATION, found)
-    check(folder / "config.json", {"text_config": OBJECT} | GENERATION, hf)
-    text = hf.get("text_config") or {}
-    check(folder / "config.json", GENERATION, text, "text_config.")
-    stops = [stop for values in (found, text, hf) for stop in as_list(values.get("eos_token_id"))]
-    pads = [values["pad_token_id"] for values in (found, text, hf) if values.get("pad_token_id") is not None]
-    return found | {"eos_token_id": stops, "pad_token_id": pads[0] if pads else None}
+    found, hf = (read_json(folder, name, optional=True) or {}
+                 for name in ("generation_config.json", "config.json"))
+    check(folder / "config.json", {"text_config": OBJECT}, hf)
+    sources = {"generation_config.json": found, "config.json: text_config": hf.get("text_config") or {},
+               "config.json": hf}
+    for name, values in sources.items():
+        check(folder / name, SPECIAL, values)
+    stops, pads = ([as_list(values.get(name)) for values in sources.values()]
+                   for name in ("eos_token_id", "pad_token_id"))
+    return found | {"eos_token_id": sum(stops, []), "pad_token_id": next(iter(sum(pads, [])), None)}
 
 
 def check_fit(processor, config, images=False):
     """Refuse a processor that gives what a model of this Config cannot take. images: it must take them."""
-    vocabulary, vision = processor.tokenizer.get_vocab(), config.vision
-    layout = CHATML if processor.chatml else LLAMA3
-    made = [token for token, i in vocabulary.items() if token in layout or i not in processor.special_ids]
-    last = max(made, key=vocabulary.get)
-    pad, image, picture = processor.pad_id, processor.image_token_id, processor.image_config or {}
-    if images and vision and (image is None or not picture):
+    vocabulary, vision, picture = processor.tokenizer.get_vocab(), config.vision, processor.image_config or {}
+    if images and vision and (processor.image_token_id is None or not picture):
         raise ValueError(NO_IMAGES)
-    size, tiles = picture.get("size"), picture.get("max_image_tiles")
-
-    def demand(file, name, value, holds, expected):
-        if not holds:
-            raise wrong(file, name, value, expected + " of config.json")
-
-    demand("tokenizer.json", f"token {last}", vocabulary[last], vocabulary[last] < config.vocab_size,
-           f"an id below vocab_size = {config.vocab_size}")
-    demand("generation_config.json", "pad_token_id", pad, pad < config.embedding_rows,
-           f"a row of the embedding, of which there are {config.embedding_rows} by vocab_size")
+    made = [token for token, i in vocabulary.items()
+            if token in processor.layout or i not in processor.special_ids]
+    last, rows = max(made, key=vocabulary.get), config.embedding_rows
+    check("tokenizer.json", {last: below("vocab_size", config.vocab_size)}, vocabulary, "token ")
+    check("generation_config.json", {"pad_token_id": below("the rows of the embedding", rows)},
+          {"pad_token_id": processor.pad_id})
     if vision:
-        demand("tokenizer.json", f"token {IMAGE}", image, image in (None, config.image_token_id),
-               f"image_token_index = {config.image_token_id}")
-        demand("preprocessor_config.json", "size", size, not size or size["height"] == vision.image_size,
-               f"image_size = {vision.image_size}")
-        demand("preprocessor_config.json", "max_image_tiles", tiles, tiles in (None, vision.max_num_tiles),
-               f"max_num_tiles = {vision.max_num_tiles}")
+        same = equal("image_token_index", config.image_token_id)
+        check("tokenizer.json", {IMAGE: same}, vocabulary, "token ")
+        check("preprocessor_config.json", {
+            "size": equal("image_size", vision.image_size),
+            "max_image_tiles": equal("max_num_tiles", vision.max_num_tiles)},
+            picture | {"size": picture["size"]["height"]} if picture else {})
+
+
+def below(name, value):
+    return Rule(f"a number below {name} = {value} of config.json", lambda v: v < value)
+
+
+def equal(name, value):
+    return Rule(f"{name} = {value} of config.json", lambda v: v == value)

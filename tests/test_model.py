@@ -613,7 +613,7 @@ def test_llama_with_biases_is_refused():
 def test_missing_shard_is_named(tiny, tmp_path):
     tiny.save_pretrained(tmp_path, max_shard_size=60_000)
     next(tmp_path.glob("model-00002-*")).unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002"):
+    with pytest.raises(ValueError, match="is missing"):
         Llama.from_pretrained(tmp_path)
 
 
