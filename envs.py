@@ -4,7 +4,7 @@ GeneralPoints (paper, section 4.1 and appendix A): four playing cards, in words 
 exactly once with + - * / ( ) to make 24. Navigation (section 4.2 and appendix B): walk a route through a city
 by instructions, with what is seen on the way told in words or shown as street views. A game has gymnasium's
 shape: `reset(seed)` deals, `step(text)` judges an answer; what the model must be told next comes back as chat
-messages. Try it:
+messages. A third game is a class that has what `Env` lists, and an entry in GAMES. Try it:
 
     python -c "import envs; g = envs.GeneralPoints(); print(*g.reset(0)[0].messages, g.oracle())"
     python -c "import envs; g = envs.Navigation(); print(*g.reset(0)[0].messages, g.oracle())"
@@ -12,40 +12,79 @@ messages. Try it:
 import json
 import random
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Protocol
 
 from games import views
 from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
 from games.prompts import check_prompts
-from games.rails import instructions, known_routes, rail, relative_turn
-from games.seeds import derive
+from games.rails import LOOK, instructions, known_routes, rail, relative_turn
 from games.solver import miss, solvable, solve
 from games.verifier import SPACES, judge, judge_step
+from harness.ranges import integer, numbers, one_of, text
 
 EXHAUSTED = -1.0    # on top, when the last attempt fails
-
 COUNTS = {3: "three", 4: "four", 5: "five"}      # {count} of cards, in words
 
 
 @dataclass
 class Observation:
-    """What the model must be told next. A content is a str, or Hugging Face's list of image and text
-    parts."""
+    """Chat messages for the model to answer next. A content is a str, or Hugging Face's list of image and
+    text parts."""
     messages: list[dict]    # [{"role": "user", "content": ...}]; empty when the episode is over
     fresh: bool             # True: they start a new conversation; False: they continue the current one
 
 
-# ---------------------------------------------------------------------------------------------- GeneralPoints
+class Env(Protocol):
+    """Contract of a game. Its constructor takes image, size and prompts as keywords, and those of the
+    settings rule, judged_rule, look, attempts, ... of the command line that it knows.
 
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r}: expected one of {', '.join(map(repr, allowed))}")
+    reset: start what belongs to a seed >= 0, the same in any process; ValueError for another.
+    step: judge one answer, any string whatever, and return (observation, reward, terminated, truncated,
+    info). Info says of the answer: verdict (a word), message, correct, attempt (counted from 1), recognized
+    and translated (what is seen is told right, what it means), and success (of the episode, so far).
+    RuntimeError where no episode is running.
+    oracle: return the expert's answer. demonstrate: return an expert's dialogue; see GeneralPoints.
+    shifts: return {evaluation set: settings that differ from training}, "id" among them.
+    broad: return [(weight, settings)], the mixture that the tiny model's foundation learns.
+    presets, if there are any: of this game, in the words of harness/settings.PRESETS."""
+    kinds: dict         # of its settings, "rule" and "look" among them: what each may be, a ranges.Kind
+    answer_key: str     # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
+    headline: str       # the metric to plot: success or per_step
+    recognition: str    # the meaning of `recognized`, for the log
+    sizes: dict         # preset -> size of an image
+    looks: dict         # image (False, True; which there are) -> the look trained on by default
+    apart: str          # regular expression of what the tiny tokenizer keeps in tokens of its own
+    attempts: int       # answers judged before it is over
+    distinct: int       # how many seeds start something new
+
+    def reset(self, seed: int) -> tuple[Observation, dict]: ...
+    def step(self, text: str) -> tuple[Observation, float, bool, bool, dict]: ...
+    def oracle(self) -> str: ...
+    def demonstrate(self, seed: int, mistakes: int = 0) -> list[dict]: ...
+    def shifts(rule: str, look: str, image: bool) -> dict[str, dict]: ...
+    def broad() -> list[tuple[float, dict]]: ...
 
 
-def _positive(name, value):
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} {value!r}: expected a positive integer")
+def _check(game):
+    """Refuse settings that are not of their kind: a ValueError that names one."""
+    for name, kind in game.kinds.items():
+        if not kind.holds(value := getattr(game, name)):
+            raise ValueError(f"{name} {kind.refusal(value)}")
+
+
+def _random(seed):
+    if seed < 0:    # random.Random would take it for -seed
+        raise ValueError(f"seed {seed!r}: expected an integer >= 0")
+    return random.Random(int(seed))
+
+
+def _shown(picture, text):
+    return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+
+
+def _answer(game, *values):
+    """Return an answer as an expert writes it: é and not \\u00e9."""
+    return json.dumps(dict(zip(game.keys, values)), ensure_ascii=False)
 
 
 def _dialogue(game, messages, mistakes):
@@ -59,25 +98,36 @@ def _dialogue(game, messages, mistakes):
     return [*messages, {"role": "assistant", "content": game.oracle(), "train": True}]
 
 
-def _answer(cards, numbers, formula):
-    return json.dumps({"cards": list(cards), "number": list(numbers), "formula": formula}, ensure_ascii=False)
+# ---------------------------------------------------------------------------------------------- GeneralPoints
 
-
+@dataclass(kw_only=True, eq=False)
 class GeneralPoints:
-    """The card game of the paper's section 4.1: gp-l, or gp-vl with `image=True`.
+    """The card game of the paper's section 4.1: gp-l, or gp-vl with `image=True`. Bad settings are
+    ValueErrors."""
+    image: bool = False
+    rule: str = "10"            # what J, Q, K count as ("10", "11-12-13", ...)
+    judged_rule: str = None     # what they count for the verifier and the expert, if that is something else
+    look: str = "black"         # suits dealt: "black", "red", "all"
+    style: str = "plain"        # how the cards are drawn (cards.STYLES)
+    target: int = 24
+    deal: str = "any"           # any hand, or those with a "face" card (the paper's rule-OOD)
+    cards: int = 4              # how many, of COUNTS
+    attempts: int = 5           # answers judged an episode
+    size: tuple = (1200, 1200)  # width and height of the image, pixels
+    prompts: dict = None        # see prompts.load_prompts
 
-    rule: what J, Q, K count as ("10", "11-12-13", ...); judged_rule: what they count for the verifier and the
-    expert, if that is not what the prompt says; look: the suits dealt ("black", "red", "all"); style: how the
-    cards are drawn (cards.STYLES); deal: "any" hand or those with a "face" card (the paper's rule-OOD);
-    cards: how many, of COUNTS; target: a positive integer; attempts: answers judged an episode; size: (width,
-    height) of the image in pixels; prompts: see load_prompts. Bad values are ValueErrors."""
-    # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
-    answer_key = "formula"
-    headline, recognition = "success", "cards read"             # what is plotted; what `recognized` means
+    kinds = {
+        "rule": text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", card_values),
+        "look": one_of(LOOKS), "style": one_of(STYLES), "deal": one_of(("any", "face")),
+        "cards": integer(min(COUNTS), max(COUNTS)), "target": integer(1), "attempts": integer(1),
+        "size": numbers("two positive integers", integer(1), integer(1))}
+    keys = ("cards", "number", "formula")       # of an answer, a JSON object
+    answer_key = keys[-1]
+    headline, recognition = "success", "cards read"
     sizes = {"tiny": (224, 56), "paper": (1200, 1200)}
-    # trained on by default, without and with images
     looks = {False: "all", True: "black"}
-    distinct = 10**9                                            # how many seeds start something new
+    apart = r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])"    # numbers, operators and card letters
+    distinct = 10**9
 
     @staticmethod
     def shifts(rule, look, image):
@@ -109,63 +159,49 @@ class GeneralPoints:
         return [(weight, dict(game, image=image, look="all"))
                 for weight, game in games for image in (False, True)]
 
-    def __init__(self, *, image=False, rule="10", judged_rule=None, look="black", style="plain", target=24,
-                 deal="any", cards=4, attempts=5, size=(1200, 1200), prompts=None):
-        _one_of("look", look, tuple(LOOKS))
-        _one_of("style", style, STYLES)
-        _one_of("deal", deal, ("any", "face"))
-        _one_of("cards", cards, tuple(COUNTS))
-        for name, value in (("target", target), ("attempts", attempts), ("size", size[0]), ("size", size[1])):
-            _positive(name, value)
-        if style != "plain" and not image:
-            raise ValueError(f"style {style!r}: no card is drawn for a text task; expected image=True")
-        self.image, self.rule, self.look, self.style = image, str(rule), look, style
-        self.deal, self.count = deal, cards
-        self.target, self.attempts, self.size = int(target), int(attempts), tuple(size)
-        self.prompts = check_prompts(prompts or {})
-        self.stated, self.values = card_values(rule), card_values(judged_rule or rule)
-        self.deck = [(rank, suit) for suit in LOOKS[look] for rank in RANKS]
+    def __post_init__(self):
+        _check(self)
+        if self.style != "plain" and not self.image:
+            raise ValueError(f"style {self.style}: no card is drawn for a text task; expected image=True")
+        self.prompts = check_prompts(self.prompts or {})
+        self.stated, self.values = card_values(self.rule), card_values(self.judged_rule or self.rule)
+        self.deck = [(rank, suit) for suit in LOOKS[self.look] for rank in RANKS]
         self.attempt = None     # judged so far; None: no episode is running
 
     def reset(self, seed):
         """Deal the hand that belongs to `seed` (an int >= 0): (observation, info about the hand). It can be
         solved by the rule that is judged and by the one that is stated, so that a model has an answer
         whichever it goes by. RuntimeError if hand after hand is unsolvable."""
-        if seed < 0:    # random.Random would take it for -seed
-            raise ValueError(f"seed {seed!r}: expected an integer >= 0")
-        self.rng = random.Random(int(seed))
+        self.rng = _random(seed)
         for self.drawn in range(1, 10_001):
             self.hand = self.draw()
-            self.cards = [rank for rank, _ in self.hand]
-            wanted = self.deal == "any" or set(FACES) & set(self.cards)
-            if wanted and all(solvable([values[rank] for rank in self.cards], self.target)
+            self.ranks, suits = map(list, zip(*self.hand))
+            wanted = self.deal == "any" or set(FACES) & set(self.ranks)
+            if wanted and all(solvable([values[rank] for rank in self.ranks], self.target)
                               for values in (self.values, self.stated)):
                 break
         else:
             raise RuntimeError(f"no solvable hand in 10000: rule {self.rule}, look {self.look}, "
                                f"target {self.target}")
-        self.numbers = [self.values[rank] for rank in self.cards]
+        self.numbers = [self.values[rank] for rank in self.ranks]
         self.pick, self.attempt = self.rng.random(), 0
-        info = {"cards": self.cards, "suits": [suit for _, suit in self.hand], "numbers": self.numbers}
+        info = {"cards": self.ranks, "suits": suits, "numbers": self.numbers}
         return Observation([{"role": "user", "content": self._prompt()}], fresh=True), info
 
     def draw(self):
         """Return a hand from one deck, solvable or not."""
-        return self.rng.sample(self.deck, self.count)
+        return self.rng.sample(self.deck, self.cards)
 
     def judge(self, text):
-        return judge(text, self.cards, self.numbers, self.target, self.image, self.prompts)
+        return judge(text, self.ranks, self.numbers, self.target, self.image, self.prompts)
 
     def _prompt(self):
-        faces, target = {face: self.stated[face] for face in FACES}, self.target
-        rule = "rule_same" if len(set(faces.values())) == 1 else "rule_each"
-        rule = self.prompts[rule].format(**faces, target=target)
-        template = self.prompts["gp-vl" if self.image else "gp-l"]
-        text = template.format(target=target, rule=rule, cards=self.cards, count=COUNTS[self.count])
-        if not self.image:
-            return text
-        picture = draw_hand(self.hand, self.size, self.style)
-        return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        faces = {face: self.stated[face] for face in FACES}
+        rule = self.prompts["rule_same" if len(set(faces.values())) == 1 else "rule_each"]
+        text = self.prompts["gp-vl" if self.image else "gp-l"].format(
+            target=self.target, rule=rule.format(**faces, target=self.target), cards=self.ranks,
+            count=COUNTS[self.cards])
+        return _shown(draw_hand(self.hand, self.size, self.style), text) if self.image else text
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. A right
@@ -189,7 +225,7 @@ class GeneralPoints:
     def oracle(self):
         """Return the expert's answer to the current hand; which of the solutions is the seed's choice."""
         formulas = solve(self.numbers, self.target)
-        return _answer(self.cards, self.numbers, formulas[int(self.pick * len(formulas))])
+        return _answer(self, self.ranks, self.numbers, formulas[int(self.pick * len(formulas))])
 
     def demonstrate(self, seed, mistakes=0):
         """Return an expert's dialogue as chat messages: the prompt, `mistakes` wrong answers ("train": False)
@@ -200,39 +236,54 @@ class GeneralPoints:
     def _mistake(self):
         """Return a plausible wrong answer: mostly arithmetic that misses the target, at times other numbers
         than dealt, a card misread (image tasks), an answer cut short."""
-        rng, cards = self.rng, list(self.cards)
+        rng, cards = self.rng, list(self.ranks)
         if self.image and rng.random() < 0.25:
-            cards[rng.randrange(self.count)] = rng.choice(RANKS)
+            cards[rng.randrange(self.cards)] = rng.choice(RANKS)
         numbers = [self.values[rank] for rank in cards]
         used, kind = list(numbers), rng.random()
         # one number gives way to another: mostly one that was not dealt, at times a second use
         if kind < 0.12:
-            used[rng.randrange(self.count)] = rng.randint(1, 13)
+            used[rng.randrange(self.cards)] = rng.randint(1, 13)
         elif kind < 0.17:
-            used.pop(rng.randrange(self.count))
-        answer = _answer(cards, numbers, miss(used, self.target, rng))
+            used.pop(rng.randrange(self.cards))
+        answer = _answer(self, cards, numbers, miss(used, self.target, rng))
         return answer[:rng.randrange(1, len(answer))] if kind > 0.98 else answer
 
 
 # ------------------------------------------------------------------------------------------------- Navigation
 
+@dataclass(kw_only=True, eq=False)
 class Navigation:
-    """The navigation of the paper's section 4.2, on rails: virl-l, or virl-vl with `image=True`.
+    """The navigation of the paper's section 4.2, on rails: virl-l, or virl-vl with `image=True`. Bad settings
+    are ValueErrors."""
+    image: bool = False
+    rule: str = "absolute"          # what turn_direction takes: the compass, or "relative", left and right
+    judged_rule: str = None         # what it takes for the verifier and the expert, if that is another
+    wording: str = "both"           # of the turns, or "relative"; see rails.instructions
+    look: str = "new-york"          # a built-in city or a folder of routes; see rails.known_routes
+    held_out: bool = False          # routes that training never walks, where the city has them
+    attempts: int = 2               # answers judged a point
+    after_failure: str = "end"      # of a point that stays wrong: the paper; the released code: "walk-on"
+    drop_rate: float = 0.5          # share of the points between intersections that are left out
+    hide_landmarks: bool = False    # from the instructions, so that with pictures only one's eyes can tell
+    describe: bool = False          # demonstrations tell what is in the picture rather than the way
+    size: int = 53                  # pixels of one of the four views
+    prompts: dict = None            # see prompts.load_prompts
+    skip_bad_routes: bool = False   # rather than a ValueError
 
-    rule: what turn_direction takes, "absolute" (compass) or "relative" (left, right, slightly ...);
-    judged_rule: what it takes for the verifier and the expert, if that is not what the prompt says; wording:
-    of the turns, "both" or "relative" (see instructions); look: a folder of routes in the released format or
-    a built-in city (see known_routes); held_out: routes that training never walks, where the city has them;
-    attempts: answers judged a point; after_failure: when a point stays wrong, "end" the episode (the paper)
-    or "walk-on" to the next point, the route failed (the released code); drop_rate: of points between
-    intersections; hide_landmarks: the instructions do not name them, so that with pictures only one's eyes
-    can tell; describe: demonstrations tell what is in the picture rather than the way; size: pixels of one of
-    the four views; prompts: see load_prompts. Bad values are ValueErrors."""
-    answer_key = "action"
+    kinds = {
+        "rule": one_of(SPACES), "judged_rule": one_of(SPACES), "look": LOOK,
+        "wording": one_of(("both", "relative")), "after_failure": one_of(("end", "walk-on")),
+        "attempts": integer(1), "size": integer(1)}
+    keys = ("current observation", "current instruction", "action")
+    answer_key = keys[-1]
     headline, recognition = "per_step", "observed right"
     sizes = {"tiny": 53, "paper": 640}      # 2 x 53 + 5 pixels fit into the tiny model's four tiles
     looks = {False: "new-york", True: "new-york"}
-    turn = staticmethod(relative_turn)      # names a turn from one heading to another
+    # the words that differ from route to route: of names, directions and sides
+    apart = (r"\d+| [A-Z][a-z]+(?= is on)| [A-Z][a-z]+(?= [A-Z][a-z]+ is on)|[A-Z][a-z]+(?= [A-Z])"
+             r"|\b(?:north|south)?(?:east|west|north|south)\b|\b(?:slightly|left|right|front|behind)\b")
+    turn = staticmethod(relative_turn)      # from one heading to another, in words
 
     @staticmethod
     def shifts(rule, look, image):
@@ -255,32 +306,22 @@ class Navigation:
         return looks + [(weight, dict(way, rule=rule, look=look)) for weight, way in ways for rule in SPACES
                         for look in ("new-york", "broad")]
 
-    def __init__(self, *, image=False, rule="absolute", judged_rule=None, wording="both", look="new-york",
-                 held_out=False, attempts=2, after_failure="end", drop_rate=0.5, hide_landmarks=False,
-                 describe=False, size=53, prompts=None, skip_bad_routes=False):
-        for name, value in (("rule", rule), ("judged_rule", judged_rule or rule)):
-            _one_of(name, value, tuple(SPACES))
-        _one_of("wording", wording, ("both", "relative"))
-        _one_of("after_failure", after_failure, ("end", "walk-on"))
-        _positive("attempts", attempts)
-        _positive("size", size)
-        if describe and not image:
+    def __post_init__(self):
+        self.judged_rule = self.judged_rule or self.rule
+        _check(self)
+        if self.describe and not self.image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
-        self.image, self.rule, self.judged_rule, self.wording = image, rule, judged_rule or rule, wording
-        self.describe, self.attempts, self.after_failure = describe, attempts, after_failure
-        self.drop_rate, self.named, self.size = drop_rate, not hide_landmarks, size
-        self.prompts = check_prompts(prompts or {})
-        self.routes = known_routes(str(look), held_out, image, size, skip_bad_routes)
+        self.prompts = check_prompts(self.prompts or {})
+        self.routes = known_routes(self.look, self.held_out, self.image, self.size, self.skip_bad_routes)
         self.distinct = len(self.routes)
         self.index = None       # of the point where one stands; None: no episode is running
 
     def _start(self, seed):
-        if seed < 0:
-            raise ValueError(f"seed {seed!r}: expected an integer >= 0")
-        self.rng = random.Random(int(seed))
+        self.rng = _random(seed)
         route = self.routes[seed % len(self.routes)]
         heading = route.init_heading or self.rng.randrange(360)
-        self.sentences = instructions(route.legs, heading, self.named, self.wording, self.turn)
+        self.sentences = instructions(route.legs, heading, not self.hide_landmarks, self.wording,
+                                      self.turn)
         self.points = rail(route, heading, self.judged_rule, self.rng, self.drop_rate, self.turn)
         self.landmarks = {leg.landmark for leg in route.legs if leg.landmark}
         self.index, self.attempt, self.failed = 0, 0, False
@@ -312,8 +353,7 @@ class Navigation:
     def _show(self, text):
         """Return the four street views here, and a text."""
         point = self.points[self.index]
-        picture = views.grid(point.panorama, point.heading, self.size)
-        return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        return _shown(views.grid(point.panorama, point.heading, self.size), text)
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The
@@ -346,7 +386,7 @@ class Navigation:
     def oracle(self):
         """Return the expert's answer at the current point."""
         point = self.points[self.index]
-        return _step_answer(point.observation, self.sentences[point.instruction], point.action)
+        return _answer(self, point.observation, self.sentences[point.instruction], point.action)
 
     def demonstrate(self, seed, mistakes=0):
         """Return an expert's dialogue at one point of a route, both the seed's choice, as chat messages: the
@@ -367,36 +407,10 @@ class Navigation:
         point, other = self.points[self.index], self.rng.choice(self.points)
         seen = self.rng.choice([point, other])
         action = self.rng.choice([action for action in SPACES[self.judged_rule] if action != point.action])
-        return _step_answer(seen.observation, self.sentences[other.instruction], action)
+        return _answer(self, seen.observation, self.sentences[other.instruction], action)
 
 
-def _step_answer(observation, instruction, action):
-    said = {"current observation": observation, "current instruction": instruction, "action": action}
-    return json.dumps(said, ensure_ascii=False)     # as people write: a model is to learn é and not \u00e9
 
-
-class Mixed:
-    """Several instances of a game as one: the seed chooses which of them is played, so that all samples of a
-    hand agree. A rule each mixes the rules of training evenly."""
-
-    def __init__(self, games):
-        self.games, self.game = games, games[0]
-
-    def _choose(self, seed):
-        # Not by the generator of the game, which starts from the seed itself: the first card would tell.
-        self.game = self.games[derive("game", seed) % len(self.games)]
-        return self.game
-
-    def reset(self, seed):
-        return self._choose(seed).reset(seed)
-
-    def demonstrate(self, seed, mistakes=0):
-        return self._choose(seed).demonstrate(seed, mistakes)
-
-    def __getattr__(self, name):
-        """Pass on all else, from step() to answer_key: it is that of the game being played."""
-        return getattr(self.game, name)
-
-
-# a task is a game and "-l" (in words) or "-vl" (with pictures)
 GAMES = {"gp": GeneralPoints, "virl": Navigation}
+# a task is a game and "-l" (in words) or "-vl" (with pictures)
+TASKS = tuple(f"{name}-{'vl' if image else 'l'}" for name, game in GAMES.items() for image in game.looks)

@@ -8,7 +8,6 @@ and an attribute or an index would look into objects.
 import json
 import string
 
-TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
 _ANSWER = ('Answer with one JSON object: {{"cards": [the {count} ranks, as in "A", "10", "Q"], '
            '"number": [their values], "formula": "an equation that ends in ={target}"}}')
 _RULE = (" with + - * / and parentheses, to make {target}. A counts as 1. {rule} "
@@ -89,7 +88,7 @@ def check_prompts(prompts, source="prompts"):
         if foreign := used - known - {"target"}:
             raise ValueError(f"{source}: {key!r} knows the fields {sorted(known | {'target'})}, "
                              f"not {min(foreign)!r:.80}")
-        if key in TASKS and known - used - {"count"}:
+        if "-" in key and known - used - {"count"}:
             raise ValueError(f"{source}: {key!r} lacks the fields {sorted(known - used - {'count'})}")
     return {**PROMPTS, **prompts}
 

@@ -11,8 +11,13 @@ from pathlib import Path
 from games import cities, routes
 from games.compass import COMPASS, word
 from games.streets import BROAD, CITIES, OTHERS
+from harness.ranges import text
 
 BUILT_IN = Path("runs/cities")      # where the built-in cities are kept once they are made
+MANY = {"others": OTHERS, "broad": BROAD}       # cities of visual-OOD, of pre-training
+LOOKS = (*CITIES, *MANY)
+LOOK = text(f"a folder of routes or one of {', '.join(LOOKS)}",
+            lambda name: name in LOOKS or Path(name).is_dir())
 
 
 @dataclass
@@ -85,11 +90,7 @@ def known_routes(look, held_out, image, size, skip_bad):
     """Return all routes of a look: a folder in the released format, a built-in city, "others" (the nine of
     visual-OOD) or "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones
     were skipped."""
-    names = {"others": OTHERS, "broad": BROAD}.get(look, (look,))
-    for name in names:
-        if name not in CITIES and not Path(name).is_dir():
-            known = ", ".join((*CITIES, "others", "broad"))
-            raise ValueError(f"{name}: neither a folder of routes nor a built-in city: {known}")
+    names = MANY.get(look, (look,))
     width = max(256, 4 * size) if image else 256        # of the panoramas that are drawn for a built-in city
     folders = [cities.build(name, BUILT_IN, width=width) if name in CITIES else name for name in names]
     worlds = [routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad)

@@ -15,11 +15,8 @@ import torch
 import envs
 import ppo
 import sft
-from games import streets
-from games.cards import LOOKS, card_values
+from games import rails
 from games.prompts import load_prompts
-from games.rails import known_routes
-from games.verifier import SPACES
 from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
@@ -62,23 +59,16 @@ def check_ranges(args, kinds=None):
 
 def check_games_words(args):
     """Do the same for settings of which the game says what they may be."""
-    rule, look = WORDS[args.game]
+    game = envs.GAMES[args.game]
+    rule, look = game.kinds["rule"], game.kinds["look"]
     look = ROUTES if args.routes else look     # as `apply_preset` has left them, they are the same
     check_ranges(args, {"routes": ROUTES, "ood_routes": ROUTES, "look": look,
                         "rule": rule, "rules": several(rule)})
-    sets = envs.GAMES[args.game].shifts(args.rule, args.look, args.image)
+    sets = game.shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
 
 
 ROUTES = text("a folder of routes in the released format", lambda name: Path(name).is_dir())
-CITIES = (*streets.CITIES, "others", "broad")
-WORDS = {              # game: (what a rule may be, what a look may be)
-    "gp": (text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", card_values),
-           one_of(tuple(LOOKS))),
-    "virl": (one_of(tuple(SPACES)),
-             text(f"a folder of routes or one of {', '.join(CITIES)}",
-                  lambda name: name in CITIES or Path(name).is_dir())),
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,9 +156,9 @@ def check_files(args):
     size = envs.GAMES[args.game].sizes[args.preset]
     for name in ("routes", "ood_routes", "look"):
         folder = getattr(args, name)
-        if args.game == "virl" and folder and folder not in CITIES:
+        if args.game == "virl" and folder and folder not in rails.LOOKS:
             for held_out in (False, True):
-                attempt(args, name, ROUTES.expected, known_routes, folder, held_out, args.image, size,
+                attempt(args, name, ROUTES.expected, rails.known_routes, folder, held_out, args.image, size,
                         bool(args.skip_bad_routes))
 
 

@@ -1,6 +1,7 @@
 """Make the environments of a run: training and evaluation sets are instances of one class."""
 
-from envs import GAMES, Mixed
+from envs import GAMES
+from games.mixed import Mixed
 from games.prompts import load_prompts
 from harness.settings import GAME_SETTINGS
 from variants import official

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import ppo
 import sft
-from envs import GAMES
-from games.prompts import TASKS
+from envs import GAMES, TASKS
 from harness.ranges import (
     SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of, real,
     several, shown, text)
@@ -255,8 +254,9 @@ def apply_preset(args, hidden_size):
     if args.algo == "pretrain" and args.preset != "tiny":
         raise SettingError(f"--preset {args.preset}: expected tiny with --algo pretrain")
     run = {args.preset, args.algo, args.game, args.task}
-    lines = [line for words, line in PRESETS.items() if run.issuperset(words.split())]
     game = GAMES[args.game]
+    presets = PRESETS | getattr(game, "presets", {})
+    lines = [line for words, line in presets.items() if run.issuperset(words.split())]
     defaults = {name: parameter.default for name, parameter in inspect.signature(game).parameters.items()}
     defaults |= {"look": game.looks[args.image]}
     defaults |= {"routes": None, "ood_routes": None} if args.game == "virl" else {}

@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from distributed.processes import first
+from envs import GAMES
 from games.seeds import TRAINING, derive
 from harness import files
 from harness.environments import foundation_mixture
@@ -50,10 +51,6 @@ IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
           "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
            "<|finetune_right_pad_id|>"]
-# What the tokenizer keeps apart: numbers, operators and card letters; words that differ from route to route.
-APART = {"gp": r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])",
-         "virl": r"\d+| [A-Z][a-z]+(?= is on)| [A-Z][a-z]+(?= [A-Z][a-z]+ is on)|[A-Z][a-z]+(?= [A-Z])"
-                 r"|\b(?:north|south)?(?:east|west|north|south)\b|\b(?:slightly|left|right|front|behind)\b"}
 
 
 def prepare(args, processes, train):
@@ -89,7 +86,7 @@ def from_scratch(args, device):
     """Return a model with random weights and a processor with a tokenizer for the game of `args`."""
     config = Config.from_dict(CONFIG)
     everything = foundation_mixture(dataclasses.replace(args, describe=None))
-    tokenizer = train_tokenizer(everything, config.vocab_size, APART[args.game])
+    tokenizer = train_tokenizer(everything, config.vocab_size, GAMES[args.game].apart)
     model = Llama(config)
     model.init_weights(seed=derive("weights", args.seed))
     for name, parameter in model.named_parameters():

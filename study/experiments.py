@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 
-from games.prompts import TASKS
+from envs import TASKS
 from study import figures, tables
 from study.runner import Run
 from study.tables import Group

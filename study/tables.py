@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import GAMES
-from games.prompts import TASKS
+from envs import GAMES, TASKS
 from harness.ranges import SettingError
 from study import records
 

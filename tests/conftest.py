@@ -46,7 +46,7 @@ def small(tmp_path_factory, working_folder):
     args = apply_preset(Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
     mixture = foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
-    tokenizer = tiny.train_tokenizer(mixture, config.vocab_size, "|".join(tiny.APART.values()))
+    tokenizer = tiny.train_tokenizer(mixture, config.vocab_size, "|".join(game.apart for game in envs.GAMES.values()))
     processor = Processor(tokenizer, image_config=TINY_IMAGES)
     model = Llama(config)
     model.init_weights(seed=1, std=0.1)

@@ -121,7 +121,7 @@ def test_at_the_destination(here, compat, outcomes):          # noqa: F811
 def judged(compat, text, numbers=(1, 2, 3, 4), cards=("A", "2", "3", "4"), image=False, target=24):
     """Return the verdict on an answer to a given hand."""
     env = GeneralPoints(image=image, target=target)
-    env.cards, env.numbers = cards, numbers
+    env.ranks, env.numbers = cards, numbers
     return wrap(env, compat).judge(text)
 
 
@@ -207,7 +207,7 @@ def test_fractions_that_floats_miss(numbers, formula, exact, floats):
 def test_a_float_miss_does_not_end_the_episode():
     env = wrap(GeneralPoints(attempts=2), "float-equality")
     env.reset(0)
-    env.cards, env.numbers = ["3", "3", "8", "8"], [3, 3, 8, 8]
+    env.ranks, env.numbers = ["3", "3", "8", "8"], [3, 3, 8, 8]
     observation, *outcome, info = env.step(answer("8/(3-8/3)=24"))
     assert outcome == [0, False, False] and observation.messages[0]["content"] == "." and not info["correct"]
 
@@ -274,7 +274,7 @@ def test_a_hand_of_four_equal_cards_can_be_shown_and_solved():
     env = wrap(GeneralPoints(image=True, size=(56, 14)), "iid-deck")
     env.deck = [("6", "spades")]
     env.reset(0)
-    assert env.cards == ["6"] * 4 and env.step(env.oracle())[1:4] == (5, True, False)
+    assert env.ranks == ["6"] * 4 and env.step(env.oracle())[1:4] == (5, True, False)
 
 
 # ------------------------------------------------------------------------------------------------------ angles

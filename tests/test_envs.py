@@ -428,7 +428,7 @@ def test_mutations_never_crash_leak_or_pass_for_right():
                 i = rng.randrange(len(text))
                 text[i:i + rng.randint(0, 2)] = rng.choice(alphabet)
             text = "".join(text)
-            result = judge(text, env.cards, env.numbers, 24)
+            result = judge(text, env.ranks, env.numbers, 24)
             codes[result.code] += 1
             assert result.reward == REWARDS[result.code]
             assert len(result.message) <= 80 and not any(solution in result.message for solution in solutions)
@@ -454,7 +454,7 @@ def test_random_strings_get_a_verdict():
 def test_wrong_then_right():
     env = GeneralPoints()
     env.reset(7)
-    wrong = answer(f"{'+'.join(map(str, env.numbers))}=24", env.cards, env.numbers)
+    wrong = answer(f"{'+'.join(map(str, env.numbers))}=24", env.ranks, env.numbers)
     observation, *outcome, info = env.step(wrong)
     assert outcome == [-1, False, False] and info["verdict"] == "wrong_value" and info["attempt"] == 1
     assert not observation.fresh and observation.messages == [{"role": "user", "content": info["message"]}]
@@ -497,7 +497,7 @@ def test_the_oracle_is_right_and_does_not_change_its_mind(target, rule):
         text = env.oracle()
         assert text == env.oracle() and "\n" not in text
         parsed = json.loads(text)
-        assert list(parsed) == ["cards", "number", "formula"] and parsed["cards"] == env.cards
+        assert list(parsed) == ["cards", "number", "formula"] and parsed["cards"] == env.ranks
         assert parsed["number"] == env.numbers and " " not in parsed["formula"]
         formulas = solve(env.numbers, target)
         chosen.add(formulas.index(parsed["formula"]))

@@ -135,7 +135,7 @@ ANSWERS = st.one_of(ANYTHING, several(*PIECES), FORMULAS.map(dumped), edited(FOR
 @given(ANSWERS, st.booleans(), one_of("", *OF_GAME["gp"]))
 def test_any_answer_gets_a_verdict(text, image, compat):
     env = envs.GeneralPoints(image=image)
-    env.cards, env.numbers = CARDS, NUMBERS
+    env.ranks, env.numbers = CARDS, NUMBERS
     env = play(env, {compat})
     verdict = env.judge(text)
     assert verdict == env.judge(text)
@@ -271,7 +271,7 @@ def test_any_step_gets_a_verdict(text, rule, name, crossing):
 @given(NAMES, st.booleans(), st.sets(NAMES, max_size=3), st.text(max_size=30))
 def test_the_expert_is_right_whatever_a_landmark_is_called(name, crossing, others, instruction):
     point = Point("x.jpg", 0, name, "left", crossing, 0, "stop()")
-    text = envs._step_answer(point.observation, instruction, point.action)
+    text = envs._answer(envs.Navigation, point.observation, instruction, point.action)
     verdict = judge_step(text, point, instruction, {name, *others}, "absolute")
     assert (verdict.reward, verdict.recognized, verdict.translated) == (1, True, True)
     assert json.loads(text)["current observation"] == point.observation

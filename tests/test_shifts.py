@@ -16,9 +16,9 @@ from test_navigation import game, here    # noqa: F401 (here is a fixture)
 
 import train
 from harness.settings import apply_preset
-from envs import GAMES, GeneralPoints, Mixed, Navigation
+from envs import GAMES, TASKS, GeneralPoints, Navigation
 from games import cards, compass, solver
-from games.prompts import TASKS
+from games.mixed import Mixed
 from games.rails import instructions
 from games.solver import solve
 from games.verifier import SPACES
@@ -191,7 +191,7 @@ def test_the_prompt_counts_the_cards():
 def test_a_template_may_leave_the_number_of_cards_out():
     """As those written before there was one to say."""
     env = GeneralPoints(prompts={"gp-l": "{rule} {target} {cards}"}, cards=5)
-    assert env.reset(0)[0].messages[0]["content"].endswith(str(env.cards))
+    assert env.reset(0)[0].messages[0]["content"].endswith(str(env.ranks))
 
 
 @pytest.mark.parametrize("formula, reward", [

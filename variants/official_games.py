@@ -89,8 +89,8 @@ def unwrapped_turn(old, new):
 
 def draw_independently(game):
     last = [card for card in game.deck if game.deal == "any" or card[0] in FACES]
-    hand = game.rng.choices(game.deck, k=game.count - 1) + game.rng.choices(last)
-    return game.rng.sample(hand, game.count)        # shuffled
+    hand = game.rng.choices(game.deck, k=game.cards - 1) + game.rng.choices(last)
+    return game.rng.sample(hand, game.cards)        # shuffled
 
 
 # A formula without a misplaced sign or a wrong number costs 1 if it has no value: a parenthesis stays open,
@@ -103,7 +103,7 @@ LISTED = re.compile(r"(?!\(n(on)+\)$)(no)*(n|\(n(on)+\))(on)*|\(non\)o\(non\)(on
 
 def judge_as_released(game, names, text):
     rewards = REWARDS | {"float_miss": 0.0} | (ADDED if "added-penalties" in names else {})
-    verdict = judge(text, game.cards, game.numbers, game.target, game.image, game.prompts,
+    verdict = judge(text, game.ranks, game.numbers, game.target, game.image, game.prompts,
                     partial(find_faults, names), rewards)
     if "misread-first" in names and game.image and not verdict.recognized:
         message = game.prompts["misread"].format(target=game.target)
