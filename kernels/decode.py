@@ -16,37 +16,37 @@ import torch
 
 from kernels import chip, tl, triton
 from kernels.flash import walk
-from kernels.tiles import read, tiles, write
+from kernels.tiles import channels, read, tiles, write
 from kernels.visible import keys_of
 
 
 @triton.jit
-def decode_kernel(q, k, v, part, lse, rows, key_mask, see_all, k_b, k_h, k_s, S, chunk, scale,
-                  G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
+                  G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Let one query in each of the G heads of key head j meet `chunk` keys."""
     split, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, K = tl.num_programs(0), tl.num_programs(1)
-    g, t, here = tl.arange(0, M), tl.zeros([M], tl.int32), b * k_b + j * k_h
-    start, length, free, full, end = keys_of(rows, see_all, b, 0, t, 1, S, M, N)
-    queries = read(q + (b * K + j) * G * D, g, D, g < G, D, WIDTH)
+    g, t, here = tl.arange(0, M), tl.zeros([M], tl.int32), b * strides[0] + j * strides[1]
+    start, length, free, full, end = keys_of(masks, b, 0, t, 1, S, N)
+    queries = read(q + (b * K + j) * G * D, g, D, g < G, D)
     first, end = split * chunk, tl.minimum(end, (split + 1) * chunk)
-    logsum, mean = walk(queries, k + here, v + here, k_s, key_mask, b, t, start, free,
-                        first, full, end, S, scale, D, WIDTH, M, N)
+    logsum, mean = walk(queries, k + here, v + here, strides[2], masks, b, t, start, free,
+                        first, full, end, S, scale, D, N)
     row = ((b * K + j) * G + g) * splits + split
     tl.store(lse + row, logsum, mask=g < G)
-    write(part, row, D, g < G, mean, D, WIDTH)
+    write(part, row, D, g < G, mean, D)
 
 
 @triton.jit
-def combine_kernel(part, lse, out, splits, scale, SPLITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+def combine_kernel(part, lse, out, splits, scale, SPLITS: tl.constexpr, D: tl.constexpr):
     """Write the weighted mean of the parts of one head."""
     head, i = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
     logsum = tl.load(lse + head * splits + i, mask=i < splits, other=float("-inf"))
     weight = tl.exp2((logsum - tl.maximum(tl.max(logsum, 0), -1e30)) * scale)
     total = tl.sum(weight, 0)
-    parts = read(part + head * splits * D, i, D, i < splits, D, WIDTH)
+    parts = read(part + head * splits * D, i, D, i < splits, D)
     mean = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    d = tl.arange(0, WIDTH)
+    d = channels(D)
     tl.store(out + head * D + d, mean.to(out.dtype.element_ty), mask=d < D)
 
 
@@ -62,9 +62,8 @@ def decode(q, k, v, masks, scale):
     out, lse = torch.empty_like(q), q.new_empty(B, H, splits, dtype=torch.float32)
     part = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
     heads = max(16, triton.next_power_of_2(H // K))            # tensor cores want 16 rows
-    decode_kernel[splits, K, B](q, k, v, part, lse, *masks, *k.stride()[:3], S, chunk, scale,
+    decode_kernel[splits, K, B](q, k, v, part, lse, masks, k.stride()[:3], S, chunk, scale,
                                 G=H // K, M=heads, **tile)
     if splits > 1:
-        SPLITS = triton.next_power_of_2(splits)
-        combine_kernel[B * H,](part, lse, out, splits, scale, SPLITS=SPLITS, D=D, WIDTH=tile["WIDTH"])
+        combine_kernel[B * H,](part, lse, out, splits, scale, triton.next_power_of_2(splits), D)
     return out

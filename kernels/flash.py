@@ -26,99 +26,98 @@ are contiguous (B, T, H, D). Keys and values may be views of a cache or of a pro
 import torch
 
 from kernels import tl, triton
-from kernels.tiles import read, tiles, write
-from kernels.visible import hide, keys_of, queries_of
+from kernels.tiles import dot, read, tiles, write
+from kernels.visible import hide, keys_of, queries_of, unmasked
 
 
 @triton.jit
-def walk(q, k, v, k_s, key_mask, b, t, start, free, first, full, end, S, scale,
-         D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def walk(q, k, v, k_s, masks, b, t, start, free, first, full, end, S, scale, D, N):
     """Let queries q (M, D) meet keys first .. end -> (log-sum-exp in the units of q k, mean of v)."""
-    top = tl.full([M], -1e30, tl.float32)      # finite: -inf less -inf would be NaN
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, WIDTH], tl.float32)
+    top = tl.full([q.shape[0]], -1e30, tl.float32)             # finite: -inf less -inf would be NaN
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros(q.shape, tl.float32)
     for n0 in range(first, end, N):
         n = n0 + tl.arange(0, N)
-        s = tl.dot(q, tl.trans(read(k, n, k_s, n < S, D, WIDTH)), input_precision="ieee")
+        s = dot(q, tl.trans(read(k, n, k_s, n < S, D)))
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], start, free[:, None], key_mask, b, S)
+            s = hide(s, t[:, None], n[None, :], start, free[:, None], masks, b, S)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
-        values = read(v, n, k_s, n < S, D, WIDTH)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        values = read(v, n, k_s, n < S, D)
+        acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
         top = higher
     return (top + tl.log2(total)) / scale, tl.where((total > 0)[:, None], acc / total[:, None], 0.0)
 
 
 @triton.jit
-def block_of_queries(T, k_b, k_h, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+def block_of_queries(T, strides, G, D, M):
     """Find the queries of a program -> head h of H, row b, places t from t0 on, and where q and k begin.
 
     The long rows of a triangle come first, so that no straggler ends the launch.
     """
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     h, b, H = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    return h, H, b, t0, t0 + tl.arange(0, M), (b * T * H + h) * D, b * k_b + h // G * k_h
+    return h, H, b, t0, t0 + tl.arange(0, M), (b * T * H + h) * D, b * strides[0] + h // G * strides[1]
 
 
 @triton.jit
-def forward_kernel(q, k, v, out, lse, rows, key_mask, see_all, k_b, k_h, k_s, T, T_pad, S, scale,
-                   G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
+                   G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute M queries of a head."""
-    h, H, b, t0, t, here, keys_here = block_of_queries(T, k_b, k_h, G, D, M)
-    start, length, free, full, end = keys_of(rows, see_all, b, t0, t, T, S, M, N)
-    queries = read(q + here, t, H * D, t < length, D, WIDTH)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, k_s, key_mask, b, t, start, free,
-                        0, full, end, S, scale, D, WIDTH, M, N)
-    write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D, WIDTH)
+    h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
+    start, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
+    queries = read(q + here, t, H * D, t < length, D)
+    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], masks, b, t, start, free,
+                        0, full, end, S, scale, D, N)
+    write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
     seeing = (t < length) & (logsum > float("-inf"))
     logsum = tl.where(seeing, logsum, float("inf"))            # for the others P is exp2(-inf) = 0
     tl.store(lse + (b * H + h) * T_pad + t, logsum)
 
 
 @triton.jit
-def dq_kernel(q, k, v, out, lse, grad, delta, dq, rows, key_mask, see_all, k_b, k_h, k_s, T, T_pad, S, scale,
-              G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, scale,
+              G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute dQ of M queries of a head, and delta for dkdv_kernel."""
-    h, H, b, t0, t, here, keys_here = block_of_queries(T, k_b, k_h, G, D, M)
-    start, length, free, full, end = keys_of(rows, see_all, b, t0, t, T, S, M, N)
-    queries = read(q + here, t, H * D, t < length, D, WIDTH)
-    do = read(grad + here, t, H * D, t < length, D, WIDTH)
-    o = read(out + here, t, H * D, t < length, D, WIDTH)
+    h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
+    start, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
+    queries = read(q + here, t, H * D, t < length, D)
+    do = read(grad + here, t, H * D, t < length, D)
+    o = read(out + here, t, H * D, t < length, D)
     dots, row = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), (b * H + h) * T_pad
     tl.store(delta + row + t, dots)
     logsum = tl.load(lse + row + t)
-    acc = tl.zeros([M, WIDTH], tl.float32)
+    acc = tl.zeros(queries.shape, tl.float32)
     for n0 in range(0, end, N):
         n = n0 + tl.arange(0, N)
-        keys = read(k + keys_here, n, k_s, n < S, D, WIDTH)
+        keys = read(k + keys_here, n, strides[2], n < S, D)
         zeros = tl.zeros([M, N], tl.float32)
-        s = tl.dot(queries, tl.trans(keys), zeros - logsum[:, None], input_precision="ieee")
+        s = dot(queries, tl.trans(keys), zeros - logsum[:, None])
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], start, free[:, None], key_mask, b, S)
-        values = read(v + keys_here, n, k_s, n < S, D, WIDTH)
-        dp = tl.dot(do, tl.trans(values), zeros - dots[:, None], input_precision="ieee")
-        acc = tl.dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc, input_precision="ieee")
+            s = hide(s, t[:, None], n[None, :], start, free[:, None], masks, b, S)
+        values = read(v + keys_here, n, strides[2], n < S, D)
+        dp = dot(do, tl.trans(values), zeros - dots[:, None])
+        acc = dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc)
     # times log 2: scale itself, without log2(e)
-    write(dq + here, t, H * D, t < T, acc * (scale * 0.6931471805599453), D, WIDTH)
+    write(dq + here, t, H * D, t < T, acc * (scale * 0.6931471805599453), D)
 
 
 @triton.jit
-def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, rows, key_mask, see_all, k_b, k_h, k_s, T, T_pad, S, scale,
-                G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, scale,
+                G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute dK and dV of N keys. Scores stand transposed, (keys, queries).
 
     One loop over the queries of all G heads takes fewer registers than two.
     """
     n0, j, b, K = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    n, here, H = n0 + tl.arange(0, N), b * k_b + j * k_h, K * G
-    start, length, first, full, end = queries_of(rows, key_mask, b, n0, S, M, N)
-    keys = read(k + here, n, k_s, n < S, D, WIDTH)
-    values = read(v + here, n, k_s, n < S, D, WIDTH)
-    dk_acc = tl.zeros([N, WIDTH], tl.float32)
-    dv_acc = tl.zeros([N, WIDTH], tl.float32)
+    n, here, H = n0 + tl.arange(0, N), b * strides[0] + j * strides[1], K * G
+    start, length, first, full, end = queries_of(masks, b, n0, S, M, N)
+    keys = read(k + here, n, strides[2], n < S, D)
+    values = read(v + here, n, strides[2], n < S, D)
+    dk_acc = tl.zeros(keys.shape, tl.float32)
+    dv_acc = tl.zeros(keys.shape, tl.float32)
     q += b * T * H * D
     grad += b * T * H * D
     lse += b * H * T_pad
@@ -126,26 +125,23 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, rows, key_mask, see_all, k_b,
     h, t0 = j * G, first
     for _ in range(0, G * tl.cdiv(tl.maximum(end - first, 0), M)):
         t = t0 + tl.arange(0, M)
-        queries = read(q + h * D, t, H * D, t < length, D, WIDTH)
+        queries = read(q + h * D, t, H * D, t < length, D)
         logsum = tl.load(lse + h * T_pad + t)
         zeros = tl.zeros([N, M], tl.float32)
-        s = tl.dot(keys, tl.trans(queries), zeros - logsum[None, :], input_precision="ieee")
+        s = dot(keys, tl.trans(queries), zeros - logsum[None, :])
         if t0 < full:
-            free = t < 0
-            if see_all is not None:
-                free = tl.load(see_all + b * T + t, mask=t < length, other=0) != 0
-            s = hide(s, t[None, :], n[:, None], start, free[None, :], key_mask, b, S)
+            s = hide(s, t[None, :], n[:, None], start, unmasked(masks, b, t, length, T)[None, :], masks, b, S)
         p = tl.exp2(s * scale)
-        do = read(grad + h * D, t, H * D, t < length, D, WIDTH)
+        do = read(grad + h * D, t, H * D, t < length, D)
         dots = tl.load(delta + h * T_pad + t)
-        dp = tl.dot(values, tl.trans(do), zeros - dots[None, :], input_precision="ieee")
-        dv_acc = tl.dot(p.to(do.dtype), do, dv_acc, input_precision="ieee")
-        dk_acc = tl.dot((p * dp).to(queries.dtype), queries, dk_acc, input_precision="ieee")
+        dp = dot(values, tl.trans(do), zeros - dots[None, :])
+        dv_acc = dot(p.to(do.dtype), do, dv_acc)
+        dk_acc = dot((p * dp).to(queries.dtype), queries, dk_acc)
         t0 += M
         h = tl.where(t0 < end, h, h + 1)
         t0 = tl.where(t0 < end, t0, first)
-    write(dk + (b * S * K + j) * D, n, K * D, n < S, dk_acc * (scale * 0.6931471805599453), D, WIDTH)
-    write(dv + (b * S * K + j) * D, n, K * D, n < S, dv_acc, D, WIDTH)
+    write(dk + (b * S * K + j) * D, n, K * D, n < S, dk_acc * (scale * 0.6931471805599453), D)
+    write(dv + (b * S * K + j) * D, n, K * D, n < S, dv_acc, D)
 
 
 class Flash(torch.autograd.Function):
@@ -160,7 +156,7 @@ class Flash(torch.autograd.Function):
         T_pad = triton.cdiv(T, 128) * 128      # whole tiles of lse and delta: a mask would take registers
         out, lse = torch.empty_like(q), q.new_empty(B, H, T_pad, dtype=torch.float32)
         grid = triton.cdiv(T, tile["M"]), H, B
-        forward_kernel[grid](q, k, v, out, lse, *masks, *k.stride()[:3], T, T_pad, S, scale, H // K, **tile)
+        forward_kernel[grid](q, k, v, out, lse, masks, k.stride()[:3], T, T_pad, S, scale, H // K, **tile)
         ctx.save_for_backward(q, k, v, out, lse, *masks)
         ctx.scale = scale
         return out
@@ -172,7 +168,8 @@ class Flash(torch.autograd.Function):
         (B, T, H, D), (K, S), grad = q.shape, k.shape[1:3], grad.contiguous()
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
         dk, dv = k.new_empty(2, B, S, K, D).transpose(2, 3)    # tokens outside heads, as projections want it
-        rest, tile = (*masks, *k.stride()[:3], T, lse.shape[2], S, ctx.scale, H // K), tiles(q, "dq")
+        rest = tuple(masks), k.stride()[:3], T, lse.shape[2], S, ctx.scale, H // K
+        tile = tiles(q, "dq")
         dq_kernel[triton.cdiv(T, tile["M"]), H, B](q, k, v, out, lse, grad, delta, dq, *rest, **tile)
         tile = tiles(q, "dkdv")
         dkdv_kernel[triton.cdiv(S, tile["N"]), K, B](q, k, v, lse, grad, delta, dk, dv, *rest, **tile)

@@ -20,7 +20,7 @@ import math
 import torch
 
 from kernels import chip, tl, triton
-from kernels.tiles import LOGITS, table_of
+from kernels.tiles import LOGITS, dot, table_of
 
 WORKSPACE = 80 * 2**20         # bytes of dz at once; at N 8192 and D 4096 it makes 256 MiB
                                # with d hidden in float32, a piece of it and cuBLAS's own 32 MiB
@@ -28,7 +28,7 @@ GROUP = 8                      # row blocks that run side by side
 
 
 @triton.jit
-def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D):
     """Compute scale * x[rows] w[cols]^T in float32.
 
     Past the end the last row or column is read again: a mask would cost in this loop.
@@ -43,7 +43,7 @@ def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D: tl.constexpr, BLOCK_D:
         else:
             x = tl.load(x_ptrs + i, mask=d[None, :] < D - i, other=0.0)
             w = tl.load(w_ptrs + i, mask=d[:, None] < D - i, other=0.0)
-        z = tl.dot(x, w, z, input_precision="ieee")            # no TF32 for float32
+        z = dot(x, w, z)
     return z * scale
 
 
@@ -103,7 +103,7 @@ def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_p
 
 def launch_options(hidden):
     """Return the rows of a tile, the columns of a tile and the keywords of a launch."""
-    n, v, d, warps, stages = table_of(hidden, LOGITS, "other")
+    n, v, d, warps, stages = map(int, table_of(hidden, LOGITS).split())
     blocks = dict(D=hidden.shape[1], BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, GROUP=GROUP)
     return n, v, blocks | dict(num_warps=warps, num_stages=stages)
 

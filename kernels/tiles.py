@@ -18,60 +18,77 @@ import torch
 
 from kernels import chip, tl, triton
 
-# Attention, for heads up to so many channels: (queries, keys, warps, stages) of the forward, the dQ, and
-# the dK and dV kernel; then (keys, warps, stages) of decoding. Numbers of queries divide the one before and
-# 128: so far lse and delta are written. gfx942's serve chips not listed.
+# Attention, for heads up to so many channels: queries, keys, warps, stages of the forward, the dQ, and the dK
+# and dV kernel; then keys, warps, stages of decoding. Numbers of queries divide the one before and 128: so
+# far lse and delta are written.
 ATTENTION = {
-    "sm_90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (128, 4, 3)),
-              128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 4, 3))},
-    "sm_80": {64: ((128, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2), (64, 4, 3)),
-              128: ((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 4, 3))},
-    "gfx942": {64: ((128, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 1), (64, 4, 2)),
-               128: ((128, 32, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1), (32, 4, 2))},
+    "sm_90": {64: "128 128 8 3, 128 64 8 3, 64 128 8 3, 128 4 3",
+              128: "128 128 8 2, 128 64 8 2, 64 128 8 2, 64 4 3"},
+    "sm_80": {64: "128 64 4 3, 64 64 4 2, 32 64 4 2, 64 4 3",
+              128: "128 64 8 2, 64 32 4 2, 64 64 8 2, 64 4 3"},
     # No tensor cores: exact, and slow. Each thread holds whole rows of operands.
-    "float32": {64: ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1), (32, 4, 2)),
-                128: ((64, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 4, 1))},
+    "float32": {64: "32 32 4 2, 32 32 8 1, 32 32 8 1, 32 4 2",
+                128: "64 16 8 1, 16 16 8 1, 16 16 8 1, 32 4 1"},
     # Interpreted: small tests have many blocks.
-    "cpu": {128: ((32, 16, 1, 1), (32, 16, 1, 1), (16, 32, 1, 1), (16, 1, 1))},
+    "cpu": {128: "32 16 1 1, 32 16 1 1, 16 32 1 1, 16 1 1"},
+    # gfx942 and chips that are not listed
+    "other": {64: "128 64 4 2, 64 64 4 1, 64 64 4 1, 64 4 2",
+              128: "128 32 4 2, 64 32 4 1, 32 64 4 1, 32 4 2"},
 }
 ATTENTION["sm_100"] = ATTENTION["sm_90"]
 
-# Log-probs: (rows, vocabulary, channels) of a tile, warps, stages
+# Log-probs: rows, vocabulary, channels of a tile, warps, stages
 LOGITS = {
-    "sm_90": (128, 256, 64, 8, 4),
-    "gfx942": (128, 128, 64, 8, 2),
-    "float32": (64, 64, 32, 8, 2),
-    "cpu": (16, 32, 32, 1, 1),
-    "other": (128, 128, 64, 8, 4),
+    "sm_90": "128 256 64 8 4",
+    "gfx942": "128 128 64 8 2",
+    "float32": "64 64 32 8 2",
+    "cpu": "16 32 32 1 1",
+    "other": "128 128 64 8 4",
 }
 
 
-def table_of(tensor, tables, other):
+def table_of(tensor, tables):
     """Return the entry of a tensor's chip and type."""
     name = chip(tensor.device)[0]
     if tensor.dtype == torch.float32 and name != "cpu":
         name = "float32"
-    return tables.get(name, tables[other])
+    return tables.get(name, tables["other"])
 
 
 def tiles(q, kernel):
     """Return the keywords of a launch of "forward", "dq", "dkdv" or "decode" that describe its tiles."""
-    D, table = q.shape[-1], table_of(q, ATTENTION, "gfx942")
-    fitting = next(sizes for widest, sizes in table.items() if D <= widest)
-    *sizes, warps, stages = dict(zip(("forward", "dq", "dkdv", "decode"), fitting))[kernel]
-    launch = dict(D=D, WIDTH=max(16, triton.next_power_of_2(D)), num_warps=warps, num_stages=stages)
-    return launch | dict(zip(("N", "M"), sizes[::-1]))
+    D = q.shape[-1]
+    fitting = next(sizes for widest, sizes in table_of(q, ATTENTION).items() if D <= widest)
+    numbers = dict(zip(("forward", "dq", "dkdv", "decode"), fitting.split(",")))[kernel]
+    *sizes, warps, stages = map(int, numbers.split())
+    return dict(D=D, num_warps=warps, num_stages=stages) | dict(zip("NM", sizes[::-1]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In kernels. Names in capitals are constants of the compiler.
 
 
 @triton.jit
-def read(x, rows, stride, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Read (rows, WIDTH) of x, zeros where not inside and beyond D channels."""
-    d = tl.arange(0, WIDTH)
+def channels(D):
+    """Return the places of D channels in a tile, whose width is a power of two and at least 16."""
+    return tl.arange(0, 16 if D <= 16 else triton.next_power_of_2(D))
+
+
+@triton.jit
+def read(x, rows, stride, inside, D):
+    """Read (rows, channels) of x, zeros where not inside and beyond D channels."""
+    d = channels(D)
     return tl.load(x + rows[:, None] * stride + d, mask=inside[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
-def write(x, rows, stride, inside, tile, D: tl.constexpr, WIDTH: tl.constexpr):
+def write(x, rows, stride, inside, tile, D):
     """Write a tile where `read` reads."""
-    d = tl.arange(0, WIDTH)
+    d = channels(D)
     tl.store(x + rows[:, None] * stride + d, tile.to(x.dtype.element_ty), mask=inside[:, None] & (d < D))
+
+
+@triton.jit
+def dot(a, b, total=None):
+    """Return a b, added to `total` if there is one. float32 stays exact: no TF32."""
+    return tl.dot(a, b, total, input_precision="ieee")

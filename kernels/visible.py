@@ -77,41 +77,49 @@ def last_end(flags):
 
 
 @triton.jit
-def keys_of(rows, see_all, b, t0, t, T, S, M: tl.constexpr, N: tl.constexpr):
-    """Find the keys of M queries t from t0 on in row b -> its start and length, who sees all, full, end."""
-    rows += b * 5
-    start, length, full, end = tl.load(rows), tl.load(rows + 1), S, S
+def unmasked(masks, b, t, length, T):
+    """Tell which of the queries t of row b see all keys."""
     free = t < 0
-    if see_all is not None:
-        free = tl.load(see_all + b * T + t, mask=t < length, other=0) != 0
+    if masks[2] is not None:
+        free = tl.load(masks[2] + b * T + t, mask=t < length, other=0) != 0
+    return free
+
+
+@triton.jit
+def keys_of(masks, b, t0, t, T, S, N):
+    """Find the keys of queries t from t0 on in row b -> its start and length, who sees all, full, end."""
+    rows = masks[0] + b * 5
+    start, length, full, end = tl.load(rows), tl.load(rows + 1), S, S
+    free = unmasked(masks, b, t, length, T)
+    if masks[2] is not None:
         full = tl.where(tl.min((free | (t >= length)).to(tl.int32), 0) > 0, S, tl.load(rows + 2))
         end = tl.where(tl.max(free.to(tl.int32), 0) > 0, S, tl.load(rows + 3))
-    end = tl.minimum(end, start + tl.minimum(t0 + M, length))
+    end = tl.minimum(end, start + tl.minimum(t0 + t.shape[0], length))
     end = tl.where(t0 < length, end, 0)
     full = tl.minimum(tl.minimum(full, start + t0 + 1), end) // N * N
     return start, length, free, full, end
 
 
 @triton.jit
-def queries_of(rows, key_mask, b, n0, S, M: tl.constexpr, N: tl.constexpr):
+def queries_of(masks, b, n0, S, M, N):
     """Find the queries of N keys from n0 on in row b -> its start and length, first, full, end."""
-    rows += b * 5
+    rows = masks[0] + b * 5
     start, length = tl.load(rows), tl.load(rows + 1)
     first, full, end = tl.maximum(n0 - start, 0) // M * M, n0 + N - 1 - start, length
-    if key_mask is not None:
+    if masks[1] is not None:
         n = n0 + tl.arange(0, N)
-        opened = tl.sum(tl.load(key_mask + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
+        opened = tl.sum(tl.load(masks[1] + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
         end = tl.where(opened > 0, end, tl.minimum(end, tl.load(rows + 4)))
         full = tl.where(opened >= tl.minimum(N, S - n0), full, end)
     return start, length, first, full, end
 
 
 @triton.jit
-def hide(s, t, n, start, free, key_mask, b, S):
+def hide(s, t, n, start, free, masks, b, S):
     """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
     visible = (n < S) & (n - start <= t)
-    if key_mask is not None:
-        visible = visible & (free | (tl.load(key_mask + b * S + n, mask=n < S, other=0) != 0))
+    if masks[1] is not None:
+        visible = visible & (free | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
     return tl.where(visible, s, float("-inf"))
 
 
