@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import use_triton
 from kernels.attention import attention, attention_reference
-from kernels.logprob import token_logprobs, token_logprobs_reference
+from kernels.logprob import TWINS, token_logprobs
 from kernels.visible import Visible
 
 # Log-probs: (tokens, channels, vocabulary).
@@ -163,7 +163,7 @@ def logprob_cases(name, sizes, device, dtype, compiling):
     hidden = sets[0][0][0]
     ways = {"ours": lambda: partial(our_loss, function=token_logprobs)}
     if use_triton(hidden):
-        ways["twin"] = lambda: partial(our_loss, function=token_logprobs_reference)
+        ways["twin"] = lambda: partial(our_loss, function=partial(token_logprobs, ways=TWINS))
     ways |= {"naive": lambda: naive_loss, "naive compiled": partial(compiled, naive_loss, compiling)}
     for label in ("torch chunks", "liger", "cut-cross-entropy", "cut-cross-entropy, all gradients"):
         ways[label] = partial(fused_loss, label, entropy, device.type == "cuda")

@@ -23,23 +23,23 @@ def use_triton(tensor):
     wanted = os.environ.get("KERNELS", "triton" if tensor.is_cuda else "torch")
     if wanted not in ("triton", "torch"):
         raise ValueError(f"KERNELS must be triton or torch, not {wanted!r}")
-    if wanted == "triton" and hasattr(triton, "missing"):
-        warn_missing()
-        return False
-    return wanted == "triton"
+    return wanted == "triton" and has_triton()
 
 
 @cache
-def warn_missing():
-    warnings.warn("triton is not installed: attention and log-probs run on their slower plain-torch twins")
+def has_triton():
+    """Tell whether triton is installed; say once what it means if not."""
+    if hasattr(triton, "missing"):
+        warnings.warn(
+            "triton is not installed: attention and log-probs run on their slower plain-torch twins")
+    return not hasattr(triton, "missing")
 
 
 @cache
 def chip(device):
-    """Return the architecture and the number of multiprocessors of a GPU; ("cpu", 1) where kernels are
-    interpreted.
+    """Return the architecture and the number of multiprocessors of a GPU, on which tiles and splits depend.
 
-    Block sizes and splits depend on them.
+    ("cpu", 1) where kernels are interpreted.
     """
     if device.type != "cuda":
         return "cpu", 1

@@ -27,14 +27,14 @@ def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
     split, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, K = tl.num_programs(0), tl.num_programs(1)
     g, t, here = tl.arange(0, M), tl.zeros([M], tl.int32), b * strides[0] + j * strides[1]
-    start, length, free, full, end = keys_of(masks, b, 0, t, 1, S, N)
-    queries = read(q + (b * K + j) * G * D, g, D, g < G, D)
+    row, _, free, full, end = keys_of(masks, b, 0, t, 1, S, N)
+    queries = read(q + (b * K + j) * G * D, g, D, G, D)
     first, end = split * chunk, tl.minimum(end, (split + 1) * chunk)
-    logsum, mean = walk(queries, k + here, v + here, strides[2], masks, b, t, start, free,
-                        first, full, end, S, scale, D, N)
-    row = ((b * K + j) * G + g) * splits + split
-    tl.store(lse + row, logsum, mask=g < G)
-    write(part, row, D, g < G, mean, D)
+    logsum, mean = walk(queries, k + here, v + here, strides[2], S, row, t, free, first, full, end,
+                        scale, D, N)
+    part_row = ((b * K + j) * G + g) * splits + split
+    tl.store(lse + part_row, logsum, mask=g < G)
+    write(part, part_row, D, g < G, mean, D)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def combine_kernel(part, lse, out, splits, scale, SPLITS: tl.constexpr, D: tl.co
     logsum = tl.load(lse + head * splits + i, mask=i < splits, other=float("-inf"))
     weight = tl.exp2((logsum - tl.maximum(tl.max(logsum, 0), -1e30)) * scale)
     total = tl.sum(weight, 0)
-    parts = read(part + head * splits * D, i, D, i < splits, D)
+    parts = read(part + head * splits * D, i, D, splits, D)
     mean = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     d = channels(D)
     tl.store(out + head * D + d, mean.to(out.dtype.element_ty), mask=d < D)

@@ -31,21 +31,21 @@ from kernels.visible import hide, keys_of, queries_of, unmasked
 
 
 @triton.jit
-def walk(q, k, v, k_s, masks, b, t, start, free, first, full, end, S, scale, D, N):
+def walk(q, k, v, k_s, S, row, t, free, first, full, end, scale, D, N):
     """Let queries q (M, D) meet keys first .. end -> (log-sum-exp in the units of q k, mean of v)."""
     top = tl.full([q.shape[0]], -1e30, tl.float32)             # finite: -inf less -inf would be NaN
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
     for n0 in range(first, end, N):
         n = n0 + tl.arange(0, N)
-        s = dot(q, tl.trans(read(k, n, k_s, n < S, D)))
+        s = dot(q, tl.trans(read(k, n, k_s, S, D)))
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], start, free[:, None], masks, b, S)
+            s = hide(s, t[:, None], n[None, :], free[:, None], row)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
-        values = read(v, n, k_s, n < S, D)
+        values = read(v, n, k_s, S, D)
         acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
         top = higher
     return (top + tl.log2(total)) / scale, tl.where((total > 0)[:, None], acc / total[:, None], 0.0)
@@ -67,10 +67,10 @@ def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
                    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute M queries of a head."""
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
-    start, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
-    queries = read(q + here, t, H * D, t < length, D)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], masks, b, t, start, free,
-                        0, full, end, S, scale, D, N)
+    row, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
+    queries = read(q + here, t, H * D, length, D)
+    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, row, t, free, 0, full, end,
+                        scale, D, N)
     write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
     seeing = (t < length) & (logsum > float("-inf"))
     logsum = tl.where(seeing, logsum, float("inf"))            # for the others P is exp2(-inf) = 0
@@ -82,22 +82,22 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, s
               G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute dQ of M queries of a head, and delta for dkdv_kernel."""
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
-    start, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
-    queries = read(q + here, t, H * D, t < length, D)
-    do = read(grad + here, t, H * D, t < length, D)
-    o = read(out + here, t, H * D, t < length, D)
-    dots, row = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), (b * H + h) * T_pad
-    tl.store(delta + row + t, dots)
-    logsum = tl.load(lse + row + t)
+    row, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
+    queries = read(q + here, t, H * D, length, D)
+    do = read(grad + here, t, H * D, length, D)
+    o = read(out + here, t, H * D, length, D)
+    dots, at = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), (b * H + h) * T_pad
+    tl.store(delta + at + t, dots)
+    logsum = tl.load(lse + at + t)
     acc = tl.zeros(queries.shape, tl.float32)
     for n0 in range(0, end, N):
         n = n0 + tl.arange(0, N)
-        keys = read(k + keys_here, n, strides[2], n < S, D)
+        keys = read(k + keys_here, n, strides[2], S, D)
         zeros = tl.zeros([M, N], tl.float32)
         s = dot(queries, tl.trans(keys), zeros - logsum[:, None])
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], start, free[:, None], masks, b, S)
-        values = read(v + keys_here, n, strides[2], n < S, D)
+            s = hide(s, t[:, None], n[None, :], free[:, None], row)
+        values = read(v + keys_here, n, strides[2], S, D)
         dp = dot(do, tl.trans(values), zeros - dots[:, None])
         acc = dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc)
     # times log 2: scale itself, without log2(e)
@@ -113,9 +113,9 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, 
     """
     n0, j, b, K = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     n, here, H = n0 + tl.arange(0, N), b * strides[0] + j * strides[1], K * G
-    start, length, first, full, end = queries_of(masks, b, n0, S, M, N)
-    keys = read(k + here, n, strides[2], n < S, D)
-    values = read(v + here, n, strides[2], n < S, D)
+    row, length, first, full, end = queries_of(masks, b, n0, S, M, N)
+    keys = read(k + here, n, strides[2], S, D)
+    values = read(v + here, n, strides[2], S, D)
     dk_acc = tl.zeros(keys.shape, tl.float32)
     dv_acc = tl.zeros(keys.shape, tl.float32)
     q += b * T * H * D
@@ -125,14 +125,14 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, 
     h, t0 = j * G, first
     for _ in range(0, G * tl.cdiv(tl.maximum(end - first, 0), M)):
         t = t0 + tl.arange(0, M)
-        queries = read(q + h * D, t, H * D, t < length, D)
+        queries = read(q + h * D, t, H * D, length, D)
         logsum = tl.load(lse + h * T_pad + t)
         zeros = tl.zeros([N, M], tl.float32)
         s = dot(keys, tl.trans(queries), zeros - logsum[None, :])
         if t0 < full:
-            s = hide(s, t[None, :], n[:, None], start, unmasked(masks, b, t, length, T)[None, :], masks, b, S)
+            s = hide(s, t[None, :], n[:, None], unmasked(masks, b, t, length, T)[None, :], row)
         p = tl.exp2(s * scale)
-        do = read(grad + h * D, t, H * D, t < length, D)
+        do = read(grad + h * D, t, H * D, length, D)
         dots = tl.load(delta + h * T_pad + t)
         dp = dot(values, tl.trans(do), zeros - dots[None, :])
         dv_acc = dot(p.to(do.dtype), do, dv_acc)

@@ -25,6 +25,7 @@ from kernels.tiles import LOGITS, dot, table_of
 WORKSPACE = 80 * 2**20         # bytes of dz at once; at N 8192 and D 4096 it makes 256 MiB
                                # with d hidden in float32, a piece of it and cuBLAS's own 32 MiB
 GROUP = 8                      # row blocks that run side by side
+LN2 = math.log(2)
 
 
 @triton.jit
@@ -48,8 +49,8 @@ def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D):
 
 
 @triton.jit
-def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles,
-                      D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles, D: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
                       GROUP: tl.constexpr):
     """Write m, s, t and z_y of a block of rows over `tiles` tiles of the vocabulary to out (4, splits, N)."""
     block, split, splits = tl.program_id(2) * GROUP + tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -71,41 +72,45 @@ def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles,
         t = (t + s * (m - new)) * shrink + tl.sum(p * z, 1)
         s = s * shrink + tl.sum(p, 1)
         m = new
-    out_ptrs, size, valid = out_ptr + split * N + rows, splits * N, rows < N
-    tl.store(out_ptrs, m, mask=valid)
-    tl.store(out_ptrs + size, s, mask=valid)
-    tl.store(out_ptrs + 2 * size, t, mask=valid)
-    tl.store(out_ptrs + 3 * size, chosen, mask=valid)
+    out_ptrs, size = out_ptr + split * N + rows, splits * N
+    for i in tl.static_range(4):
+        tl.store(out_ptrs + i * size, (m, s, t, chosen)[i], mask=rows < N)
+
+
+@triton.jit
+def column(x_ptr, rows, N):
+    """Read a number per row."""
+    return tl.load(x_ptr + rows, mask=rows < N, other=0.0)[:, None]
 
 
 @triton.jit
 def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_ptr, N, V, stride, scale,
                    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
                    GROUP: tl.constexpr):
-    """A tile of out[:, :V] = p (a - e log2 p) + g onehot(target), where w is the slab of V rows and targets
-    count from its first."""
+    """Write a tile of out[:, :V] = p (a - e log2 p) + g onehot(target).
+
+    w is a slab of V rows of the vocabulary, and targets count from its first.
+    """
     block = tl.program_id(2) * GROUP + tl.program_id(0)
     if block * BLOCK_N >= N:
         return
     rows, cols = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     z = logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D)
-    valid = rows < N
-    y = tl.load(target_ptr + rows, mask=valid, other=-1).to(tl.int32)[:, None]
-    a = tl.load(a_ptr + rows, mask=valid, other=0.0)[:, None]
-    e = tl.load(e_ptr + rows, mask=valid, other=0.0)[:, None]
-    logp = z - tl.load(lse_ptr + rows, mask=valid, other=0.0)[:, None]
+    y = tl.load(target_ptr + rows, mask=rows < N, other=-1).to(tl.int32)[:, None]
+    a, e = column(a_ptr, rows, N), column(e_ptr, rows, N)
+    logp = z - column(lse_ptr, rows, N)
     dz = tl.exp2(logp) * (a - e * logp)
-    g = tl.load(g_ptr + rows, mask=valid, other=0.0)[:, None]
+    g = column(g_ptr, rows, N)
     dz += tl.where(cols[None, :] == y, g, 0.0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    tl.store(out_ptrs, dz.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols[None, :] < V))
+    tl.store(out_ptrs, dz.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols[None, :] < V))
 
 
 def launch_options(hidden):
     """Return the rows of a tile, the columns of a tile and the keywords of a launch."""
     n, v, d, warps, stages = map(int, table_of(hidden, LOGITS).split())
-    blocks = dict(D=hidden.shape[1], BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, GROUP=GROUP)
-    return n, v, blocks | dict(num_warps=warps, num_stages=stages)
+    return n, v, dict(D=hidden.shape[1], BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, GROUP=GROUP,
+                      num_warps=warps, num_stages=stages)
 
 
 def statistics(hidden, weight, targets, temperature):
@@ -114,23 +119,25 @@ def statistics(hidden, weight, targets, temperature):
     programs = 8 * chip(hidden.device)[1]                      # 8 per SM, one by one
     splits = min(triton.cdiv(V, v), max(8, programs // max(1, triton.cdiv(N, n))))
     out = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device)
-    tiles, grid = triton.cdiv(triton.cdiv(V, v), splits), (GROUP, splits, triton.cdiv(N, n * GROUP))
-    scale = 1 / (temperature * math.log(2))
-    statistics_kernel[grid](hidden, weight, targets, out, N, V, scale, tiles, **options)
+    statistics_kernel[GROUP, splits, triton.cdiv(N, n * GROUP)](
+        hidden, weight, targets, out, N, V, 1 / (temperature * LN2),
+        triton.cdiv(triton.cdiv(V, v), splits), **options)
     m, s, t, chosen = out                                      # (splits, N) each
     top = m.amax(0)
     shrink = torch.exp2(m - top)
     t, s = ((t + s * (m - top)) * shrink).sum(0), (s * shrink).sum(0)
-    return tuple(x * math.log(2) for x in (chosen.sum(0) - top - s.log2(), s.log2() - t / s, top + s.log2()))
+    return tuple(x * LN2 for x in (chosen.sum(0) - top - s.log2(), s.log2() - t / s, top + s.log2()))
 
 
 def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
-    """Return d hidden (float32) and d weight for dz = p (a - e log p) + g onehot(targets); None if not
-    wanted."""
+    """Return d hidden (float32) and d weight for dz = p (a - e log p) + g onehot(targets).
+
+    None in place of one that is not wanted.
+    """
     N, V, (n, v, options) = len(hidden), len(weight), launch_options(hidden)
     slab = max(1, WORKSPACE // (max(1, N) * v * hidden.element_size())) * v
-    scale, lse = 1 / (temperature * math.log(2)), lse / math.log(2)
-    a, e, g = a / temperature, e * math.log(2) / temperature, g / temperature
+    scale, lse = 1 / (temperature * LN2), lse / LN2
+    a, e, g = a / temperature, e * LN2 / temperature, g / temperature
     dz = hidden.new_empty(N, min(slab, V))
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
@@ -148,8 +155,7 @@ def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
 
 def add_product(total, a, b):
     """Add a b to total in float32, whatever the type of a and b."""
-    if a.is_cuda and a.dtype != torch.float32:
-        # some versions' addmm takes no float32 `total` here
+    if a.is_cuda and a.dtype != torch.float32:     # some versions' addmm takes no float32 `total` here
         for rows, part in zip(total.split(1024), a.split(1024)):
             rows += torch.mm(part, b, out_dtype=torch.float32)
     else:

@@ -36,6 +36,8 @@ from kernels import logits, product_type, use_triton, without_autocast
 
 
 class TokenLogprobs(torch.autograd.Function):
+    """Differentiate log-probs, entropy and log-sum-exp with one way to compute them and their gradients."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, statistics, gradients):
         with without_autocast(hidden):
@@ -87,22 +89,38 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, ways=None):
 # ------------------------------------------------------------------------------------------------------------
 # The twins: the same sums over pieces of the logits, in float32 (or float64 for float64)
 
-# rows and vocabulary of a piece, 4 MB of float32, which stay in a CPU's cache; a smaller vocabulary gets
-# more rows
+# Rows and vocabulary of a piece, 4 MB of float32, which stay in a CPU's cache. A smaller vocabulary gets more
+# rows.
 PIECE = 256, 4096
+
+
+def pieces(hidden, weight, targets, temperature):
+    """Yield (rows, their hidden states over the temperature, pieces of the vocabulary).
+
+    These are (columns, their weight, the place of each row's target among them, whether it is there).
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    width = min(len(weight), PIECE[1])
+    height = PIECE[0] * PIECE[1] // width
+
+    def vocabulary(targets):
+        for first in range(0, len(weight), width):
+            cols = slice(first, first + width)
+            w, at = weight[cols].to(exact), targets - first
+            yield cols, w, at.clamp(0, len(w) - 1), (at >= 0) & (at < len(w))
+
+    for first in range(0, len(hidden), height):
+        rows = slice(first, first + height)
+        yield rows, hidden[rows].to(exact) / temperature, vocabulary(targets[rows, None])
 
 
 def statistics_reference(hidden, weight, targets, temperature):
     """Compute what `statistics` does."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    result = hidden.new_empty(3, len(hidden), dtype=exact)
-    rows, cols = pieces(len(hidden), len(weight))
-    for r in rows:
-        x = hidden[r].to(exact) / temperature
+    result = hidden.new_empty(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for rows, x, vocabulary in pieces(hidden, weight, targets, temperature):
         m, s, t, chosen = x.new_full((len(x), 1), -1e30), *x.new_zeros(3, len(x), 1)
-        for c in cols:
-            z = x @ weight[c].to(exact).T                      # a piece
-            at, inside = place(targets[r], c)
+        for _, w, at, inside in vocabulary:
+            z = x @ w.T
             chosen += z.gather(1, at) * inside
             new = torch.maximum(m, z.amax(1, keepdim=True))
             p, shrink = torch.exp(z.sub_(new)), torch.exp(m - new)
@@ -110,51 +128,25 @@ def statistics_reference(hidden, weight, targets, temperature):
             s = s * shrink + p.sum(1, keepdim=True)
             t += p.mul_(z).sum(1, keepdim=True)
             m = new
-        result[:, r] = torch.cat([chosen - m - s.log(), s.log() - t / s, m + s.log()], 1).T
+        result[:, rows] = torch.cat([chosen - m - s.log(), s.log() - t / s, m + s.log()], 1).T
     return tuple(result)
 
 
 def gradients_reference(hidden, weight, targets, lse, a, e, g, temperature, wanted):
     """Compute what `gradients` does."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    grad_hidden, grad_weight = (torch.zeros_like(x, dtype=exact) if want else None
-                                for x, want in zip((hidden, weight), wanted))
-    rows, cols = pieces(len(hidden), len(weight))
-    for r in rows:
-        x, asked = hidden[r].to(exact) / temperature, bool(e[r].any())
-        for c in cols:
-            w = weight[c].to(exact)
-            logp = torch.addmm(-lse[r, None], x, w.T)          # a piece
-            if asked:
-                dz = logp.exp().mul_(logp.mul_(-e[r, None]).add_(a[r, None]))
-            else:
-                dz = logp.exp_().mul_(a[r, None])
-            at, inside = place(targets[r], c)
-            dz.scatter_add_(1, at, g[r, None] * inside)
+    grad_hidden, grad_weight = (
+        torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want else None
+        for x, want in zip((hidden, weight), wanted))
+    for rows, x, vocabulary in pieces(hidden, weight, targets, temperature):
+        for cols, w, at, inside in vocabulary:
+            logp = torch.addmm(-lse[rows, None], x, w.T)
+            dz = logp.exp().mul_(logp.mul_(-e[rows, None]).add_(a[rows, None]))
+            dz.scatter_add_(1, at, g[rows, None] * inside)
             if wanted[0]:
-                grad_hidden[r].addmm_(dz, w, alpha=1 / temperature)
+                grad_hidden[rows].addmm_(dz, w, alpha=1 / temperature)
             if wanted[1]:
-                grad_weight[c].addmm_(dz.T, x)
+                grad_weight[cols].addmm_(dz.T, x)
     return grad_hidden, grad_weight
 
 
-def pieces(N, V):
-    """Return the slices of rows and those of the vocabulary."""
-    cols = min(V, PIECE[1])
-    rows = PIECE[0] * PIECE[1] // cols
-    return [[slice(i, min(i + size, end)) for i in range(0, end, size)]
-            for size, end in ((rows, N), (cols, V))]
-
-
-def place(targets, cols):
-    """Return the column of each target among `cols`, and whether it is there; (rows, 1) each."""
-    at = targets[:, None] - cols.start
-    return at.clamp(0, cols.stop - cols.start - 1), (at >= 0) & (targets[:, None] < cols.stop)
-
-
 KERNELS, TWINS = (logits.statistics, logits.gradients), (statistics_reference, gradients_reference)
-
-
-def token_logprobs_reference(hidden, weight, targets, temperature=1.0):
-    """Compute `token_logprobs` in plain torch."""
-    return token_logprobs(hidden, weight, targets, temperature, TWINS)

@@ -75,15 +75,15 @@ def channels(D):
 
 
 @triton.jit
-def read(x, rows, stride, inside, D):
-    """Read (rows, channels) of x, zeros where not inside and beyond D channels."""
-    d = channels(D)
+def read(x, rows, stride, end, D):
+    """Read (rows, channels) of x, zeros from row `end` on and beyond D channels."""
+    inside, d = rows < end, channels(D)
     return tl.load(x + rows[:, None] * stride + d, mask=inside[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
 def write(x, rows, stride, inside, tile, D):
-    """Write a tile where `read` reads."""
+    """Write a tile where `read` reads, but for rows that are not inside."""
     d = channels(D)
     tl.store(x + rows[:, None] * stride + d, tile.to(x.dtype.element_ty), mask=inside[:, None] & (d < D))
 

@@ -87,7 +87,7 @@ def unmasked(masks, b, t, length, T):
 
 @triton.jit
 def keys_of(masks, b, t0, t, T, S, N):
-    """Find the keys of queries t from t0 on in row b -> its start and length, who sees all, full, end."""
+    """Find the keys of queries t from t0 on in row b -> `row` for `hide`, length, who sees all, full, end."""
     rows = masks[0] + b * 5
     start, length, full, end = tl.load(rows), tl.load(rows + 1), S, S
     free = unmasked(masks, b, t, length, T)
@@ -97,12 +97,12 @@ def keys_of(masks, b, t0, t, T, S, N):
     end = tl.minimum(end, start + tl.minimum(t0 + t.shape[0], length))
     end = tl.where(t0 < length, end, 0)
     full = tl.minimum(tl.minimum(full, start + t0 + 1), end) // N * N
-    return start, length, free, full, end
+    return (start, masks[1], b, S), length, free, full, end
 
 
 @triton.jit
 def queries_of(masks, b, n0, S, M, N):
-    """Find the queries of N keys from n0 on in row b -> its start and length, first, full, end."""
+    """Find the queries of N keys from n0 on in row b -> `row` for `hide`, length, first, full, end."""
     rows = masks[0] + b * 5
     start, length = tl.load(rows), tl.load(rows + 1)
     first, full, end = tl.maximum(n0 - start, 0) // M * M, n0 + N - 1 - start, length
@@ -111,15 +111,16 @@ def queries_of(masks, b, n0, S, M, N):
         opened = tl.sum(tl.load(masks[1] + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
         end = tl.where(opened > 0, end, tl.minimum(end, tl.load(rows + 4)))
         full = tl.where(opened >= tl.minimum(N, S - n0), full, end)
-    return start, length, first, full, end
+    return (start, masks[1], b, S), length, first, full, end
 
 
 @triton.jit
-def hide(s, t, n, start, free, masks, b, S):
+def hide(s, t, n, free, row):
     """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
+    start, key_mask, b, S = row
     visible = (n < S) & (n - start <= t)
-    if masks[1] is not None:
-        visible = visible & (free | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
+    if key_mask is not None:
+        visible = visible & (free | (tl.load(key_mask + b * S + n, mask=n < S, other=0) != 0))
     return tl.where(visible, s, float("-inf"))
 
 

@@ -1,9 +1,9 @@
 """Compile Triton kernels ahead of time, without a GPU, and read what they cost from the machine code.
 
-A launcher is called as ever, but with meta tensors and with `JITFunction.run` replaced: each launch is bound and
-specialised as the runtime does it, compiled for the chip asked for, and not run. So the tests check what the
-launcher chooses, at the true sizes. Triton's interpreter and its compiler exclude each other in one process, so
-tests compile in a child: see `compile_all`.
+A launcher is called as ever, but with meta tensors and with `JITFunction.run` replaced: each launch is bound
+and specialised as the runtime does it, compiled for the chip asked for, and not run. So the tests check what
+the launcher chooses, at the true sizes. Triton's interpreter and its compiler exclude each other in one
+process, so tests compile in a child: see `compile_all`.
 """
 import importlib
 import json
@@ -21,7 +21,7 @@ SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64}            # KiB that one pr
 
 
 def compile_all(test_module, function, chip):
-    """Run tests/<test_module>.<function>() in a child that compiles instead of launching -> list of `cost`."""
+    """Run tests/<test_module>.<function>() in a child that compiles in place of launching -> list of `cost`."""
     env = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, __file__, test_module, function, chip]
     done = subprocess.run(argv, env=env, capture_output=True, text=True)
@@ -44,7 +44,8 @@ def cost(built, chip):
             usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
         spills, registers = r"STACK:(\d+)", r"REG:(\d+)"       # what is spilled goes to the stack
     else:
-        usage, spills, registers = asm["amdgcn"], r"\.private_segment_fixed_size:\s+(\d+)", r"\.vgpr_count:\s+(\d+)"
+        usage = asm["amdgcn"]
+        spills, registers = r"\.private_segment_fixed_size:\s+(\d+)", r"\.vgpr_count:\s+(\d+)"
     return {"name": built.name, "chip": chip, "shared": built.metadata.shared,
             "spills": int(re.search(spills, usage)[1]), "registers": int(re.search(registers, usage)[1]),
             "matrix": bool(re.search(r"tt\.dot .*f16", asm["ttir"])),
@@ -70,8 +71,9 @@ def record(function, chip):
             found[key] = cost(built, chip)
 
     with mock.patch.object(JITFunction, "run", run):
-        for module in [m for name, m in sys.modules.items() if name.startswith("kernels") and hasattr(m, "chip")]:
-            module.chip = lambda device: (chip, MULTIPROCESSORS[chip])
+        for name, module in list(sys.modules.items()):
+            if name.startswith("kernels") and hasattr(module, "chip"):
+                module.chip = lambda device: (chip, MULTIPROCESSORS[chip])
         function()
     return list(found.values())
 

@@ -112,7 +112,7 @@ def test_frozen_parts_get_no_gradient(ways):
 def test_twins_pass_gradcheck():
     hidden, weight, targets, _ = problem(6, 5, 11, torch.float64)
     targets[2] = -100
-    twin = lambda h, w: logprob.token_logprobs_reference(h, w, targets, 0.8)
+    twin = lambda h, w: logprob.token_logprobs(h, w, targets, 0.8, logprob.TWINS)
     assert torch.autograd.gradcheck(twin, (hidden, weight))
 
 
@@ -214,13 +214,13 @@ def test_memory_of_the_twins():
     """At most 5 % of the plain way, which holds at least the logits and their gradient (in fact twice)."""
     script = """if True:
         import resource, sys, torch
-        from kernels.logprob import token_logprobs_reference
+        from kernels.logprob import TWINS, token_logprobs
         def peak(): return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
         N, D, V = 2048, 64, 128256
         hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         open("/proc/self/clear_refs", "w").write("5")
         before = peak()
-        logprobs, entropy, _ = token_logprobs_reference(hidden, weight, torch.arange(N))
+        logprobs, entropy, _ = token_logprobs(hidden, weight, torch.arange(N), ways=TWINS)
         (logprobs + entropy).sum().backward()
         print((peak() - before - 4 * D * (N + V)) / (2 * 4 * N * V))"""
     if not Path("/proc/self/clear_refs").exists():
@@ -247,7 +247,7 @@ def launches():
 
 def greedy_launches():
     """Two warps have too few registers for 128 x 128 sums."""
-    tiles.LOGITS["sm_80"] = (128, 128, 32, 2, 2)
+    tiles.LOGITS["sm_80"] = "128 128 32 2 2"
     slab_launches()
 
 
