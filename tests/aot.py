@@ -21,7 +21,7 @@ SHARED = {"sm_80": 163, "sm_90": 227, "gfx942": 64}            # KiB that one pr
 
 
 def compile_all(test_module, function, chip):
-    """Run tests/<test_module>.<function>() in a child that compiles in place of launching -> list of `cost`."""
+    """Run tests/<test_module>.<function>() in a child that compiles, not launches -> list of `cost`."""
     env = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, __file__, test_module, function, chip]
     done = subprocess.run(argv, env=env, capture_output=True, text=True)
