@@ -10,6 +10,7 @@ This file holds what is around the learning: the tiny model, loading, evaluation
 games are in envs.py, the model in model.py, the algorithms in sft.py and ppo.py, settings and files in harness/.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -39,7 +40,10 @@ from harness.probe import Probe
 from harness.ranges import SettingError, UserError
 from harness.settings import parse
 from rollout import rollout
-from variants import lora, reference
+from llama.frozen import remember
+from variants import SFT_LOSSES, algorithm, lora, official, reference
+from variants.own_answers import own_answers
+from variants.reference import penalize, score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,6 +60,9 @@ class Trainer:
         choose_what_learns(model, args)
         torch.manual_seed(derive("critic", args.seed))         # of the value head's first weights
         self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
+        if args.algo == "ppo":
+            self.estimator, self.loss = algorithm(args)
+            official.change_model(model, official.switches(args.compat))
         if args.shard == "on":
             shard.shard(self.module, folder, processes.device, processes.world)
         else:
@@ -63,7 +70,7 @@ class Trainer:
         if args.checkpoint_activations:
             shard.checkpoint_activations(self.module)
         self.ledger = Ledger()                 # FLOPs counted, beside self.compute
-        self.pace = self.ledger.paced(functools.partial(shard.pace, agree=processes.largest))
+        processes.lockstep = self.ledger.paced(processes.lockstep)
         self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
         self.reference = self.probe = None
         if compares_with_start(args) or args.probe_hands:      # a context in which the model is the one that the run began with
@@ -108,54 +115,54 @@ class Trainer:
         if args.sft_data == "own":
             episodes = self.play(seeds)
             scored += sum(len(c.ids) for episode in episodes for c in episode.conversations)
-            right = [sft.own_answers([episode]) for episode in episodes]
-            examples, places = sum(right, []), processes.places(map(len, right))
+            right = [own_answers([episode]) for episode in episodes]
+            examples, places = sum(right, []), processes.positions(map(len, right))
         else:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
-        spare = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
-        self.batch, how = examples, dict(pace=self.pace, device=processes.device)
-        if sft.LOSSES[args.sft_loss].before:
-            scored += sum(len(example.ids) for example in examples)
-        if self.reference:
-            with autocast(args, processes.device), self.reference(), self.ledger.phase("update", self.model):
-                sft.score(self.model, self.processor, examples, spare, args, **how)
+        filler = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
+        self.batch, loss = examples, SFT_LOSSES[args.sft_loss]
         with autocast(args, processes.device), self.ledger.phase("update", self.model):
-            metrics = sft.update(self.model, self.processor, examples, args, step=self.step, places=places,
-                                 spare=spare, all_reduce=processes.all_reduce, **how)
+            if loss.before:
+                scored += sum(len(example.ids) for example in examples)
+                with self.reference() if loss.before == "initial" else contextlib.nullcontext():
+                    score(self.model, self.processor, examples, args.token_budget, ranks=processes, filler=filler)
+            metrics = sft.update(self.model, self.processor, examples, args, loss=loss.f, step=self.step,
+                                 places=places, filler=filler, ranks=processes)
         scored = processes.all_reduce(torch.tensor(scored, dtype=torch.float64)).item()
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         return metrics
 
-    def play(self, seeds, samples=1):
-        """A rollout of the training game."""
+    def play(self, seeds, samples=1, features=None):
+        """Return a rollout of the training game. features: see llama/frozen.py."""
         args, device = self.args, self.processes.device
         with (autocast(args, device),
               shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
-              self.ledger.phase("rollout", player)):
+              self.ledger.phase("rollout", player), remember(player, features)):
             return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
-                               temperature=args.temperature, batch=args.rollout_batch,
-                               max_new_tokens=args.max_new_tokens,
-                               keep_features=args.algo == "ppo" and self.model.vision_frozen)
+                           temperature=args.temperature, batch=args.rollout_batch,
+                           max_new_tokens=args.max_new_tokens)
 
     def ppo_update(self, i):
         """Play, and learn from what was played."""
         args, processes, start = self.args, self.processes, time.time()
+        features = {} if self.model.vision_frozen else None    # an image is encoded once for both
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
-        episodes = self.play(hands, args.samples)
-        of_hands = [episodes[k:k + args.samples] for k in range(0, len(episodes), args.samples)]
-        places = processes.places(len(ppo.conversations_of(group)) for group in of_hands)
-        rolled, self.batch = time.time(), episodes
+        episodes = self.batch = self.play(hands, args.samples, features)
+        rolled, penalty = time.time(), {}
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
-        with autocast(args, processes.device), self.ledger.phase("update", self.module):
-            metrics = ppo.update(
-                self.module, self.processor, episodes, args, step=self.step,
-                seed=derive("minibatches", args.seed, i), train_policy=i >= args.critic_warmup,
-                reference=self.reference, places=places, all_reduce=processes.all_reduce, pace=self.pace,
-                device=processes.device)
+        with (autocast(args, processes.device), self.ledger.phase("update", self.module),
+              remember(self.module, features)):
+            if self.reference:
+                penalty = self.score_reference(episodes)
+            metrics = penalty | ppo.update(
+                self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
+                step=self.step, seed=derive("minibatches", args.seed, i),
+                train_policy=i >= args.critic_warmup, ranks=processes)
         revised = [episode for episode in episodes if len(episode.turns) > 1]
         self.sample = (revised or episodes)[0]
-        estimator, tokens = ppo.ESTIMATORS[args.advantage], metrics["rollout_tokens"]
-        scored = tokens * ((self.reference is not None) + (estimator.per == "token" and estimator.values))
+        tokens = metrics["rollout_tokens"]
+        scored = tokens * ((self.reference is not None) + (
+            self.estimator.per == "token" and self.estimator.values))
         passes = 2 * (tokens + scored) + 6 * metrics["trained_tokens"]
         self.compute += (self.policy_size + self.critic_size) * passes
         summary = summarize(episodes, processes)
@@ -163,6 +170,17 @@ class Trainer:
         return metrics | {name: summary[name] for name in told if name in summary} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
+
+    def score_reference(self, episodes):
+        """Measure the divergence from the policy that the run began with, for --kl-coef."""
+        conversations = [c for episode in episodes for c in episode.conversations]
+        with self.reference():
+            score(self.model, self.processor, conversations, self.args.token_budget, self.args.temperature,
+                  self.processes)
+        kl, drawn = self.processes.all_reduce(torch.tensor(
+            [penalize(conversations, self.args), sum(sum(c.sampled) for c in conversations)],
+            dtype=torch.float64)).tolist()
+        return {"kl_reference": kl / drawn}
 
     def evaluate(self, folder, i):
         """Evaluate after i steps, print and log."""

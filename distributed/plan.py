@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
-import sft
 from harness import ranges
 from harness.check import attempt, settle
 from harness.ranges import SettingError
@@ -37,6 +36,7 @@ from llama.config import Config
 from llama.generate import draw_tokens
 from llama.images import Images
 from model import CrossLayer, Llama, SelfLayer, VisionLayer
+from variants.tune import freeze, vision_frozen
 
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
@@ -163,7 +163,7 @@ def make_module(config, args, dtype):
     """What is trained, without memory. The value head is float32, as it computes."""
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-        sft.freeze(model, args.tune)
+        freeze(model, args.tune)
         return ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
 
 
@@ -180,7 +180,7 @@ def make_images(config, rows, features=None):
 
 def kept_dtype(module, args):
     """The dtype of the images' features where PPO keeps them from the rollout to the update, else None."""
-    return next(module.parameters()).dtype if args.algo == "ppo" and args.image and sft.vision_frozen(args.tune) else None
+    return next(module.parameters()).dtype if args.algo == "ppo" and args.image and vision_frozen(args.tune) else None
 
 
 def make_ids(config, rows, length, image):
@@ -221,11 +221,11 @@ def blocks(module):
 
 
 def micro_loss(module, batch):
-    """A loss that needs what the real ones need (ppo.minibatch_loss, sft.update)."""
+    """A loss that needs what the real ones need (ppo.batch_loss, sft.update)."""
     if not isinstance(module, ppo.ActorCritic):
         return module(batch.input_ids, lengths=batch.lengths, images=batch.images, targets=batch.targets).logprobs.sum()
     rows = torch.arange(len(batch.input_ids))
-    logprobs, entropy, values = module(batch, ppo.TurnTensors(rows, rows, *[None] * 6), 1.0)
+    logprobs, entropy, values = module(batch, ppo.Turns(rows, rows, *[None] * 7), 1.0)
     return (logprobs + entropy).sum() + values.sum()
 
 
@@ -303,7 +303,7 @@ def recorded():
 
 def image_tokens(config, args):
     """What an image takes of the token budget."""
-    return config.image_tokens(sft.vision_frozen(args.tune)) if args.image else 0
+    return config.image_tokens(vision_frozen(args.tune)) if args.image else 0
 
 
 def sizes_of(config, args, gpus):
@@ -496,7 +496,7 @@ def show(args, typed, gpus, gpu_memory=80.0):
     phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
     flags, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
     micro, host = sizes.micro, ""
-    if args.image and sft.vision_frozen(args.tune) and args.algo == "ppo":
+    if args.image and vision_frozen(args.tune) and args.algo == "ppo":
         size = sizes.images * make_images(config, 1, torch.bfloat16).features.nbytes / 1e9
         host = f"host: {size:.1f} GB a rank for what the frozen vision encoder makes of at most {sizes.images} images\n"
     print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n{table(phases)}\n\n"

@@ -79,7 +79,13 @@ class Processes:
         """This rank's share of a sequence that all ranks hold."""
         return items[self.rank::self.world]
 
-    def places(self, counts):
+    def lockstep(self, batches, filler):
+        """Yield (batch, weight): one's own with weight 1, then `filler` with weight 0 until the rank with the
+        most batches is done. So all ranks make the same number of passes, which sharded weights ask for."""
+        for k in range(self.largest(len(batches))):
+            yield (batches[k], 1.0) if k < len(batches) else (filler, 0.0)
+
+    def positions(self, counts):
         """Where this rank's items stand in the order in which one process would hold all of them. counts: how
         many items each of the things has that `share` gave to this rank."""
         found, first = [], 0

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 train.py --task gp-vl --algo ppo --model Llama-3.2-11B-Vision-Instruct
 
 A block gathers its weights before it computes, frees them afterwards, and its gradients are summed slice by slice. So each forward and
-each backward pass is a collective: all ranks must make the same number of them, in the same order, with or without images. `pace` sees to
-that in training. In a rollout, where ranks finish at their own time, the weights are gathered once (`gathered`), or ranks go in lockstep.
+each backward pass is a collective: all ranks must make the same number of them, in the same order, with or without images. `Processes.lockstep`
+sees to that in training. In a rollout, where ranks finish at their own time, the weights are gathered once (`gathered`), or ranks go in lockstep.
 """
 
 import contextlib
@@ -96,16 +96,6 @@ def checkpoint_activations(module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-def pace(batches, spare, agree):
-    """Yield (batch, weight): one's own with weight 1, then `spare` with weight 0 until the rank with the most batches is done.
-
-    agree: int -> the largest of all ranks. `spare` is something to pass that holds nothing to learn, so that
-    its loss is 0 by itself: 0 times a loss that is not finite would be NaN, on all ranks.
-    """
-    for k in range(agree(len(batches))):
-        yield (batches[k], 1.0) if k < len(batches) else (spare, 0.0)
-
 
 def clip(parameters, max_norm):
     """Clip the gradients of whole or of sharded parameters to a global norm, which is returned: the same on all ranks."""

@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 
 import envs
-import ppo
-import sft
 from games import rails
 from games.prompts import load_prompts
 from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
-from variants import lora, official
+from variants import ESTIMATORS, LOSSES, lora, official, tune
 
 RARE = 500             # hands drawn for one that can be solved; `reset` gives up after 20 times as many
 NO_PICTURE = {"image": False, "style": "plain"}
@@ -130,7 +128,7 @@ def conflicts_in_learning(args, world):
 
 
 def conflicts_in_ppo(args):
-    estimator, unit = ppo.ESTIMATORS[args.advantage], ppo.unit_of(args)[0]
+    estimator, unit = ESTIMATORS[args.advantage], LOSSES[args.loss].unit or args.unit
     if estimator.groups and args.samples < 2:
         yield "advantage", "--samples of at least 2: it compares the episodes of a hand"
     if estimator.per == "token" and unit == "turn":
@@ -168,7 +166,7 @@ def check_parts(args, config):
         return
     with torch.device("meta"):
         model = Llama(config)
-    attempt(args, "tune", "weights that this model has", sft.freeze, model, args.tune)
+    attempt(args, "tune", "weights that this model has", tune.freeze, model, args.tune)
     if args.lora_rank:
         attempt(args, "lora_modules", "layers that --tune leaves to learn", lora.adapt, model,
                 args.lora_modules, args.lora_rank, args.lora_alpha)

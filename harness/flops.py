@@ -180,6 +180,8 @@ class Ledger:
             return
         rate = known["rate"] = known["rate"] if cached and known else rates(llama)
         done = quantities(llama.config, *args, **kwargs)
+        if name == "update" and "forward" in vars(getattr(llama, "vision_model", llama)):      # llama/frozen.py remembers
+            done = {what: n for what, n in done.items() if what not in ("patches", "vision tokens", "vision pairs")}
         self.add("scoring" if name == "update" and not torch.is_grad_enabled() else name, rate, done, 0)
         targets = {"targets": done.pop("targets")}
         for tensor, below in ((output.logprobs, targets), (output.hidden, done)):

@@ -229,7 +229,6 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
         write_atomically(folder / f"step_{step:06d}.txt", visible(text) + "\n")
-        for k, conversation in enumerate(episode.conversations):
-            if conversation.image is not None:
-                picture = folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png"
-                replace(picture, lambda file: conversation.image.save(file, "PNG"))
+        for k, image in enumerate(episode.pictures):
+            picture = folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png"
+            replace(picture, lambda file: image.save(file, "PNG"))

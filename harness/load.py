@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-import sft
 from distributed import checkpoint, shard
 from distributed.processes import gather
 from games.seeds import derive
@@ -18,7 +17,7 @@ from harness.settings import Args
 from llama.config import Config
 from llama.processor import Processor
 from model import Llama
-from variants import lora
+from variants import SFT_LOSSES, lora, tune
 
 
 def autocast(args, device):
@@ -98,13 +97,13 @@ def sharding(args, size, processes):
 
 def compares_with_start(args):
     """Return whether the run needs the policy that it began with: a KL penalty or an SFT loss does."""
-    return bool(args.kl_coef) if args.algo == "ppo" else sft.LOSSES[args.sft_loss].before == "initial"
+    return bool(args.kl_coef) if args.algo == "ppo" else SFT_LOSSES[args.sft_loss].before == "initial"
 
 
 def choose_what_learns(model, args):
     """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
     afterwards."""
-    sft.freeze(model, args.tune)
+    tune.freeze(model, args.tune)
     if args.lora_rank:
         lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
 

@@ -13,11 +13,13 @@ from collections import defaultdict
 
 import torch
 
-import sft
 from distributed import shard
 from distributed.processes import gather
 from variants.reference import local, reshard
+from llama.batches import passes
 from rollout import rollout
+from sft import make_example
+from variants.tune import VISION
 
 COLUMNS = ("solved", "first", "answers", "tokens", "cut", "entropy", "log_ratio")      # of a hand: sums over its samples
 
@@ -81,22 +83,21 @@ class Probe:
     @torch.no_grad()
     def score(self, name, episodes):
         """Log-probs and entropies by the model as it is now of each episode's sampled tokens, a list of (2, tokens) float64 on the host."""
-        conversations = [[sft.Example(c.ids, c.sampled, c.image) for c in episode.conversations] for episode in episodes]
-        spare, found = sft.make_example(self.processor, self.sets[name](), seed=0), {}             # a rank may have no hand
-        pace = lambda batches, spare: shard.pace(batches, spare, self.processes.largest)
-        for micro, batch, out, weight in sft.passes(self.model, self.processor, [c for own in conversations for c in own], spare, self.args, pace,
-                                                    self.processes.device):
-            both, asked = torch.stack([out.logprobs, out.entropy]).cpu().double(), (batch.targets >= 0).cpu()         # (2, B, T), (B, T)
-            found |= {id(example): both[:, row, asked[row]] for row, example in enumerate(micro if weight else [])}
-        return [torch.cat([found[id(example)] for example in own], 1) for own in conversations]
+        conversations = [c for episode in episodes for c in episode.conversations]
+        filler, found = make_example(self.processor, self.sets[name](), seed=0), {}                # a rank may have no hand
+        for group, batch, weight in passes(self.model, self.processor, conversations, self.args.token_budget, self.processes, filler):
+            out, asked = self.model(**batch.inputs(), targets=batch.targets), (batch.targets >= 0).cpu()
+            both = torch.stack([out.logprobs, out.entropy]).cpu().double()                         # (2, B, T)
+            found |= {id(c): both[:, row, asked[row]] for row, c in enumerate(group if weight else [])}
+        return [torch.cat([found[id(c)] for c in episode.conversations], 1) for episode in episodes]
 
     def of_hands(self, episodes, scored, others=None):
         """COLUMNS of every hand of all ranks, in order: {name: (hands,) float64}. scored: as from `score`; others: by the policy compared with."""
         stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: torch.zeros(len(COLUMNS), dtype=torch.float64))
         for episode, (logprobs, entropy), (other, _) in zip(episodes, scored, others or scored):
             right = all(turn.info["correct"] for turn in episode.turns if turn.info["verdict"] != "unjudged")
-            cut = [turn.end - turn.start == longest and episode.conversations[turn.conversation].ids[turn.end - 1] not in stop
-                   for turn in episode.turns]
+            cut = [turn.end - turn.start == longest and c.ids[turn.end - 1] not in stop
+                   for c in episode.conversations for turn in c.turns]
             sums[episode.seed] += torch.tensor([episode.success, episode.success and right, len(cut), len(logprobs), sum(cut), entropy.sum(),
                                                 (logprobs - other).sum()], dtype=torch.float64)
         rows = sorted(gather([(seed, row.tolist()) for seed, row in sums.items()]))
@@ -143,7 +144,7 @@ def pairs(model, start):
 
 def kind(name, config):
     """What a weight is: all of the layers that look at pictures are cross-attention, the tower and its projector are vision."""
-    if name.startswith(sft.VISION):
+    if name.startswith(VISION):
         return "vision"
     if name.startswith(tuple(f"layers.{i}." for i in config.cross_attention_layers)):
         return "cross-attention"

@@ -10,17 +10,17 @@ import sys
 from argparse import SUPPRESS
 from dataclasses import dataclass
 
-import ppo
-import sft
 from envs import GAMES, TASKS
 from harness.ranges import (
     SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of, real,
     several, shown, text)
+from variants import ESTIMATORS, LOSSES, SFT_LOSSES
 from variants.advantages import AdvantageSettings
 from variants.lora import LoraSettings
 from variants.losses import LossSettings
 from variants.official import OfficialSettings
 from variants.reference import ReferenceSettings
+from variants.tune import TUNE
 
 BETA = real("a number from 0 to below 1", lambda x: 0 <= x < 1)
 # Below 0.01, logits over it leave the range of float32.
@@ -72,10 +72,10 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     warmup: float = arg(None, between(0, 1), "share of the steps in which the rate rises from 0", LEARNING)
     epochs: int = arg(None, integer(1), "passes over each rollout, or batch of SFT", LEARNING)
     minibatches: int = arg(None, integer(1), "optimizer steps per pass", LEARNING)
-    tune: str = arg("all", one_of(tuple(sft.TUNE)), "weights that learn; text: the language model", LEARNING)
+    tune: str = arg("all", one_of(tuple(TUNE)), "weights that learn; text: the language model", LEARNING)
 
     batch_size: int = arg(None, integer(1, 10**6), "dialogues per step, over all ranks", SFT)
-    sft_loss: str = arg("nll", one_of(sft.LOSSES), "see sft.py and variants/sft_losses.py", "--algo sft")
+    sft_loss: str = arg("nll", one_of(SFT_LOSSES), "see sft.py and variants/sft_losses.py", "--algo sft")
     sft_data: str = arg("expert", one_of(("expert", "own")),
                         "an expert's dialogues, or the model's own right answers (rejection sampling)",
                         "--algo sft")
@@ -86,8 +86,8 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     samples: int = arg(None, integer(1, 10**6), "episodes played of each", PPO)
     temperature: float = arg(None, TEMPERATURE, "of the rollout", PPO + " or --sft-data own")
     max_new_tokens: int = arg(None, integer(1, 131072), "longest answer, in tokens")
-    advantage: str = arg(None, one_of(ppo.ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
-    loss: str = arg("ppo", one_of(ppo.LOSSES), "see ppo.py and variants/losses.py", PPO)
+    advantage: str = arg(None, one_of(ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
+    loss: str = arg("ppo", one_of(LOSSES), "see ppo.py and variants/losses.py", PPO)
     unit: str = arg(None, one_of(("turn", "token")), "unit of a ratio, where --loss leaves it open",
                     PPO + "; --loss ppo, clip-higher, dual-clip or reinforce")
     clip: float = arg(None, inside(0, 1), "clip range of the ratio",
@@ -331,7 +331,7 @@ def load_custom(file):
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {reason}") from error
-    tables = {"ESTIMATORS": ppo.ESTIMATORS, "LOSSES": ppo.LOSSES, "SFT_LOSSES": sft.LOSSES}
+    tables = {"ESTIMATORS": ESTIMATORS, "LOSSES": LOSSES, "SFT_LOSSES": SFT_LOSSES}
     found = [(table, names[name]) for name, table in tables.items() if name in names]
     if not found:
         raise SettingError(f"--custom {file}: expected a dict ESTIMATORS, LOSSES or SFT_LOSSES in it")

@@ -1,5 +1,9 @@
-"""Put conversations into batches for training and scoring."""
-from dataclasses import dataclass
+"""Put conversations into batches for training and scoring.
+
+A conversation is anything with `ids` (token ids), `sampled` (is the model to produce this token?) and `image`
+(a picture, what Processor.cut made of one, or None); see rollout.Conversation.
+"""
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,28 +14,48 @@ from llama.images import Images
 class Batch:
     input_ids: torch.Tensor                 # (B, T)
     lengths: torch.Tensor                   # (B,)
-    targets: torch.Tensor                   # (B, T) the token after each position if asked for, else -100
+    targets: torch.Tensor                   # (B, T) the token after each position if sampled, else -100
     images: Images | None
 
     def to(self, device):
         tensors = (tensor.to(device) for tensor in (self.input_ids, self.lengths, self.targets))
         return Batch(*tensors, self.images and self.images.to(device))
 
+    def inputs(self):
+        """Return what `Llama.forward` takes of a batch, but for the targets."""
+        return {"input_ids": self.input_ids, "lengths": self.lengths, "images": self.images}
 
-def collate(processor, ids, asked, images, features=None):
-    """Pad conversations to a Batch. The last token of each is a target only.
 
-    asked[b][t]: is the log-prob of token t wanted? images, features: see Processor.images.
-    """
-    width = max(len(row) for row in ids) - 1
-    input_ids = torch.full((len(ids), width), processor.pad_id)
-    targets = torch.full((len(ids), width), -100)
-    for b, (row, wanted) in enumerate(zip(ids, asked)):
-        input_ids[b, :len(row) - 1] = torch.tensor(row[:-1])
-        following = torch.tensor(row[1:])
-        targets[b, :len(row) - 1] = torch.where(torch.tensor(wanted[1:]), following, -100)
-    lengths = torch.tensor([len(row) - 1 for row in ids])
-    return Batch(input_ids, lengths, targets, processor.images(images, features))
+class OneProcess:
+    """What distributed.processes.Processes does among several ranks, for a process by itself."""
+
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+
+    def all_reduce(self, tensor):
+        """Sum over ranks."""
+        return tensor
+
+    def lockstep(self, batches, filler):
+        """Yield (batch, weight). A rank with fewer batches than another adds `filler`, with weight 0."""
+        return [(batch, 1.0) for batch in batches]
+
+    def positions(self, counts):
+        """Return where the items of this rank stand among those of all. counts: of each thing it shares."""
+        return range(sum(counts))
+
+
+def collate(processor, conversations):
+    """Pad conversations to a Batch. The last token of each is a target only."""
+    width = max(len(c.ids) for c in conversations) - 1
+    input_ids = torch.full((len(conversations), width), processor.pad_id)
+    targets = torch.full((len(conversations), width), -100)
+    for row, c in enumerate(conversations):
+        input_ids[row, :len(c.ids) - 1] = torch.tensor(c.ids[:-1])
+        following = torch.tensor(c.ids[1:])
+        targets[row, :len(c.ids) - 1] = torch.where(torch.tensor(c.sampled[1:]), following, -100)
+    lengths = torch.tensor([len(c.ids) - 1 for c in conversations])
+    return Batch(input_ids, lengths, targets, processor.images([c.image for c in conversations]))
 
 
 def bucket(lengths, token_budget, extra=None):
@@ -50,6 +74,21 @@ def bucket(lengths, token_budget, extra=None):
     return groups
 
 
+def passes(model, processor, conversations, token_budget, ranks, filler=None):
+    """Yield (conversations, their Batch on the device, weight) until all have been passed, alike in length
+    together.
+
+    filler: a conversation for passes that only other ranks need (weight 0); default: the first. Nothing in it
+    counts as sampled, so that its loss is 0 by itself: 0 times a loss that is not finite would be NaN.
+    """
+    beside = [0 if c.image is None else model.config.image_tokens(model.vision_frozen) for c in conversations]
+    groups = bucket([len(c.ids) for c in conversations], token_budget, beside)
+    filler = filler or conversations[0]
+    filler = replace(filler, sampled=[False] * len(filler.ids), turns=[])
+    for group, weight in ranks.lockstep([[conversations[i] for i in group] for group in groups], [filler]):
+        yield group, collate(processor, group).to(ranks.device), weight
+
+
 def parts(places, order, n):
     """Deal n minibatches -> the indices of one's own items in each. So n ranks learn from those of one.
 
@@ -57,11 +96,3 @@ def parts(places, order, n):
     """
     own = {place: i for i, place in enumerate(places)}
     return [[own[place] for place in order[k::n] if place in own] for k in range(n)]
-
-
-def alone(batches, spare):
-    """Give each batch the weight 1, as one rank does.
-
-    Of several, those with fewer batches add `spare` with weight 0: distributed.shard.pace.
-    """
-    return [(batch, 1.0) for batch in batches]

@@ -25,20 +25,18 @@ class Sample:
     logprobs: list                          # of each, when it was drawn
     ended: bool = False                     # by a stop id, not by max_new_tokens
     hidden: torch.Tensor | None = None      # (D,) at the last token before them, normed: what a critic reads
-    features: torch.Tensor | None = None    # (S, F) of the row's image, on the host; see `generate`
 
 
 @torch.no_grad()
 def generate(model, conversations, *, cache=None, images=None, max_new_tokens, temperature=1.0, stop_ids,
-             seeds=None, keep_features=False):
+             seeds=None):
     """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
 
     conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
     and only the rest is fed. images: with the first call only. temperature 0 is greedy, with the log-probs of
     temperature 1. seeds: one per row, whose draws then depend on no other row (default: torch's generator).
-    keep_features: hand out what the vision encoder made of the images, to train a model whose encoder is
-    frozen (see Images.features). To go on: append sample.ids and the next forced tokens to each list, call
-    cache.keep(rows that go on), then this again.
+    To go on: append sample.ids and the next forced tokens to each list, call cache.keep(rows that go on),
+    then this again.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -50,9 +48,6 @@ def generate(model, conversations, *, cache=None, images=None, max_new_tokens, t
 
     out = model(ids.to(weight.device), lengths=lengths, images=images, cache=cache, logits="last")
     samples = [Sample([], [], hidden=hidden) for hidden in out.hidden[torch.arange(B), lengths - 1]]
-    if keep_features and images is not None:
-        for row, features in zip(images.rows.tolist(), out.features.cpu()):
-            samples[row].features = features
     logits, out = out.logits, None                             # frees the rest
 
     rows, drawn, view = list(range(B)), [], cache              # rows[slot]: the row that computes there

@@ -9,8 +9,8 @@ episode: `turns`, in order, and `seed`, the hand that was dealt. What was told a
 verifier messages) is in none of these, and so changes no advantage.
 
 Per turn, an advantage, a value and a target (what the critic learns) are one number a turn; per token, a list
-with one number for each sampled token, and a value is then V of the state before that token. `gae` and
-`gae-loo` are in ppo.py.
+with one number for each sampled token, and a value is then V of the state before that token. `gae`, the
+paper's, is in ppo.py.
 """
 
 import math
@@ -18,9 +18,9 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
 
 from harness.ranges import arg, between
+from ppo import ROUNDING, Estimator, chain, earned, gae, size
 
 
 @dataclass
@@ -32,56 +32,19 @@ class AdvantageSettings:
                            "--advantage gae-token or gae-two-level")
 
 
-# Differences within some steps of float32, in which values and log-probs come, are none: divided by their own
-# deviation they would be worth a whole update.
-ROUNDING = 2**-21
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """An entry of the table."""
-    f: Callable
-    per: str = "turn"          # what has an advantage (and a value): a "turn" or a "token"
-    values: bool = True        # does it read values? If not, no critic is asked or trained
-    normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
-    groups: bool = False       # does it compare episodes of one hand? Then --samples must be 2 or more
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What estimators are made of
 
-def earned(turn, args):
-    """r_k, what a turn earned by itself: the scaled reward less the KL penalties of its tokens."""
-    return args.reward_scale * turn.reward - sum(turn.penalties)
-
-
-def size(turn, args):
-    """Size of what an advantage is added up from: reward, values, log-probs (penalties; some nats each)."""
-    values = turn.value if isinstance(turn.value, list) else [turn.value]
-    return abs(args.reward_scale * turn.reward) + max(map(abs, values)) + args.kl_coef * len(turn.penalties)
-
-
 def token_rewards(turn, args):
-    """The same, token by token: a penalty comes where it arises, the verifier's reward with the last
-    token."""
+    """Return what a turn earned token by token: a penalty comes where it arises, the verifier's reward with
+    the last token."""
     rewards = [-x for x in turn.penalties] or [0.0] * (turn.end - turn.start)
     rewards[-1] += args.reward_scale * turn.reward
     return rewards
 
 
-def chain(rewards, values, gamma, lam):
-    """Generalized advantage estimation over a chain of steps (arXiv 1506.02438, eq. 16), whatever a step is;
-    V = A = 0 after the last."""
-    advantages, next_value, advantage = [], 0.0, 0.0
-    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
-        advantage = reward + gamma * next_value - value + gamma * lam * advantage
-        advantages.append(advantage)
-        next_value = value
-    return advantages[::-1]
-
-
 def returns(episode, args):
-    """G_k = r_k + gamma G_{k+1} of each turn. The first is the return of the episode."""
+    """Return G_k = r_k + gamma G_{k+1} of each turn. The first is the return of the episode."""
     return chain([earned(turn, args) for turn in episode.turns], [0.0] * len(episode.turns), args.gamma, 1.0)
 
 
@@ -109,6 +72,23 @@ def give(episode, per_token):
 
 # ------------------------------------------------------------------------------------------------------------
 # With a critic
+
+def gae_loo(episodes, args, base=gae):
+    """Subtract from GAE what the other samples of the same hand got on average at the same turn (leave one
+    out, as in RLOO): the same attempt and, on a route, the same point.
+
+    How hard a hand is explains most of the variance of the returns, and a small critic cannot see it. The
+    other samples can; they know nothing of this sample's action, so subtracting their mean adds no bias.
+    """
+    base(episodes, args)
+    groups = defaultdict(list)
+    for episode in episodes:
+        for turn in episode.turns:
+            groups[episode.seed, turn.info.get("point"), turn.info["attempt"]].append(turn)
+    for group in groups.values():
+        for turn, advantage in zip(group, leave_one_out([turn.advantage for turn in group])):
+            turn.advantage = advantage
+
 
 def gae_token(episodes, args):
     """GAE where every sampled token is a step (arXiv 1506.02438):
@@ -201,6 +181,8 @@ def reinforce_pp(episodes, args):
 
 
 ESTIMATORS = {
+    "gae": Estimator(gae),
+    "gae-loo": Estimator(gae_loo),
     "gae-token": Estimator(gae_token, per="token"),
     "gae-two-level": Estimator(gae_two_level, per="token"),
     "monte-carlo": Estimator(monte_carlo, values=False),

@@ -4,15 +4,15 @@
 
 How to add one: write a function (logprobs, old_logprobs, advantages, args) -> (loss, metrics), where all
 tensors have shape (units,), and enter it in LOSSES with what a unit is and how units are averaged. `metrics`
-holds one number a unit under "approx_kl" and "clipfrac". `ppo`, the paper's, is in ppo.py.
+holds one number per unit under "approx_kl" and "clipfrac". `clip` itself, the paper's loss, is in ppo.py.
 """
 
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 
 from harness.ranges import above, arg
+from ppo import Loss, clip, divergence, surrogate
 
 
 @dataclass
@@ -21,47 +21,6 @@ class LossSettings:
     clip_high: float = arg(0.28, above(0), "clip range upwards", "--loss clip-higher or dapo")
     dual_clip: float = arg(3.0, above(1), "largest ratio that counts against an answer worse than expected",
                            "--loss dual-clip")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """An entry of the table. A sequence is all that was sampled in one conversation."""
-    f: Callable
-    # What a ratio is taken of: a "turn", a "token", a "sequence" (the mean of its log-probs); None: --unit.
-    unit: str | None = None
-    # Over all "units" of the minibatch, or over the units of each of its "sequences" and then over these.
-    mean: str = "units"
-
-
-def ratio(log_ratio):
-    """exp(log_ratio), finite: from 20 on it counts as 20 (e^20 = 4.9e8), with the gradient of that. So a gate
-    that is open still pulls back what is beyond, and one that is shut gives 0; times an infinity it would be
-    NaN."""
-    return (log_ratio.clamp(max=20).detach() + (log_ratio - log_ratio.detach())).exp()
-
-
-def divergence(log_ratio):
-    """r - 1 - log r, never negative: the k3 estimate of KL(old || new), r = new / old (Schulman 2020)."""
-    return ratio(log_ratio) - 1 - log_ratio
-
-
-def surrogate(logprobs, old_logprobs, advantages, low, high):
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with a range of its own in each direction:
-
-        -min(r A, clip(r, 1 - low, 1 + high) A),   r = exp(logprobs - old_logprobs).
-    """
-    log_ratio = logprobs - old_logprobs
-    r = ratio(log_ratio)
-    loss = -torch.minimum(r * advantages, r.clamp(1 - low, 1 + high) * advantages)
-    outside = (r < 1 - low) | (r > 1 + high)
-    return loss, {"approx_kl": divergence(log_ratio).detach(), "clipfrac": outside.float()}
-
-
-def clip(logprobs, old_logprobs, advantages, args):
-    """The same range both ways. As "grpo" with a mean over each sequence first (GRPO, arXiv 2402.03300,
-    eq. 3). As "gspo" with one ratio per sequence, (pi / pi_old)^(1/length) (GSPO, arXiv 2507.18071, eq. 5):
-    it moves so little that its --clip is some 3e-4."""
-    return surrogate(logprobs, old_logprobs, advantages, args.clip, args.clip)
 
 
 def clip_higher(logprobs, old_logprobs, advantages, args):
@@ -86,12 +45,16 @@ def reinforce(logprobs, old_logprobs, advantages, args):
 
 
 LOSSES = {
+    "ppo": Loss(clip, unit=None),
+    # A mean over each sequence first: GRPO (arXiv 2402.03300, eq. 3).
     "grpo": Loss(clip, unit="token", mean="sequences"),
+    # One ratio per sequence, (pi / pi_old)^(1/length): GSPO (arXiv 2507.18071, eq. 5). It moves so little that
+    # its --clip is some 3e-4.
     "gspo": Loss(clip, unit="sequence"),
-    "clip-higher": Loss(clip_higher),
+    "clip-higher": Loss(clip_higher, unit=None),
     "dapo": Loss(clip_higher, unit="token"),
-    "dual-clip": Loss(dual_clip),
-    "reinforce": Loss(reinforce),
+    "dual-clip": Loss(dual_clip, unit=None),
+    "reinforce": Loss(reinforce, unit=None),
 }
 
 

@@ -3,13 +3,18 @@
     torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
 
 Each switch says what it does and why the default differs: a game's own in official_games.py, PPO's here.
-`python -m variants.official` lists all.
+`python -m variants` lists all.
 """
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
-from harness.ranges import arg, command_line, one_of, several
-from harness.terminal import command
+import torch
+
+from harness.ranges import arg, one_of, several
+from ppo import clip, gae, normalize_advantages
+from rollout import Episode
+from variants.advantages import gae_loo
 from variants.official_games import OF_GAME, play
 
 PPO = {
@@ -55,12 +60,57 @@ def wrap(game, text):
     return play(game, switches(text))
 
 
-def main():
-    command_line("python -m variants.official", "List what --compat takes, and what each does.").parse_args()
-    tables = {f"--task {game}-*": table for game, table in OF_GAME.items()}
-    for part, table in (tables | {"--algo ppo": PPO}).items():
-        print(part, *(f"  {name}\n      {line}" for name, line in table.items()), sep="\n")
+# ------------------------------------------------------------------------------------------------------------
+# PPO's own
+
+def leaking(episodes, args):
+    """Estimate GAE over turns, with an episode that used up its attempts and the next one as one chain."""
+    chains, conversations = [], []
+    for episode in episodes:
+        conversations = [*conversations, *episode.conversations]
+        if episode.terminated:
+            chains.append(Episode(episode.seed, conversations))
+            conversations = []
+    gae([*chains, Episode(0, conversations)], args)
 
 
-if __name__ == "__main__":
-    command(main)
+LEAKING = {gae: leaking, gae_loo: partial(gae_loo, base=leaking)}
+
+
+def change_estimator(estimator, names):
+    """Return the ppo.Estimator with what is among `names`. The record of an episode is changed first."""
+    f = LEAKING.get(estimator.f, estimator.f) if "leaking-gae" in names else estimator.f
+    own = estimator.normalize and "rank-advantages" in names
+
+    def changed(episodes, args):
+        turns = [(c, turn) for episode in episodes for c in episode.conversations for turn in c.turns]
+        for conversation, turn in turns:
+            if "first-token-unscored" in names:
+                conversation.weights[turn.start] = 0.0
+            if "bf16-logprobs" in names:
+                conversation.logprobs = torch.tensor(conversation.logprobs).bfloat16().tolist()
+        f(episodes, args)
+        if own:
+            normalize_advantages([turn for _, turn in turns], args)
+
+    return replace(estimator, f=changed, normalize=estimator.normalize and not own)
+
+
+def change_loss(loss, names):
+    """Return the ppo.Loss with what is among `names`."""
+    def ratio_10(logprobs, old_logprobs, advantages, args):
+        losses, metrics = clip(logprobs, old_logprobs, advantages, args)
+        beyond = logprobs - old_logprobs > math.log(10)
+        return torch.where(beyond, -(1 + args.clip) * advantages, losses), metrics
+
+    return replace(loss, f=ratio_10) if "ratio-10" in names else loss
+
+
+def change_model(llama, names):
+    """Round the log-probs of a Llama's training passes, if that is among `names`."""
+    def rounded(llama, inputs, out):
+        if torch.is_grad_enabled() and out.logprobs is not None:
+            out.logprobs = out.logprobs.bfloat16().float()
+
+    if "bf16-logprobs" in names:
+        llama.register_forward_hook(rounded)

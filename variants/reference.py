@@ -10,7 +10,7 @@ one that costs nothing at all.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from harness.ranges import arg, at_least, one_of
+from llama.batches import OneProcess, passes
 from variants.losses import KL
 
 
@@ -81,3 +82,42 @@ def reshard(policy):
     for unit in policy.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What it is for
+
+@torch.no_grad()
+def score(model, processor, conversations, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
+    """Note in each conversation, as `reference`, the log-probs that its sampled tokens have by the model as it
+    is now."""
+    for group, batch, weight in passes(model, processor, conversations, token_budget, ranks, filler):
+        out = model(**batch.inputs(), targets=batch.targets, temperature=temperature)
+        for conversation, row in zip(group if weight else [], out.logprobs.tolist()):
+            conversation.reference = [0.0] + row[:len(conversation.ids) - 1]
+
+
+def penalize(conversations, args):
+    """Return the sum of the KL estimates over all sampled tokens, from `score`; with --kl-in reward, take
+    them from the rewards of the turns."""
+    total = 0.0
+    for conversation in conversations:
+        for turn in conversation.turns:
+            drawn = slice(turn.start, turn.end)
+            both = (torch.tensor(x[drawn]) for x in (conversation.logprobs, conversation.reference))
+            kl = KL[args.kl_estimator](*both)
+            total += kl.sum().item()
+            if args.kl_in == "reward":
+                turn.penalties = (args.kl_coef * kl).tolist()
+    return total
+
+
+def with_penalty(loss, args):
+    """Return the ppo.Loss with --kl-coef times the divergence from the reference added. Of a turn it is the
+    sum, as its log-prob is a sum, too."""
+    def penalty(conversations, logprobs, gather):
+        theirs = [x for c in conversations for x, sampled in zip(c.reference, c.sampled) if sampled]
+        theirs = torch.tensor(theirs, dtype=torch.float32, device=logprobs.device)
+        return args.kl_coef * gather(KL[args.kl_estimator](logprobs, theirs))
+
+    return replace(loss, penalty=penalty)

@@ -1,0 +1,70 @@
+"""The shape of the code: who may import whom, no circle, and how much there is to read."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1]
+SIX = ("envs", "model", "rollout", "ppo", "sft", "train")
+
+# Each file or folder of the map: what it may import of the others, and what from outside.
+MAP = {
+    "games": "numpy PIL",
+    "envs": "games numpy",
+    "kernels": "torch triton",
+    "llama": "kernels torch numpy PIL safetensors tokenizers",
+    "model": "llama kernels torch",
+    "rollout": "games llama torch",
+    "ppo": "rollout llama torch",
+    "sft": "rollout games llama torch",
+    "variants": "ppo sft rollout model llama envs games torch",
+    "distributed": "model llama torch safetensors",
+    "harness": "variants distributed ppo sft rollout model llama envs games torch tokenizers numpy",
+    "train": "harness variants distributed ppo sft rollout games torch",
+    "study": "train harness variants distributed ppo sft rollout model llama kernels envs games torch numpy "
+             "matplotlib",
+    "benchmarks": "harness model llama kernels envs games torch transformers liger_kernel cut_cross_entropy",
+}
+# They need the standard library alone, and all may import them.
+LEAVES = {"games.seeds", "harness.files", "harness.ranges", "harness.terminal"}
+
+
+def modules():
+    """Return {name: file} of all source without tests."""
+    files = [HERE / f"{name}.py" for name in SIX]
+    files += [file for folder in MAP if folder not in SIX for file in (HERE / folder).glob("*.py")]
+    return {".".join(file.relative_to(HERE).with_suffix("").parts).removesuffix(".__init__"): file
+            for file in files}
+
+
+def imports(file, known):
+    """Return the modules that a file imports, at its top or inside of functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
+            found |= inner or {node.module}
+    return {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_follow_the_map(name):
+    known = modules()
+    found, part = imports(known[name], known), name.split(".")[0]
+    if name in LEAVES:
+        assert found <= LEAVES
+    may = {part, *MAP[part].split()}
+    assert {other for other in found - LEAVES if other.split(".")[0] not in may} == set()
+
+
+def test_no_import_circle():
+    """Each module can be loaded first."""
+    known = modules()
+    graph = {name: imports(file, known) & set(known) for name, file in known.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+    assert {name for name in graph["model"] if name.startswith("llama")} == {"llama.config", "llama.folders"}
