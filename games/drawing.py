@@ -10,12 +10,13 @@ Positions are metres (east, north), headings degrees clockwise from north, color
 """
 import math
 import random
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from games.streets import COLORS, EMBLEMS, bearing, distances, pieces_of
+from games.streets import COLORS, EMBLEMS, axes, bearing, cross, distances, pieces_of
 
 EYE = 2.5           # camera above the ground
 ROAD = 5            # half-widths: asphalt, and from wall to wall
@@ -27,10 +28,25 @@ SMALL = 128
 SHOP = 4.4          # height of the ground floor
 FAR = 200           # walls beyond this are left out
 GLASS = (62, 78, 98)
-AWNINGS = ((150, 60, 50), (60, 84, 70), (60, 70, 100), (120, 105, 80), (80, 80, 84), (150, 125, 80))
+AWNINGS = [tuple(bytes.fromhex(color)) for color in "963c32 3c5446 3c4664 786950 505054 967d50".split()]
+DARK = "#1e1e22"
+# The emblems' silhouettes in a square of side 1: corners of polygons; center and radii of discs and holes.
+SHAPES = {
+    "Star": "polygon 0.5 0 0.629313 0.362016 1.013571 0.373131 0.709232 0.607984 0.817404 0.976869 "
+            "0.5 0.76 0.182596 0.976869 0.290768 0.607984 -0.013571 0.373131 0.370687 0.362016",
+    "Moon": "disc 0.5 0.5 0.5 0.5, hole 0.74 0.4 0.42 0.42",
+    "Heart": "disc 0.26 0.3 0.26 0.26, disc 0.74 0.3 0.26 0.26, polygon 0.05 0.44 0.95 0.44 0.5 0.98, "
+             "polygon 0.26 0.3 0.74 0.3 0.5 0.6",
+    "Crown": "polygon 0 0.15 0.27 0.5 0.5 0.05 0.73 0.5 1 0.15 0.92 0.92 0.08 0.92",
+    "Fish": "disc 0.38 0.5 0.38 0.26, polygon 0.6 0.5 1 0.16 1 0.84, hole 0.2 0.44 0.05 0.05",
+    "Tree": "polygon 0.5 0 0.78 0.36 0.22 0.36, polygon 0.5 0.12 0.88 0.62 0.12 0.62, "
+            "polygon 0.5 0.3 1 0.88 0 0.88 0.43 0.88 0.43 1 0.57 1 0.57 0.88 1 0.88",
+    "Ring": "disc 0.5 0.5 0.5 0.5, hole 0.5 0.5 0.25 0.25",
+    "Cross": "polygon 0.34 0 0.66 0 0.66 1 0.34 1, polygon 0 0.34 1 0.34 1 0.66 0 0.66",
+}
 
 
-# ------------------------------------------------------------------------------------------------------ signs
+# ------------------------------------------------------------------------------------------- signs and trees
 
 @lru_cache(maxsize=64)
 def font(size):
@@ -38,46 +54,21 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-@lru_cache(maxsize=16)
+@cache
 def emblem(name, pixels):
     """Return the silhouette of one of EMBLEMS, an "L" image of pixels x pixels, drawn at 4 times the size for
     smooth edges."""
     n = 4 * pixels
     mask = Image.new("L", (n, n))
     draw = ImageDraw.Draw(mask)
-
-    def polygon(*points):
-        draw.polygon([(x * n, y * n) for x, y in points], 255)
-
-    def disc(x, y, rx, ry=None, fill=255):
-        draw.ellipse(((x - rx) * n, (y - (ry or rx)) * n, (x + rx) * n, (y + (ry or rx)) * n), fill)
-    if name == "Star":
-        corners = [(i * math.pi / 5, (0.54, 0.22)[i % 2]) for i in range(10)]
-        polygon(*((0.5 + r * math.sin(angle), 0.54 - r * math.cos(angle)) for angle, r in corners))
-    elif name == "Moon":
-        disc(0.5, 0.5, 0.5)
-        disc(0.74, 0.4, 0.42, fill=0)
-    elif name == "Heart":
-        disc(0.26, 0.3, 0.26)
-        disc(0.74, 0.3, 0.26)
-        polygon((0.05, 0.44), (0.95, 0.44), (0.5, 0.98))
-        polygon((0.26, 0.3), (0.74, 0.3), (0.5, 0.6))
-    elif name == "Crown":
-        polygon((0, 0.15), (0.27, 0.5), (0.5, 0.05), (0.73, 0.5), (1, 0.15), (0.92, 0.92), (0.08, 0.92))
-    elif name == "Fish":
-        disc(0.38, 0.5, 0.38, 0.26)
-        polygon((0.6, 0.5), (1, 0.16), (1, 0.84))
-        disc(0.2, 0.44, 0.05, fill=0)
-    elif name == "Tree":
-        polygon((0.5, 0), (0.78, 0.36), (0.22, 0.36))
-        polygon((0.5, 0.12), (0.88, 0.62), (0.12, 0.62))
-        polygon((0.5, 0.3), (1, 0.88), (0, 0.88), (0.43, 0.88), (0.43, 1), (0.57, 1), (0.57, 0.88), (1, 0.88))
-    elif name == "Ring":
-        disc(0.5, 0.5, 0.5)
-        disc(0.5, 0.5, 0.25, fill=0)
-    else:   # Cross
-        polygon((0.34, 0), (0.66, 0), (0.66, 1), (0.34, 1))
-        polygon((0, 0.34), (1, 0.34), (1, 0.66), (0, 0.66))
+    for shape in SHAPES[name].split(", "):
+        kind, *numbers = shape.split()
+        points = np.reshape(numbers, (-1, 2)).astype(float)
+        if kind == "polygon":
+            draw.polygon((points * n).ravel().tolist(), 255)
+        else:
+            center, radii = points
+            draw.ellipse([*(center - radii) * n, *(center + radii) * n], 255 if kind == "disc" else 0)
     return mask.resize((pixels, pixels), Image.Resampling.BOX)
 
 
@@ -85,79 +76,74 @@ def board(color, emblem_name, kind, pixels):
     """Return the board of a sign, an RGB image: the landmark's color with the emblem on a disc of the
     emblem's own color; kind 0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on
     white."""
-    color = COLORS[color]
-    image = Image.new("RGB", (pixels, pixels), ((30, 30, 34), (0, 0, 0), (255, 255, 255))[kind])
-    draw, edge, cut = ImageDraw.Draw(image), round(0.02 * pixels), 0.3 * pixels
+    image = Image.new("RGB", (pixels, pixels), (DARK, "black", "white")[kind])
+    draw, color, end = ImageDraw.Draw(image), COLORS[color], pixels - 1
+    edge, cut = round(0.02 * pixels), 0.3 * pixels
+    inside = edge, edge, end - edge, end - edge
     if kind == 0:
-        draw.rectangle((edge, edge, pixels - 1 - edge, pixels - 1 - edge), color)
+        draw.rectangle(inside, color)
     elif kind == 1:
-        draw.ellipse((edge, edge, pixels - 1 - edge, pixels - 1 - edge), color)
+        draw.ellipse(inside, color)
     else:
-        end = pixels - 1
-        draw.polygon([(cut, 0), (end - cut, 0), (end, cut), (end, end - cut),
-                      (end - cut, end), (cut, end), (0, end - cut), (0, cut)], color)
-        draw.rectangle((0, 0, end, end), None, (30, 30, 34), edge)
+        far = end - cut
+        draw.polygon((cut, 0, far, 0, end, cut, end, far, far, end, cut, end, 0, far, 0, cut), color)
+        draw.rectangle((0, 0, end, end), None, DARK, edge)
     own = COLORS[EMBLEMS[emblem_name]]
-    for radius, fill in ((0.4, (255, 255, 255)), (0.35, own)):
+    for radius, fill in ((0.4, "white"), (0.35, own)):
         draw.ellipse(((0.5 - radius) * pixels,) * 2 + ((0.5 + radius) * pixels,) * 2, fill)
-    bright = np.dot(own, (0.3, 0.59, 0.11)) > 125
     size = round(0.42 * pixels)
-    ink = (0, 0, 0) if bright else (255, 255, 255)
+    ink = "black" if np.dot(own, (0.3, 0.59, 0.11)) > 125 else "white"
     image.paste(ink, ((pixels - size) // 2,) * 2, emblem(emblem_name, size))
     return image
 
 
-def _sign(color, emblem_name, kind, name, strip, pixels):
-    """Return the whole sign, (rows, pixels, 4) uint8 with alpha: board, name, posts. strip: colors
+@lru_cache(maxsize=2048)    # those of some cities are kept for good; 0.1 MB each at most, see _sprites
+def _sign(mark, strip, width):
+    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, name, posts. strip: colors
     (background, letters)."""
+    pixels = max(width, SMALL)
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
     draw, top, bottom = ImageDraw.Draw(image), (TOP - STRIP) * scale, (TOP - POSTS) * scale
     for x in (0.2, 0.8):
-        draw.rectangle(((x - 0.02) * pixels, bottom, (x + 0.02) * pixels, TOP * scale), (70, 70, 74, 255))
-    image.paste(board(color, emblem_name, kind, pixels), (0, 0))
-    draw.rectangle((0, top, pixels, bottom), (*strip[0], 255))
-    color, emblem_name, kind = name.split(" ", 2)
-    for line, middle in ((f"{color} {emblem_name}", 0.27), (kind, 0.75)):
+        draw.rectangle(((x - 0.02) * pixels, bottom, (x + 0.02) * pixels, TOP * scale), "#46464a")
+    image.paste(board(mark.color, mark.emblem, mark.board, pixels), (0, 0))
+    draw.rectangle((0, top, pixels, bottom), strip[0])
+    for line, middle in ((f"{mark.color} {mark.emblem}", 0.27), (mark.name.split(" ", 2)[2], 0.75)):
         size = 0.7 * scale      # 0.7 m, less where the line is too long
         size *= min(1, 0.94 * pixels / font(size).getlength(line))
-        draw.text((pixels / 2, top + (bottom - top) * middle), line, (*strip[1], 255), font(size), "mm",
+        draw.text((pixels / 2, top + (bottom - top) * middle), line, strip[1], font(size), "mm",
                   stroke_width=pixels // 256)
-    return image
-
-
-@lru_cache(maxsize=64)
-def _large(*sign):
-    return np.asarray(_sign(*sign, FULL))
-
-
-@lru_cache(maxsize=2048)    # those of some cities are kept for good; 0.1 MB each at most
-def _small(*sign, width):
-    image = _sign(*sign, SMALL)
     return np.asarray(image.resize((width, round(width * TOP / SIGN)), Image.Resampling.BOX))
 
 
-@lru_cache(maxsize=8)
+@cache
 def _tree(kind):
     """Return a tree, "round", "palm" or "cypress": (256, 160, 4) uint8 with alpha, 5 m wide and 8 m tall."""
     rng, image = random.Random(kind), Image.new("RGBA", (160, 256))
     draw = ImageDraw.Draw(image)
-    draw.rectangle((74, 90, 86, 256), (88, 66, 48, 255))
+    draw.rectangle((74, 90, 86, 256), "#584230")
     for i in range(90):
-        color = tuple(int(v * (0.6 + i / 180)) for v in (68, 124, 55)) + (255,)    # lighter and lighter
+        color = tuple(int(v * (0.6 + i / 180)) for v in (68, 124, 55))      # lighter and lighter
         if kind == "palm":
             angle = rng.uniform(-3.4, 0.3)
-            end = 80 + 74 * math.cos(angle), 75 + 46 * math.sin(angle) + 34 * abs(math.cos(angle))
-            draw.line((80, 75, (80 + end[0]) / 2, 58 + 30 * math.sin(angle), *end), color, 6)
-            continue
-        round_ = rng.gauss(80, 24), rng.gauss(88, 32), 20
-        slim = rng.gauss(80, 9), rng.uniform(15, 215), 15
-        x, y, r = round_ if kind == "round" else slim
-        draw.ellipse((x - r, y - r, x + r, y + r), color)
+            x, y = math.cos(angle), math.sin(angle)
+            draw.line((80, 75, 80 + 37 * x, 58 + 30 * y, 80 + 74 * x, 75 + 46 * y + 34 * abs(x)), color, 6)
+        else:
+            leaves = {"round": (rng.gauss(80, 24), rng.gauss(88, 32), 20),
+                      "cypress": (rng.gauss(80, 9), rng.uniform(15, 215), 15)}
+            *middle, radius = leaves[kind]
+            draw.circle(middle, radius, color)
     return np.asarray(image)
 
 
 # ------------------------------------------------------------------------------------------------------ walls
+
+def _at(a, b, along, right):
+    """Return the point `along` metres from a towards b and `right` metres to the right of that line."""
+    forward, side = axes(a, b)
+    return a + along * forward + right * side
+
 
 def _starts(town):
     """Return where the walls along a street begin at a node: {(node, neighbor, side): metres from the node},
@@ -166,295 +152,235 @@ def _starts(town):
     starts, corners = {}, []
     for node, streets in enumerate(town.neighbors):
         here = town.nodes[node]
-        headings = {other: bearing(here, town.nodes[other]) for other in streets}
-        order = sorted(streets, key=headings.get)
-        for first, second in zip(order, order[1:] + order[:1]):
-            half = math.radians((headings[second] - headings[first]) % 360 or 360) / 2
+        turns = sorted((bearing(here, town.nodes[other]), other) for other in streets)
+        for (heading, first), (next_heading, second) in pairwise([*turns, turns[0]]):
+            half = math.radians((next_heading - heading) % 360 or 360) / 2
             start = max(WALL / math.tan(half), -WALL)
             if half < 1.3:
                 start = max(start + 2, (13.5 - WALL * math.sin(half)) / math.cos(half))
             starts[node, first, 1] = starts[node, second, -1] = start
-            ends = [_beside(here, town.nodes[other], start, side * WALL)
-                    for other, side in ((first, 1), (second, -1))]
-            room = min(math.dist(here, town.nodes[first]), math.dist(here, town.nodes[second]))
-            if math.dist(*ends) > 1 and start < 0.6 * room:
+            there = town.nodes[[first, second]]
+            ends = [_at(here, xy, start, right) for xy, right in zip(there, (WALL, -WALL))]
+            if math.dist(*ends) > 1 and start < 0.6 * min(math.dist(here, xy) for xy in there):
                 corners.append(ends)
     return starts, corners
-
-
-def _beside(a, b, along, right):
-    """Return the point `along` metres from a towards b and `right` metres to the right of that line."""
-    direction = (b - a) / np.linalg.norm(b - a)
-    return a + along * direction + right * np.array([direction[1], -direction[0]])
-
-
-def _streets(town, eye, radius):
-    """Return both ends, (S, 2) each, of the streets within `radius` metres of eye."""
-    a, b = (town.nodes[[edge[end] for edge in town.edges]] for end in (0, 1))
-    near = distances(eye, a, b) < radius
-    return a[near], b[near]
 
 
 def _fronts(town, rng):
     """Return the fronts of all houses: [(p, q), ...], p to q with the house on the left."""
     starts, fronts = _starts(town)     # across the corners, to begin with
     for a, b in town.edges:
+        here, there = town.nodes[[a, b]]
         for side in (1, -1):
-            here, there = town.nodes[a], town.nodes[b]
             begin, end = starts[a, b, side], math.dist(here, there) - starts[b, a, -side]
             pieces = max(1, round((end - begin) / rng.uniform(*town.city.look["fronts"])))
-            cuts = [_beside(here, there, along, side * WALL) for along in np.linspace(begin, end, pieces + 1)]
+            cuts = [_at(here, there, along, side * WALL) for along in np.linspace(begin, end, pieces + 1)]
             if end - begin > 5:
-                fronts += zip(cuts[1:], cuts) if side == 1 else zip(cuts, cuts[1:])
+                fronts += [pair[::-side] for pair in pairwise(cuts)]
     return fronts
 
 
-@lru_cache(maxsize=16)
+@cache
 def _walls(town):
-    """Return all walls of a town: {"p", "q": (M, 2) ends, "height": (M,), "color": (M, 3), ...}, float32."""
+    """Return all walls of a town, (M,) records: ends p and q, height and so on."""
     rng, rows, look = random.Random(f"houses of {town.name}"), [], town.city.look
-    ends = _streets(town, town.nodes.mean(0), math.inf)
     for p, q in _fronts(town, rng):
         tower = rng.random() < look["towers"]
         floors, storey = rng.randint(*look["floors"]), rng.uniform(3.1, 3.7)
         floors = round(floors * rng.uniform(2, 4)) if tower else floors
         color = np.array(rng.choice(look["walls"])) * rng.uniform(0.88, 1.08)
         bay, seed, awning = rng.uniform(2.4, 3.4), rng.random(), rng.choice(AWNINGS)
-        rest = (SHOP + storey * floors, *color, storey, bay, seed, *awning)
-        rows.append((*p, *q, *rest))
-        x, y = (q - p) / np.linalg.norm(q - p) * 12
-        back = np.array((q, p)) + (-y, x)
-        if distances(back[:, None], *ends).min() > WALL:        # room for the other three walls
-            rows += [(*q, *back[0], *rest), (*back[0], *back[1], *rest), (*back[1], *p, *rest)]
-    rows = np.array(rows, np.float32)
-    along = rows[:, 2:4] - rows[:, :2]
-    # in the sun or in the shade
-    light = 0.84 + 0.16 * np.cos(2 * np.arctan2(along[:, 1], along[:, 0]) - 1)
-    return {"p": rows[:, :2], "q": rows[:, 2:4], "width": np.hypot(*along.T),
-            "light": light.astype(np.float32),
-            "height": rows[:, 4], "color": rows[:, 5:8], "storey": rows[:, 8], "bay": rows[:, 9],
-            "seed": rows[:, 10], "awning": rows[:, 11:14]}
-
-
-def _cross(a, b):
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+        back = (q, p) - 12 * axes(p, q)[1]
+        room = distances(back[:, None], *town.ends).min() > WALL        # for the other three walls
+        rows += [(*ends, SHOP + storey * floors, color, storey, bay, seed, awning, 0, 0)
+                 for ends in pairwise((p, q, *back, p))][:4 if room else 1]
+    walls = np.array(rows, {"names": "p q height color storey bay seed awning width light".split(),
+                            "formats": "2f4 2f4 f4 3f4 f4 f4 f4 3f4 f4 f4".split()})
+    east, north = (walls["q"] - walls["p"]).T
+    walls["width"] = np.hypot(east, north)
+    walls["light"] = 0.84 + 0.16 * np.cos(2 * np.arctan2(north, east) - 1)      # in the sun or in the shade
+    return walls
 
 
 def _cast(eye, rays, p, q):
-    """Cast rays (C, 2) from eye against segments p-q (M, 2): distance (C, M), inf where missed, and share of
-    p-q (C, M)."""
-    w, e = (p - eye)[None], (q - p)[None]
+    """Cast rays (..., 2) from eye against segments p-q: distance, inf where missed, and share of p-q."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        det = _cross(rays[:, None], e)
-        distance, share = _cross(w, e) / det, _cross(w, rays[:, None]) / det
+        det = cross(rays, q - p)
+        distance, share = cross(p - eye, q - p) / det, cross(p - eye, rays) / det
     return np.where((share >= 0) & (share <= 1) & (distance > 0.2), distance, np.inf), share
 
 
 def _mix(a, b, weight):
-    return a + (b - a) * weight[:, None]
+    return a + (np.float32(b) - a) * weight[:, None]
 
 
 def _fraction(x):
     return x - np.floor(x)      # several times as fast as x % 1
 
 
-def _paint_walls(look, walls, index, z, u, distance):
-    """Return colors (N, 3) of points on the walls `index` (N,), z metres up, u metres along, `distance`
-    metres away."""
-    (wide, tall, frame), height = look["window"], walls["height"][index]
-    color, light = walls["color"][index], walls["light"][index]
-    row, column = (z - SHOP) / walls["storey"][index], u / walls["bay"][index]
+def _noise(x, y, seed, scale):
+    """Return a number in [0, 1) that differs from one whole (x, y) to the next."""
+    return _fraction(np.sin(np.floor(x) * 12.9 + np.floor(y) * 78.2 + seed) * scale)
+
+
+def _paint_walls(look, wall, z, u, distance):
+    """Return colors (N, 3) of points on walls (N,), z metres up, u metres along, `distance` metres away."""
+    (wide, tall, frame), below = look["window"], wall["height"] - z
+    color, light = wall["color"], wall["light"]
+    row, column = (z - SHOP) / wall["storey"], u / wall["bay"]
     y, x = np.abs(_fraction(row) - 0.52), np.abs(_fraction(column) - 0.5)
-    pane = np.sin(np.floor(row) * 12.9 + np.floor(column) * 78.2 + walls["seed"][index] * 40) * 43.7
-    pane = _fraction(pane)                                              # each window's own number in [0, 1)
-    upper = (z > SHOP) & (height - z > 0.95)
-    color[upper & (x < wide / 2 + 0.05) & (y < tall / 2 + 0.05)] = frame
-    inside = np.flatnonzero(upper & (x < wide / 2) & (y < tall / 2) & ((x > 0.02) | (distance > 40)))
-    color[inside] = np.array(GLASS, np.float32) * (0.7 + 0.6 * pane[inside, None])
-    low = np.flatnonzero(z < SHOP)                                      # shops, 4.2 m each
-    color[low] = _paint_shops(color[low], walls["awning"][index[low]], z[low], u[low], pane[low])
-    light = np.where((height - z < 0.7) | ((z > SHOP - 0.4) & (z < SHOP)), 1.14 * light, light)     # cornices
-    light = np.where((height - z > 0.7) & (height - z < 0.95), 0.6 * light, light)      # and a shadow
-    return _mix(color * light[:, None], np.array(look["sky"][1], np.float32), 1 - np.exp(-distance / 600))
-
-
-def _paint_shops(color, awning, z, u, pane):
-    """Return the same for the ground floor alone."""
-    across = np.abs(_fraction(u / 4.2) - 0.5)
-    pane = np.array((46, 52, 60), np.float32) + 70 * ((0.5 - across) * pane)[:, None]
-    color = np.where(((z > 0.5) & (z < 2.9) & (across < 0.42))[:, None], pane, color)
-    stripe = np.where(_fraction(u / 1.2) < 0.5, 0.75, 1.1)
-    return np.where(((z >= 2.9) & (z < 3.7) & (across < 0.46))[:, None], awning * stripe[:, None], color)
+    pane = _noise(row, column, wall["seed"] * 40, 43.7)
+    upper = (z > SHOP) & (below > 0.95)
+    outside = np.maximum(x - wide / 2, y - tall / 2)        # of the glass
+    color[upper & (outside < 0.05)] = frame
+    inside = upper & (outside < 0) & ((x > 0.02) | (distance > 40))
+    color[inside] = np.float32(GLASS) * (0.7 + 0.6 * pane[inside, None])
+    x = np.abs(_fraction(u / 4.2) - 0.5)        # across a shop
+    inside = (z > 0.5) & (z < 2.9) & (x < 0.42)
+    color[inside] = np.float32((46, 52, 60)) + 70 * ((0.5 - x) * pane)[inside, None]
+    awning = (z >= 2.9) & (z < 3.7) & (x < 0.46)
+    stripe = np.where(_fraction(u[awning] / 1.2) < 0.5, 0.75, 1.1)
+    color[awning] = wall["awning"][awning] * stripe[:, None]
+    light[(below < 0.7) | ((z > SHOP - 0.4) & (z < SHOP))] *= 1.14      # cornices
+    light[(below > 0.7) & (below < 0.95)] *= 0.6                        # and a shadow
+    return _mix(color * light[:, None], look["sky"][1], 1 - np.exp(-distance / 600))
 
 
 # --------------------------------------------------------------------------------------------- ground and sky
 
-def _paint_ground(look, a, b, x, y, distance):
-    """Return colors (N, 3) of points on the ground; a, b (S, 2): ends of the streets around, of which the
-    nearest counts."""
-    def place(start, forward):
-        """Return metres along the street from one end, and to the right of it."""
-        x1, y1 = x - start[..., 0], y - start[..., 1]
-        return x1 * forward[..., 0] + y1 * forward[..., 1], x1 * forward[..., 1] - y1 * forward[..., 0]
-    size = np.linalg.norm(b - a, axis=1).astype(np.float32)
-    forward, a = ((b - a) / size[:, None]).astype(np.float32), a.astype(np.float32)
-    best, nearest = np.full(len(x), np.inf, np.float32), np.zeros(len(x), np.int64)
-    for i in range(len(a)):
-        along, across = place(a[i], forward[i])
-        along -= np.clip(along, 0, size[i])
-        off = along * along + across * across
-        nearest[off < best] = i
-        np.minimum(best, off, out=best)
-    along, across = place(a[nearest], forward[nearest])
-    # from the nearer end
-    off, across, along = np.sqrt(best), np.abs(across), np.minimum(along, size[nearest] - along)
-    grain = np.sin(np.floor(x * 4) * 12.9 + np.floor(y * 4) * 78.2) * 437.5
-    light = 0.97 + 0.06 * _fraction(grain) * np.maximum(1 - distance / 30, 0)
-    joint = (off > ROAD) & (distance < 25) & (np.minimum(_fraction(x / 1.6), _fraction(y / 1.6)) < 0.045)
-    light[joint] *= 0.88
+def _paint_ground(town, eye, xy, distance):
+    """Return colors (N, 3) of points xy (2, N) on the ground, `distance` metres from eye; the nearest street
+    counts."""
+    off = np.full(len(distance), np.inf, np.float32)
+    along = across = off
+    for a, b in zip(*town.ends[:, distances(eye, *town.ends) < 60]):
+        x, y = xy - np.float32(a)[:, None]
+        size = np.float32(np.linalg.norm(b - a))
+        east, north = np.float32((b - a) / size)
+        ahead, aside = x * east + y * north, x * north - y * east
+        away = (ahead - np.clip(ahead, 0, size))**2 + aside**2
+        near = away < off
+        off, across = np.where(near, away, off), np.where(near, np.abs(aside), across)
+        along = np.where(near, np.minimum(ahead, size - ahead), along)      # from the nearer end
+    off = np.sqrt(off)
+    light = 0.97 + 0.06 * _noise(*xy * 4, 0, 437.5) * np.maximum(1 - distance / 30, 0)
+    light[(off > ROAD) & (distance < 25) & (_fraction(xy / 1.6).min(0) < 0.045)] *= 0.88        # joints
     light[(off > ROAD - 0.5) & (off < ROAD)] *= 0.88        # gutter and kerb
     light[(off >= ROAD) & (off < ROAD + 0.35)] *= 1.12
-    color = np.array(look["ground"], np.float32)[(off >= ROAD).astype(int) + (off >= WALL + 4)]
+    color = np.float32(town.city.look["ground"])[(off >= ROAD).astype(int) + (off >= WALL + 4)]
     dashes = (across < 0.14) & (along > 17) & (_fraction(along / 6) < 0.5)
     zebra = (along > 10.5) & (along < 14) & (off < ROAD - 0.6) & (_fraction(across / 1.2 + 0.25) < 0.5)
     color[dashes | zebra] = 226
-    return _mix(color * light[:, None], np.array(look["sky"][1], np.float32), 1 - np.exp(-distance / 500))
+    return _mix(color * light[:, None], town.city.look["sky"][1], 1 - np.exp(-distance / 500))
 
 
-def _paint_sky(look, x, y, rise, eye):
-    """Return colors (N, 3) of the sky in directions (x, y), `rise` = tangent of the elevation; other clouds
-    for each eye."""
-    zenith, horizon = np.array(look["sky"], np.float32)
-    color = _mix(horizon, zenith, np.minimum(rise / (rise + 0.6) * 1.3, 1))
-    # on a ceiling of clouds
-    x, y = x / (rise + 0.25) * 2.2 + eye[0] % 97, y / (rise + 0.25) * 2.2 + eye[1] % 89
+def _paint_sky(look, eye, xy, rise):
+    """Return colors (N, 3) of the sky in directions xy (2, N), `rise` = tangent of the elevation; other
+    clouds for each eye."""
+    zenith, horizon = look["sky"]
+    color = _mix(np.float32(horizon), zenith, np.minimum(rise / (rise + 0.6) * 1.3, 1))
+    x, y = xy / (rise + 0.25) * 2.2 + (eye % np.float32((97, 89)))[:, None]     # on a ceiling of clouds
     puff = np.sin(x + 1.3 * np.sin(y * 0.8)) + np.sin(y * 1.3 + 1.7 * np.sin(x * 0.6))
     puff += 0.5 * np.sin(3.1 * x + 2 * np.sin(2.7 * y))
     cover = np.clip(puff - 2 + 2.4 * look["clouds"], 0, 1)
-    return _mix(color, np.float32(250), cover * 0.8 * np.minimum(1, rise * 6))
+    return _mix(color, 250, cover * 0.8 * np.minimum(1, rise * 6))
 
 
 # ------------------------------------------------------------------------------------------------ the picture
 
 def _scene(town, eye, rays, rise):
-    """Return walls, ground and sky seen from eye along rays (C, 2); rise (R,) = tangent of the elevation of
+    """Return walls, ground and sky seen from eye along rays (C, 2); rise (R, 1) = tangent of the elevation of
     each row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
-    look, walls, rise = town.city.look, _walls(town), rise[:, None]
+    look, walls = town.city.look, _walls(town)
     p, q = walls["p"], walls["q"]
-    away = np.minimum(np.hypot(*(p - eye).T), np.hypot(*(q - eye).T))
-    close = np.flatnonzero((away < FAR) & (_cross(q - p, eye - p) < 0))     # and facing us
-    hit, share = _cast(eye, rays, p[close], q[close])     # (C, M)
-    column = np.arange(len(rays))
-    tops = (walls["height"][close] - EYE) / hit     # tangent of the elevation, 0 where missed
+    away = np.minimum(*(np.hypot(*(ends - eye).T) for ends in (p, q)))
+    walls = walls[(away < FAR) & (cross(q - p, eye - p) < 0)]       # and facing us
+    hit, share = _cast(eye, rays[:, None], walls["p"], walls["q"])      # (C, M)
+    tops = (walls["height"] - EYE) / hit        # tangent of the elevation, 0 where missed
     # the nearest wall, and the one that stands out highest behind it
     first, second = hit.argmin(1), tops.argmax(1)
-    reach, low, high = hit[column, first], tops[column, first], tops[column, second]
-    picture = np.empty((len(rise) * len(rays), 3), np.float32)
-    ground, sky = (rise < -EYE / reach) | ((rise <= 0) & np.isinf(reach)), rise > high
-
-    def pixels(mask):
-        """Return their numbers in the picture, columns, and tangents of the elevation."""
-        index = np.flatnonzero(mask)
-        r, c = np.divmod(index.astype(np.int32), len(rays))
-        return index, c, rise[r, 0]
-    index, c, up = pixels(sky)
-    picture[index] = _paint_sky(look, *rays.T[:, c], up, eye)
-    index, c, up = pixels(ground)
-    east, north = rays.T[:, c] * (-EYE / up) + eye[:, None]
-    picture[index] = _paint_ground(look, *_streets(town, eye, 60), east, north, -EYE / up)
-    index, c, up = pixels(~(ground | sky))
+    reach, low = hit.min(1), tops[np.arange(len(rays)), first]
+    ground, sky = rise < -EYE / reach, rise > tops.max(1)
+    picture = np.empty((len(rise), len(rays), 3), np.float32)
+    r, c = np.nonzero(sky)
+    picture[r, c] = _paint_sky(look, eye, rays.T.take(c, 1), rise[r, 0])
+    r, c = np.nonzero(ground)
+    distance = -EYE / rise[r, 0]
+    picture[r, c] = _paint_ground(town, eye, rays.T.take(c, 1) * distance + eye[:, None], distance)
+    r, c = np.nonzero(~(ground | sky))
+    up = rise[r, 0]
     which = np.where(up <= low[c], first[c], second[c])
-    distance, wall = hit[c, which], close[which]
-    u = share[c, which] * walls["width"][wall]
-    picture[index] = _paint_walls(look, walls, wall, EYE + up * distance, u, distance)
-    return picture.reshape(len(rise), len(rays), 3), reach
+    distance, wall = hit[c, which], walls.take(which)       # some 25 times as fast as walls[which]
+    picture[r, c] = _paint_walls(look, wall, EYE + up * distance, share[c, which] * wall["width"], distance)
+    return picture, reach
+
+
+@cache
+def _trees(town):
+    """Return where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
+    corners."""
+    rng, trees = random.Random(f"trees of {town.name}"), []
+    for here, there in zip(*town.ends) if town.city.look["trees"] else ():
+        pieces = pieces_of(here, there)
+        spots = [_at(here, there, math.dist(here, there) / pieces * (k + 0.5), right)
+                 for k in range(1, pieces - 1) for right in (-7, 7)]
+        trees += [xy for xy in spots if rng.random() < 0.6 and distances(xy, *town.ends).min() > 6.5]
+    return trees
 
 
 def _sprites(town, eye, density):
     """Return signs and trees around eye, farthest first: (distance, left end, right end, top, image (rows,
     columns, 4)), ends as seen by who looks at the front. density: columns of the picture a radian."""
-    found, eye = [], np.asarray(eye, float)
-    for mark in (*town.corners.values(), *town.places.values()):
-        distance = math.dist(mark.xy, eye)
+    found, look = [], town.city.look
+
+    def add(xy, reader, width, top, image):
+        left = axes(xy, reader)[1] * width / 2
+        found.append((math.dist(xy, eye), np.float32(xy + left), np.float32(xy - left), top, image))
+    for mark in town.landmarks:
+        xy, reader, distance = np.array(mark.xy), town.panoramas[mark.at], math.dist(mark.xy, eye)
         if distance < 120:
-            xy = np.array(mark.xy)
-            left = _left(town.panoramas[mark.at], xy) * SIGN / 2
             width = next((w for w in (8, 16, 32, 64, SMALL) if w >= 0.9 * SIGN * density / distance), FULL)
-            sign = (mark.color, mark.emblem, mark.board, mark.name, town.city.look["strip"])
-            image = _large(*sign) if width == FULL else _small(*sign, width=width)
-            found.append((distance, xy + left, xy - left, TOP, image))
+            draw = _sign.__wrapped__ if width == FULL else _sign        # 1.3 MB, and seldom asked for again
+            image = draw(mark, look["strip"], width)
+            if np.dot(eye - xy, reader - xy) < 0:       # seen from behind, it is grey
+                image = image * np.uint8((0, 0, 0, 1)) + np.uint8((96, 96, 100, 0))
+            add(xy, reader, SIGN, TOP, image)
     for xy in _trees(town):
-        distance = math.dist(xy, eye)
-        if 3 < distance < 90:
-            left = _left(eye, xy) * 2.5
-            found.append((distance, xy + left, xy - left, 8.0, _tree(town.city.look["trees"])))
+        if 3 < math.dist(xy, eye) < 90:
+            add(xy, eye, 5, 8.0, _tree(look["trees"]))
     return sorted(found, key=lambda sprite: -sprite[0])
 
 
-def _left(reader, xy):
-    """Return the unit vector to the left as the reader looks at xy."""
-    x, y = (reader - xy) / np.linalg.norm(reader - xy)
-    return np.array([y, -x])
-
-
-@lru_cache(maxsize=16)
-def _trees(town):
-    """Return where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
-    corners."""
-    rng, trees = random.Random(f"trees of {town.name}"), []
-    ends = _streets(town, town.nodes.mean(0), math.inf)
-    for a, b in town.edges if town.city.look["trees"] else ():
-        here, there = town.nodes[a], town.nodes[b]
-        piece = math.dist(here, there) / pieces_of(here, there)
-        spots = [_beside(here, there, piece * (k + 0.5), right) for k in range(1, pieces_of(here, there) - 1)
-                 for right in (-7, 7)]
-        trees += [xy for xy in spots if rng.random() < 0.6 and distances(xy, *ends).min() > 6.5]
-    return trees
-
-
 def _paste(picture, eye, rays, rise, reach, sprite):
-    """Paste one sprite over the picture, where no wall is nearer. From behind, a sign is grey."""
+    """Paste one sprite over the picture, where no wall is nearer."""
     _, p, q, top, image = sprite
-    hit, share = (x[:, 0] for x in _cast(eye, rays, p[None].astype(np.float32), q[None].astype(np.float32)))
+    hit, share = _cast(eye, rays, p, q)
     c = np.flatnonzero(hit < reach)
-    if not len(c):
-        return
-    begin, end = np.searchsorted(-rise, [-(top - EYE) / hit[c].min(), EYE / hit[c].min()])
-    v = (top - EYE - rise[begin:end, None] * hit[c]) / top         # (rows, columns), 0 at the top
+    v = (top - EYE - rise * hit[c]) / top       # (rows, columns), 0 at the top
     r, k = np.nonzero((v >= 0) & (v < 1))
     rows, columns = image.shape[:2]
     row, column = (v[r, k] * rows).astype(int), np.minimum((share[c[k]] * columns).astype(int), columns - 1)
-    texel = image[row, column].astype(np.float32)
-    if _facing(p, q, eye) < 0:      # never a tree
-        texel[:, :3] = (96, 96, 100)
-    r, c = r + begin, c[k]
-    picture[r, c] = _mix(picture[r, c], texel[:, :3], texel[:, 3] / 255)
+    texel = np.float32(image[row, column])
+    picture[r, c[k]] = _mix(picture[r, c[k]], texel[:, :3], texel[:, 3] / 255)
 
 
-def _facing(p, q, eye):
-    """Return a number that is positive where eye sees the front of the upright rectangle that has its left
-    end at p."""
-    return float(_cross(np.asarray(eye) - p, q - p))
-
-
-def panorama(town, index, rotation, width, detail=2):
+def panorama(town, index, rotation, width):
     """Return the equirectangular picture at panorama `index` of a streets.Town: (width / 2, width, 3) uint8.
     Heading h is at longitude h - 180 + rotation, the middle of the first and last columns at -180 and 180
     degrees, of the first and last rows at straight up and straight down (released code). Each pixel is the
-    mean of detail x detail rays."""
-    eye, height = town.panoramas[index].astype(np.float32), width // 2
-    x, y = ((np.arange(n * detail) + 0.5) / detail - 0.5 for n in (width, height))
-    headings = np.radians((x / (width - 1) - 0.5) * 360 + 180 - rotation)
-    rise = np.tan(np.radians(np.clip((0.5 - y / (height - 1)) * 180, -89.9, 89.9))).astype(np.float32)
-    sprites = _sprites(town, eye, width * detail / (2 * math.pi))
+    mean of 2 x 2 rays."""
+    eye = np.float32(town.panoramas[index])
+    across, down = (((np.arange(2 * n) + 0.5) / 2 - 0.5) / (n - 1) - 0.5 for n in (width, width // 2))
+    headings = np.radians(across * 360 + 180 - rotation)
+    rise = np.float32(np.tan(np.radians(np.clip(-180 * down, -89.9, 89.9))))[:, None]
+    directions = np.float32([np.sin(headings), np.cos(headings)]).T
+    sprites = _sprites(town, eye, width / math.pi)
     blocks = []
-    step = max(64, 2**17 // len(rise) // detail * detail)
-    for start in range(0, len(headings), step):     # a few columns at a time stay in the processor's cache
-        part = headings[start:start + step]
-        rays = np.stack([np.sin(part), np.cos(part)], -1).astype(np.float32)
+    step = 2**16 // len(rise) * 2       # a few columns at a time stay in the processor's cache
+    for rays in np.split(directions, range(step, len(directions), step)):
         picture, reach = _scene(town, eye, rays, rise)
         for sprite in sprites:
             _paste(picture, eye, rays, rise, reach, sprite)
-        mean = sum(picture[i::detail, j::detail] for i in range(detail) for j in range(detail)) / detail**2
+        mean = sum(picture[i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
         blocks.append((np.clip(mean, 0, 255) + 0.5).astype(np.uint8))
     return np.concatenate(blocks, 1)
