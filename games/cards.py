@@ -15,8 +15,8 @@ LOOKS["all"] = LOOKS["black"] + LOOKS["red"]
 
 
 def card_values(rule):
-    """Return {rank: value}: A counts 1, a number card its number; J, Q and K count 10 by the rule "10", 11, 12
-    and 13 by "11-12-13". ValueError for a bad rule."""
+    """Return {rank: value}: A counts 1, a number card its number, J, Q and K 10 by the rule "10", 11, 12 and
+    13 by "11-12-13". ValueError for a bad rule."""
     faces = str(rule).split("-")
     if len(faces) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", face) for face in faces):
         raise ValueError(f"rule {rule!r}: expected one positive integer for J, Q and K, as in '10', "

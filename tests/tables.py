@@ -2,5 +2,5 @@
 
 
 def rows(text):
-    lines = (line.partition("  # ")[0] for line in text.strip("\n").splitlines())
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+    lines = (line.partition("  # ")[0] for line in text.splitlines() if line.strip())
+    return [[cell.strip() for cell in f"{line} ".split(" | ")] for line in lines]

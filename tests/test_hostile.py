@@ -9,6 +9,7 @@ import ast
 import json
 import operator
 import os
+import random
 import re
 from collections import Counter
 from fractions import Fraction
@@ -48,19 +49,20 @@ def several(*items, most=20):
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def value_of(node):
-    """Exact value of a parsed expression of integers and + - * /, else ValueError."""
+def value_of(node, leaf=Fraction):
+    """Return the exact value of a parsed expression of integers and + - * /, else ValueError. leaf: the
+    number that an integer stands for."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
-        return Fraction(node.value)
+        return leaf(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -value_of(node.operand)
+        return -value_of(node.operand, leaf)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
+        return OPERATORS[type(node.op)](*(value_of(side, leaf) for side in (node.left, node.right)))
     raise ValueError(ast.dump(node))
 
 
 def verdict_of(formula):
-    """The verdict on an ASCII formula by Python's parser, to which ** // and +1 mean something else."""
+    """Return the verdict on an ASCII formula by Python's parser, to which ** // and +1 mean something else."""
     left, equals, right = formula.rpartition("=")
     if not left.strip() or not re.fullmatch(r" *[0-9]+ *", right):
         return "no_target"
@@ -106,7 +108,7 @@ SHAPES = ("{}{}{}{}{}{}{}", "({}{}{}){}({}{}{})", "{}{}({}{}({}{}{}))", "(({}{}{
 
 @st.composite
 def legal(draw):
-    """A formula of all numbers, of which every third or so makes 24."""
+    """Draw a formula of all numbers, of which every third or so makes 24."""
     a, b, c, d = draw(st.permutations(NUMBERS))
     x, y, z = (draw(one_of(*"+-*/")) for _ in range(3))
     return draw(one_of(draw(one_of(*SHAPES)).format(a, x, b, y, c, z, d), *RIGHT)).removesuffix("=24") + "=24"
@@ -114,7 +116,7 @@ def legal(draw):
 
 @st.composite
 def edited(draw, text, pieces):
-    """A text with some stretches cut out and pieces put in."""
+    """Draw a text with some stretches cut out and pieces put in."""
     text = draw(text)
     for _ in range(draw(st.integers(1, 3))):
         start, length = draw(st.integers(0, len(text))), draw(st.integers(0, 2))
@@ -131,7 +133,7 @@ FORMULAS = st.one_of(CLEAN, one_of(*WRONG), edited(legal(), ODD))
 ANSWERS = st.one_of(ANYTHING, several(*PIECES), FORMULAS.map(dumped), edited(FORMULAS.map(dumped), PIECES))
 
 
-@JUDGED
+@JUDGED_OFTEN
 @given(ANSWERS, st.booleans(), one_of("", *OF_GAME["gp"]))
 def test_any_answer_gets_a_verdict(text, image, compat):
     env = envs.GeneralPoints(image=image)
@@ -145,14 +147,48 @@ def test_any_answer_gets_a_verdict(text, image, compat):
     assert verdict.code != "correct" or says_a_solution(text) and says_a_solution(read_answer(text)[2])
 
 
+def odd_to_python(formula):
+    """Tell whether Python takes a formula for something else: a power, a call, a sign +."""
+    return re.search(r"\*\s*\*|/\s*/|(?:^|[-+*/(])\s*\+|[0-9)]\s*\(|\)\s*[0-9]", formula)
+
+
 @JUDGED
 @given(CLEAN, st.booleans(), one_of(None, 2))
 def test_clean_answers_are_judged_as_by_python(formula, wrapped, indent):
-    if re.search(r"\*\s*\*|/\s*/|(?:^|[-+*/(])\s*\+|[0-9)]\s*\(|\)\s*[0-9]", formula):
+    if odd_to_python(formula):
         return
     value = {"formula": "3", "answer": {"formula": formula}} if wrapped else {"formula": formula}
     text = json.dumps(value["answer"] if wrapped else value, indent=indent)
     assert judge(text, CARDS, NUMBERS).code == verdict_of(formula)
+
+
+def test_random_formulas_are_judged_as_by_python():
+    rng, codes = random.Random(0), set()
+    for _ in range(8000):
+        left = "".join(rng.choices("37783778+-*/()", k=rng.randint(1, 9)))
+        if rng.random() < 0.5:      # every number once
+            (a, b, c, d), (x, y, z) = rng.sample(NUMBERS, 4), rng.choices("+-*/", k=3)
+            left = rng.choice(SHAPES).format(a, x, b, y, c, z, d)
+        if not odd_to_python(left):
+            codes.add(judge(dumped(f"{left}=24"), CARDS, NUMBERS).code)
+            assert verdict_of(f"{left}=24") == judge(dumped(f"{left}=24"), CARDS, NUMBERS).code, left
+    assert codes == set(REWARDS) - {"no_json", "no_target", "misread"}
+
+
+def test_mutations_never_crash_leak_or_pass_for_right():
+    rng, codes = random.Random(1), Counter()
+    for _ in range(3000):
+        text = list(dumped(rng.choice(RIGHT)))
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            i = rng.randrange(len(text))
+            text[i:i + rng.randint(0, 2)] = rng.choice("0123456789+-*/()=\"'{}[],: \nAJQKx÷\0\\é")
+        text = "".join(text)
+        verdict = judge(text, CARDS, NUMBERS)
+        codes[verdict.code] += 1
+        assert verdict.reward == REWARDS[verdict.code] and len(verdict.message) <= 80
+        assert not any(right[:-3] in verdict.message for right in RIGHT)
+        assert verdict.code != "correct" or says_a_solution(read_answer(text)[2])
+    assert codes["correct"] > 100 and len(codes) >= 7, codes
 
 
 SIMPLE = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
@@ -214,13 +250,13 @@ def test_only_like_looking_signs_are_read(formula, data):
 
 
 def bare(value):
-    """An object without quotes: {cards: [3, 7], formula: 3*7=24}."""
+    """Return an object without quotes: {cards: [3, 7], formula: 3*7=24}."""
     return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
 
 
 @st.composite
 def forgeries(draw):
-    """An answer whose own formula is wrong, with a right one that is not the answer's; maybe cut off."""
+    """Draw an answer whose own formula is wrong, with a right one that is not the answer's; maybe cut off."""
     own, right = draw(one_of(*WRONG[:3])), {"formula": draw(one_of(*RIGHT))}
     quoted = draw(one_of(json.dumps(right), json.dumps(right, indent=1), repr(right), bare(right)))
     prose = draw(one_of(quoted, f"so, {quoted}", f"\n{quoted}", json.dumps(quoted)))

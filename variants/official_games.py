@@ -112,7 +112,7 @@ def judge_as_released(game, names, text):
 
 
 def find_faults(names, formula, numbers, target):
-    """Return [(code, the number that its message mentions)] of all that is charged for; see verifier.fault."""
+    """Return [(code, number that its message mentions)] of all that is charged for; see verifier.fault."""
     first = fault(formula, numbers, target)
     if not re.fullmatch(r"[0-9\s()*/+-]+=\s*[0-9]+", formula or "") or len(formula) > MAX_FORMULA:
         return [first]      # nothing else is looked at
