@@ -135,8 +135,7 @@ class Trainer:
     def play(self, seeds, samples=1, features=None):
         """Return a rollout of the training game. features: see llama/frozen.py."""
         args, device = self.args, self.processes.device
-        with (autocast(args, device),
-              shard.for_rollout(self.model, self.processes.largest, args.rollout_sharded) as player,
+        with (autocast(args, device), shard.for_rollout(self.model) as player,
               self.ledger.phase("rollout", player), remember(player, features)):
             return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
                            temperature=args.temperature, batch=args.rollout_batch,

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,9 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.processes import first, gather
 from harness.files import to_json
-from llama.folders import describe, shard_files, to_released
-
-BLOCK = 2**24       # bytes read at a time
+from llama.folders import describe, read_json, shard_files, to_released
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -107,17 +106,18 @@ def fill(found, path, tensors, whole=True):
         else:
             continue
         raise ValueError(f"{path}: of another model or optimizer: {name} {what}")
-    for file in sorted({part[0] for name in tensors for part in found[name][1]}):
-        with safe_open(file, "pt") as source:
-            for name, tensor in tensors.items():
-                for _, start, end in [part for part in found[name][1] if part[0] == file]:
-                    mine, content = rows(tensor), source.get_slice(name)
-                    low, high = max(start, mine.start), min(end, mine.stop)
-                    if not tensor.ndim:
-                        tensor.copy_(content[...])
-                    elif low < high:
-                        room = local(tensor)[low - mine.start:high - mine.start]
-                        room.copy_(content[low - start:high - start])
+    with ExitStack() as stack:
+        files = {part[0] for name in tensors for part in found[name][1]}
+        sources = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
+        for name, tensor in tensors.items():
+            for file, start, end in found[name][1]:
+                mine, content = rows(tensor), sources[file].get_slice(name)
+                low, high = max(start, mine.start), min(end, mine.stop)
+                if not tensor.ndim:
+                    tensor.copy_(content[...])
+                elif low < high:
+                    room = local(tensor)[low - mine.start:high - mine.start]
+                    room.copy_(content[low - start:high - start])
 
 
 def load_policy(path, llama):
@@ -136,7 +136,6 @@ class Checkpoints:
     def __init__(self, folder, rank=0, world=1, keep=2):
         self.folder, self.rank, self.world, self.keep = Path(folder), rank, world, keep
         self.thread, self.pending = ThreadPoolExecutor(1), None        # (folder aside, future of its files)
-        self.sound = None                                              # the checkpoint that was verified last
 
     def complete(self):
         """List all complete checkpoints, the oldest first."""
@@ -147,9 +146,8 @@ class Checkpoints:
         """Return the newest checkpoint, or None. ValueError for something else that has such a name."""
         complete = self.complete()
         for other in sorted(set(self.folder.glob("step_*")) - set(complete)):
-            before = complete[-1] if complete else "the beginning"
             raise ValueError(f"{other}: not a checkpoint, which is a folder step_ and six digits; move it "
-                             f"away, and --resume goes on from {before}")
+                             f"away, and --resume goes on from {self.last()}")
         return complete[-1] if complete else None
 
     def save(self, step, tensors, record, write_rest=lambda folder: None):
@@ -189,8 +187,9 @@ class Checkpoints:
         """Give the checkpoint its name if all ranks are done. Never waits."""
         if self.rank or not self.pending:
             return
-        if all((self.pending[0] / f"rank_{k}.json").exists() for k in range(self.world)):
-            aside, final = self.pending[0], self.pending[0].with_name(self.pending[0].name[1:])
+        aside = self.pending[0]
+        if all((aside / f"rank_{k}.json").exists() for k in range(self.world)):
+            final = aside.with_name(aside.name[1:])
             remove(final)
             aside.rename(final)
             self.pending = None
@@ -215,22 +214,22 @@ class Checkpoints:
         self.pending = None
         if self.rank == 0:
             remove(aside)
-        before = (self.complete() or ["the beginning"])[-1]
         raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume "
-                      f"goes on from {before}")
+                      f"goes on from {self.last()}")
+
+    def last(self):
+        return str((self.complete() or ["the beginning"])[-1])
 
     def load(self, path, module, optimizers):
-        """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError: what is wrong."""
-        self.verify(path)
+        """Fill a module and fresh optimizers from a checkpoint that is verified -> its record. ValueError for
+        one of another model or optimizer."""
         found = slices_in(path)
         make_room(found, module, optimizers)
         fill(found, path, tensors_of(module, optimizers))
         return read_record(path)
 
     def verify(self, path):
-        """ValueError on all ranks if a file is not what was written; each rank reads its share, once."""
-        if path == self.sound:
-            return
+        """Raise a ValueError on all ranks if a file is not what was written; each reads its share."""
         problems = gather(damage(path, self.rank, self.world))
         if problems:
             before = [other for other in self.complete() if number(other) < number(path)]
@@ -238,7 +237,6 @@ class Checkpoints:
             if before:
                 remedy = f"remove it, and --resume goes on from {before[-1]}"
             raise ValueError(f"{path}: damaged: {'; '.join(problems)}; {remedy}")
-        self.sound = path
 
 
 def number(path):
@@ -264,13 +262,9 @@ def is_checkpoint(path):
 def read_record(path):
     """Read record.json of a checkpoint; ValueError if it is not one."""
     try:
-        record = json.loads((Path(path) / "record.json").read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            return record
-        error = "expected a JSON object"
-    except (OSError, ValueError, RecursionError) as failure:
-        error = failure
-    raise ValueError(f"{path}: not a checkpoint of this program: record.json: {error}")
+        return read_json(path, "record.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program: {error}") from None
 
 
 def damage(path, rank=0, world=1):
@@ -278,23 +272,22 @@ def damage(path, rank=0, world=1):
     path, known, bad = Path(path), {}, []
     for file in sorted(path.glob("rank_*.json")):
         try:
-            known |= dict(json.loads(file.read_text(encoding="utf-8")).items())
-        except (OSError, ValueError, AttributeError, RecursionError):
+            known |= read_json(path, file.name)
+        except (OSError, ValueError):
             bad.append(f"{file.name} cannot be read")
     if not known and not bad:
         bad.append("it has no list of its files")
-    needed = {"record.json", *(file.name for file in path.glob("rank_*.safetensors"))}
-    bad += [f"{name} is in no list" for name in sorted(needed - set(known))] if known else []
-    bad = bad if rank == 0 else []                                     # one is enough to say so
-    share = list(known.items())[rank::world]
-    return bad + [what for name, told in share if (what := fault(path, name, told))]
+    needed = ["record.json", *sorted(file.name for file in path.glob("rank_*.safetensors"))]
+    bad += [f"{name} is in no list" for name in needed if known and name not in known]
+    faults = [fault(path, *item) for item in list(known.items())[rank::world]]
+    return (bad if rank == 0 else []) + list(filter(None, faults))     # one is enough to say what all see
 
 
 def fault(path, name, told):
     """Say what is wrong with one file of a checkpoint, or None. told: its fingerprint as it was written."""
     file = path / name
     try:
-        if Path(name).name != name or file.is_symlink() or (file.exists() and not file.is_file()):
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
             return f"{name} is not a file of its own"
         return None if fingerprint(file) == told else f"{name} is not what was written"
     except (OSError, ValueError) as error:
@@ -303,12 +296,8 @@ def fault(path, name, told):
 
 def fingerprint(file):
     """Return [bytes, SHA-256] of a file."""
-    digest, size = hashlib.sha256(), 0
     with open(file, "rb") as source:
-        while block := source.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return [size, digest.hexdigest()]
+        return [file.stat().st_size, hashlib.file_digest(source, "sha256").hexdigest()]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The processes of a run, as torchrun starts them: who this one is, what all agree on, and what stops them.
 
-One process needs no torchrun and makes no collective. Several decide together whether to skip a step or to stop, so that none acts alone and
-leaves the others waiting. One that dies or fails takes the others down at once; under `torchrun --max-restarts N` they all come back and
-resume.
+One process needs no torchrun and makes no collective. Several decide together whether to skip a step or to
+stop, so that none acts alone and leaves the others waiting. One that dies or fails takes the others down at
+once; under `torchrun --max-restarts N` they all come back and resume.
 """
 
 import os
@@ -28,66 +28,70 @@ class Processes:
 
     def __init__(self, device="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-        if not there[device]():
+            device = next(name for name in there if there[name])
+        if not there[device]:
             raise SettingError(f"--device {device}: expected cpu, as this PyTorch sees no other device")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
         self.device = torch.device(device)
-        if self.world > 1 and not dist.is_initialized():
-            store = fresh_store(self.rank) if "TORCHELASTIC_RUN_ID" in os.environ else None
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world)
-        # A name for this start of torchrun, which the workers that it starts again after a failure find, too; None without torchrun.
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                    store=fresh_store(self.rank) if launch else None,
+                                    rank=self.rank, world_size=self.world)
+        # A name for this start of torchrun, which the workers that it starts again after a failure find, too;
+        # None without torchrun.
         self.launch = gather([f"{socket.gethostname()}:{os.getppid()}" if launch == "none" else launch])[0]
-        self.restarted = self.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0      # each node counts its own failures
+        # Each node counts its own failures.
+        self.restarted = self.largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
 
-    def all_reduce(self, tensor):
-        """Sum over ranks, in place; returns the tensor."""
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM):
+        """Sum over ranks, in place; return the tensor."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, op)
         return tensor
 
     def largest(self, number):
-        """The largest of all ranks' integers."""
-        tensor = torch.tensor(number)
-        if self.world > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
+        """Return the largest of all ranks' integers."""
+        return int(self.all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
     def barrier(self):
         """Wait for all ranks."""
         self.all_reduce(torch.zeros(1))
 
     def sum_gradients(self, parameters):
-        """Sum gradients over ranks, in one message. Returns the parameters that have a gradient on any rank."""
-        if self.world == 1:
-            return [p for p in parameters if p.grad is not None]
+        """Sum gradients over ranks, in one message. Return the parameters that have one on any rank."""
         present = self.all_reduce(torch.tensor([float(p.grad is not None) for p in parameters])).tolist()
         parameters = [p for p, ranks in zip(parameters, present) if ranks]
-        if parameters:
-            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-            dist.all_reduce(flat)
+        if parameters and self.world > 1:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                              for p in parameters])
+            self.all_reduce(flat)
             for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
                 p.grad = total.view_as(p).clone()
         return parameters
 
     def share(self, items):
-        """This rank's share of a sequence that all ranks hold."""
+        """Return this rank's share of a sequence that all ranks hold."""
         return items[self.rank::self.world]
 
     def lockstep(self, batches, filler):
         """Yield (batch, weight): one's own with weight 1, then `filler` with weight 0 until the rank with the
-        most batches is done. So all ranks make the same number of passes, which sharded weights ask for."""
+        most batches is done. So all ranks make the same number of passes, which sharded weights ask for.
+
+        The loss of `filler` must be 0 by itself: 0 times a loss that is not finite would be NaN, on all ranks.
+        """
         for k in range(self.largest(len(batches))):
             yield (batches[k], 1.0) if k < len(batches) else (filler, 0.0)
 
     def positions(self, counts):
-        """Where this rank's items stand in the order in which one process would hold all of them. counts: how
-        many items each of the things has that `share` gave to this rank."""
+        """Return where this rank's items stand in the order in which one process would hold all of them.
+
+        counts: how many items each of the things has that `share` gave to this rank.
+        """
         found, first = [], 0
         for index, count in sorted(gather([(k * self.world + self.rank, n) for k, n in enumerate(counts)])):
             if index % self.world == self.rank:
@@ -105,51 +109,57 @@ class Processes:
                 signal.raise_signal(signal.SIGTERM)
 
     def memory(self):
-        """The most memory that this process has held, in bytes: of the GPU, else of the host."""
+        """Return the most memory that this process has held, in bytes: of the GPU, else of the host."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     @property
     def hardware(self):
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or platform.machine()
-        return f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+        return (f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, "
+                f"torch {torch.__version__}, Python {platform.python_version()}")
 
 
-def gather(items, group=None):
-    """The lists of all ranks as one; objects travel pickled, so few and small ones."""
+def gather(items):
+    """Return the lists of all ranks as one; objects travel pickled, so few and small ones."""
     if not dist.is_initialized():
         return items
-    lists = [None] * dist.get_world_size(group)
-    dist.all_gather_object(lists, items, group=group)
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
     return sum(lists, [])
 
 
 def first(work):
     """Call `work()` on the first rank; return what it returns on all, or raise its error on all."""
-    found = []
+    result = error = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            found = [(work(), None)]
-        except (OSError, ValueError) as error:
-            found = [(None, error)]
-    result, error = gather(found)[0]
+            result = work()
+        except (OSError, ValueError) as failure:
+            error = failure
+    result, error = gather([(result, error)])[0]
     if error:
         raise error
     return result
 
 
 def fresh_store(rank):
-    """A store for the ranks to meet in. torchrun's own one outlives the workers: after a restart they would find the addresses of the dead in
-    it (pytorch issues 135712, 167288). So the first rank opens a new one and says there where it is; the others ask until one answers."""
-    board, _, _ = next(dist.rendezvous("env://"))
+    """Return a store for the ranks to meet in.
+
+    torchrun's own one outlives the workers: after a restart they would find the addresses of the dead in it
+    (pytorch issues 135712, 167288). So the first rank opens a new one and says there where it is; the others
+    ask until one answers.
+    """
+    (board, _, _), host = next(dist.rendezvous("env://")), os.environ["MASTER_ADDR"]
     if rank == 0:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         board.set("port", str(store.port))
         return store
     while True:
         try:
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(board.get("port")), timeout=timedelta(seconds=5))
+            store = dist.TCPStore(host, int(board.get("port")), timeout=timedelta(seconds=5))
             store.set_timeout(timedelta(minutes=30))
             return store
         except dist.DistError:                                 # of the dead
@@ -157,29 +167,32 @@ def fresh_store(rank):
 
 
 def leave(message):
-    """End this process with one line. One of several leaves at once, without a goodbye that would wait for the others."""
+    """End this process with one line. One of several leaves at once, and does not wait for the others."""
     message = visible(message)
     if not dist.is_initialized():
         sys.exit(f"train.py: error: {message}")
-    with suppress(OSError):                    # whoever would read it has gone
+    with suppress(OSError):                                    # whoever would read it has gone
         print(f"train.py: error: rank {dist.get_rank()}: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(1)
 
 
 def lost(error):
-    """Whether a RuntimeError says that another rank is gone."""
-    return bool(re.search(r"[Cc]onnection (closed|reset|refused)|Broken pipe|NCCL|Timed out waiting", str(error)))
+    """Return whether a RuntimeError says that another rank is gone."""
+    words = r"[Cc]onnection (closed|reset|refused)|Broken pipe|NCCL|Timed out waiting"
+    return bool(re.search(words, str(error)))
 
 
 class Interrupt:
-    """While open, turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C quits at once."""
+    """Turn Ctrl-C and SIGTERM, while open, into a flag that the loop reads between steps; a second Ctrl-C
+    quits at once."""
 
     def __init__(self, processes):
         self.raised, self.processes = False, processes
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.handle)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
@@ -193,5 +206,5 @@ class Interrupt:
         self.processes.print("\nstopping after this step, then saving (Ctrl-C again quits at once)")
 
     def agreed(self):
-        """True on all ranks if it was raised on any."""
-        return bool(self.processes.all_reduce(torch.tensor(float(self.raised))).item())
+        """Return True on all ranks if it was raised on any."""
+        return self.processes.largest(int(self.raised)) > 0

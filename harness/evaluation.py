@@ -22,8 +22,7 @@ def evaluate(model, processor, args, processes, progress=""):
     for name, factory in evaluation_sets(args).items():
         # no route is walked twice
         seeds = processes.share(range(min(args.eval_hands, factory().distinct)))
-        with autocast(args, processes.device), shard.for_rollout(
-                model, processes.largest, args.rollout_sharded) as player:
+        with autocast(args, processes.device), shard.for_rollout(model) as player:
             episodes = rollout(player, processor, factory, seeds, temperature=args.eval_temperature,
                                batch=args.rollout_batch, max_new_tokens=args.max_new_tokens,
                                device=processes.device)

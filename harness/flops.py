@@ -160,9 +160,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def phase(self, name, module):
-        """Inside, what `module` (a Llama, an ActorCritic, or shard.Lockstep around a Llama) computes belongs to the phase "rollout" or "update";
+        """Inside, what `module` (a Llama or an ActorCritic) computes belongs to the phase "rollout" or "update";
         an update without gradients is "scoring"."""
-        module = getattr(module, "model", module)
         llamas = [part for part in module.modules() if isinstance(part, Llama)]
         hooks = [llama.register_forward_hook(partial(self.passed, name, {}), with_kwargs=True) for llama in llamas]
         if hasattr(module, "value_head"):
@@ -176,7 +175,7 @@ class Ledger:
     def passed(self, name, known, llama, args, kwargs, output):
         """A forward pass of a Llama is done. known: its rates, kept from one token of a rollout to the next."""
         cached = kwargs.get("cache") is not None
-        if self.idle or name == "rollout" and not cached:      # an empty step of shard.Lockstep
+        if self.idle:
             return
         rate = known["rate"] = known["rate"] if cached and known else rates(llama)
         done = quantities(llama.config, *args, **kwargs)

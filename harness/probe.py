@@ -76,7 +76,7 @@ class Probe:
         """This rank's hands, --probe-samples episodes of each, by the model as it is now."""
         args, processes = self.args, self.processes
         hands = processes.share(range(min(self.hands, factory().distinct)))
-        with shard.for_rollout(self.model, processes.largest, args.rollout_sharded) as player:
+        with shard.for_rollout(self.model) as player:
             return rollout(player, self.processor, factory, hands, samples=self.samples, temperature=1.0,
                                batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
 

@@ -149,9 +149,6 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     shard: str = arg("auto", one_of(("auto", "on", "off")),
                      "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 "
                      "million weights on)")
-    rollout_sharded: bool = flag(
-        False, "where a gathered copy does not fit: keep the weights sharded in rollouts, in lockstep",
-        "--shard on or auto")
     dry_run: int = arg(0, integer(1, 10**5), "print the memory that this run takes on so many GPUs, and end",
                        POST_TRAINING)
 
@@ -190,8 +187,8 @@ RARE = {"rules": "the game and files", "weight_decay": "optimizer and critic", "
         "kl_coef": "variants/reference.py", "lora_rank": "variants/lora.py",
         "compat": "variants/official.py: the released code"}
 # What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
-FREE = ("out", "resume", "override", "custom", "device", "shard", "checkpoint_activations", "rollout_sharded",
-        "save_every", "keep", "max_skipped")
+FREE = ("out", "resume", "override", "custom", "device", "shard", "checkpoint_activations", "save_every",
+        "keep", "max_skipped")
 # Handed to the game, which knows some of them.
 GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure",
                  "describe")

@@ -247,11 +247,11 @@ def flat(result):
 
 
 @pytest.mark.parametrize("task, algo, shard, more", [("gp-l", "ppo", "off", []), ("gp-vl", "ppo", "on", ["--probe-hands", 1]),
-                                                     ("gp-vl", "sft", "on", ["--rollout-sharded"])])
+                                                     ("gp-vl", "sft", "on", [])])
 def test_two_ranks_equal_one(small, tmp_path, working_folder, task, algo, shard, more):
     """Two hands against one, or one against none, and as many passes on either rank; slices of the weights."""
     common = ["--task", task, "--algo", algo, "--model", small[0], "--steps", 2, *SMALL, "--adam-eps", "1e-3", "--minibatches", 1, "--lr", "1e-2"]
-    run(*common, *[word for word in more if word != "--rollout-sharded"], "--out", tmp_path / "one")
+    run(*common, *more, "--out", tmp_path / "one")
     two = command(*common, *more, "--out", tmp_path / "two", "--shard", shard, "--token-budget", 200, cwd=working_folder,
                   launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     output, _ = two.communicate(timeout=300)

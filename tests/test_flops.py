@@ -215,18 +215,6 @@ def test_generation_costs_what_its_lengths_say(model):
     assert by_phase(ledger) == {"rollout": flops.flops(rate, done, 0), "scoring": {}, "update": {}}
 
 
-def test_empty_steps_in_lockstep_are_not_counted(model):
-    """The other rank has an image first and a token more in the end."""
-    plain, lockstep, ids = flops.Ledger(), flops.Ledger(), [[5, 6, 7]]
-    with plain.phase("rollout", model):
-        generate(model, ids, max_new_tokens=3, temperature=0, stop_ids=[])
-    kinds = iter([2, 1, 1, 1, 1, 0])
-    with lockstep.phase("rollout", player := shard.Lockstep(model, lambda kind: next(kinds))), torch.no_grad():
-        generate(player, ids, max_new_tokens=3, temperature=0, stop_ids=[])
-        player.follow(0)
-    assert next(kinds, None) is None and by_phase(lockstep) == by_phase(plain) != by_phase(flops.Ledger())
-
-
 def test_an_update_costs_three_times_its_forward_pass(model):
     """Where all learns; but for the pixels, which have no gradient."""
     ledger, images = flops.Ledger(), show()

@@ -23,11 +23,11 @@ from study import __main__ as study
 from study import faces
 from distributed.processes import Processes
 from harness.load import agree
-from harness.tiny import CONFIG as TINY
+from harness.tiny import CONFIG
 
 HERE = Path(train.__file__).parent
-TINY = Config.from_dict(TINY)
-TEXT = {**TINY["text_config"], "model_type": "llama"}
+TINY = Config.from_dict(CONFIG)
+TEXT = {**CONFIG["text_config"], "model_type": "llama"}
 del TEXT["cross_attention_layers"]
 
 
@@ -182,7 +182,6 @@ REFUSED = """
     --algo sft | --compat leaking-gae: expected official alone, or what
     --compat unwrapped-angles: expected official alone, or what --task gp-l
     --override: expected with --resume
-    --shard off | --rollout-sharded: expected with --shard on or auto
     --resume: expected a run in runs/gp-l-ppo
     --out nowhere | --resume: expected a run in nowhere
     # settings of a variant
@@ -374,7 +373,7 @@ ACCEPTED = """
     --algo sft --tune attention --lora-rank 4 --lora-modules q_proj,v_proj
     --task gp-vl --tune vision
     --algo pretrain --tune mlp --batch-size 1
-    --algo eval --eval-sets id,five-cards,fake-rule --rollout-sharded
+    --algo eval --eval-sets id,five-cards,fake-rule
     --loss dapo --clip-high 0.3 --advantage grpo
     --loss dual-clip --dual-clip 2 --unit token --advantage gae-two-level --token-lam 0.9 --lam 0.9
     --kl-coef 0.1 --kl-in reward --kl-estimator k1
