@@ -491,7 +491,7 @@ def test_other_commands_refuse(tmp_path, monkeypatch, capsys, module, line):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("module", ["variants.official", "variants.lora", "harness.flops"])
+@pytest.mark.parametrize("module", ["variants", "variants.lora", "harness.flops"])
 def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
     for word, code in (("--help", 0), ("--nonsense", 2)):
         monkeypatch.setattr(sys, "argv", [module, word])

@@ -43,7 +43,7 @@ class OfficialSettings:
     """Settings that bring back the released code."""
     compat: str = arg("", several(one_of(("official", *sorted(NAMES)))),
                       "behaviours of the released code, by name, joined by commas, or official: all (python "
-                      "-m variants.official lists them)")
+                      "-m variants lists them)")
     after_failure: str = arg(None, one_of(("end", "walk-on")),
                              "virl: what follows a point that stays wrong, the end of the episode (default, "
                              "the paper) or the next point")
