@@ -33,6 +33,7 @@ class Estimator:
     values: bool = True        # does it read values? If not, no critic is asked or trained
     normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
     groups: bool = False       # does it compare episodes of one hand? Then --samples must be 2 or more
+    read: Callable | None = None       # fills in `turn.value`; None: read_values
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Loss:
     mean: str = "units"
     # Added to the loss: (conversations, log-probs of their sampled tokens, Units.gather) -> (units,)
     penalty: Callable | None = None
+
+    @property
+    def over(self):
+        """What the mean is over: a key of `count`."""
+        return "sequence" if self.mean == "sequences" else self.unit
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,8 +94,8 @@ ROUNDING = 2**-21
 
 def size(turn, args):
     """Return the size of what an advantage is added up from: reward, values, penalties (some nats each)."""
-    values = turn.value if isinstance(turn.value, list) else [turn.value]
-    return abs(args.reward_scale * turn.reward) + max(map(abs, values)) + args.kl_coef * len(turn.penalties)
+    value = max(map(abs, flat([turn], "value")))
+    return abs(args.reward_scale * turn.reward) + value + args.kl_coef * len(turn.penalties)
 
 
 def deviation(x, sizes, all_reduce=lambda x: x):
@@ -119,12 +125,12 @@ def flat(turns, name):
     return [x for one in numbers for x in one] if numbers and isinstance(numbers[0], list) else numbers
 
 
-def fill_in(turns, name, numbers, per="turn"):
-    """Do the inverse of `flat`: a number for each turn, or a list with one per token."""
+def fill_in(turns, name, numbers):
+    """Do the inverse of `flat`: where there was a list, there is one again."""
     rest = iter(numbers)
     for turn in turns:
-        many = per == "token" or isinstance(getattr(turn, name), list)
-        setattr(turn, name, [next(rest) for _ in range(turn.end - turn.start)] if many else next(rest))
+        old = getattr(turn, name)
+        setattr(turn, name, [next(rest) for _ in old] if isinstance(old, list) else next(rest))
 
 
 def explained_variance(turns, all_reduce=lambda x: x):
@@ -265,18 +271,10 @@ def turns_of(conversations, per="turn", device="cpu"):
 
 
 @torch.no_grad()
-def read_values(actor_critic, turns):
+def read_values(actor_critic, processor, conversations, args, ranks):
     """Fill in `turn.value` from the states that the rollout met, with a critic that reads the policy's."""
-    values = actor_critic.head(torch.stack([turn.hidden for turn in turns]))
-    fill_in(turns, "value", values.tolist())
-
-
-@torch.no_grad()
-def score_values(actor_critic, processor, conversations, args, per="turn", ranks=OneProcess()):
-    """Fill in `turn.value`, or the values of its tokens, in a pass of the critic over all conversations."""
-    for group, batch, _ in passes(actor_critic.policy, processor, conversations, args.token_budget, ranks):
-        values = actor_critic.values(batch, turns_of(group, per, ranks.device))
-        fill_in([turn for c in group for turn in c.turns], "value", values.tolist(), per)
+    turns = [turn for c in conversations for turn in c.turns]
+    fill_in(turns, "value", actor_critic.head(torch.stack([turn.hidden for turn in turns])).tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,19 +284,18 @@ class Units:
     """What ratios are taken of in a batch: the unit of each sampled token, and the weight of each unit."""
 
     def __init__(self, turns, batch, loss):
-        device, count = turns.row.device, len(batch.lengths)
-        tokens = torch.arange(len(turns.row), device=device)
-        self.of = {"turn": turns.turn, "token": tokens, "sequence": turns.row}[loss.unit]      # (tokens,)
-        self.n = {"turn": len(turns.rows), "token": len(tokens), "sequence": count}[loss.unit]
-        self.size = torch.bincount(self.of, minlength=self.n).clamp(min=1) if loss.unit == "sequence" else 1
-        self.weight = 1.0                      # of each unit in the mean
-        if loss.mean == "sequences" and loss.unit != "sequence":
-            row = turns.row if loss.unit == "token" else turns.rows
-            self.weight = 1 / torch.bincount(row)[row]
+        count = partial(torch.arange, device=turns.row.device)
+        self.of, row = {               # the unit of each sampled token (tokens,), the batch row of each unit
+            "turn": (turns.turn, turns.rows), "token": (count(len(turns.row)), turns.row),
+            "sequence": (turns.row, count(len(batch.lengths)))}[loss.unit]
+        self.zeros, self.size = torch.zeros_like(row, dtype=torch.float32), 1
+        if loss.unit == "sequence":
+            self.size = torch.bincount(self.of, minlength=len(row)).clamp(min=1)
+        self.weight = 1 / torch.bincount(row)[row] if loss.mean == "sequences" else 1.0        # in the mean
 
     def gather(self, x):
         """Sum numbers of tokens (tokens,) over turns, or average them over sequences -> (units,)."""
-        return x.new_zeros(self.n).index_add(0, self.of, x) / self.size
+        return self.zeros.index_add(0, self.of, x) / self.size
 
 
 def count(conversations):
@@ -313,7 +310,7 @@ def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, tra
     add up to the mean. n: see `count`, over the whole minibatch."""
     turns = turns_of(conversations, estimator.per, batch.targets.device)
     logprobs, entropy, values = actor_critic(batch, turns, args.temperature, estimator.values)
-    units, over = Units(turns, batch, loss), n["sequence" if loss.mean == "sequences" else loss.unit]
+    units, over = Units(turns, batch, loss), n[loss.over]
     weights = turns.weights if loss.unit == "turn" else 1.0
     advantages = turns.advantages
     if loss.unit != "turn":
@@ -346,10 +343,8 @@ def update(actor_critic, processor, episodes, args, *, estimator=Estimator(gae),
     """
     conversations = [c for episode in episodes for c in episode.conversations]
     turns = [turn for c in conversations for turn in c.turns]
-    if estimator.values and (estimator.per == "token" or actor_critic.trunk is not None):
-        score_values(actor_critic, processor, conversations, args, estimator.per, ranks)
-    elif estimator.values:
-        read_values(actor_critic, turns)
+    if estimator.values:
+        (estimator.read or read_values)(actor_critic, processor, conversations, args, ranks)
     estimator.f(episodes, args)
     explained = explained_variance(turns, ranks.all_reduce)
     if estimator.normalize:
@@ -390,6 +385,5 @@ def one_step(actor_critic, processor, conversations, args, estimator, loss, step
             sums[name] += weight * value.double().cpu()
     means = dict(zip(sums, ranks.all_reduce(torch.stack(list(sums.values()))).tolist()))
     over = {"value_loss": estimator.per, "entropy": "token", "drawn_vs_scored": "token"}
-    unit = "sequence" if loss.mean == "sequences" else loss.unit
-    return {name: (mean, n[over.get(name, unit)]) for name, mean in means.items()} | {
+    return {name: (mean, n[over.get(name, loss.over)]) for name, mean in means.items()} | {
         "grad_norm": (step(means["policy_loss"] + means["value_loss"]), 1)}

@@ -1,53 +1,44 @@
-"""Post-train a (vision-)language model on one rule of a game by SFT or by multi-turn PPO, and test it on another.
+"""Post-train a (vision-)language model on one rule of a game by SFT or PPO, and test it on another rule.
 
-    torchrun train.py --task gp-vl --algo ppo                          # the built-in tiny model, two CPU cores, minutes
-    torchrun train.py --task gp-l --algo sft --steps 200               # the other way to learn
-    torchrun train.py --task virl-vl --algo ppo                        # the other game: find the way through a city
+    torchrun train.py --task gp-vl --algo ppo                   # the built-in tiny model, on a CPU, minutes
+    torchrun train.py --task gp-l --algo sft --steps 200        # the other way to learn
+    torchrun train.py --task virl-vl --algo ppo                 # the other game: find the way through a city
     torchrun train.py --task gp-l --algo eval --model runs/gp-l-ppo/final
-    python -m study plot runs/gp-l-sft runs/gp-l-ppo                   # ID and OOD success against training compute
+    python -m study plot runs/gp-l-sft runs/gp-l-ppo            # ID and OOD success against training compute
 
-This file holds what is around the learning: the tiny model, loading, evaluation, the trainer and its loop. The
-games are in envs.py, the model in model.py, the algorithms in sft.py and ppo.py, settings and files in harness/.
+The games are in envs.py, the model in model.py, the algorithms in rollout.py, ppo.py and sft.py. This file
+builds them for the settings of a run and steps through it. Settings, loading, evaluation and files: harness/.
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
-import os
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import ppo
 import sft
-from distributed import plan, shard
-from distributed.processes import Interrupt, Processes, leave
+from distributed import shard
+from distributed.processes import Interrupt
 from games.seeds import TRAINING, derive
-from harness import files, terminal, tiny
-from harness.environments import evaluation_sets, foundation_mixture, training_env
-from harness.evaluation import evaluate, summarize
+from harness import terminal, tiny
+from harness.environments import foundation_mixture, training_env
+from harness.evaluation import evaluate, evaluate_alone, summarize
 from harness.flops import Ledger
-from harness.folder import RunFolder, chosen, git_commit, write_atomically
-from harness.launch import explain, refuse
-from harness.load import (
-    agree, autocast, choose_what_learns, compares_with_start, count_parameters, load, optimizers)
-from harness.probe import Probe
-from harness.ranges import SettingError, UserError
-from harness.settings import parse
-from rollout import rollout
+from harness.folder import RunFolder
+from harness.launch import launch
+from harness.load import agree, autocast, build, count_parameters, load, optimizers
+from harness.probe import Probe, started
+from harness.progress import describe
+from harness.ranges import UserError
 from llama.frozen import remember
-from variants import SFT_LOSSES, algorithm, lora, official, reference
+from rollout import rollout
+from variants import SFT_LOSSES, algorithm
 from variants.own_answers import own_answers
-from variants.reference import penalize, score
+from variants.reference import divergence, score
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
 
 class Trainer:
     """The model with its optimizer and the state that a checkpoint holds. `update(i)` makes the i-th step.
@@ -57,34 +48,21 @@ class Trainer:
 
     def __init__(self, args, model, processor, processes, folder=None):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
-        choose_what_learns(model, args)
-        torch.manual_seed(derive("critic", args.seed))         # of the value head's first weights
-        self.module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
+        self.module = build(args, model, processes, folder)
+        self.optimizers = optimizers(args, model, self.module)
         if args.algo == "ppo":
             self.estimator, self.loss = algorithm(args)
-            official.change_model(model, official.switches(args.compat))
-        if args.shard == "on":
-            shard.shard(self.module, folder, processes.device, processes.world)
-        else:
-            self.module.to(processes.device)
-        if args.checkpoint_activations:
-            shard.checkpoint_activations(self.module)
         self.ledger = Ledger()                 # FLOPs counted, beside self.compute
         processes.lockstep = self.ledger.paced(processes.lockstep)
         self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
-        self.reference = self.probe = None
-        if compares_with_start(args) or args.probe_hands:      # a context in which the model is the one that the run began with
-            start = functools.partial(lora.disabled, model) if args.lora_rank else reference.initial(model)
-            self.reference = start if compares_with_start(args) else None
-            sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
-            self.probe = Probe(args, model, processor, processes, sets, start, args.probe_hands, args.probe_samples) if args.probe_hands else None
-        self.optimizers = optimizers(args, model, self.module)
+        self.reference, start = started(args, model)
+        self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
         self.env = training_env(args)
         self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
         self.policy_size = count_parameters(model, args.task)
         self.critic_size = self.policy_size if args.algo == "ppo" and args.critic == "separate" else 0
-        self.compute = 0.0                     # training compute in FLOPs: 6 N D_trained + 2 N D_rollout (paper, section 5)
-        self.skipped = self.skipped_in_a_row = 0               # optimizer steps without a finite loss and gradient
+        self.compute = 0.0                     # FLOPs: 6 N D_trained + 2 N D_rollout (paper, section 5)
+        self.skipped = self.skipped_in_a_row = 0               # steps without a finite loss and gradient
         self.batch = None                      # the episodes or examples of this step
 
     @property
@@ -92,7 +70,7 @@ class Trainer:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def update(self, i):
-        """Learn once. Returns the metrics."""
+        """Learn once. Return the metrics."""
         progress = i / self.args.steps
         scale = min(1.0, (i + 1) / max(1.0, self.args.warmup * self.args.steps))
         if self.args.lr_schedule == "cosine":
@@ -125,7 +103,8 @@ class Trainer:
             if loss.before:
                 scored += sum(len(example.ids) for example in examples)
                 with self.reference() if loss.before == "initial" else contextlib.nullcontext():
-                    score(self.model, self.processor, examples, args.token_budget, ranks=processes, filler=filler)
+                    score(self.model, self.processor, examples, args.token_budget, ranks=processes,
+                          filler=filler)
             metrics = sft.update(self.model, self.processor, examples, args, loss=loss.f, step=self.step,
                                  places=places, filler=filler, ranks=processes)
         scored = processes.all_reduce(torch.tensor(scored, dtype=torch.float64)).item()
@@ -152,7 +131,7 @@ class Trainer:
         with (autocast(args, processes.device), self.ledger.phase("update", self.module),
               remember(self.module, features)):
             if self.reference:
-                penalty = self.score_reference(episodes)
+                penalty = divergence(self.model, self.processor, episodes, args, self.reference, processes)
             metrics = penalty | ppo.update(
                 self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
                 step=self.step, seed=derive("minibatches", args.seed, i),
@@ -170,34 +149,27 @@ class Trainer:
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
             "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
 
-    def score_reference(self, episodes):
-        """Measure the divergence from the policy that the run began with, for --kl-coef."""
-        conversations = [c for episode in episodes for c in episode.conversations]
-        with self.reference():
-            score(self.model, self.processor, conversations, self.args.token_budget, self.args.temperature,
-                  self.processes)
-        kl, drawn = self.processes.all_reduce(torch.tensor(
-            [penalize(conversations, self.args), sum(sum(c.sampled) for c in conversations)],
-            dtype=torch.float64)).tolist()
-        return {"kl_reference": kl / drawn}
-
     def evaluate(self, folder, i):
         """Evaluate after i steps, print and log."""
         if self.args.eval_hands:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
             with autocast(self.args, self.processes.device):
                 probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
-            folder.log(event="eval", step=i, tflops=self.compute / 1e12, counted_tflops=self.ledger.tflops, eval=results, **probe)
+            folder.log(event="eval", step=i, tflops=self.compute / 1e12, counted_tflops=self.ledger.tflops,
+                       eval=results, **probe)
 
     def step(self, loss):
-        """Sum gradients over ranks, clip, step; policy and critic are clipped apart. Returns the policy's gradient norm.
+        """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's
+        norm.
 
-        loss: over all ranks. A loss or a gradient that is not finite on one rank is not on any (they are sums), so that all skip the
-        step. FloatingPointError after --max-skipped of them in a row.
+        loss: over all ranks. A loss or a gradient that is not finite on one rank is not on any (they are
+        sums), so that all skip the step. FloatingPointError after --max-skipped of them in a row.
         """
         norms = []
         for group in self.groups:                  # a sharded model's gradients are sums already
-            learning = group["params"] if self.args.shard == "on" else self.processes.sum_gradients(group["params"])
+            learning = group["params"]
+            if self.args.shard == "off":
+                learning = self.processes.sum_gradients(learning)
             norms.append(float(shard.clip(learning, self.args.max_grad_norm)))
         finite = all(math.isfinite(x) for x in [loss, *norms])
         for optimizer in self.optimizers:
@@ -208,19 +180,24 @@ class Trainer:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == self.args.max_skipped:
-            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and gradient (loss {loss}, norms {norms})")
+            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and "
+                                     f"gradient (loss {loss}, norms {norms})")
         return norms[0]
 
+    STATE = ("compute", "skipped", "skipped_in_a_row", "began")
+
     def record(self, i):
-        """What a checkpoint holds beside tensors. i: steps done. Of random numbers there is no state: those of a step derive from (seed, i)."""
-        return {"step": i, "compute": self.compute, "flops": self.ledger.total, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
-                "began": self.began, "config": dataclasses.asdict(self.args)}
+        """Return what a checkpoint holds beside tensors after i steps. Random numbers have no state: those of
+        a step derive from (seed, i)."""
+        return {"step": i, "flops": self.ledger.total, "config": dataclasses.asdict(self.args)} | {
+            name: getattr(self, name) for name in self.STATE}
 
     def restore(self, checkpoints, path):
-        """Go on from a checkpoint. Returns the number of steps done."""
+        """Go on from a checkpoint. Return the number of steps done."""
         record = checkpoints.load(path, self.module, self.optimizers)
-        self.compute, self.ledger.total, self.skipped, self.skipped_in_a_row, self.began = (
-            record[name] for name in ("compute", "flops", "skipped", "skipped_in_a_row", "began"))
+        self.ledger.total = record["flops"]
+        for name in self.STATE:
+            setattr(self, name, record[name])
         return record["step"]
 
 
@@ -233,25 +210,6 @@ def first_weights(args, processes):
     if args.model != "tiny":
         return Path(args.model)
     return None if args.algo == "pretrain" else tiny.prepare(args, processes, learn)
-
-
-def describe(i, args, metrics, seconds_left):
-    """The line a person reads."""
-    if args.algo == "ppo":
-        m = metrics
-        ev = "" if math.isnan(m["explained_variance"]) else f"ev {m['explained_variance']:+.2f}  "          # an estimator may ask no critic
-        body = (f"reward {m['reward']:+6.2f}  success {100 * m['success']:5.1f} %  per step {100 * m['per_step']:5.1f} %  kl {m['approx_kl']:.1e}  "
-                f"clip {100 * m['clipfrac']:4.1f} %  {ev}entropy {m['entropy']:.2f}  "
-                f"grad {m['grad_norm']:.2f}  {m['rollout_tokens_per_second']:,.0f} tok/s")
-    elif metrics["nll"] is None:
-        body = "nothing to learn from"
-    else:
-        body = f"nll {metrics['nll']:.4f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
-    if metrics["empty_minibatches"]:
-        body += f"  empty {metrics['empty_minibatches']}"
-    if metrics["skipped"]:
-        body += f"  skipped {metrics['skipped']}"
-    return f"step {i:>4}/{args.steps}  {body}  left {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
 
 
 def train(args, processes, typed=frozenset()):
@@ -269,8 +227,9 @@ def train(args, processes, typed=frozenset()):
     trainer = Trainer(args, model, processor, processes, weights)
     start = trainer.restore(folder.checkpoints, newest) if newest else 0
     folder.start(args, start)
-    processes.print(f"{args.task} {args.algo}: {sum(p.numel() for p in model.parameters()):,} parameters on {processes.hardware}; "
-                    f"steps {start} to {args.steps}; log in {folder.path}")
+    size = sum(p.numel() for p in model.parameters())
+    processes.print(f"{args.task} {args.algo}: {size:,} parameters on {processes.hardware}; steps {start} to "
+                    f"{args.steps}; log in {folder.path}")
     if start == 0 and not args.skip_first_eval:
         trainer.evaluate(folder, 0)
     with Interrupt(processes) as interrupt:
@@ -279,14 +238,14 @@ def train(args, processes, typed=frozenset()):
     if done < args.steps:
         processes.print(f"stopped after step {done}; continue with --resume --out {folder.path}")
         return False
-    half = args.algo == "pretrain"                             # the size in git
-    folder.save_final(model.to(torch.bfloat16) if half else model, processor, args.shard == "on")
+    folder.save_final(model, processor, args)
     processes.print(f"weights in {folder.path / 'final'}")
     return True
 
 
 def loop(trainer, folder, start, interrupt):
-    """Steps `start` to the last, with what is printed, logged and saved on the way. Returns the number of steps done."""
+    """Make the steps from `start` to the last; print, log, evaluate and save on the way. Return how many are
+    done."""
     args, processes, begun = trainer.args, trainer.processes, time.time()
     for i in range(start + 1, args.steps + 1):
         before = time.time()
@@ -294,11 +253,14 @@ def loop(trainer, folder, start, interrupt):
             metrics = trainer.update(i - 1)
         except FloatingPointError as error:
             folder.checkpoints.finish()
-            raise UserError(f"step {i}: {error}; what it was learning from is in {folder.dump(i, trainer.batch)}") from error
-        metrics |= {"seconds": time.time() - before, "skipped": trainer.skipped, "memory_gb": processes.memory() / 1e9}
+            where = folder.dump(i, trainer.batch)
+            raise UserError(f"step {i}: {error}; what it was learning from is in {where}") from error
+        metrics |= {"seconds": time.time() - before, "skipped": trainer.skipped,
+                    "memory_gb": processes.memory() / 1e9}
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
         processes.print(describe(i, args, metrics, (time.time() - begun) / (i - start) * (args.steps - i)))
-        folder.log(event="step", step=i, tflops=trainer.compute / 1e12, **trainer.ledger.summary(), lr=trainer.groups[0]["lr"], **metrics)
+        folder.log(event="step", step=i, tflops=trainer.compute / 1e12, **trainer.ledger.summary(),
+                   lr=trainer.groups[0]["lr"], **metrics)
         if args.algo == "ppo" and i % args.transcript_every == 0:
             folder.transcript(i, trainer.sample)
         last, stop = i == args.steps, interrupt.agreed()
@@ -312,48 +274,16 @@ def loop(trainer, folder, start, interrupt):
     return args.steps
 
 
-def evaluate_only(args, processes):
-    """--algo eval: print and save the evaluation of a checkpoint."""
-    model, processor, weights = load(args, processes, first_weights(args, processes))
-    if args.shard == "on":
-        shard.shard(model, weights, processes.device, processes.world)
-    results = evaluate(model, processor, args, processes)
-    if processes.rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        record = {"config": dataclasses.asdict(args), "commit": git_commit(), "hardware": processes.hardware, "eval": results}
-        write_atomically(Path(args.out) / "eval.json", files.to_json(record, indent=2))
+def run(args, processes, typed):
+    """Do what --algo says."""
+    if args.algo == "eval":
+        evaluate_alone(args, processes, first_weights(args, processes))
+    else:
+        train(args, processes, typed)
 
 
 def main(argv=None):
-    processes = None
-    try:
-        args, typed = parse(argv, __doc__)
-    except SettingError as error:
-        refuse(error, Processes("cpu"))
-    try:
-        if args.dry_run:
-            return plan.show(args, typed, args.dry_run)
-        processes = Processes(args.device)
-        if args.algo == "eval" or not args.resume:             # else `train` reads the run's settings
-            agree(processes, args, typed)
-        with chosen(args, processes):
-            if args.algo == "eval":
-                evaluate_only(args, processes)
-            else:
-                train(args, processes, typed)
-    except BrokenPipeError:
-        raise
-    except SettingError as error:
-        refuse(error, processes or Processes("cpu"))
-    except Exception as error:
-        message = explain(error, args)
-        if message is None or os.environ.get("DEBUG"):
-            traceback.print_exc()
-        leave(message or f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch(argv, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     torchrun train.py --task gp-l --algo eval --model runs/gp-l-ppo/final
 """
 
+import dataclasses
 import math
+from pathlib import Path
 
 import torch
 
@@ -11,7 +13,9 @@ from distributed import shard
 from distributed.processes import gather
 from envs import GAMES
 from harness.environments import evaluation_sets
-from harness.load import autocast
+from harness.files import to_json, write_atomically
+from harness.folder import git_commit
+from harness.load import autocast, load
 from rollout import rollout
 
 
@@ -37,6 +41,19 @@ def evaluate(model, processor, args, processes, progress=""):
             f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} "
             f"{100 * r['recognized']:5.1f} %{landmarks}   reward {r['reward']:+6.2f}   N {r['n']}")
     return results
+
+
+def evaluate_alone(args, processes, folder):
+    """Do --algo eval: print and save the evaluation of the weights in `folder`."""
+    model, processor, weights = load(args, processes, folder)
+    if args.shard == "on":
+        shard.shard(model, weights, processes.device, processes.world)
+    results = evaluate(model, processor, args, processes)
+    if processes.rank == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        record = {"config": dataclasses.asdict(args), "commit": git_commit(), "hardware": processes.hardware,
+                  "eval": results}
+        write_atomically(Path(args.out) / "eval.json", to_json(record, indent=2))
 
 
 def judged(episode):

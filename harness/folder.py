@@ -181,9 +181,9 @@ class RunFolder:
         tensors = checkpoint.tensors_of(trainer.module, trainer.optimizers)
         self.checkpoints.save(step, tensors, trainer.record(step), model_and_tokenizer)
 
-    def save_final(self, model, processor, sharded):
+    def save_final(self, model, processor, args):
         """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and
-        in `model`."""
+        in `model`. A foundation is kept in bfloat16: it lies in git."""
         aside, final = self.path / ".final", self.path / "final"
 
         def begin():
@@ -195,7 +195,9 @@ class RunFolder:
             aside.rename(final)
 
         first(begin)
-        if sharded:
+        if args.algo == "pretrain":
+            model = model.to(torch.bfloat16)
+        if args.shard == "on":
             checkpoint.export(model, aside, self.processes.rank, self.processes.world)
         elif self.processes.rank == 0:
             lora.merge(model)

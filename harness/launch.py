@@ -1,13 +1,46 @@
 """From a command line to a run: settings that all ranks agree on, the folder held, and errors in one line."""
 
+import os
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
 
-from distributed.processes import lost
+from distributed.processes import Processes, leave, lost
 from harness import terminal
-from harness.ranges import UserError
+from harness.folder import chosen
+from harness.load import agree
+from harness.ranges import SettingError, UserError
+from harness.settings import parse
+
+
+def launch(argv, description, work):
+    """Parse the command line and call work(args, processes, typed) with the run's folder held.
+
+    typed: names of the settings that the user gave. Those of a resumed run are not settled yet.
+    """
+    processes = args = None
+    try:
+        args, typed = parse(argv, description)
+        processes = Processes(args.device)
+        if args.algo == "eval" or not args.resume:             # else `train` reads the run's settings
+            agree(processes, args, typed)
+        with chosen(args, processes):
+            work(args, processes, typed)
+    except BrokenPipeError:
+        raise
+    except SettingError as error:
+        refuse(error, processes or Processes("cpu"))
+    except Exception as error:
+        message = explain(error, args)
+        if message is None or os.environ.get("DEBUG"):
+            traceback.print_exc()
+        leave(message or f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def refuse(error, processes):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+import ppo
 from distributed import checkpoint, shard
 from distributed.processes import gather
 from games.seeds import derive
@@ -17,7 +18,7 @@ from harness.settings import Args
 from llama.config import Config
 from llama.processor import Processor
 from model import Llama
-from variants import SFT_LOSSES, lora, tune
+from variants import SFT_LOSSES, lora, official, tune
 
 
 def autocast(args, device):
@@ -106,6 +107,25 @@ def choose_what_learns(model, args):
     tune.freeze(model, args.tune)
     if args.lora_rank:
         lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
+
+
+def build(args, model, processes, folder):
+    """Return the module that learns: the policy, for PPO with its critic, on its device or sharded.
+
+    folder: of the weights of a model that is to be sharded, see `load`.
+    """
+    choose_what_learns(model, args)
+    torch.manual_seed(derive("critic", args.seed))             # of the value head's first weights
+    module = ppo.ActorCritic(model, args.critic) if args.algo == "ppo" else model
+    if args.algo == "ppo":
+        official.change_model(model, official.switches(args.compat))
+    if args.shard == "on":
+        shard.shard(module, folder, processes.device, processes.world)
+    else:
+        module.to(processes.device)
+    if args.checkpoint_activations:
+        shard.checkpoint_activations(module)
+    return module
 
 
 def optimizers(args, model, module):

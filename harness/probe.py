@@ -8,6 +8,8 @@ one sample rises and at many does not (Yue et al. 2025, arXiv 2504.13837). A pro
 same draws each time. What is played depends on the hands and the weights alone: training goes on as it would without.
 """
 
+import dataclasses
+import functools
 import math
 from collections import defaultdict
 
@@ -15,7 +17,10 @@ import torch
 
 from distributed import shard
 from distributed.processes import gather
-from variants.reference import local, reshard
+from harness.environments import evaluation_sets
+from harness.load import compares_with_start
+from variants import lora
+from variants.reference import initial, local, reshard
 from llama.batches import passes
 from rollout import rollout
 from sft import make_example
@@ -37,13 +42,24 @@ def rate(name, above, below):
     return {name: p.item(), f"{name}_se": error.item()}
 
 
+def started(args, model):
+    """Return the reference (see variants/reference.py) of a KL penalty or an SFT loss, or None, and that of a
+    probe, or None: contexts in which the model is the one that the run began with."""
+    if not (compares_with_start(args) or args.probe_hands):
+        return None, None
+    start = functools.partial(lora.disabled, model) if args.lora_rank else initial(model)
+    return start if compares_with_start(args) else None, start
+
+
 class Probe:
     """Called on all ranks at the same time: what the policy does now, and how far it is from the one that the run began with.
 
     sets: {"id": factory of environments, "rule-ood": another}; start: the reference that is this beginning, see variants/reference.py.
     """
 
-    def __init__(self, args, model, processor, processes, sets, start, hands, samples):
+    def __init__(self, args, model, processor, processes, start):
+        sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
+        hands, samples = args.probe_hands, args.probe_samples
         self.args, self.model, self.processor, self.processes, self.sets, self.start = args, model, processor, processes, sets, start
         self.hands, self.samples, self.ks = hands, samples, [k for k in (1, 2, 4, 8) if k <= samples]
         self.begun = None      # episodes of "id" that the initial policy played, and how it scored them

@@ -27,9 +27,9 @@ SMALL = [*LEARN, *PROBES]
 
 
 def probe_of(model, processor, start, task="gp-l", probe_hands=2, probe_samples=2, **settings):
-    args = apply_preset(Args(task=task, algo="ppo", preset="tiny", device="cpu", max_new_tokens=2, **settings), 32)
-    sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
-    return Probe(args, model, processor, Processes("cpu"), sets, start, probe_hands, probe_samples)
+    settings |= dict(probe_hands=probe_hands, probe_samples=probe_samples, max_new_tokens=2)
+    args = apply_preset(Args(task=task, algo="ppo", preset="tiny", device="cpu", **settings), 32)
+    return Probe(args, model, processor, Processes("cpu"), start)
 
 
 # ---------------------------------------------------------------------------------------------------------- what is played

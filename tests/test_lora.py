@@ -205,7 +205,7 @@ def test_exported_and_reloaded_it_is_the_model_with_adapters(model, processor, s
     for i in range(3):
         trainer.update(i)
     after = [logits(model, batch) for batch in batches]
-    train.RunFolder(trainer.args, trainer.processes).save_final(model, processor, sharded=False)
+    train.RunFolder(trainer.args, trainer.processes).save_final(model, processor, trainer.args)
     again = Llama.from_pretrained(tmp_path / "final")
     for batch, old, new in zip(batches, before, after):
         assert torch.allclose(logits(again, batch), new, atol=1e-5) and (new - old).abs().max() > 0.1

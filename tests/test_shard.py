@@ -76,7 +76,7 @@ def run(processes, *argv):
     if args.sft_data == "own":
         with mock.patch("train.own_answers", lucky_answers):
             return train.train(args, processes, typed)
-    train.evaluate_only(args, processes) if args.algo == "eval" else train.train(args, processes, typed)
+    train.run(args, processes, typed)
 
 
 def lucky_answers(episodes):

@@ -104,7 +104,7 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
 def test_in_bfloat16_every_step_sees_the_one_before(small, tmp_path, monkeypatch):
     """As on CUDA, where autocast remembers what it cast; without its memory the same comes out."""
     for remembers in (True, False):
-        monkeypatch.setattr(train, "autocast", lambda *args: torch.autocast("cpu", torch.bfloat16, cache_enabled=remembers))
+        monkeypatch.setattr("train.autocast", lambda *args: torch.autocast("cpu", torch.bfloat16, cache_enabled=remembers))
         run("--task", "gp-vl", "--algo", "ppo", "--model", small[0], "--steps", 2, "--lr", "1e-2", "--critic", "shared", "--out", tmp_path / str(remembers))
     assert learnt(tmp_path / "True", "step") == learnt(tmp_path / "False", "step")
     assert records(tmp_path / "True", "step")[0]["approx_kl"] > 1e-4              # over four minibatches the policy moved

@@ -1,15 +1,16 @@
-"""Variants of the algorithms, a file each, beside what the paper does: one table of estimators, losses, SFT losses.
+"""Variants of the algorithms, a file each, beside what the paper does; the tables of all are here.
 
-How to change the loss: write a function as in losses.py and enter it in that file's table, or give your own file
-to --custom. Nothing else changes.
+How to change the loss: write a function as in losses.py and enter it in that file's table, or give your own
+file to --custom. Nothing else changes.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from variants import official, reference
-from variants.advantages import ESTIMATORS
+from variants.advantages import ESTIMATORS, score_values
 from variants.losses import LOSSES
-from variants.sft_losses import SFT_LOSSES
+from variants.sft_losses import SFT_LOSSES    # noqa: F401 (the registry)
 
 
 def algorithm(args):
@@ -21,4 +22,7 @@ def algorithm(args):
     names = official.switches(args.compat)
     if args.loss == "ppo":
         loss = official.change_loss(loss, names)
-    return official.change_estimator(ESTIMATORS[args.advantage], names), loss
+    estimator = ESTIMATORS[args.advantage]
+    if args.critic == "separate" and estimator.values:         # its states are not those of the rollout
+        estimator = replace(estimator, read=partial(score_values, estimator.per))
+    return official.change_estimator(estimator, names), loss

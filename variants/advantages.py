@@ -19,8 +19,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from harness.ranges import arg, between
-from ppo import ROUNDING, Estimator, chain, earned, gae, size
+from llama.batches import passes
+from ppo import ROUNDING, Estimator, chain, earned, fill_in, gae, size, turns_of
 
 
 @dataclass
@@ -72,6 +75,16 @@ def give(episode, per_token):
 
 # ------------------------------------------------------------------------------------------------------------
 # With a critic
+
+@torch.no_grad()
+def score_values(per, actor_critic, processor, conversations, args, ranks):
+    """Fill in `turn.value`, or a list with the values of its tokens, in a pass over all conversations."""
+    for group, batch, _ in passes(actor_critic.policy, processor, conversations, args.token_budget, ranks):
+        turns = [turn for c in group for turn in c.turns]
+        for turn in turns if per == "token" else []:
+            turn.value = [0.0] * (turn.end - turn.start)
+        fill_in(turns, "value", actor_critic.values(batch, turns_of(group, per, ranks.device)).tolist())
+
 
 def gae_loo(episodes, args, base=gae):
     """Subtract from GAE what the other samples of the same hand got on average at the same turn (leave one
@@ -183,8 +196,8 @@ def reinforce_pp(episodes, args):
 ESTIMATORS = {
     "gae": Estimator(gae),
     "gae-loo": Estimator(gae_loo),
-    "gae-token": Estimator(gae_token, per="token"),
-    "gae-two-level": Estimator(gae_two_level, per="token"),
+    "gae-token": Estimator(gae_token, per="token", read=partial(score_values, "token")),
+    "gae-two-level": Estimator(gae_two_level, per="token", read=partial(score_values, "token")),
     "monte-carlo": Estimator(monte_carlo, values=False),
     "rloo": Estimator(rloo, values=False, normalize=False, groups=True),
     "grpo": Estimator(grpo, values=False, normalize=False, groups=True),

@@ -112,6 +112,18 @@ def penalize(conversations, args):
     return total
 
 
+def divergence(model, processor, episodes, args, reference, ranks):
+    """Score all conversations by the reference and penalize them -> {"kl_reference": mean over what was
+    sampled, of all ranks}."""
+    conversations = [c for episode in episodes for c in episode.conversations]
+    with reference():
+        score(model, processor, conversations, args.token_budget, args.temperature, ranks)
+    drawn = sum(sum(c.sampled) for c in conversations)
+    sums = torch.tensor([penalize(conversations, args), drawn], dtype=torch.float64)
+    kl, drawn = ranks.all_reduce(sums).tolist()
+    return {"kl_reference": kl / drawn}
+
+
 def with_penalty(loss, args):
     """Return the ppo.Loss with --kl-coef times the divergence from the reference added. Of a turn it is the
     sum, as its log-prob is a sum, too."""
