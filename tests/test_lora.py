@@ -20,7 +20,7 @@ from envs import GeneralPoints
 from llama.batches import collate
 from llama.config import Config
 from model import Linear, Llama
-from variants import lora
+from variants import lora, tune
 from distributed.processes import Processes
 from harness.load import load, sharding
 from harness.ranges import UserError
@@ -40,12 +40,12 @@ def trainer_of(model, processor, task="gp-vl", algo="sft", **changes):
 def batch_of(processor, task):
     env = GeneralPoints(image=True, size=(224, 56)) if task == "gp-vl" else GeneralPoints()
     examples = sft.make_batch(processor, [(env, 1.0)], range(3), mistakes=0.5)
-    return collate(processor, [e.ids for e in examples], [e.sampled for e in examples], [e.image for e in examples])
+    return collate(processor, examples)
 
 
 @torch.no_grad()
 def logits(model, batch):
-    return model(batch.input_ids, lengths=batch.lengths, images=batch.images, logits="all").logits
+    return model(**batch.inputs(), logits="all").logits
 
 
 def steps_of(folder):
@@ -155,11 +155,11 @@ def parts(model):
             "no-embeddings": [*model.layers.parameters(), *model.norm.parameters()] + vision, "vision": vision, "attention": attention, "mlp": [p for layer in model.layers for p in layer.mlp.parameters()]}
 
 
-@pytest.mark.parametrize("tune", sft.TUNE)
-def test_tune_trains_exactly_its_part(model, processor, tune):
+@pytest.mark.parametrize("part", tune.TUNE)
+def test_tune_trains_exactly_its_part(model, processor, part):
     names = {id(p): name for name, p in model.named_parameters()}
-    expected = {names[id(p)] for p in parts(model)[tune]}
-    trainer = trainer_of(model, processor, tune=tune)
+    expected = {names[id(p)] for p in parts(model)[part]}
+    trainer = trainer_of(model, processor, tune=part)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     stepped = trainer.step
     with_gradient = set()
@@ -174,7 +174,7 @@ def test_tune_trains_exactly_its_part(model, processor, tune):
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == expected
 
 
-@pytest.mark.parametrize("tune, modules, where", [
+@pytest.mark.parametrize("learns, modules, where", [
     ("all", "all", r"(layers\..*|transformer.*|global_transformer.*)\.(\w_proj|\w+_proj|fc\d)|multi_modal_projector"),
     ("text", "attention", r"layers\.\d+\.(self|cross)_attn\.[qkvo]_proj"),
     ("attention", "all", r"layers\.\d+\.(self|cross)_attn\.[qkvo]_proj"),
@@ -184,11 +184,11 @@ def test_tune_trains_exactly_its_part(model, processor, tune):
     ("vision", "mlp,q_proj", r"vision_model\..*\.(q_proj|fc[12])"),
     ("no-vision", "v_proj,multi_modal_projector", r"layers\.\d+\.(self|cross)_attn\.v_proj|multi_modal_projector"),
 ])
-def test_adapters_go_where_tune_and_modules_meet(model, processor, tune, modules, where):
+def test_adapters_go_where_tune_and_modules_meet(model, processor, learns, modules, where):
     linear = [name for name, part in model.named_modules() if isinstance(part, (Linear, nn.Linear)) and name != "lm_head"]
-    where = r".*" if (tune, modules) == ("all", "all") else where
+    where = r".*" if (learns, modules) == ("all", "all") else where
     expected = {f"{name}.lora_{x}" for name in linear if re.fullmatch(where, name) for x in "AB"}
-    trainer = trainer_of(model, processor, tune=tune, lora_modules=modules, lora_rank=2)
+    trainer = trainer_of(model, processor, tune=learns, lora_modules=modules, lora_rank=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for i in range(2):
         trainer.update(i)
@@ -268,4 +268,4 @@ def test_a_text_model_has_no_vision_to_tune():
     with torch.device("meta"):
         model = Llama(Config.from_dict(sizes | {"model_type": "llama"}))
     with pytest.raises(ValueError, match="no such weights"):
-        sft.freeze(model, "vision")
+        tune.freeze(model, "vision")

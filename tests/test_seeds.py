@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import ppo
+import rollout
 import sft
 import train
 from envs import GeneralPoints, Navigation
@@ -72,7 +72,7 @@ def test_what_is_drawn_depends_on_all_bits_of_a_seed():
 
 def test_every_answer_has_draws_of_its_own(small, tmp_path, monkeypatch):
     """Of two steps of PPO with their evaluations and probes, at the largest seed and at seed 0."""
-    draws, generate = {}, ppo.generate
+    draws, generate = {}, rollout.generate
     for seed in (0, 2**63 - 1):
         def spy(*args, temperature, seeds, **kwargs):
             draws.setdefault((seed, temperature), []).extend(seeds)
@@ -148,7 +148,7 @@ def test_all_that_a_run_writes_is_strict(small, tmp_path):
 
 def test_json_of_objects_knows_no_nan_either():
     """As a batch is written down that a run broke down on."""
-    turn = Turn(0, 0, 1, math.nan, {"x": math.inf}, advantage=[math.nan])
+    turn = Turn(0, 1, math.nan, {"x": math.inf}, advantage=[math.nan])
     found = json.loads(to_json({"turns": [turn]}, default=vars), parse_constant=pytest.fail)
     assert found["turns"][0]["reward"] is None and found["turns"][0]["info"] == {"x": None}
     assert found["turns"][0]["advantage"] == [None]

@@ -24,6 +24,7 @@ from games import cities, rails, routes
 from model import Llama
 from study import __main__ as study
 from harness.settings import Args, GAME_SETTINGS
+from variants import ESTIMATORS
 
 HERE = Path(train.__file__).parent
 SHORT = {              # what makes a run short, by its algorithm
@@ -254,7 +255,7 @@ def test_the_readmes_own_estimator_runs(small, tmp_path, monkeypatch, capsys):
     code, command = re.findall(r"```(?:python|bash)\n(.*?)```", readme, re.S)
     monkeypatch.chdir(tmp_path)
     Path(re.search(r"# (\S+)", code)[1]).write_text(code)
-    monkeypatch.setitem(train.ppo.ESTIMATORS, "best-to-come", None)                # so that it is gone again after this test
+    monkeypatch.setitem(ESTIMATORS, "best-to-come", None)                # so that it is gone again after this test
     run(*command.split()[2:], "--model", small[0], "--steps", 2, "--out", tmp_path / "run")
     assert records(tmp_path / "run", "start")[0]["config"]["advantage"] == "best-to-come"
     with pytest.raises(SystemExit):

@@ -74,7 +74,7 @@ class Adapted(nn.Module):
 
 
 def adapt(llama, modules, rank, alpha, seed=0):
-    """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`sft.freeze`) the ones that `modules` names.
+    """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`tune.freeze`) the ones that `modules` names.
 
     modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and
     device. ValueError where nothing is left to adapt.
