@@ -24,17 +24,16 @@ from llama.folders import load_weights, save_model
 
 @dataclass
 class Output:
-    """What `Llama.forward` was asked for; None for the rest."""
+    """The result of `Llama.forward`; None for what was not asked for."""
     hidden: torch.Tensor                    # (B, T, D) after the final norm
     logits: torch.Tensor | None = None      # (B, T, V) for "all", (B, V) for "last"
     logprobs: torch.Tensor | None = None    # (B, T) float32, 0 where no target was asked
     entropy: torch.Tensor | None = None     # (B, T) float32, nats
-    features: torch.Tensor | None = None    # (N, S, F) of the images given, before the projector
 
 
 @dataclass
 class Step:
-    """What all layers of one forward pass share."""
+    """State that all layers of one forward pass share."""
     cos: torch.Tensor                       # (B or 1, T, 1, D)
     sin: torch.Tensor
     cache: object = None                    # a llama.cache.KVCache, or None
@@ -44,8 +43,7 @@ class Step:
     text: Visible = None                    # what the new tokens see of the text
     has_images: bool = False                # does any row have one?
     rows: torch.Tensor | None = None        # (N,) the rows that have, when not all do
-    features: torch.Tensor | None = None    # (N, S, F) of images, only when they are given
-    vision: torch.Tensor | None = None      # (N, S, D) the same, projected
+    vision: torch.Tensor | None = None      # (N, S, D) projected features of images, only when they are given
     image: Visible = field(default_factory=Visible)            # what the new tokens see of their row's image
     after_image: torch.Tensor | None = None                    # (N, T, 1) 0 for tokens before it, else 1
 
@@ -76,7 +74,7 @@ def rotate(x, cos, sin):
 
 
 class Linear(nn.Module):
-    """No bias, and called directly: nn.Module's machinery for hooks outlasts a small matrix product."""
+    """Multiply without a bias. Called directly: nn.Module's hooks take longer than a small matrix product."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -98,7 +96,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of the text to itself, with RoPE; or (`cross`) to an image, with normed queries and keys."""
+    """Attend to the text, with RoPE; or (`cross`) to an image, with normed queries and keys."""
 
     def __init__(self, config, index, cross):
         super().__init__()
@@ -237,7 +235,7 @@ class VisionLayer(nn.Module):
 
 
 class TileEmbedding(nn.Module):
-    """A gated vector per (aspect ratio, tile)."""
+    """Add a gated vector per (aspect ratio, tile)."""
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +248,7 @@ class TileEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """A vector per patch of a tile and, gated against it, one per (aspect ratio, tile, patch)."""
+    """Add a vector per patch of a tile and, gated against it, one per (aspect ratio, tile, patch)."""
 
     def __init__(self, config):
         super().__init__()
@@ -372,12 +370,12 @@ class Llama(nn.Module):
         x = self.embed_tokens(input_ids)
         step = self.locate_tokens(x, cache, lengths)
         if images is not None:
-            self.encode_images(step, input_ids, images.to(x.device), x.dtype)
+            self.encode_images(step, input_ids, images.to(x.device), x)
         elif cache is not None and cache.has_image.any():
             self.recall_images(step, cache)
         for layer in self.layers:
             x = layer(x, step)
-        output = Output(self.norm(x), features=step.features)
+        output = Output(self.norm(x))
         if logits == "all":
             output.logits = self.lm_head(output.hidden)
         elif logits == "last" and lengths is None:
@@ -393,7 +391,7 @@ class Llama(nn.Module):
 
     @property
     def vision_frozen(self):
-        """Does no weight of the vision encoder learn? Its output for an image then stays the same."""
+        """Tell whether no weight of the vision encoder learns, so that its output for an image stays."""
         if self.config.vision is None:
             return False
         return not any(weight.requires_grad for weight in self.vision_model.parameters())
@@ -428,8 +426,8 @@ class Llama(nn.Module):
                 self.rope_table = table = table.to(x.device, x.dtype)
         return table
 
-    def encode_images(self, step, input_ids, images, dtype):
-        """Encode images for cross-attention. Tokens from <|image|> on see the real tiles."""
+    def encode_images(self, step, input_ids, images, x):
+        """Encode images for cross-attention. Tokens x (B, T, D) from <|image|> on see the real tiles."""
         if self.config.vision is None:
             raise ValueError("this model has no vision encoder, so it takes no images")
         if step.cache is not None and not step.fresh:
@@ -440,9 +438,9 @@ class Llama(nn.Module):
             raise ValueError("a conversation has one image and one <|image|> token, or none: "
                              f"found images {count.tolist()}, tokens {tokens.tolist()}")
         step.has_images, step.rows = True, None if len(images.rows) == len(here) else images.rows
-        step.features = self.vision_model(images) if images.features is None else images.features
-        step.vision = self.multi_modal_projector(step.features)                             # (N, S, D)
-        step.after_image = here[images.rows].cumsum(1)[:, :, None].to(dtype)                # (N, T, 1)
+        features = self.vision_model(images) if images.features is None else images.features   # (N, S, F)
+        step.vision = self.multi_modal_projector(features.to(x.device))                     # (N, S, D)
+        step.after_image = here[images.rows].cumsum(1)[:, :, None].to(x.dtype)              # (N, T, 1)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)  # (N, S)
         if not real.all():
             step.image = Visible(key_mask=real)                # an image has a real tile, so no row is empty

@@ -1,1 +1,1 @@
-"""What stands under model.py: sizes, Hugging Face folders, chat and images, KV cache, generation, batches."""
+"""Sizes, Hugging Face folders, chat and images, KV cache, generation, batches: the folder under model.py."""

@@ -1,4 +1,4 @@
-"""The sizes of a model: config.json, checked as a whole before anything is built of it."""
+"""Read the sizes of a model: config.json, checked as a whole before anything is built of it."""
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 

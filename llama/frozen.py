@@ -44,4 +44,4 @@ def encode(forward, features, images):
         at = list(new.values())
         ids, mask, rows = images.aspect_ratio_ids[at], images.aspect_ratio_mask[at], images.rows[at]
         features.update(zip(new, forward(Images(list(new), ids, mask, rows)).cpu()))
-    return torch.stack([features[pixels] for pixels in images.pixel_values]).to(images.rows.device)
+    return torch.stack([features[pixels] for pixels in images.pixel_values])     # on the host: Llama moves it

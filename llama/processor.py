@@ -200,19 +200,16 @@ class Processor:
         ends_after = lambda i: len(self.decode(ids[:i + 1])) > start
         return -1 if start < 0 else bisect_left(range(len(ids)), True, key=ends_after)
 
-    def images(self, images, features=None):
+    def images(self, images):
         """Put one image per batch row together: a picture, what `cut` made of one, or None -> Images, or None
-        if there is none. features: of each row's image, where they are known already."""
+        if there is none."""
         rows = [i for i, image in enumerate(images) if image is not None]
         if not rows:
             return None
         cut = [self.cut(images[i]) for i in rows]
         ids, mask = (torch.cat([getattr(image, name) for image in cut])
                      for name in ("aspect_ratio_ids", "aspect_ratio_mask"))
-        pixels, known = [image.pixel_values[0] for image in cut], None
-        if features:
-            pixels, known = None, torch.stack([features[i] for i in rows])
-        return Images(pixels, ids, mask, torch.tensor(rows), known)
+        return Images([image.pixel_values[0] for image in cut], ids, mask, torch.tensor(rows))
 
     def cut(self, image):
         """Cut a PIL image into tiles -> Images of this one, which all batches that it is in can share."""
