@@ -22,13 +22,14 @@ from torch import nn
 
 from llama.batches import OneProcess, parts, passes
 from llama.metrics import averages
+from rollout import Episode
 
 
 @dataclass(frozen=True)
 class Estimator:
     """How advantages are estimated: f(episodes, args) fills in `turn.advantage` and, with a critic,
     `turn.target`."""
-    f: Callable[[list, Any], None]
+    f: Callable[[list[Episode], Any], None]
     per: str = "turn"          # what has an advantage (and a value): a "turn" or a "token"
     values: bool = True        # does it read values? If not, no critic is asked or trained
     normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
@@ -333,8 +334,9 @@ def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, tra
     return total, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(actor_critic, processor, episodes, args, *, estimator=Estimator(gae), loss=Loss(clip), step, seed,
-           train_policy=True, ranks=OneProcess()):
+def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, *,
+           estimator: Estimator = Estimator(gae), loss: Loss = Loss(clip), step: Callable[[float], float],
+           seed: int, train_policy: bool = True, ranks=OneProcess()) -> dict[str, float]:
     """Learn from a rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
     Return the metrics of the update as a dict of floats.
 

@@ -9,10 +9,11 @@ episode.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable, Iterable
 
 import torch
 
+from envs import Env
 from games.seeds import derive
 from llama.generate import generate
 
@@ -139,8 +140,8 @@ def readable(content):
 
 
 @torch.inference_mode()
-def rollout(model, processor, make_env, seeds, *, temperature, max_new_tokens, samples=1, batch=256,
-            device="cpu"):
+def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int], *, temperature: float,
+            max_new_tokens: int, samples: int = 1, batch: int = 256, device="cpu") -> list[Episode]:
     """Play `samples` episodes per seed with the current policy, `batch` at a time. Return them in the order
     of `seeds`.
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import torch
 
@@ -24,7 +23,7 @@ from distributed import shard
 from distributed.processes import Interrupt
 from games.seeds import TRAINING, derive
 from harness import terminal, tiny
-from harness.environments import foundation_mixture, training_env
+from harness.environments import training_env, training_mixture
 from harness.evaluation import evaluate, evaluate_alone, summarize
 from harness.flops import Ledger
 from harness.folder import RunFolder
@@ -58,7 +57,7 @@ class Trainer:
         self.reference, start = started(args, model)
         self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
         self.env = training_env(args)
-        self.mixture = foundation_mixture(args) if args.algo == "pretrain" else [(self.env(), 1.0)]
+        self.mixture = training_mixture(args)
         self.policy_size = count_parameters(model, args.task)
         self.critic_size = self.policy_size if args.algo == "ppo" and args.critic == "separate" else 0
         self.compute = 0.0                     # FLOPs: 6 N D_trained + 2 N D_rollout (paper, section 5)
@@ -201,15 +200,10 @@ class Trainer:
         return record["step"]
 
 
-def first_weights(args, processes):
-    """Return the folder of the weights that a run begins with; None: random ones."""
-    def learn(init, processes):
-        agree(processes, init)
-        return train(init, processes)
-
-    if args.model != "tiny":
-        return Path(args.model)
-    return None if args.algo == "pretrain" else tiny.prepare(args, processes, learn)
+def learn(args, processes):
+    """Settle the settings of a run and do it: of the tiny model's init, before another."""
+    agree(processes, args)
+    return train(args, processes)
 
 
 def train(args, processes, typed=frozenset()):
@@ -222,7 +216,7 @@ def train(args, processes, typed=frozenset()):
         newest, args = folder.resume(args, typed)
         agree(processes, args, typed, newest)
     processes.barrier()                        # nobody writes before all have looked
-    begin = None if newest else first_weights(args, processes)
+    begin = None if newest else tiny.first_weights(args, processes, learn)
     model, processor, weights = load(args, processes, begin, newest)
     trainer = Trainer(args, model, processor, processes, weights)
     start = trainer.restore(folder.checkpoints, newest) if newest else 0
@@ -277,7 +271,7 @@ def loop(trainer, folder, start, interrupt):
 def run(args, processes, typed):
     """Do what --algo says."""
     if args.algo == "eval":
-        evaluate_alone(args, processes, first_weights(args, processes))
+        evaluate_alone(args, processes, tiny.first_weights(args, processes, learn))
     else:
         train(args, processes, typed)
 

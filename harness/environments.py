@@ -32,8 +32,13 @@ def evaluation_sets(args):
     return {name: make_env(args, **known[name]) for name in args.eval_sets.split(",")}
 
 
-def foundation_mixture(args):
-    """Return the mixture (see sft.make_batch) of pre-training, half in text, half in images: the game's
-    `broad`; with --describe, of pictures to describe alone."""
+def training_mixture(args):
+    """Return what SFT learns from, as (environment, weight) pairs; see sft.make_batch.
+
+    Pre-training takes the game's `broad`, half in text, half in images; with --describe pictures to describe
+    alone.
+    """
+    if args.algo != "pretrain":
+        return [(training_env(args)(), 1.0)]
     return [(make_env(args, **settings)(), weight) for weight, settings in GAMES[args.game].broad()
             if settings.get("describe") or not args.describe]

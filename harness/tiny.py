@@ -1,6 +1,6 @@
 """The built-in tiny model: a Llama-Vision of a million weights, in ordinary Hugging Face folders.
 
-    python train.py --task gp-l --algo pretrain        # make its foundation anew (docs/tiny/gp/README.md)
+    python -m study.tiny gp                    # make its foundation anew
 
 The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
 game in docs/tiny, stands for that: it has seen the game under all rules and many looks. From it `prepare`
@@ -19,7 +19,7 @@ from distributed.processes import first
 from envs import GAMES
 from games.seeds import TRAINING, derive
 from harness import files
-from harness.environments import foundation_mixture
+from harness.environments import training_mixture
 from harness.ranges import UserError
 from harness.settings import Args
 from llama.config import Config
@@ -53,8 +53,18 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end
            "<|finetune_right_pad_id|>"]
 
 
-def prepare(args, processes, train):
-    """Return the folder of the init checkpoint for the game of `args`, made on first use by `train`.
+def first_weights(args, processes, learn):
+    """Return the folder of the weights that a run begins with; None: random ones.
+
+    learn(args, processes): does a run of SFT, and returns whether it came to its end.
+    """
+    if args.model != "tiny":
+        return Path(args.model)
+    return None if args.algo == "pretrain" else prepare(args, processes, learn)
+
+
+def prepare(args, processes, learn):
+    """Return the folder of the init checkpoint for the game of `args`, made on first use.
 
     It is kept in runs/, by a name that follows from the foundation's weights and the game.
     """
@@ -75,7 +85,7 @@ def prepare(args, processes, train):
             private = first(lambda: stack.enter_context(files.aside(ready, "final")))
             init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
                         eval_hands=0, device=args.device, **game)
-            if not train(init, processes):
+            if not learn(init, processes):
                 raise UserError("interrupted before the init checkpoint was ready; the next run makes it "
                                 "anew")
         processes.barrier()                    # until it has its name
@@ -85,7 +95,7 @@ def prepare(args, processes, train):
 def from_scratch(args, device):
     """Return a model with random weights and a processor with a tokenizer for the game of `args`."""
     config = Config.from_dict(CONFIG)
-    everything = foundation_mixture(dataclasses.replace(args, describe=None))
+    everything = training_mixture(dataclasses.replace(args, describe=None))
     tokenizer = train_tokenizer(everything, config.vocab_size, GAMES[args.game].apart)
     model = Llama(config)
     model.init_weights(seed=derive("weights", args.seed))

@@ -17,7 +17,7 @@ from llama.config import Config
 from llama.processor import Processor
 from model import Llama
 from harness import tiny
-from harness.environments import foundation_mixture
+from harness.environments import training_mixture
 from harness.settings import Args
 from harness.tiny import CONFIG as TINY, IMAGES as TINY_IMAGES
 
@@ -45,7 +45,7 @@ def small(tmp_path_factory, working_folder):
     """(folder, model, processor): the tiny model made smaller, with open gates so that the image matters."""
     args = apply_preset(Args(task="gp-vl", algo="pretrain"), 0)
     config = Config.from_dict(small_config())
-    mixture = foundation_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
+    mixture = training_mixture(args) + [(envs.Navigation(rule=rule), 1.0) for rule in SPACES]
     tokenizer = tiny.train_tokenizer(mixture, config.vocab_size, "|".join(game.apart for game in envs.GAMES.values()))
     processor = Processor(tokenizer, image_config=TINY_IMAGES)
     model = Llama(config)
