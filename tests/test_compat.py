@@ -51,16 +51,6 @@ def test_the_answer_after_the_last_attempt_is_not_judged():
         env.step("?")
 
 
-@pytest.mark.parametrize("compat, rewards", [
-    ("", [-3, -3, -3, -3, -4]), ("sixth-attempt", [-3, -3, -3, -3, -3, -1])])
-def test_a_failed_episode_costs_the_same_with_a_sixth_attempt(compat, rewards):
-    env = wrap(GeneralPoints(), compat)
-    env.reset(0)
-    last = len(rewards) - 1
-    outcomes = [env.step("?")[1:4:2] for _ in rewards]
-    assert outcomes == [(reward, k == last) for k, reward in enumerate(rewards)]
-
-
 def test_the_last_judged_attempt_may_be_right():
     env = SixthAttempt(GeneralPoints(attempts=2))
     env.reset(0)
@@ -205,14 +195,6 @@ def test_fractions_that_floats_miss(numbers, formula, exact, floats):
             continue
         reward, message = rewards[code]
         assert (result.code, result.reward, result.message) == (code, reward, message or result.message)
-
-
-def test_a_float_miss_does_not_end_the_episode():
-    env = wrap(GeneralPoints(attempts=2), "float-equality")
-    env.reset(0)
-    env.ranks, env.numbers = ["3", "3", "8", "8"], [3, 3, 8, 8]
-    observation, *outcome, info = env.step(answer("8/(3-8/3)=24"))
-    assert outcome == [0, False, False] and observation.messages[0]["content"] == "." and not info["correct"]
 
 
 def test_floats_decide_as_python_does():

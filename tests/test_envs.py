@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import envs
 from envs import Env, GeneralPoints
@@ -405,11 +405,11 @@ def test_the_oracle_is_right_and_does_not_change_its_mind(target, rule):
     assert len(chosen) > 1      # not always the first solution
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_demonstrations_replay(image):
-    env, replay = (GeneralPoints(image=image, look="all", size=(56, 14)) for _ in range(2))
-    codes, misread = Counter(), 0
-    for seed in range(150):
+def replayed(seeds, **settings):
+    """Return info of the mistakes in demonstrations, of seed % 5 each, which another game judges alike."""
+    env, replay = (GeneralPoints(**settings) for _ in range(2))
+    found = []
+    for seed in seeds:
         mistakes = seed % 5
         prompt, *dialogue = env.demonstrate(seed, mistakes)
         assert [prompt] == replay.reset(seed)[0].messages
@@ -418,12 +418,19 @@ def test_demonstrations_replay(image):
         for turn, reply in zip(dialogue[::2], dialogue[1::2]):
             observation, reward, terminated, _, info = replay.step(turn["content"])
             assert observation.messages == [reply] and reward < 0 and not terminated
-            codes[info["verdict"]] += 1
-            misread += not info["recognized"]
+            found.append(info)
         assert replay.step(dialogue[-1]["content"])[1:4] == (5, True, False)
-    assert codes["wrong_value"] > sum(codes.values()) / 2
+    return found
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_demonstrations_replay(image):
+    mistakes = replayed(range(150), image=image, look="all", size=(56, 14))
+    codes = Counter(info["verdict"] for info in mistakes)
+    assert codes["wrong_value"] > len(mistakes) / 2
     assert {"foreign_number", "used_twice", "left_out"} <= set(codes), codes
-    assert (misread > 30) == image      # a text answer cut short may lack its cards, too
+    # A text answer cut short may lack its cards, too.
+    assert (sum(not info["recognized"] for info in mistakes) > 30) == image
 
 
 @pytest.mark.parametrize("mistakes", [-1, 5])
@@ -523,15 +530,11 @@ def test_hearts_and_diamonds_are_red_the_others_black(height):
 def test_pips_count_the_rank(rank, pips):
     """Connected blobs of ink on a large face: the pips, two index suits and the index characters (1 and 0 for
     a 10)."""
-    ink = face_of(rank, "hearts", 700)[:, :, 1] < 100
-    blobs, todo = 0, {tuple(point) for point in np.argwhere(ink)}
-    while todo:
-        blobs, stack = blobs + 1, [todo.pop()]
-        while stack:
-            y, x = stack.pop()
-            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
-            todo -= near
-            stack.extend(near)
+    ink, blobs = Image.fromarray(face_of(rank, "hearts", 700)[:, :, 1] < 100).convert("L"), 0
+    while box := ink.getbbox():
+        column = np.flatnonzero(np.asarray(ink)[box[1]])[0]
+        ImageDraw.floodfill(ink, (column, box[1]), 0)
+        blobs += 1
     assert blobs == pips + 2 + 2 * len(rank)
 
 
@@ -542,15 +545,25 @@ def test_cards_look_the_same_upside_down(rank):
     assert differs(face, face[::-1, ::-1]).mean() < 0.004
 
 
-@pytest.mark.parametrize("size", [(1200, 1200), (224, 56), (112, 112)])
-def test_a_hand_lies_on_the_table_in_order(size):
-    hand = [("A", "spades"), ("10", "clubs"), ("Q", "hearts"), ("7", "diamonds")]
+HAND = [("Q", "spades"), ("4", "clubs"), ("J", "hearts"), ("7", "diamonds"), ("K", "clubs")]
+
+
+# Five are as large as four where the height is what limits both.
+@pytest.mark.parametrize("count, size, height", [
+    (4, (224, 56), 53), (5, (224, 56), 53), (4, (112, 112), 35), (4, (1200, 1200), 378),
+    (5, (1200, 1200), 302)])
+def test_a_hand_lies_on_the_table_in_order(count, size, height):
+    hand = HAND[:count]
     image = np.asarray(cards.draw_hand(hand, size), int)
-    other = np.asarray(cards.draw_hand([*hand[:2], ("K", "hearts"), hand[3]], size), int)
-    columns = np.flatnonzero((image != other).any(axis=(0, 2)))
     assert image.shape == (size[1], size[0], 3)
-    assert size[0] / 2 <= columns.min() and columns.max() < size[0] * 3 / 4
-    assert (image[:, :2] == TABLE).all() and (image[:1] == TABLE).all()         # inside the canvas
+    cloth = (image == TABLE).all(axis=2)
+    assert cloth[:, [0, -1]].all() and cloth[[0, -1]].all() and (~cloth.all(axis=1)).sum() == height
+    # Columns without a card are between each two, and at both ends.
+    starts = np.flatnonzero(np.diff(cloth.all(axis=0).astype(int)) == -1)
+    assert len(starts) == count and np.diff(starts) == pytest.approx(size[0] / count, abs=1)
+    hand[2] = ("9", "clubs")
+    columns = np.flatnonzero((np.asarray(cards.draw_hand(hand, size)) != image).any(axis=(0, 2)))
+    assert size[0] * 2 / count <= columns.min() and columns.max() < size[0] * 3 / count
 
 
 def test_cards_fill_the_small_tiles():

@@ -24,6 +24,7 @@ from games.observations import wrong_observation
 from games.rails import Point
 from games.solver import solve
 from games.verifier import MISREAD, REWARDS, SPACES, STEP_REWARDS, judge, judge_step
+from tables import rows
 from variants.official_games import OF_GAME, play
 
 CARDS, NUMBERS = ["3", "7", "7", "8"], [3, 7, 7, 8]
@@ -62,7 +63,7 @@ def value_of(node, leaf=Fraction):
 
 
 def verdict_of(formula):
-    """Return the verdict on an ASCII formula by Python's parser, to which ** // and +1 mean something else."""
+    """Return the verdict on an ASCII formula by Python's parser, to which ** // +1 mean something else."""
     left, equals, right = formula.rpartition("=")
     if not left.strip() or not re.fullmatch(r" *[0-9]+ *", right):
         return "no_target"
@@ -314,20 +315,34 @@ def test_the_expert_is_right_whatever_a_landmark_is_called(name, crossing, other
     assert text.isascii() == (name + instruction).isascii()      # é as people write it
 
 
-# Clauses with what they mean: names that are claimed, names that are denied (all: any), and an intersection.
-CLAUSES = {
-    "Red Bar is on your left": ("Red Bar", "", 0), "I see the Bar": ("Bar", "", 0),
-    "there is a Red Bar": ("Red Bar", "", 0), "Bar is here": ("Bar", "", 0),
-    "Old Bar is on your left": ("?", "", 0), "I see Barn": ("?", "", 0), "City Bar is here": ("?", "", 0),
-    "I see Bar Street": ("?", "", 0), "it is the Bar-Grill": ("?", "", 0),
-    "Joe's is on your right": ("?", "", 0), "there is no Bar here": ("", "Bar", 0),
-    "Red Bar is not on your left": ("", "Red Bar", 0), "I don't see Barn": ("", "", 0),
-    "there are no landmarks": ("", "all", 0), "No landmarks nearby": ("", "all", 0),
-    "there are no other landmarks": ("", "", 0), "You observe an intersection": ("", "", 1),
-    "this is an intersection": ("", "", 1), "you have reached an intersection": ("", "", 1),
-    "I don't see an intersection": ("", "", -1), "there is no intersection": ("", "", -1),
-    "it is not an intersection": ("", "", -1), "Red Bar is at an intersection": ("Red Bar", "", 1),
-    "I see no landmark but an intersection": ("", "all", 1), "You observe an image of 4 views": ("", "", 0)}
+# Clauses with what they mean: a name that is claimed (?: one that is not here), a name that is denied (all:
+# any), and an intersection, claimed (+) or denied (-).
+CLAUSES = {clause: meaning for clause, *meaning in rows("""
+    Red Bar is on your left           | Red Bar |         |
+    I see the Bar                     | Bar     |         |
+    there is a Red Bar                | Red Bar |         |
+    Bar is here                       | Bar     |         |
+    Old Bar is on your left           | ?       |         |
+    I see Barn                        | ?       |         |
+    City Bar is here                  | ?       |         |
+    I see Bar Street                  | ?       |         |
+    it is the Bar-Grill               | ?       |         |
+    Joe's is on your right            | ?       |         |
+    there is no Bar here              |         | Bar     |
+    Red Bar is not on your left       |         | Red Bar |
+    I don't see Barn                  |         |         |
+    there are no landmarks            |         | all     |
+    No landmarks nearby               |         | all     |
+    there are no other landmarks      |         |         |
+    You observe an intersection       |         |         | +
+    this is an intersection           |         |         | +
+    you have reached an intersection  |         |         | +
+    I don't see an intersection       |         |         | -
+    there is no intersection          |         |         | -
+    it is not an intersection         |         |         | -
+    Red Bar is at an intersection     | Red Bar |         | +
+    I see no landmark but an intersection |     | all     | +
+    You observe an image of 4 views   |         |         |""")}
 
 
 @JUDGED_OFTEN
@@ -335,23 +350,28 @@ CLAUSES = {
 def test_observations_mean_the_sum_of_their_clauses(clauses, data, name, crossing):
     joints = [data.draw(one_of("; ", ". ", "\n", ", ", " and ", " but ", " - ")) for _ in clauses]
     said = "".join(clause + joint for clause, joint in zip(clauses, [*joints[1:], ""]))
-    meant = [("", "", 0), *(CLAUSES[clause] for clause in clauses)]
+    meant = [("", "", ""), *(CLAUSES[clause] for clause in clauses)]
     claimed, denied, crossings = map(set, zip(*meant))
     expected = set()
     if name and (name not in claimed or denied & {name, "all"}):
         expected = {"missed_landmark"}
     elif claimed - {name, ""}:
         expected = {"false_landmark"}
-    if (1 in crossings) != crossing or {1, -1} <= crossings:
+    if ("+" in crossings) != crossing or {"+", "-"} <= crossings:
         expected.add("missed_intersection" if crossing else "false_intersection")
     truth = Point("x.jpg", 0, name, "left", crossing, 0, "stop()").observation
     assert set(wrong_observation(said, truth, name, crossing, {"Bar", "Red Bar"})) == expected, said
 
 
-@pytest.mark.parametrize("formula, verdict", [
-    ("3*8+7-7=24", "correct"), ("03*8+7-7=024", "correct"), ("-(7-7)+3*8=24", "correct"),
-    ("3*8+7-7", "no_target"), ("7/(7-7)*3*8=24", "used_twice"), ("3/(7-7)*8=24", "division_by_zero"),
-    ("3*8=24", "left_out"), ("3*(8+7-7=24", "unparsable"), ("3+8+7+7=24", "wrong_value"),
-    ("4*6=24", "foreign_number"), ("3*8+7-7=25", "no_target")])
-def test_the_judges_agree_by_hand(formula, verdict):
-    assert verdict_of(formula) == verdict == judge(dumped(formula), CARDS, NUMBERS).code
+@pytest.mark.parametrize("formulas, verdict", rows("""
+    3*8+7-7=24  03*8+7-7=024  -(7-7)+3*8=24 | correct
+    3*8+7-7  3*8+7-7=25                     | no_target
+    7/(7-7)*3*8=24                          | used_twice
+    3/(7-7)*8=24                            | division_by_zero
+    3*8=24                                  | left_out
+    3*(8+7-7=24                             | unparsable
+    3+8+7+7=24                              | wrong_value
+    4*6=24                                  | foreign_number"""))
+def test_the_judges_agree_by_hand(formulas, verdict):
+    for formula in formulas.split():
+        assert verdict_of(formula) == verdict == judge(dumped(formula), CARDS, NUMBERS).code

@@ -114,8 +114,9 @@ def judge_as_released(game, names, text):
 def find_faults(names, formula, numbers, target):
     """Return [(code, number that its message mentions)] of all that is charged for; see verifier.fault."""
     first = fault(formula, numbers, target)
-    if not re.fullmatch(r"[0-9\s()*/+-]+=\s*[0-9]+", formula or "") or len(formula) > MAX_FORMULA:
-        return [first]      # nothing else is looked at
+    # Of a formula with other signs nothing else is looked at.
+    if not formula or len(formula) > MAX_FORMULA or not re.fullmatch(r"[0-9\s()*/+-]+=\s*[0-9]+", formula):
+        return [first]
     left, _, right = formula.rpartition("=")
     tokens = re.findall(r"[0-9]+|\S", left)
     if "added-penalties" in names:
