@@ -6,13 +6,14 @@ Both sample at temperature 1 from real prompts of the game, text and image, batc
 exactly `new-tokens` tokens per row. Medians of interleaved repeats after one that warms up; prefill and
 image encoding are included.
 """
+import itertools
 import os
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.measure import machine, milliseconds, take_turns
 from envs import GeneralPoints
 from harness.ranges import command_line, integer, text
 from harness.terminal import command
@@ -37,17 +38,6 @@ def reference_inputs(processor, conversations, images):
     return inputs
 
 
-def measure(runs, tokens, repeats):
-    """Return the median tokens per second of each function. They take turns: a busy moment hits all."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
-
-
 def main(argv=None):
     parser = command_line("python -m benchmarks.generate", __doc__)
     parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
@@ -62,25 +52,27 @@ def main(argv=None):
     # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
     theirs.model.vision_model.intermediate_layers_indices = [
         i - 1 for i in ours.config.vision.intermediate_layers_indices]
-    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, {args.threads} threads, {args.new_tokens} new tokens")
+    parameters = sum(p.numel() for p in ours.parameters())
+    print(f"{parameters:,} parameters, {args.new_tokens} new tokens; {machine()}")
     sampling = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0,
                     top_p=1.0, temperature=1.0, pad_token_id=processor.pad_id)
-    for image in (False, True):
+    for image, batch in itertools.product((False, True), (1, 64)):
         env = GeneralPoints(image=image, size=(224, 56))
-        for batch in (1, 64):
-            prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
-            conversations = [prompt.ids for prompt in prompts]
-            images = processor.images([prompt.images[0] if image else None for prompt in prompts])
-            inputs = reference_inputs(processor, conversations, images)
-            rates = measure({
-                "ours": lambda: generate(ours, conversations, images=images, max_new_tokens=args.new_tokens,
-                                         stop_ids=[], seeds=list(range(batch))),
-                "transformers": lambda: theirs.generate(**inputs, **sampling),
-            }, batch * args.new_tokens, args.repeats)
-            print(f"{'image' if image else 'text':<5}  batch {batch:>2}  "
-                  + "  ".join(f"{name} {rate:>7,.0f} tok/s" for name, rate in rates.items())
-                  + f"  ratio {rates['ours'] / rates['transformers']:.2f}", flush=True)
+        prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
+        conversations = [prompt.ids for prompt in prompts]
+        images = processor.images([prompt.images[0] if image else None for prompt in prompts])
+        inputs = reference_inputs(processor, conversations, images)
+        times = take_turns({
+            "ours": lambda i: milliseconds(lambda: generate(
+                ours, conversations, images=images, max_new_tokens=args.new_tokens, stop_ids=[],
+                seeds=list(range(batch)))),
+            "transformers": lambda i: milliseconds(lambda: theirs.generate(**inputs, **sampling)),
+        }, args.repeats)
+        rates = {name: 1000 * batch * args.new_tokens / statistics.median(found)
+                 for name, found in times.items()}
+        print(f"{'image' if image else 'text':<5}  batch {batch:>2}  ours {rates['ours']:>7,.0f} tok/s  "
+              f"transformers {rates['transformers']:>7,.0f} tok/s  "
+              f"ratio {rates['ours'] / rates['transformers']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,104 +1,100 @@
 """Make the cases that `python -m benchmarks.kernels` measures, with all ways to compute each.
 
-A case is made for one device and type. It holds sets of inputs, the FLOPs and bytes that the task needs,
-and a function per way that prepares it: imports a library, compiles, builds a dense mask. They raise
-Refused where a way cannot be had. Without our kernels, one would use these ways.
+A case is made for one type. It holds sets of inputs, the FLOPs and bytes that the task needs, and functions
+that compute it: ours, and those that one would use without our kernels. A function that cannot run here (its
+library is not installed, or has no kernel for the case) raises its own error when it is called.
 """
-import itertools
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
-from kernels import use_triton
-from kernels.attention import attention, attention_reference
-from kernels.logprob import TWINS, token_logprobs
+from benchmarks.measure import DEVICE
+from kernels.attention import attention
+from kernels.logprob import token_logprobs
 from kernels.visible import Visible
 
-# Log-probs: (tokens, channels, vocabulary).
-# Attention: (B, T, S, H, K, D); the first word of the name says who sees whom, see `see_whom`.
-LARGE = {
-    "logprob": (8192, 4096, 128256),
-    "logprob-entropy": (8192, 4096, 128256),
-    "causal-2k": (4, 2048, 2048, 32, 8, 128),
-    "causal-4k": (2, 4096, 4096, 32, 8, 128),
-    "causal-narrow": (4, 2048, 2048, 32, 8, 64),
-    "ragged": (8, 2048, 2048, 32, 8, 128),
-    "resumed": (8, 512, 2048, 32, 8, 128),
-    "cross": (4, 1024, 4 * 1601, 32, 8, 128),
-    "vision": (4, 4 * 1608, 4 * 1608, 16, 16, 80),
-    "decode-1": (1, 1, 2048, 32, 8, 128),
-    "decode-64": (64, 1, 2560, 32, 8, 128),
-}
-SMALL = {
-    "logprob": (512, 256, 16384),
-    "logprob-entropy": (512, 256, 16384),
-    "vocabulary-128k": (2048, 512, 128256),
-    "causal": (2, 512, 512, 8, 2, 64),
-    "ragged": (4, 256, 256, 8, 2, 64),
-    "resumed": (4, 64, 512, 8, 2, 64),
-    "cross": (4, 64, 4 * 65, 8, 2, 64),
-    "vision": (4, 4 * 72, 4 * 72, 4, 4, 80),
-    "decode-1": (1, 1, 512, 8, 2, 64),
-    "decode-64": (64, 1, 512, 8, 2, 64),
-}
-ON_REQUEST = {"vocabulary-128k"}       # takes minutes
-SETS = 3                               # of inputs
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+
+def table(text):
+    """Read lines of a name and numbers -> {name: [numbers]}."""
+    return {name: [*map(int, sizes)] for name, *sizes in map(str.split, text.strip().splitlines())}
 
 
-class Refused(Exception):
-    """Say why an implementation does not run a case, in three words."""
+# Log-probs: tokens, channels, vocabulary.
+# Attention: B, T, S, H, K, D; the first word of the name says who sees whom, see `see_whom`.
+# The encoder pads the 1601 patches of a tile of the image to 1608.
+LARGE = table("""
+    logprob          8192  4096 128256
+    logprob-entropy  8192  4096 128256
+    causal-2k           4  2048  2048  32   8 128
+    causal-4k           2  4096  4096  32   8 128
+    causal-narrow       4  2048  2048  32   8  64
+    ragged              8  2048  2048  32   8 128
+    resumed             8   512  2048  32   8 128
+    cross               4  1024  6404  32   8 128
+    vision              4  6432  6432  16  16  80
+    decode-1            1     1  2048  32   8 128
+    decode-64          64     1  2560  32   8 128
+""")
+SMALL = table("""
+    logprob           512   256  16384
+    logprob-entropy   512   256  16384
+    vocabulary-128k  2048   512 128256
+    causal              2   512   512   8   2  64
+    ragged              4   256   256   8   2  64
+    resumed             4    64   512   8   2  64
+    cross               4    64   260   8   2  64
+    vision              4   288   288   4   4  80
+    decode-1            1     1   512   8   2  64
+    decode-64          64     1   512   8   2  64
+""")
 
 
 @dataclass
 class Case:
     name: str
     part: str          # what is timed: forward, backward, or both
-    sets: list         # of (arguments, those that get gradients, gradient of the output or None for a loss)
-    ways: dict         # implementation -> function that prepares it and returns a function of the arguments
-    exact: object      # dtype -> the output and all gradients for sets[0], computed in that type
+    inputs: tuple      # arguments, and the gradient of the output or None for a loss
+    ways: dict         # implementation -> function of the arguments; first the naive one
+    exact: object      # the naive function in little memory, for arguments in float64
     flops: int
     bytes: int
     terms: int         # of the longest sum: over keys, or the vocabulary
-    real: torch.Tensor | None = None   # (B, T) queries that are no padding: their outputs count
+    real: object = ...     # (B, T) queries that are no padding: their outputs count
 
     def begin(self, way, args):
         """Do what comes before the timed part."""
         return way(*args) if self.part == "backward" else None
 
-    def finish(self, way, args, wanted, upstream, out):
-        """Do the timed part -> (output, *gradients)."""
+    def finish(self, way, args, upstream, out):
+        """Do the timed part -> (output, *gradients of the arguments that want one)."""
         if self.part == "forward":
             with torch.no_grad():
                 return (way(*args),)
         out = way(*args) if out is None else out
-        return out, *torch.autograd.grad(out, wanted, upstream)
+        return out, *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
 
-
-def compiled(function, allowed):
-    if not allowed:
-        raise Refused("needs --compile flag")
-    return torch.compile(function, dynamic=False)
+    def run(self, way, args, upstream):
+        return self.finish(way, args, upstream, self.begin(way, args))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Log-probs
 #
-# g and e are the gradients of log-prob and entropy of each row, as in PPO. Where they are None, the loss is
-# minus the sum of log-probs, which every rival can do.
+# g and e are the gradients of log-prob and entropy of each row, as in PPO. Without them, the loss is minus
+# the sum of log-probs, which every rival can do.
 
 
-def our_loss(hidden, weight, targets, g, e, function):
-    logprobs, entropy, _ = function(hidden, weight, targets)
+def our_loss(hidden, weight, targets, g=None, e=None):
+    logprobs, entropy, _ = token_logprobs(hidden, weight, targets)
     return -logprobs.sum() if e is None else (logprobs * g + entropy * e).sum()
 
 
-def naive_loss(hidden, weight, targets, g, e):
+def naive_loss(hidden, weight, targets, g=None, e=None):
     logits = hidden @ weight.T                                                 # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if e is None:
@@ -107,81 +103,65 @@ def naive_loss(hidden, weight, targets, g, e):
     return (logp.gather(1, targets[:, None])[:, 0] * g - (logp.exp() * logp).sum(-1) * e).sum()
 
 
-def fused_loss(name, entropy, gpu):
-    """Prepare one of the other ways without the whole logits."""
-    options = {}
-    if entropy:
-        raise Refused("gives no entropy")
-    if name == "torch chunks":
-        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            raise Refused("torch lacks it")
-        loss, options = F.linear_cross_entropy, {"options": torch.nn.LinearCrossEntropyOptions()}
-    elif not gpu:
-        raise Refused("needs a GPU")
-    elif name == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        return lambda hidden, weight, targets, g, e: liger(weight, hidden, targets)
-    else:
-        from cut_cross_entropy import linear_cross_entropy as loss
-        if name.endswith("all gradients"):     # it leaves out small ones unless told not to
-            options = {"filter_eps": None}
-    return lambda hidden, weight, targets, g, e: loss(hidden, weight, targets, reduction="sum", **options)
+def exact_loss(hidden, weight, *others):
+    """Compute the naive loss with the logits of few rows at a time."""
+    rows = zip(*(x.split(512) for x in (hidden, *others)))
+    return sum(checkpoint(naive_loss, x, weight, *its, use_reentrant=False) for x, *its in rows)
 
 
-def exact_loss(args, dtype):
-    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in args[:2])
-    total = 0
-    for rows in torch.arange(len(hidden), device=hidden.device).split(512):    # the logits of few at a time
-        loss = naive_loss(hidden[rows], weight, *(x if x is None else x[rows] for x in args[2:]))
-        loss.backward()
-        total += loss.detach()
-    return total, hidden.grad, weight.grad
+def torch_chunks(hidden, weight, targets):
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
 
 
-def logprob_cases(name, sizes, device, dtype, compiling):
+def liger(hidden, weight, targets):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+
+
+def cut_cross_entropy(hidden, weight, targets, **options):
+    from cut_cross_entropy import linear_cross_entropy
+    return linear_cross_entropy(hidden, weight, targets, reduction="sum", **options)
+
+
+def logprob_cases(name, sizes, dtype, compiling):
     """Make the case of log-probs.
 
     FLOPs: logits and the gradients of hidden and weight are 2 N V D each. (Ours makes the logits twice,
     which does not count.) Bytes: hidden and weight are read, their gradients written.
     """
     (N, D, V), entropy = sizes, name == "logprob-entropy"
-
-    def inputs(seed):
-        random = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
-        draw, targets = partial(torch.randn, **random), torch.randint(0, V, (N,), **random)
-        weight = draw(V, D) * D**-0.5
-        hidden = draw(N, D)
-        if not entropy:
-            # The target's p is 1/2 or so, as cut-cross-entropy expects it. Of such sharp rows, a naive
-            # entropy's gradients would be off by 6 % in bfloat16.
-            hidden += math.log(V) * weight[targets]
-        learnt = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        return (*learnt, targets, *((draw(N), draw(N)) if entropy else (None, None))), learnt, None
-
-    sets = [inputs(seed) for seed in range(SETS)]
-    hidden = sets[0][0][0]
-    ways = {"ours": lambda: partial(our_loss, function=token_logprobs)}
-    if use_triton(hidden):
-        ways["twin"] = lambda: partial(our_loss, function=partial(token_logprobs, ways=TWINS))
-    ways |= {"naive": lambda: naive_loss, "naive compiled": partial(compiled, naive_loss, compiling)}
-    for label in ("torch chunks", "liger", "cut-cross-entropy", "cut-cross-entropy, all gradients"):
-        ways[label] = partial(fused_loss, label, entropy, device.type == "cuda")
-    traffic = 2 * (N + V) * D * hidden.element_size()
-    yield Case(name, "both", sets, ways, partial(exact_loss, sets[0][0]), 6 * N * V * D, traffic, V)
+    random = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    targets = torch.randint(0, V, (N,), **random)
+    weight = torch.randn(V, D, **random) * D**-0.5
+    hidden = torch.randn(N, D, **random)
+    if not entropy:
+        # The target's p is 1/2 or so, as cut-cross-entropy expects it. Of such sharp rows, a naive
+        # entropy's gradients would be off by 6 % in bfloat16.
+        hidden += math.log(V) * weight[targets]
+    learnt = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+    inputs = (*learnt, targets, *torch.randn(2 * entropy, N, **random)), None
+    ways = {"naive": naive_loss, "ours": our_loss}
+    if compiling:
+        ways["naive compiled"] = torch.compile(naive_loss, dynamic=False)
+    if not entropy:
+        # cut-cross-entropy leaves out small gradients unless told not to
+        ways |= {"torch chunks": torch_chunks, "liger": liger, "cut-cross-entropy": cut_cross_entropy,
+                 "cut-cross-entropy, all gradients": partial(cut_cross_entropy, filter_eps=None)}
+    yield Case(name, "both", inputs, ways, exact_loss, 6 * N * V * D, 2 * (N + V) * D * dtype.itemsize, V)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Attention
 
 
-def see_whom(kind, B, T, S, device):
+def see_whom(kind, B, T, S):
     """Return the arguments of `Visible` for a kind of case. Rows differ, as conversations of a batch do."""
-    b, s = (torch.arange(n, device=device) for n in (B, S))
-    tiles = torch.tensor([4, 2, 1, 3], device=device)[b % 4, None]
-    patches = (S // 4 - 1) // 8 * 8 + 1                        # 1601, which the encoder pads to 1608
+    b, s = (torch.arange(n, device=DEVICE) for n in (B, S))
+    tiles = torch.tensor([4, 2, 1, 3], device=DEVICE)[b % 4, None]
+    patches = (S // 4 - 1) // 8 * 8 + 1                        # 1601 of 1608
     real = (s // (S // 4) < tiles) & (s % (S // 4) < patches)                  # (B, S)
-    fall = lambda *ends: torch.linspace(*ends, B, dtype=torch.float64, device=device).long()
+    fall = lambda *ends: torch.linspace(*ends, B, dtype=torch.float64, device=DEVICE).long()
     return {"causal": dict(causal=True),
             "ragged": dict(causal=True, lengths=fall(T, T // 8)),
             "resumed": dict(causal=True, starts=fall(S - T, 0)),       # a later turn of a conversation
@@ -190,29 +170,14 @@ def see_whom(kind, B, T, S, device):
             "vision": dict(key_mask=real, see_all=real)}[kind]
 
 
-def sees(masks, b, t, s, padding=False):
-    """Tell whether query t of row b sees key s, for indices whose shapes go together.
-
-    padding: whether queries beyond `lengths` see, too.
-    """
+def sees(masks, b, t, s):
+    """Tell whether query t of row b sees key s, for indices whose shapes go together."""
     seen = masks["key_mask"][b, s] if "key_mask" in masks else s >= 0
     if "see_all" in masks:
         seen = seen | masks["see_all"][b, t]
     if "causal" in masks:
         seen = seen & (s <= t + (masks["starts"][b] if "starts" in masks else 0))
-    return seen & (t < masks["lengths"][b]) if "lengths" in masks and not padding else seen
-
-
-def dense(masks, B, T, S, device):
-    """Return (B, 1, T, S), True: sees; None if all see all.
-
-    As is usual, padding's keys are closed, but its queries see: they would give NaN.
-    """
-    b, t, s = (torch.arange(n, device=device) for n in (B, T, S))
-    mask = sees(masks, b[:, None, None], t[:, None], s, padding=True).expand(B, T, S)[:, None]
-    if "lengths" in masks:
-        mask = mask & (s < masks["lengths"][:, None])[:, None, None]
-    return None if mask.all() else mask.contiguous()
+    return seen & (t < masks["lengths"][b]) if "lengths" in masks else seen
 
 
 def repeat(x, q):
@@ -228,60 +193,53 @@ def naive_attention(q, k, v, mask):
     return (p @ repeat(v, q)).transpose(1, 2)
 
 
-def sdpa(q, k, v, backend, mask, causal):
+def exact_attention(q, k, v, mask):
+    """Compute the same from one key head of one row at a time."""
+    def row(q, k, v, mask):
+        heads = zip(q.split(q.shape[2] // k.shape[1], 2), k.split(1, 1), v.split(1, 1))
+        return torch.cat([checkpoint(naive_attention, *x, mask, use_reentrant=False) for x in heads], 2)
+
+    mask = mask.split(1) if mask is not None else [None] * len(q)
+    return torch.cat([row(*x) for x in zip(q.split(1), k.split(1), v.split(1), mask)])
+
+
+def sdpa(q, k, v, backend, mask=None):
+    """Call PyTorch's attention; without a mask it is causal if T and S are the same."""
     if backend == SDPBackend.EFFICIENT_ATTENTION:              # knows no shared key heads
         k, v = repeat(k, q), repeat(v, q)
+    causal = mask is None and q.shape[1] == k.shape[2]
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=causal,
                                              enable_gqa=q.shape[2] != k.shape[1])
     return out.transpose(1, 2)
 
 
-def flex(masks, B, T, S, device):
-    if device.type != "cuda":
-        raise Refused("needs a GPU")
+def flex(masks, B, T, S):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    blocks = create_block_mask(lambda b, h, t, s: sees(masks, b, t, s), B, None, T, S, device=device)
-    run = partial(compiled(flex_attention, True), block_mask=blocks)
-    return lambda q, k, v: run(q.transpose(1, 2), k, v, enable_gqa=q.shape[2] != k.shape[1]).transpose(1, 2)
+    blocks = create_block_mask(lambda b, h, t, s: sees(masks, b, t, s), B, None, T, S, device=DEVICE)
+    run = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: run(q.transpose(1, 2), k, v, block_mask=blocks,
+                               enable_gqa=q.shape[2] != k.shape[1]).transpose(1, 2)
 
 
-def exact_attention(q, k, v, upstream, masks, dtype):
-    """Return the output and gradients, from one key head of one row at a time. Padding queries stay zero."""
-    (B, T, H, D), (K, S) = q.shape, k.shape[1:3]
-    results = [torch.zeros_like(x, dtype=dtype) for x in (q, q, k, v)]
-    t, s = (torch.arange(n, device=q.device) for n in (T, S))
-    for b, j in itertools.product(range(B), range(K)):
-        n = int(masks["lengths"][b]) if "lengths" in masks else T
-        queries, keys = (b, slice(n), slice(j * H // K, (j + 1) * H // K)), (b, j)
-        x, y, z = (part.detach().to(dtype).requires_grad_() for part in (q[queries], k[keys], v[keys]))
-        scores = torch.einsum("tgd,sd->gts", x, y) * D**-0.5
-        p = scores.masked_fill(~sees(masks, b, t[:n, None], s), float("-inf")).softmax(-1)
-        out = torch.einsum("gts,sd->tgd", p, z)
-        gradients = torch.autograd.grad(out, (x, y, z), upstream[queries].to(dtype))
-        for result, place, value in zip(results, (queries, queries, keys, keys), (out.detach(), *gradients)):
-            result[place] = value
-    return results
+def attention_ways(kind, masks, mask, sizes, compiling):
+    """Return all ways to compute a case: name -> function."""
+    ways = {"naive": partial(naive_attention, mask=mask),
+            "ours": partial(attention, visible=Visible(**masks))}
+    if compiling:
+        ways |= {"naive compiled": partial(torch.compile(naive_attention, dynamic=False), mask=mask),
+                 "flex": flex(masks, *sizes)}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+                    SDPBackend.MATH):
+        label, run = f"sdpa {backend.name.split('_')[0].lower()}", partial(sdpa, backend=backend)
+        if mask is None or kind in ("causal", "ragged"):       # padding at the end needs no mask
+            ways[label] = run
+        if mask is not None and kind != "causal":
+            ways[f"{label}, mask"] = partial(run, mask=mask)
+    return ways
 
 
-def attention_ways(kind, masks, sizes, q, compiling):
-    """Return all ways for queries like q: name -> function that prepares it."""
-    mask = partial(dense, masks, *sizes, q.device)
-    masked = "" if mask() is None else ", mask"
-    ours = {"ours": attention} | ({"twin": attention_reference} if use_triton(q) else {})
-    ways = {label: partial(partial, function, visible=Visible(**masks)) for label, function in ours.items()}
-    ways |= {"naive": lambda: partial(naive_attention, mask=mask()),
-             "naive compiled": lambda: partial(compiled(naive_attention, compiling), mask=mask())}
-    for name, backend in BACKENDS.items():
-        label, run = f"sdpa {name}", partial(sdpa, backend=backend)
-        if kind in ("causal", "ragged"):       # padding at the end needs no mask: its results are dropped
-            ways[label] = partial(partial, run, mask=None, causal=True)
-        if kind != "causal":
-            ways[label + masked] = lambda run=run: partial(run, mask=mask(), causal=False)
-    return ways | {"flex": partial(flex, masks, *sizes, q.device)}
-
-
-def attention_cases(name, sizes, device, dtype, compiling):
+def attention_cases(name, sizes, dtype, compiling):
     """Make the case of the forward pass and, but for decoding, that of the backward pass.
 
     FLOPs: q k^T and p v are 2 D each for a query that sees a key, in each head; backward has five products
@@ -289,27 +247,19 @@ def attention_cases(name, sizes, device, dtype, compiling):
     gradient, and writes three. Padding is free.
     """
     (B, T, S, H, K, D), kind = sizes, name.split("-")[0]
-    masks = see_whom(kind, B, T, S, device)
-    t, s = (torch.arange(n, device=device) for n in (T, S))
-    real = t < masks["lengths"][:, None] if "lengths" in masks else None       # (B, T)
-
-    def inputs(seed):
-        random = torch.Generator(device).manual_seed(seed)
-        draw = partial(torch.randn, generator=random, device=device, dtype=dtype)
-        cached = kind in ("decode", "resumed")                 # else keys and values are views of projections
-        kv = draw(B, 2, K, S, D) if cached else draw(B, 2, S, K, D).transpose(2, 3)
-        args = [x.detach().requires_grad_() for x in (draw(B, T, H, D), *kv.unbind(1))]
-        upstream = draw(B, T, H, D)
-        return args, args, upstream if real is None else upstream.masked_fill(~real[:, :, None, None], 0)
-
-    sets = [inputs(seed) for seed in range(SETS)]
-    args, _, upstream = sets[0]
-    seen = [sees(masks, b, t[:, None], s).expand(T, S) for b in range(B)]
-    pairs, keys = sum(int(x.sum()) for x in seen), sum(int(x.any(0).sum()) for x in seen)
-    queries = B * T if real is None else int(real.sum())
-    traffic = 2 * (H * queries + K * keys) * D * args[0].element_size()
-    ways = attention_ways(kind, masks, (B, T, S), args[0], compiling)
-    exact = cache(partial(exact_attention, *args, upstream, masks))
-    yield Case(name, "forward", sets, ways, exact, 4 * D * H * pairs, traffic, S, real)
+    masks = see_whom(kind, B, T, S)
+    b, t, s = (torch.arange(n, device=DEVICE) for n in (B, T, S))
+    seen = sees(masks, b[:, None, None], t[:, None], s).expand(B, T, S)
+    real = seen.any(2)
+    mask = (seen | ~real[:, :, None])[:, None]                 # padding sees all: else it would be NaN
+    draw = partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE, dtype=dtype)
+    cached = kind in ("decode", "resumed")                     # else keys and values are views of projections
+    kv = draw(B, 2, K, S, D) if cached else draw(B, 2, S, K, D).transpose(2, 3)
+    args = [x.detach().requires_grad_() for x in (draw(B, T, H, D), *kv.unbind(1))]
+    inputs = args, draw(B, T, H, D) * real[:, :, None, None]
+    pairs, traffic = int(seen.sum()), 2 * D * dtype.itemsize * int(H * real.sum() + K * seen.any(1).sum())
+    ways = attention_ways(kind, masks, None if mask.all() else mask, (B, T, S), compiling)
+    exact = partial(exact_attention, mask=mask)
+    yield Case(name, "forward", inputs, ways, exact, 4 * D * H * pairs, traffic, S, real)
     if kind != "decode":
-        yield Case(name, "backward", sets, ways, exact, 10 * D * H * pairs, 2 * traffic, S, real)
+        yield Case(name, "backward", inputs, ways, exact, 10 * D * H * pairs, 2 * traffic, S, real)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness.folder import git_commit
+from benchmarks.measure import machine
 from harness.ranges import above, command_line, integer
 from harness.terminal import command
 from model import Llama
@@ -44,44 +44,29 @@ def ranks(torchrun):
     return [int(pid) for file in children for pid in file.read_text(encoding="utf-8").split()]
 
 
-def resident(pid):
-    """Return the bytes that a process has in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def records(out, event="step"):
-    """Read what the run logged of an event; nothing where it has not logged yet."""
+    """Read what the run logged of an event, but for times and memory; nothing where it has not logged yet."""
     log = out / "log.jsonl"
     lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ())
-    return [line for line in lines if line["event"] == event]
+    return [{name: value for name, value in line.items() if "second" not in name and "memory" not in name}
+            for line in lines if line["event"] == event]
 
 
-def learnt(out):
-    """Read the log of all updates but for times and memory."""
-    measured = "second", "memory"
-    return [{name: value for name, value in line.items() if not any(word in name for word in measured)}
-            for line in records(out)]
-
-
-def weights(out):
-    """Read the weights that a run ended with."""
-    return Llama.from_pretrained(out / "final").state_dict()
-
-
-def watch(torchrun, out, minutes, seed=0):
+def watch(torchrun, out, minutes):
     """Kill and look on until the run ends.
 
-    Returns the kills [(seconds, updates done)], the lives {pid: [(seconds, updates done, resident bytes)]}
+    Returns the kills [(seconds, updates done)], the lives {pid: [(seconds, updates done, resident pages)]}
     and the seconds that the run took.
     """
-    rng, begun, kills, lives = random.Random(seed), time.time(), [], {}
+    rng, begun, kills, lives = random.Random(0), time.time(), [], {}
     due = rng.uniform(40, 100)
     while torchrun.poll() is None:
         time.sleep(1)
         now = time.time() - begun
         for pid in ranks(torchrun):
             try:
-                lives.setdefault(pid, []).append((now, len(records(out)), resident(pid)))
+                pages = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]
+                lives.setdefault(pid, []).append((now, len(records(out)), int(pages)))
             except (FileNotFoundError, IndexError):
                 continue                                                       # it has just ended
         if now > due and now < 60 * minutes and ranks(torchrun):
@@ -92,8 +77,10 @@ def watch(torchrun, out, minutes, seed=0):
 
 
 def growth(life):
-    """Return the share by which the memory of a life grew, from `WARM` seconds after its first new update
-    to its end; None for a short life."""
+    """Return the share by which the memory of a life grew; None for a short life.
+
+    It counts from `WARM` seconds after the first new update.
+    """
     first = next((t for t, steps, _ in life if steps > life[0][1] + 1), float("inf"))
     flat = [size for t, _, size in life if t > first + WARM]
     third = len(flat) // 3
@@ -111,19 +98,18 @@ def main(argv=None):
     _, calm_lives, calm_seconds = watch(start(calm, args.steps), calm, 0)
     grown = {name: sorted(round(g, 4) for g in map(growth, some.values()) if g is not None)
              for name, some in (("disturbed", lives), ("calm", calm_lives))}
-    ours, theirs, starts = weights(out), weights(calm), records(out, "start")
+    ours, theirs = (Llama.from_pretrained(folder / "final").state_dict() for folder in (out, calm))
     result = {
+        **machine(),
         "steps": args.steps,
         "minutes": round(seconds / 60, 1),
         "minutes_undisturbed": round(calm_seconds / 60, 1),
         "kills": len(kills),
-        "starts": len(starts),
+        "starts": len(records(out, "start")),
         "updates_in_order": [line["step"] for line in records(out)] == list(range(1, args.steps + 1)),
-        "same_log": learnt(out) == learnt(calm),
+        "same_log": records(out) == records(calm),
         "same_weights": all(ours[name].equal(theirs[name]) for name in ours),
         "memory_growth_of_lives": grown,
-        "commit": git_commit(),
-        "hardware": starts[0]["hardware"],
         "kills_at": kills,
     }
     print(json.dumps(result, indent=2))

@@ -1,0 +1,62 @@
+"""Time functions in turns, and say on which machine: what the benchmarks share."""
+import importlib.metadata
+import math
+import platform
+import time
+
+import torch
+
+from harness.folder import git_commit
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PACKAGES = {"triton", "pytorch-triton", "liger-kernel", "cut-cross-entropy", "transformers"}
+
+
+def milliseconds(run, *args):
+    """Return the milliseconds of run(*args).
+
+    On a GPU between two events, after a write of 1 GiB that empties the L2 cache and lets the host run ahead.
+    On a CPU with one thread it is the time that the process computed, so that other processes do not count.
+    """
+    if DEVICE.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.zeros(2**30, dtype=torch.uint8, device=DEVICE)
+        start.record()
+        run(*args)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    before = clock()
+    kept = run(*args)                                          # noqa: F841, freed after the clock is read
+    return (clock() - before) * 1000
+
+
+def take_turns(runs, rounds, seconds=math.inf):
+    """Call all runs again and again, {name: number of the round -> its time} -> {name: times}.
+
+    They take turns, so that a busy moment hits all. The first round warms up and is forgotten; after
+    `seconds`, three more are enough. A run that returns None drops out.
+    """
+    times, stop = {name: [] for name in runs}, time.monotonic() + seconds
+    for i in range(rounds + 1):
+        for name in list(times):
+            times[name].append(runs[name](i))
+            if times[name][-1] is None:
+                del times[name]
+        if i >= 3 and time.monotonic() > stop:
+            break
+    return {name: found[1:] for name, found in times.items()}
+
+
+def machine():
+    """Return the hardware, versions and commit that numbers come from."""
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    versions = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
+    return {"hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
+            "threads": torch.get_num_threads(),
+            "commit": git_commit(),
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "CUDA": torch.version.cuda,
+            "HIP": torch.version.hip} | {name: versions.get(name) for name in sorted(PACKAGES)}
