@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from llama.batches import OneProcess, collate, passes
 from llama.frozen import remember
 from llama.generate import Sample
 from rollout import Conversation, Episode, Turn, rollout
-from variants import ESTIMATORS, algorithm
+from variants import ESTIMATORS, algorithm, score_values
 from variants.reference import score
 from variants.tune import freeze
 
@@ -57,7 +58,7 @@ def critic_of(model, critic="detached", std=1.0):
 
 def update(module, processor, episodes, args, step=lambda loss: 0.0, **more):
     """ppo.update with the estimator and the loss that the settings name."""
-    estimator, loss = algorithm(args)
+    estimator, loss = algorithm(replace(args, critic=module.critic))
     more = {"estimator": estimator, "loss": loss} | more
     return ppo.update(module, processor, episodes, args, step=step, seed=0, **more)
 
@@ -311,9 +312,9 @@ def test_values_read_in_the_rollout_are_those_scored(model, processor, task, bat
     conversations."""
     episodes = play(model, processor, task, hands=5, batch=batch)
     conversations = [c for e in episodes for c in e.conversations]
-    ppo.score_values(critic_of(model, "separate"), processor, conversations, settings())
+    score_values("turn", critic_of(model, "separate"), processor, conversations, settings(), OneProcess())
     scored = sum(noted("value", episodes), [])
-    ppo.read_values(critic_of(model, "shared"), [turn for c in conversations for turn in c.turns])
+    ppo.read_values(critic_of(model, "shared"), processor, conversations, settings(), OneProcess())
     assert sum(noted("value", episodes), []) == pytest.approx(scored, abs=2e-5)
     assert len(set(scored)) == len(scored) > 10
 
@@ -335,12 +336,13 @@ def test_only_a_separate_critic_needs_a_pass_for_values(model, processor, critic
 def test_value_is_read_at_the_last_prompt_token(model, processor, task):
     """V of a turn equals V of the conversation cut off right before the turn: it sees nothing of the
     answer."""
-    actor_critic, args = critic_of(model, "separate"), settings()
     [*_, c] = play(model, processor, task, hands=2)[1].conversations
-    ppo.score_values(actor_critic, processor, [c], args)
+    score = partial(score_values, "turn", critic_of(model, "separate"), processor, args=settings(),
+                    ranks=OneProcess())
+    score([c])
     turn, last = c.turns[1], Turn(c.turns[1].start, c.turns[1].start + 1, 0.0, {})
     lists = {name: getattr(c, name)[:last.end] for name in ("ids", "sampled", "logprobs", "weights")}
-    ppo.score_values(actor_critic, processor, [replace(c, turns=[last], **lists)], args)
+    score([replace(c, turns=[last], **lists)])
     assert turn.value != 0 and last.value == pytest.approx(turn.value, abs=1e-4)
 
 
