@@ -244,7 +244,7 @@ def measure_rollout(model, rows, lengths, image, *, cuda=True):
             cache.lengths += drawn - 1                                                        # all steps but the last, which is
             logits = model(make_ids(model.config, rows, 1, False), cache=cache, logits="last").logits      # the longest
             draw_tokens(logits, torch.empty(rows, device="meta"), 1.0)
-        return sum(layer.nbytes for layer in cache.kv), 0 if cache.cross is None else cache.cross.nbytes, ledger.peak
+        return sum(layer.nbytes for layer in cache.kv), sum(layer.nbytes for layer in cache.cross), ledger.peak
 
 
 def measure_optimizer(sizes, cuda=True):

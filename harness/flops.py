@@ -68,7 +68,7 @@ def quantities(config, input_ids, *, lengths=None, images=None, cache=None, targ
         done |= {"features": N * tiles * P, "image keys": N * tiles * P,
                  "looks": int(new.sum()), "glances": int((new * real).sum())}
     elif cache is not None and cache.has_image.any():
-        seen = cache.cross.shape[4] if cache.cross_mask is None else cache.cross_mask.sum(1).cpu()[cache.has_image]
+        seen = cache.cross[0].shape[3] if cache.cross_mask is None else cache.cross_mask.sum(1).cpu()[cache.has_image]
         new = new[cache.has_image]
         done |= {"looks": int(new.sum()), "glances": int((new * seen).sum())}
     return done

@@ -18,7 +18,7 @@ class KVCache:
         self.has_image = torch.zeros(rows, dtype=torch.bool)
         shape = rows, 2, config.num_key_value_heads, 0, config.head_dim      # (B, 2, K, capacity, D)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(self_layers)]
-        self.cross = None                   # (cross layers, B, 2, K, S, D) once an image came
+        self.cross = []                     # (B, 2, K, S, D) per cross-attention layer, once an image came
         self.cross_mask = None              # (B, S) bool: vision tokens of real tiles; None when all are
 
     def reserve(self, capacity):
@@ -35,7 +35,7 @@ class KVCache:
         """
         B, _, K, _, D = self.kv[0].shape
         S = int(real.sum(1).max())                             # real tiles come first
-        self.cross = self.kv[0].new_zeros(layers, B, 2, K, S, D)
+        self.cross = [self.kv[0].new_zeros(B, 2, K, S, D) for _ in range(layers)]
         self.has_image[rows.cpu()] = True
         if not real[:, :S].all():
             nothing = torch.zeros(B, S, dtype=torch.bool, device=real.device)
@@ -45,23 +45,20 @@ class KVCache:
         """Make row to[i] what row source[i] was (lists). In place, layer by layer: it takes little memory."""
         to, source = torch.tensor(to, dtype=torch.int64), torch.tensor(source, dtype=torch.int64)
         used = int(self.lengths.max())
-        for layer in self.kv:
-            layer[to, :, :, :used] = layer[source, :, :, :used]
-        cross = [] if self.cross is None else self.cross
-        for tensor in (self.lengths, self.has_image, self.cross_mask, *cross):
+        kv = [layer[:, :, :, :used] for layer in self.kv]
+        for tensor in (*kv, *self.cross, self.lengths, self.has_image, self.cross_mask):
             if tensor is not None:
                 tensor[to] = tensor[source]
 
     def keep(self, rows):
         """Forget all conversations but `rows`, which become rows 0, 1, ... in that order."""
         self.move(list(range(len(rows))), list(rows))
-        self.__dict__.update(self.first(len(rows)).__dict__)
+        vars(self).update(vars(self.first(len(rows))))
 
     def first(self, n):
         """Return a cache of the first n rows that shares this one's memory."""
         view = copy.copy(self)
-        view.lengths, view.has_image = self.lengths[:n], self.has_image[:n]
-        view.kv = [layer[:n] for layer in self.kv]
-        view.cross = None if self.cross is None else self.cross[:, :n]
-        view.cross_mask = None if self.cross_mask is None else self.cross_mask[:n]
+        for name, value in vars(self).items():
+            if value is not None:
+                setattr(view, name, [x[:n] for x in value] if isinstance(value, list) else value[:n])
         return view

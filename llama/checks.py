@@ -29,6 +29,16 @@ def multiple(of, name):
     return Rule(f"a multiple of {name} = {of}", lambda v: v % of == 0)
 
 
+def below(end, name):
+    """Ask for less than `end`, the value called `name`."""
+    return Rule(f"a number below {name} = {end}", lambda v: v < end)
+
+
+def equal(value, name):
+    """Ask for `value`, which is called `name` elsewhere."""
+    return Rule(f"{name} = {value}", lambda v: v == value)
+
+
 def only(*values):
     """Ask for one of these, of the same type: 0 is not False."""
     texts = [repr(value) for value in values]

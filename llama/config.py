@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from llama.checks import (
-    OBJECT, SPECIAL, SWITCH, TOKEN, Rule, check, multiple, number, only, several, whole)
+    OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, multiple, number, only, several, whole)
 from llama.folders import read_json
 
 
@@ -92,14 +92,22 @@ class Config:
         text, where = (hf["text_config"], "text_config.") if mllama else (hf, "")
         check(file, TEXT, text, where, needed=NEEDED)
         hidden, heads = text["hidden_size"], text["num_attention_heads"]
-        values = {"num_key_value_heads": heads, "head_dim": hidden // heads} | given(cls, text)
-        values |= read_rope(text, file, where, mllama)
-        values |= read_vision(hf, file) if mllama else TEXT_ALONE
+        values = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10000.0}
+        if mllama:
+            values |= {"rope_theta": 500000.0, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
+        values |= given(cls, text) | read_rope(text, file, where)
+        if mllama:
+            token = hf.get("image_token_index")
+            values |= {"image_token_id": 128256 if token is None else token,
+                       "vision": read_vision(hf["vision_config"], file, "vision_config."),
+                       "tie_word_embeddings": False}           # the head has fewer rows than the embedding
+        else:
+            values |= {"image_token_id": None, "vision": None, "cross_attention_layers": []}
         config = cls(**values)
 
-        layers, rows = config.num_hidden_layers, config.embedding_rows
         if mllama or text.get("head_dim") is None:
             check(file, {"hidden_size": multiple(heads, "num_attention_heads")}, text, where)
+        layers = config.num_hidden_layers
         check(file, {
             "num_attention_heads": multiple(config.num_key_value_heads, "num_key_value_heads"),
             "head_dim": Rule("even, from 2 to 128; for mllama it is hidden_size / num_attention_heads",
@@ -108,23 +116,19 @@ class Config:
                 f"different numbers below num_hidden_layers = {layers}, one at least, and not all of them",
                 lambda v: not mllama or 0 < len(v) == len({*v}) < layers and max(v) < layers),
         }, values, where)
-        check(file, {"image_token_index": Rule(
-            f"a row of the embedding, which has vocab_size + 8 = {rows}", lambda v: v < rows)},
-            {"image_token_index": config.image_token_id})
+        row = below(config.embedding_rows, "vocab_size + 8")
+        check(file, {"image_token_index": row}, {"image_token_index": config.image_token_id})
         return config
 
     def to_dict(self):
         """Lay out config.json as in the released checkpoints, for `from_dict` and transformers."""
-        apart = "vision", "image_token_id", "cross_attention_layers"
-        text = {name: value for name, value in vars(self).items() if name not in apart}
-        text |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        if self.vision is None:
+        text = dict(vars(self))
+        vision, image, layers = map(text.pop, ("vision", "image_token_id", "cross_attention_layers"))
+        if vision is None:
             return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text}
-        text |= {"model_type": "mllama_text_model", "cross_attention_layers": self.cross_attention_layers}
-        vision = {"model_type": "mllama_vision_model", "hidden_act": "gelu",
-                  "vision_output_dim": self.vision.output_size, **vars(self.vision)}
         return {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama",
-                "image_token_index": self.image_token_id, "text_config": text, "vision_config": vision}
+                "image_token_index": image, "text_config": text | {"cross_attention_layers": layers},
+                "vision_config": vars(vision) | {"vision_output_dim": vision.output_size}}
 
 
 def given(cls, values):
@@ -132,26 +136,23 @@ def given(cls, values):
     return {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
 
 
-def read_rope(text, file, where, mllama):
+def read_rope(text, file, where):
     """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before it)."""
     key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
     rope, where = text.get(key) or {}, f"{where}{key}."
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, scaling = rope.get("rope_type") or rope.get("type") or "default", None
     check(file, ROPE, rope | {"rope_type": kind}, where)
-    default = 500000.0 if mllama else 10000.0
-    found = {"rope_theta": rope.get("rope_theta") or text.get("rope_theta") or default, "rope_scaling": None}
     if kind == "llama3":
         check(file, LLAMA3_ROPE, rope, where, needed=LLAMA3_ROPE)
         low = rope["low_freq_factor"]
         more = Rule(f"more than low_freq_factor = {low}", lambda v: v > low)
         check(file, {"high_freq_factor": more}, rope, where)
-        found["rope_scaling"] = {"rope_type": kind, **{name: rope[name] for name in LLAMA3_ROPE}}
-    return found
+        scaling = {"rope_type": kind, **{name: rope[name] for name in LLAMA3_ROPE}}
+    return given(Config, {"rope_theta": rope.get("rope_theta")}) | {"rope_scaling": scaling}
 
 
-def read_vision(hf, file):
-    """Read what mllama has beside a Llama."""
-    values, where = hf["vision_config"], "vision_config."
+def read_vision(values, file, where):
+    """Read the sizes of mllama's image encoder."""
     check(file, VISION, values, where)
     vision = VisionConfig(**given(VisionConfig, values))
     heads, layers = vision.attention_heads, vision.num_hidden_layers
@@ -166,11 +167,8 @@ def read_vision(hf, file):
             f"all [rows, columns] of at most max_num_tiles = {vision.max_num_tiles} tiles, in order",
             lambda v: v == tile_layouts(vision.max_num_tiles)),
         "vision_output_dim": only(vision.output_size),
-    }, vars(vision) | {"vision_output_dim": values.get("vision_output_dim")}, where)
-    layers, token = hf["text_config"].get("cross_attention_layers"), hf.get("image_token_index")
-    return {"cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38] if layers is None else layers,
-            "image_token_id": 128256 if token is None else token, "vision": vision,
-            "tie_word_embeddings": False}                      # the head has fewer rows than the embedding
+    }, values | vars(vision), where)
+    return vision
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,7 +182,6 @@ def rules(cls, **others):
 
 
 NEEDED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-TEXT_ALONE = {"cross_attention_layers": [], "image_token_id": None, "vision": None}
 PARTS = {"text_config": OBJECT, "vision_config": OBJECT}
 TOP = SPECIAL | {"model_type": only("llama", "mllama"), "image_token_index": TOKEN,
                  "quantization_config": Rule("none: quantized weights are not supported", lambda v: False)}

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from llama import images as pictures
-from llama.checks import OBJECT, SPECIAL, Rule, check
+from llama.checks import OBJECT, SPECIAL, below, check, equal
 from llama.folders import read_file, read_json, write_files
 from llama.images import Images
 
@@ -259,27 +259,19 @@ def read_generation(folder):
 
 def check_fit(processor, config, images=False):
     """Refuse a processor that gives what a model of this Config cannot take. images: it must take them."""
-    vocabulary, vision, picture = processor.tokenizer.get_vocab(), config.vision, processor.image_config or {}
+    vocabulary, vision, picture = processor.tokenizer.get_vocab(), config.vision, processor.image_config
     if images and vision and (processor.image_token_id is None or not picture):
         raise ValueError(NO_IMAGES)
     made = [token for token, i in vocabulary.items()
             if token in processor.layout or i not in processor.special_ids]
-    last, rows = max(made, key=vocabulary.get), config.embedding_rows
-    check("tokenizer.json", {last: below("vocab_size", config.vocab_size)}, vocabulary, "token ")
-    check("generation_config.json", {"pad_token_id": below("the rows of the embedding", rows)},
+    last = max(made, key=vocabulary.get)
+    check("tokenizer.json", {last: below(config.vocab_size, "vocab_size")}, vocabulary, "token ")
+    check("generation_config.json", {"pad_token_id": below(config.embedding_rows, "embedding_rows")},
           {"pad_token_id": processor.pad_id})
     if vision:
-        same = equal("image_token_index", config.image_token_id)
+        same = equal(config.image_token_id, "image_token_index")
         check("tokenizer.json", {IMAGE: same}, vocabulary, "token ")
-        check("preprocessor_config.json", {
-            "size": equal("image_size", vision.image_size),
-            "max_image_tiles": equal("max_num_tiles", vision.max_num_tiles)},
-            picture | {"size": picture["size"]["height"]} if picture else {})
-
-
-def below(name, value):
-    return Rule(f"a number below {name} = {value} of config.json", lambda v: v < value)
-
-
-def equal(name, value):
-    return Rule(f"{name} = {value} of config.json", lambda v: v == value)
+    if vision and picture:
+        check("preprocessor_config.json", {"size": equal(vision.image_size, "image_size"),
+                                           "max_image_tiles": equal(vision.max_num_tiles, "max_num_tiles")},
+              picture | {"size": picture["size"]["height"]})

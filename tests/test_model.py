@@ -296,7 +296,7 @@ def test_autocast_reaches_the_kernels_and_the_cache(tiny, kernels, monkeypatch):
         found.sum().backward()
         samples, cache = generate(tiny, ids.tolist(), images=images, max_new_tokens=3, stop_ids=[])
     assert_close(found, expected, 0.05)
-    assert cache.kv[0].dtype == cache.cross.dtype == torch.float16 and [len(s.ids) for s in samples] == [3, 3]
+    assert cache.kv[0].dtype == cache.cross[0].dtype == torch.float16 and [len(s.ids) for s in samples] == [3, 3]
     assert {p.grad.dtype for p in tiny.parameters() if p.grad is not None} == {torch.float32}
     tiny.zero_grad()
 
