@@ -43,7 +43,7 @@ class Env(Protocol):
     info). Info says of the answer: verdict (a word), message, correct, attempt (counted from 1), recognized
     and translated (what is seen is told right, what it means), and success (of the episode, so far).
     RuntimeError where no episode is running.
-    oracle: return the expert's answer. demonstrate: return an expert's dialogue; see GeneralPoints.
+    oracle: return the expert's answer. demonstrate: return an expert's dialogue; see `dialogue`.
     shifts: return {evaluation set: settings that differ from training}, "id" among them.
     broad: return [(weight, settings)], the mixture that the tiny model's foundation learns.
     presets, if there are any: of this game, in the words of harness/settings.PRESETS."""
@@ -65,7 +65,7 @@ class Env(Protocol):
     def broad() -> list[tuple[float, dict]]: ...
 
 
-def _check(game):
+def check_settings(game):
     """Refuse settings that are not of their kind: a ValueError that names one."""
     for name, kind in game.kinds.items():
         if not kind.holds(value := getattr(game, name)):
@@ -87,9 +87,10 @@ def _answer(game, *values):
     return json.dumps(dict(zip(game.keys, values)), ensure_ascii=False)
 
 
-def _dialogue(game, messages, mistakes):
-    """Return the prompt `messages`, then `mistakes` wrong answers with the verifier's replies, then the
-    expert's."""
+def dialogue(game, messages, mistakes):
+    """Return the prompt `messages`, then `mistakes` wrong answers ("train": False) with the verifier's
+    replies, then the expert's ("train": True). With mistakes these are the sub-optimal dialogues of the
+    paper's section 5. ValueError unless 0 <= mistakes < attempts."""
     if not 0 <= mistakes < game.attempts:
         raise ValueError(f"mistakes {mistakes!r}: expected 0 to {game.attempts - 1}, one less than attempts")
     for _ in range(mistakes):
@@ -160,7 +161,7 @@ class GeneralPoints:
                 for weight, game in games for image in (False, True)]
 
     def __post_init__(self):
-        _check(self)
+        check_settings(self)
         if self.style != "plain" and not self.image:
             raise ValueError(f"style {self.style}: no card is drawn for a text task; expected image=True")
         self.prompts = check_prompts(self.prompts or {})
@@ -228,10 +229,8 @@ class GeneralPoints:
         return _answer(self, self.ranks, self.numbers, formulas[int(self.pick * len(formulas))])
 
     def demonstrate(self, seed, mistakes=0):
-        """Return an expert's dialogue as chat messages: the prompt, `mistakes` wrong answers ("train": False)
-        each with the verifier's message, and the right answer ("train": True). With mistakes these are the
-        sub-optimal dialogues of the paper's section 5. ValueError unless 0 <= mistakes < attempts."""
-        return _dialogue(self, self.reset(seed)[0].messages, mistakes)
+        """Return an expert's dialogue; see `dialogue`."""
+        return dialogue(self, self.reset(seed)[0].messages, mistakes)
 
     def _mistake(self):
         """Return a plausible wrong answer: mostly arithmetic that misses the target, at times other numbers
@@ -308,7 +307,7 @@ class Navigation:
 
     def __post_init__(self):
         self.judged_rule = self.judged_rule or self.rule
-        _check(self)
+        check_settings(self)
         if self.describe and not self.image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.prompts = check_prompts(self.prompts or {})
@@ -389,9 +388,8 @@ class Navigation:
         return _answer(self, point.observation, self.sentences[point.instruction], point.action)
 
     def demonstrate(self, seed, mistakes=0):
-        """Return an expert's dialogue at one point of a route, both the seed's choice, as chat messages: the
-        prompt, `mistakes` wrong answers ("train": False) each with the verifier's message, and the right one
-        ("train": True). With `describe` instead what is seen there, mostly at a landmark."""
+        """Return an expert's dialogue at one point of a route, both the seed's choice; with `describe` it
+        tells what is seen there, mostly at a landmark."""
         self._start(seed)
         anywhere = range(len(self.points))
         marked = [i for i in anywhere if self.points[i].landmark] if self.describe else []
@@ -399,7 +397,7 @@ class Navigation:
         if self.describe:
             return [{"role": "user", "content": self._show(self.prompts["describe"])},
                     {"role": "assistant", "content": self.points[self.index].observation, "train": True}]
-        return _dialogue(self, self._look().messages, mistakes)
+        return dialogue(self, self._look().messages, mistakes)
 
     def _mistake(self):
         """Return a plausible wrong answer: another action, mostly with the observation and the instruction of

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from operator import add, mul, sub, truediv
 
-from envs import EXHAUSTED, GeneralPoints, Navigation
+from envs import EXHAUSTED, GAMES, GeneralPoints, Navigation
 from games.answers import MAX_FORMULA
 from games.cards import FACES
 from games.rails import name_turn
@@ -21,8 +21,8 @@ SIXTH = {
         "after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is trained "
         "on; here that -1 goes to the answer that used up the attempts",
 }
-OF_GAME = {
-    "gp": SIXTH | {
+QUIRKS = {
+    "gp": {
         "added-penalties":
             "the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number (also "
             "a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is left out; "
@@ -39,11 +39,12 @@ OF_GAME = {
             "as the released code lists its solutions, such as 8/(3-8/3)=24, gets 0 and the message '.', any "
             "other -1; the default is exact",
     },
-    "virl": SIXTH | {
+    "virl": {
         "unwrapped-angles":
             "a turn is named by new heading less old, from 350 to 10 degrees 'left'; it is slightly right",
     },
 }
+OF_GAME = {game: SIXTH | QUIRKS.get(game, {}) for game in GAMES}
 
 
 class SixthAttempt:

@@ -1,0 +1,104 @@
+"""A third game as an example: Countdown, any count of numbers and any target.
+
+What one adds to train it: this class, and in envs.py the entry "countdown": Countdown in GAMES. Then
+
+    python train.py --task countdown-l --algo pretrain --out runs/foundation
+    python train.py --task countdown-l --algo ppo --model runs/foundation/final
+"""
+import json
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+
+import envs
+import train
+from distributed.processes import Processes
+from envs import EXHAUSTED, Observation
+from games.prompts import check_prompts
+from games.solver import miss, solvable, solve
+from games.verifier import judge
+from harness.environments import evaluation_sets
+from harness.ranges import integer, one_of
+from harness.settings import Args, apply_preset
+
+LOOKS = {"small": range(1, 11), "large": range(11, 31)}
+PROMPT = """Make {target} of {numbers}, each exactly once, with + - * / and parentheses.
+Answer with one JSON object: {{"formula": "an equation that ends in ={target}"}}"""
+
+
+@dataclass(kw_only=True, eq=False)
+class Countdown:
+    rule: str = "3"             # how many numbers
+    look: str = "small"         # which numbers
+    target: int = 24
+    attempts: int = 3
+    image: bool = False
+    size: int = 0
+    prompts: dict = None
+
+    kinds = {"rule": one_of(("2", "3", "4", "5", "6")), "look": one_of(LOOKS), "target": integer(1)}
+    answer_key, headline, recognition = "formula", "success", "always true"
+    sizes, looks, distinct = {"tiny": 0, "paper": 0}, {False: "small"}, 10**9
+    apart = r"\d+|[-+*/()=]"
+    presets = {"tiny countdown": "--steps 100 --max-new-tokens 32 --eval-hands 100 --probe-hands 0 "
+                                 "--eval-every 50 --save-every 50",
+               "tiny ppo countdown": "--hands 32 --samples 8 --reward-scale 0.2",
+               "tiny pretrain countdown": "--steps 400 --lr 4e-3 --batch-size 64 --mistakes 0.3"}
+
+    @staticmethod
+    def shifts(rule, look, image):
+        return {"id": {}, "rule-ood": {"rule": "4" if rule == "3" else "3"}, "large": {"look": "large"}}
+
+    @staticmethod
+    def broad():
+        return [(1.0, {"rule": rule}) for rule in ("2", "3", "4")]
+
+    def __post_init__(self):
+        envs.check_settings(self)
+        self.prompts, self.attempt = check_prompts(self.prompts or {}), None
+
+    def reset(self, seed):
+        self.rng, self.numbers, self.attempt = random.Random(seed), [], 0
+        while not self.numbers or not solvable(self.numbers, self.target):
+            self.numbers = self.rng.choices(LOOKS[self.look], k=int(self.rule))
+        text = PROMPT.format(target=self.target, numbers=", ".join(map(str, self.numbers)))
+        return Observation([{"role": "user", "content": text}], fresh=True), {"numbers": self.numbers}
+
+    def step(self, text):
+        verdict = judge(text, (), self.numbers, self.target, prompts=self.prompts)
+        self.attempt += 1
+        correct = verdict.code == "correct"
+        truncated = not correct and self.attempt == self.attempts
+        info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "success": correct,
+                "attempt": self.attempt, "recognized": verdict.recognized, "translated": True}
+        messages = [] if correct or truncated else [{"role": "user", "content": verdict.message}]
+        reward = verdict.reward + EXHAUSTED * truncated
+        return Observation(messages, fresh=False), reward, correct, truncated, info
+
+    def oracle(self):
+        return json.dumps({"formula": solve(self.numbers, self.target)[0]})
+
+    def _mistake(self):
+        return json.dumps({"formula": miss(self.numbers, self.target, self.rng)})
+
+    def demonstrate(self, seed, mistakes=0):
+        return envs.dialogue(self, self.reset(seed)[0].messages, mistakes)
+
+
+@pytest.mark.parametrize("algo", ["sft", "ppo"])
+def test_a_third_game_trains(model, processor, monkeypatch, algo):
+    monkeypatch.setitem(envs.GAMES, "countdown", Countdown)
+    args = Args(task="countdown-l", algo=algo, preset="tiny", batch_size=4, hands=2, samples=2,
+                max_new_tokens=4)
+    trainer = train.Trainer(apply_preset(args, 32), model, processor, Processes("cpu"))
+    assert math.isfinite(trainer.update(0)["grad_norm"])
+    for factory in evaluation_sets(args).values():
+        env = factory()
+        for seed in range(20):
+            *_, wrong, message, right = env.demonstrate(seed, mistakes=2)
+            assert "Correct" not in message["content"] and right["train"] and not wrong["train"]
+            env.reset(seed)
+            assert env.step("?")[1:4] == (-3, False, False)
+            assert env.step(right["content"])[1:4] == (5, True, False)
