@@ -12,7 +12,7 @@ import json
 import math
 import pickle
 import random
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -23,6 +23,9 @@ from games.streets import COLORS, VERSION, apart, bearing, geocode, town
 from harness.files import aside, replace, sweep, write_atomically
 
 ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all others (100, 0)
+# One block of milestone_info, as the released data writes them.
+BLOCK = ('{{\n"intersection_idx": "{}",\n"landmarks": "{}",\n"distance": "{:.0f} meters",\n'
+         '"human_heading": "{}",\n"to_next_intersection_heading": "{} ({})",\n}}')
 
 
 # ----------------------------------------------------------------------------------------------------- routes
@@ -39,17 +42,14 @@ def _walk(plan, rng):
     the walk got stuck."""
     legs = rng.choices((2, 3, 4, 5), (22, 38, 26, 14))[0]
     path, heading = [rng.randrange(len(plan.nodes))], None
-    for leg in range(legs):
+    while len(path) <= legs:
         here, choices = path[-1], []
         for node, edge in plan.neighbors[here].items():
             new = bearing(plan.nodes[here], plan.nodes[node])
-            if node in path or (heading is not None and not _turns(heading, new)):
-                continue
-            if leg < legs - 1:
-                choices.append((node, new))
-            else:
+            if node not in path and (heading is None or _turns(heading, new)):
                 marks = plan.corners.get(node), plan.places.get(edge)
-                choices += [(mark.at, new) for mark in marks if mark]
+                stops = [node] if len(path) < legs else [mark.at for mark in marks if mark]
+                choices += [(stop, new) for stop in stops]
         if not choices:
             return None
         node, heading = rng.choice(choices)
@@ -59,46 +59,46 @@ def _walk(plan, rng):
 
 def marks_of(plan, path):
     """Return the landmark (or None) where each leg of a path ends."""
-    at = {mark.at: mark for mark in (*plan.corners.values(), *plan.places.values())}
+    at = {mark.at: mark for mark in plan.landmarks}
     return [at.get(point) for point in path[1:]]
 
 
-def _blocks(plan, path):
-    """Return milestone_info of a path: one block a leg, as the released data writes them."""
+@cache
+def paths_of(plan):
+    """Return the paths of all routes of a town and of its held-out ones, two lists without repeats; on one
+    path, no two legs end at the same name."""
+    rng = random.Random(f"routes of {plan.name} {VERSION}")
+    own, held_out = ROUTES.get(plan.name, (100, 0))
+    paths = {}      # in order, unlike a set
+    while len(paths) < own + held_out:
+        path = _walk(plan, rng)
+        names = [mark.name for mark in marks_of(plan, path) if mark] if path else [""] * 2
+        if len(set(names)) == len(names):
+            paths[path] = None
+    return list(paths)[:own], list(paths)[own:]
+
+
+def milestones(plan, path):
+    """Return milestone_info of a path: one block a leg."""
     blocks = []
     for i, (a, b, mark) in enumerate(zip(path, path[1:], marks_of(plan, path)), 1):
         a, b = plan.panoramas[a], plan.panoramas[b]
-        heading = bearing(a, b)
-        remark = "No landmark nearby"
+        heading, remark = bearing(a, b), "No landmark nearby"
         if mark:
             remark = f"{mark.name} is on your {SIDES[round((bearing(b, mark.xy) - heading) / 45) % 8]}"
         heading = round(heading) % 360
-        lines = {"intersection_idx": i, "landmarks": remark, "distance": f"{math.dist(a, b):.0f} meters",
-                 "human_heading": heading, "to_next_intersection_heading": f"{heading} ({word(heading)})"}
-        blocks.append("{\n" + "".join(f'"{key}": "{value}",\n' for key, value in lines.items()) + "}")
+        blocks.append(BLOCK.format(i, remark, math.dist(a, b), heading, heading, word(heading)))
     return ",\n".join(blocks)
 
 
 def _route(plan, path):
     """Return one entry of route_infos.json."""
-    def place(mark):
-        return mark and {"name": mark.name, "geocode": geocode(plan.city, mark.xy)}
-    *marks, last = map(place, marks_of(plan, path))
-    points = [geocode(plan.city, plan.panoramas[point]) for point in path]
-    return {"start_place": {"relocated_geocode": points[0]}, "init_heading": 0, "dest_place": last,
-            "route_results": {"geocode_list": points[1:], "landmark_list": marks},
-            "milestone_info": _blocks(plan, path)}
-
-
-def _routes(plan, rng, count):
-    """Return `count` different routes; within one, no two legs end at the same name."""
-    paths = {}      # in order, unlike a set
-    while len(paths) < count:
-        path = _walk(plan, rng)
-        names = [mark.name for mark in marks_of(plan, path) if mark] if path else [""] * 2
-        if len(set(names)) == len(names):
-            paths[path] = None
-    return [_route(plan, path) for path in paths]
+    *marks, last = (mark and {"name": mark.name, "geocode": geocode(plan.city, mark.xy)}
+                    for mark in marks_of(plan, path))
+    start, *points = (geocode(plan.city, plan.panoramas[point]) for point in path)
+    return {"start_place": {"relocated_geocode": start}, "init_heading": 0, "dest_place": last,
+            "route_results": {"geocode_list": points, "landmark_list": marks},
+            "milestone_info": milestones(plan, path)}
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -120,13 +120,11 @@ def build(name, root, *, width=256):
         sweep(folder.parent, f".{folder.name}-*")
         sweep(folder / "street_views", ".*-*")
         return folder
-    own, held_out = ROUTES.get(name, (100, 0))
-    routes = _routes(plan, random.Random(f"routes of {name} {VERSION}"), own + held_out)
+    files = {"city.json": {"city": name, "width": width, "version": VERSION, "digest": _digest(plan)}}
+    for file, paths in zip(("route_infos.json", "held_out_infos.json"), paths_of(plan)):
+        if paths:
+            files[file] = [_route(plan, path) for path in paths], len(paths)
     mapping = {tuple(geocode(plan.city, xy)): identity for identity, xy in zip(plan.ids, plan.panoramas)}
-    files = {"route_infos.json": [routes[:own], own],
-             "city.json": {"city": name, "width": width, "version": VERSION, "digest": _digest(plan)}}
-    if held_out:
-        files["held_out_infos.json"] = [routes[own:], held_out]
     with aside(folder) as private:
         (private / "street_views").mkdir()
         for file, content in files.items():
@@ -135,7 +133,7 @@ def build(name, root, *, width=256):
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def _digest(plan):
     """Return eight characters that differ wherever the city does: another generator never finds stale
     files."""
@@ -144,9 +142,8 @@ def _digest(plan):
 
 
 @lru_cache(maxsize=32)
-def plan_of(folder):
-    """Return (town, {panorama id: number}, width) of a folder that build() wrote; ValueError: another one,
-    another version."""
+def _plan_of(folder):
+    """Return (town, width) of a folder that build() wrote; ValueError: another one, another version."""
     path = Path(folder) / "city.json"
     try:
         city = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +152,7 @@ def plan_of(folder):
         raise ValueError(f"{path}: not a built-in city's file; build the city again") from None
     if digest != _digest(plan) or not isinstance(width, int):
         raise ValueError(f"{path}: made by another version of this program; build the city again")
-    return plan, {identity: i for i, identity in enumerate(plan.ids)}, width
+    return plan, width
 
 
 def draw(panorama):
@@ -163,10 +160,10 @@ def draw(panorama):
     at once. Several processes may do so together. ValueError: not in a built-in city's folder, or no panorama
     of that city."""
     path = Path(panorama)
-    plan, numbers, width = plan_of(str(path.parent.parent))
-    if path.suffix != ".jpg" or path.stem not in numbers:
+    plan, width = _plan_of(path.parent.parent)
+    if path.suffix != ".jpg" or path.stem not in plan.ids:
         raise ValueError(f"{path}: {plan.name} has no panorama of that name")
-    number = numbers[path.stem]
+    number = plan.ids.index(path.stem)
     rotation = round(random.Random(path.stem).uniform(0, 360), 2)
     picture = Image.fromarray(drawing.panorama(plan, number, rotation, width))
     lat, lon = geocode(plan.city, plan.panoramas[number])
