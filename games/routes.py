@@ -3,7 +3,8 @@ the released V-IRL data, in which the built-in cities (games/cities.py) are writ
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it
-    is there street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
+                            is there
+    street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
 
 The pickle comes from the internet: no function that it names is ever imported. To turn it into plain JSON:
 
@@ -16,15 +17,15 @@ import os
 import pickle
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from games import views
 from games.compass import COMPASS, SIDES
-from games.views import read_rotation
+from harness.ranges import HUGE, is_number
 
 EARTH = 6_371_000.0     # metres
 RADIUS = 20.0           # metres: a point is moved to the nearest panorama if there is one as near as this
@@ -62,7 +63,7 @@ class Route:
 @dataclass(frozen=True)
 class World:
     routes: tuple[Route, ...]
-    skipped: tuple[str, ...]        # why, one line for each bad route that was left out
+    skipped: tuple[str, ...]        # why, one line per bad route that was left out
 
 
 def distance(a, b):
@@ -85,9 +86,8 @@ def _brief(value):
 
 def _number(value, what):
     """Return float(value), if it is a finite number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if abs(value) < 1e300:      # neither NaN nor infinite nor an int that is too long for a float
-            return float(value)
+    if is_number(value, int, float) and abs(value) < HUGE:
+        return float(value)
     raise ValueError(f"{what}: {_brief(value)} is not a finite number")
 
 
@@ -95,19 +95,10 @@ def _geocode(value, what):
     """Return (latitude, longitude) as floats of a pair of numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"{what}: expected [latitude, longitude], got {_brief(value)}")
-    lat, lon = _number(value[0], what), _number(value[1], what)
+    lat, lon = (_number(degrees, what) for degrees in value)
     if abs(lat) > 90 or abs(lon) > 180:
         raise ValueError(f"{what}: no latitude and longitude on earth: {lat}, {lon}")
     return lat, lon
-
-
-def _read_json(path):
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:       # not UTF-8, not JSON, or [[[[[...
-        raise ValueError(f"{path}: not a JSON file: {_brief(str(error))}") from None
 
 
 class _Dtype:
@@ -130,22 +121,23 @@ def _scalar(dtype, data):
 class _Plain(pickle._Unpickler):    # the one in Python: the one in C can be made to fill all memory
     """Reads dicts, tuples, lists, strings, numbers and numpy scalars. pickle.load would import and call
     whatever the author of the file wrote."""
+    KNOWN = {"numpy.dtype": _Dtype, "numpy.core.multiarray.scalar": _scalar,
+             "numpy._core.multiarray.scalar": _scalar}
 
     def find_class(self, module, name):
-        known = {"numpy.dtype": _Dtype, "numpy.core.multiarray.scalar": _scalar,
-                 "numpy._core.multiarray.scalar": _scalar}
-        if f"{module}.{name}" not in known:
+        if f"{module}.{name}" not in self.KNOWN:
             raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return known[f"{module}.{name}"]
+        return self.KNOWN[f"{module}.{name}"]
 
 
-def _unpickle(path):
+def _read(path, kind, parse=json.loads):
+    """Return what `parse` makes of a file's bytes; ValueError (one line) whatever a damaged or hostile file
+    provokes."""
+    data = views.read_bytes(path)
     try:
-        return _Plain(io.BytesIO(Path(path).read_bytes())).load()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:      # whatever a damaged or hostile file provokes
-        raise ValueError(f"{path}: not a table of panoramas: {_brief(str(error))}") from None
+        return parse(data)
+    except Exception as error:
+        raise ValueError(f"{path}: not {kind}: {_brief(str(error))}") from None
 
 
 def read_mapping(path):
@@ -155,21 +147,22 @@ def read_mapping(path):
     ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
     path = Path(path)
     if path.suffix == ".json":
-        table = _read_json(path)
+        table = _read(path, "a JSON file")
     else:
-        table = _unpickle(path)
+        table = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load())
         table = isinstance(table, dict) and [
             (*key, value) if isinstance(key, tuple) else key for key, value in table.items()]
     if not isinstance(table, list):
         raise ValueError(f"{path}: not a table of panoramas")
     mapping = {}
     for row, entry in enumerate(table):
+        what = f"{path}: entry {row}"
         if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-            raise ValueError(f"{path}: entry {row}: expected latitude, longitude and a panorama's id")
-        name = entry[2]
-        if not isinstance(name, str) or not re.fullmatch(r"[\w:.=-]{1,200}", name) or name.startswith("."):
-            raise ValueError(f"{path}: entry {row}: {_brief(name)} cannot be the id of a panorama")
-        mapping[_geocode(entry[:2], f"{path}: entry {row}")] = name
+            raise ValueError(f"{what}: expected latitude, longitude and a panorama's id")
+        *geocode, name = entry
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[\w:.=-]{1,200}", name):
+            raise ValueError(f"{what}: {_brief(name)} cannot be the id of a panorama")
+        mapping[_geocode(geocode, what)] = name
     return mapping
 
 
@@ -183,34 +176,26 @@ class _Known(NamedTuple):
 def _known(folder):
     source = folder / "gps_pano_mapping.json"
     source = source if source.exists() else source.with_suffix(".pkl")
-    mapping = sorted(read_mapping(source).items())
-    geocodes = np.array([geocode for geocode, _ in mapping], dtype=float).reshape(-1, 2)
-    views = str(folder / "street_views")
-    places = [Place(geocode, os.path.join(views, f"{name}.jpg")) for geocode, name in mapping]
-    return _Known(source.name, geocodes, places)
+    places = [Place(geocode, str(folder / "street_views" / f"{name}.jpg"))
+              for geocode, name in sorted(read_mapping(source).items())]
+    return _Known(source.name, np.reshape([place.geocode for place in places], (-1, 2)), places)
 
 
-def _snap(points, known):
-    """Return the Place nearest to each of `points` (n, 2), or None where there is none within RADIUS."""
-    points = np.asarray(points)
+def _snap(point, known):
+    """Return the Place nearest to a point, or None if there is none within RADIUS."""
     reach = math.degrees(RADIUS / EARTH) * 1.001    # of latitude: what lies beyond is not worth measuring
-    firsts = np.searchsorted(known.geocodes[:, 0], points[:, 0] - reach)
-    lasts = np.searchsorted(known.geocodes[:, 0], points[:, 0] + reach, side="right")
-    found = []
-    for point, first, last in zip(points, firsts, lasts):
-        metres = distance(point, known.geocodes[first:last])
-        best = int(metres.argmin()) if last > first else 0
-        found.append(known.places[first + best] if last > first and metres[best] <= RADIUS else None)
-    return found
+    first, last = np.searchsorted(known.geocodes[:, 0], (point[0] - reach, point[0] + reach))
+    metres = distance(np.array(point), known.geocodes[first:last])
+    return known.places[first + metres.argmin()] if metres.min(initial=math.inf) <= RADIUS else None
 
 
 # ----------------------------------------------------------------------------------------------------- routes
 
 def _get(raw, *keys):
     """Return raw[key][key]...; ValueError that names the key which is missing."""
-    for depth, key in enumerate(keys):
+    for depth, key in enumerate(keys, 1):
         if not isinstance(raw, dict) or key not in raw:
-            raise ValueError(f"missing key {'.'.join(keys[:depth + 1])}")
+            raise ValueError(f"missing key {'.'.join(keys[:depth])}")
         raw = raw[key]
     return raw
 
@@ -223,10 +208,8 @@ def _blocks(text):
     blocks = []
     for block in text.split("}"):
         fields = (line.strip().rstrip(",").split(":", 1) for line in block.strip().lstrip("{").split("\n"))
-        fields = ([part.strip().strip("\"'") for part in pair] for pair in fields if len(pair) == 2)
-        fields = dict(fields)
-        blocks += [fields] if fields else []
-    return blocks
+        blocks.append(dict([part.strip().strip("\"'") for part in pair] for pair in fields if len(pair) == 2))
+    return list(filter(None, blocks))
 
 
 def _read_block(block):
@@ -244,7 +227,7 @@ def _read_block(block):
     if not match:
         raise ValueError('landmarks: expected the like of "Joe\'s Diner is on your left behind", '
                          f'got {_brief(remark)}')
-    return heading, direction, match[1], match[2]
+    return heading, direction, *match.groups()
 
 
 def _between(start, end, known):
@@ -252,10 +235,11 @@ def _between(start, end, known):
 
     Released code: it keeps a panorama twice or more if several of the POINTS are snapped to it (sparse
     panoramas), and the walker then goes forward without moving. Here it is kept once."""
-    a, b = np.array(start.geocode), np.array(end.geocode)
+    ends = a, b = np.array((start.geocode, end.geocode))
     places = []
-    for place in _snap([a + (b - a) * step / POINTS for step in range(1, POINTS + 1)], known):
-        if place and place not in places[-1:] and distance([a, b], np.array(place.geocode)).min() > APART:
+    for step in range(1, POINTS + 1):
+        place = _snap(a + (b - a) * step / POINTS, known)
+        if place and place not in places[-1:] and distance(ends, np.array(place.geocode)).min() > APART:
             places.append(place)
     return tuple(places)
 
@@ -269,57 +253,43 @@ def _route(raw, name, known):
     if len(blocks) != len(ends):
         raise ValueError(f"milestone_info has {len(blocks)} blocks for {len(ends)} turning points")
     ends = [_geocode(end, f"geocode_list[{i}]") for i, end in enumerate(ends)]
-    places = _snap([start, *ends], known)
+    places, legs = [_snap(point, known) for point in (start, *ends)], []
     if None in places:
         i = places.index(None)
         point = f"turning point {i - 1}" if i else "the start"
         raise ValueError(f"{point} has no panorama within {RADIUS:.0f} m in {known.source}")
-    legs = []
-    for i, block in enumerate(blocks):
+    for i, (block, begin, end) in enumerate(zip(blocks, places, places[1:])):
         try:
-            heading, direction, landmark, side = _read_block(block)
+            legs.append(Leg(*_read_block(block), _between(begin, end, known), end))
         except ValueError as error:
             raise ValueError(f"milestone_info, block {i}: {error}") from None
-        between = _between(places[i], places[i + 1], known)
-        legs.append(Leg(heading, direction, landmark, side, between, places[i + 1]))
     heading = int(_number(raw.get("init_heading", 0), "init_heading"))
     return Route(name, places[0], heading and (heading - 1) % 360 + 1, tuple(legs))
 
 
 def _check_picture(panorama):
-    """Return None, or what is wrong with a panorama's jpg or metadata. Quick: it looks at both ends of the
-    jpg."""
+    """Raise ValueError if a panorama's jpg or metadata is bad. Quick: a jpg that ends with the end marker is
+    not decoded; some have more bytes after it."""
     try:
         with open(panorama, "rb") as file:
             head = file.read(2)
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             tail = file.read().rstrip(b"\0")
-        read_rotation(panorama)
     except OSError as error:
-        return f"{panorama}: {error.strerror or error}"
-    except ValueError as error:
-        return str(error)
-    if head == b"\xff\xd8" and (tail.endswith(b"\xff\xd9") or _decodes(panorama)):
-        return None
-    return f"{panorama}: {'a truncated jpg' if head else 'an empty file'}, download it again"
+        raise ValueError(f"{panorama}: {error.strerror or error}") from None
+    views.read_rotation(panorama)
+    if head != b"\xff\xd8" or not tail.endswith(b"\xff\xd9"):
+        try:
+            views.load(panorama, 256)
+        except ValueError:
+            what = "a truncated jpg" if head else "an empty file"
+            raise ValueError(f"{panorama}: {what}, download it again") from None
 
 
-def _decodes(panorama):
-    """Tell whether Pillow reads a jpg that does not end with the end marker: some have more bytes after it.
-    Decoding at an eighth of the size takes 10 ms of 25."""
-    try:
-        with Image.open(panorama, formats=["JPEG"]) as image:
-            image.draft("L", (image.width // 8, image.height // 8))
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-    return True
-
-
-def _pictures(route):
-    """Return the paths of all panoramas that a route may show."""
+def pictures_of(route):
+    """Return the paths of all panoramas that a route may show, each once."""
     places = [route.start, *(place for leg in route.legs for place in (*leg.between, leg.end))]
-    return dict.fromkeys(place.panorama for place in places)
+    return list(dict.fromkeys(place.panorama for place in places))
 
 
 @lru_cache(maxsize=16)
@@ -335,26 +305,23 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     folder = Path(folder)
     infos = folder / "held_out_infos.json"
     infos = infos if held_out and infos.exists() else folder / "route_infos.json"
-    raws = _read_json(infos)
+    raws = _read(infos, "a JSON file")
     if not isinstance(raws, list) or not raws or not isinstance(raws[0], list):
         raise ValueError(f"{infos}: expected [routes, count]")
-    known = _known(folder)
+    known, check = _known(folder), cache(_check_picture)
     look = pictures and not (folder / "city.json").exists()
-    check = lru_cache(maxsize=None)(_check_picture) if look else None
     routes, skipped = [], []
     for i, raw in enumerate(raws[0]):
         name = f"route {i} of {infos}"
         try:
             route = _route(raw, name, known)
-            wrong = next(filter(None, map(check, _pictures(route))), None) if check else None
-            if wrong:
-                raise ValueError(wrong)
+            for panorama in pictures_of(route) if look else ():
+                check(panorama)
             routes.append(route)
         except ValueError as error:
             skipped.append(f"{name}: {error}")
             if not skip_bad:
                 raise ValueError(f"{skipped[0]} (--skip-bad-routes leaves such routes out)") from None
     if not routes:
-        why = f"no route is left; {skipped[0]}" if skipped else "no routes in it"
-        raise ValueError(f"{infos}: {why}")
+        raise ValueError(f"{infos}: " + (f"no route is left; {skipped[0]}" if skipped else "no routes in it"))
     return World(tuple(routes), tuple(skipped))

@@ -215,7 +215,7 @@ def test_routes_of_ones_own(small, tmp_path, capsys):
     folder = cities.build("milan", tmp_path / "city")
     infos = folder / "route_infos.json"
     infos.write_text(json.dumps([json.loads(infos.read_text())[0][:2], 2]))
-    shown = [list(routes._pictures(route)) for route in routes.load(str(folder)).routes]
+    shown = [routes.pictures_of(route) for route in routes.load(str(folder)).routes]
     for panorama in set(shown[0] + shown[1]):
         cities.draw(panorama)
     (folder / "city.json").unlink()
