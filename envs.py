@@ -410,5 +410,11 @@ class Navigation:
 
 
 GAMES = {"gp": GeneralPoints, "virl": Navigation}
-# a task is a game and "-l" (in words) or "-vl" (with pictures)
-TASKS = tuple(f"{name}-{'vl' if image else 'l'}" for name, game in GAMES.items() for image in game.looks)
+
+
+def tasks(games):
+    """Return {task: game}: a task is a game and "-l" (in words) or "-vl" (with pictures)."""
+    return {f"{name}-{'vl' if image else 'l'}": game for name, game in games.items() for image in game.looks}
+
+
+TASKS = tasks(GAMES)

@@ -91,7 +91,7 @@ def conflicts(args, config, world):
     """Yield (a setting, what is expected of it) wherever two contradict each other."""
     if args.image and config.vision is None:
         yield "task", f"{args.game}-l, as {shown(args.model)} is a text-only model"
-    useful = [*official.OF_GAME[args.game], *(official.PPO if args.algo == "ppo" else [])]
+    useful = [*official.OF_GAME.get(args.game, []), *(official.PPO if args.algo == "ppo" else [])]
     if args.compat not in ("", "official") and set(args.compat.split(",")) - set(useful):
         own = f"what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
         yield "compat", f"official alone, or {own}"

@@ -10,7 +10,7 @@ import sys
 from argparse import SUPPRESS
 from dataclasses import dataclass
 
-from envs import GAMES, TASKS
+from envs import GAMES, TASKS, tasks
 from harness.ranges import (
     SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of, real,
     several, shown, text)
@@ -321,17 +321,17 @@ def fail(message):
 
 
 def load_custom(file):
-    """Run a user's file; its ESTIMATORS, LOSSES and SFT_LOSSES join the tables. SettingError that names the
+    """Run a user's file; its ESTIMATORS, LOSSES, SFT_LOSSES and GAMES join the tables. SettingError that names the
     file and what is wrong with it."""
     try:
         names = runpy.run_path(file)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {reason}") from error
-    tables = {"ESTIMATORS": ESTIMATORS, "LOSSES": LOSSES, "SFT_LOSSES": SFT_LOSSES}
+    tables = {"ESTIMATORS": ESTIMATORS, "LOSSES": LOSSES, "SFT_LOSSES": SFT_LOSSES, "GAMES": GAMES}
     found = [(table, names[name]) for name, table in tables.items() if name in names]
     if not found:
-        raise SettingError(f"--custom {file}: expected a dict ESTIMATORS, LOSSES or SFT_LOSSES in it")
+        raise SettingError(f"--custom {file}: expected a dict {', '.join(tables)} in it")
     for table, own in found:
         kind = type(next(iter(table.values())))
         for name, entry in own.items():
@@ -339,6 +339,7 @@ def load_custom(file):
                 raise SettingError(f"--custom {file}: expected {kind.__name__}(function, ...) as '{name}', "
                                    f"not {entry!r}")
             table[name] = entry
+    TASKS.update(tasks(GAMES))
 
 
 def resumed(args, typed, config, source):
