@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kernels
+from benchmarks.kernels import peak_memory
 from kernels import logits, logprob, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,10 +21,9 @@ WAYS = {"kernels": logprob.KERNELS, "twins": logprob.TWINS}
 both = pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
 
 
-def problem(N, D, V, dtype=torch.float32, device=DEVICE, seed=0):
+def problem(N, D, V, dtype=torch.float32):
     """Draw hidden, weight (both want gradients), targets, upstream gradients (3, N) of which some are 0."""
-    g = torch.Generator(device).manual_seed(seed)
-    random = dict(generator=g, device=device)
+    random = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     hidden, weight = (torch.randn(n, D, **random).to(dtype).requires_grad_() for n in (N, V))
     upstream = torch.randn(3, N, **random) * (torch.rand(3, N, **random) < 0.7)
     return hidden, weight, torch.randint(0, V, (N,), **random), upstream
@@ -36,7 +36,13 @@ def run(hidden, weight, targets, upstream, temperature=1.0, ways=None):
     return [x.detach() for x in (*found, *gradients)]
 
 
-def dense(hidden, weight, targets, upstream, temperature):
+def rows_of(problem, rows):
+    """Return the problem of some rows alone."""
+    hidden, weight, targets, upstream = problem
+    return hidden[rows].detach().requires_grad_(), weight, targets[rows], upstream[:, rows]
+
+
+def dense(hidden, weight, targets, upstream, temperature=1.0):
     """Return what `run` gives, from all logits at once in float64, and bounds for honest float32 sums.
 
     A logit of D products is off by at most delta = D 2^-24 sum |h w|. log p and lse move by no more than
@@ -46,26 +52,20 @@ def dense(hidden, weight, targets, upstream, temperature):
     """
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     g, e, l = upstream.double()
-    logp = (h @ w.T / temperature).log_softmax(-1)
-    lse = (h @ w.T / temperature).logsumexp(-1)
+    logp, lse = (f(h @ w.T / temperature, -1) for f in (torch.log_softmax, torch.logsumexp))
     entropy = -(logp.exp() * logp).sum(-1)
     found = logp.gather(1, targets[:, None])[:, 0], entropy, lse
-    found = [*found, *torch.autograd.grad(found, (h, w), (g, e, l))]
-    h, w, p, logp, (N, V) = h.detach().abs(), w.detach().abs(), logp.detach().exp(), logp.detach(), logp.shape
+    found = [x.detach() for x in (*found, *torch.autograd.grad(found, (h, w), (g, e, l)))]
+    h, w, logp, (N, V) = h.detach().abs(), w.detach().abs(), logp.detach(), logp.shape
     eps, unit = 2**-24, torch.finfo(hidden.dtype).eps / 2
     tiny = 2**-25 if hidden.dtype == torch.float16 else 0
     delta = (h.shape[1] + 4) * eps * float((h @ w.T).max()) / temperature + eps * V
-    size = p * ((l - g - e * found[1].detach()).abs()[:, None] + (e[:, None] * logp).abs())
+    size = logp.exp() * ((l - g - e * found[1]).abs()[:, None] + (e[:, None] * logp).abs())
     size.scatter_add_(1, targets[:, None], g.abs()[:, None])
     share = 2 * unit + 4 * delta + eps * (N + V)
     gradients = [(share * a @ b + tiny * b.sum(0) + tiny) / temperature + tiny
                  for a, b in ((size, w), (size.T, h))]
-    return [x.detach() for x in found], [2 * delta, 2 * delta * (2 + math.log(V)), 2 * delta, *gradients]
-
-
-def child(script):
-    root = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    return found, [2 * delta, 2 * delta * (2 + math.log(V)), 2 * delta, *gradients]
 
 
 def assert_within(found, expected, bounds):
@@ -73,25 +73,35 @@ def assert_within(found, expected, bounds):
         assert (~((x - y).abs() <= bound)).sum() == 0, ((x - y).abs() / bound).max()    # a NaN is not within
 
 
+def assert_equal(found, expected):
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+SIZES = """1 1 1 1.0, 1 7 3 0.5, 16 32 32 1.0, 17 33 270 1.0, 37 40 131 0.3, 300 5 65 2.0, 2 96 1000 1.0"""
+SIZES_ON_A_GPU = """1 64 1000 1.0, 300 512 5003 0.7, 1000 33 777 1.0"""
+
+
 @both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("N, D, V, temperature", [
-    (1, 1, 1, 1.0), (1, 7, 3, 0.5), (16, 32, 32, 1.0), (17, 33, 270, 1.0), (37, 40, 131, 0.3),
-    (300, 5, 65, 2.0), (2, 96, 1000, 1.0)])
-def test_against_float64(ways, dtype, N, D, V, temperature):
-    numbers = problem(N, D, V, dtype)
-    found = run(*numbers, temperature, ways)
+@pytest.mark.parametrize("dtype, sizes", [
+    *((dtype, sizes) for dtype in (torch.float32, torch.float16) for sizes in SIZES.split(", ")),
+    *(pytest.param(torch.bfloat16, sizes, marks=pytest.mark.gpu) for sizes in SIZES_ON_A_GPU.split(", "))],
+    ids=str)
+def test_against_float64(ways, dtype, sizes):
+    """N D V and temperature."""
+    *sizes, temperature = sizes.split()
+    numbers = problem(*map(int, sizes), dtype)
+    found = run(*numbers, float(temperature), ways)
     assert [x.dtype for x in found] == 3 * [torch.float32] + 2 * [dtype]
-    assert_within(found, *dense(*numbers, temperature))
+    assert_within(found, *dense(*numbers, float(temperature)))
 
 
 @both
 @pytest.mark.parametrize("asked", range(3), ids=["logprobs", "entropy", "lse"])
 def test_each_output_has_its_own_gradient(ways, asked):
+    """The others get no gradient at all."""
     hidden, weight, targets, upstream = problem(20, 12, 70)
     upstream[[i for i in range(3) if i != asked]] = 0
     output = logprob.token_logprobs(hidden, weight, targets, 0.7, ways)[asked]
-    # the others get no gradient at all
     found = torch.autograd.grad(output, (hidden, weight), upstream[asked])
     expected, bounds = dense(hidden, weight, targets, upstream, 0.7)
     assert_within(found, expected[3:], bounds[3:])
@@ -104,8 +114,7 @@ def test_frozen_parts_get_no_gradient(ways):
     for i, frozen in enumerate((weight, hidden)):
         frozen.requires_grad_(False)
         logprobs = logprob.token_logprobs(hidden, weight, targets, 1.0, ways)
-        found, = torch.autograd.grad(logprobs, (hidden, weight)[i], tuple(upstream))
-        assert torch.equal(found, full[3 + i])
+        assert_equal(torch.autograd.grad(logprobs, (hidden, weight)[i], tuple(upstream)), full[3 + i:4 + i])
         frozen.requires_grad_()
 
 
@@ -121,51 +130,45 @@ def test_small_slabs_and_pieces_change_nothing(ways, monkeypatch):
     numbers = problem(37, 9, 300)
     monkeypatch.setattr(logits, "WORKSPACE", 37 * 4 * 96)                       # slabs of 96: 4 of them
     monkeypatch.setattr(logprob, "PIECE", (5, 7))
-    assert_within(run(*numbers, 1.0, ways), *dense(*numbers, 1.0))
+    assert_within(run(*numbers, 1.0, ways), *dense(*numbers))
 
 
 @both
-def test_every_element_is_written(ways, monkeypatch):
+def test_every_element_is_written(ways, poison):
+    """And two runs agree to the bit."""
     numbers = problem(37, 33, 270)
     expected = run(*numbers, 1.0, ways)
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        def poisoned(*args, inner=getattr(owner, name), **kw):
-            tensor = inner(*args, **kw)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-        monkeypatch.setattr(owner, name, poisoned)
-    for x, y in zip(run(*numbers, 1.0, ways), expected):
-        assert torch.equal(x, y)                                        # so two runs agree bit for bit, too
+    poison()
+    assert_equal(run(*numbers, 1.0, ways), expected)
 
 
 @both
 @pytest.mark.parametrize("kept", [[], [3], list(range(1, 40, 2))], ids=len)
 def test_rows_with_negative_targets_cost_nothing(ways, kept):
-    hidden, weight, targets, upstream = problem(40, 16, 50)
-    few = run(hidden[kept].detach().requires_grad_(), weight, targets[kept], upstream[:, kept], 1.0, ways)
+    """Nor do rows with no upstream gradient in the backward pass."""
+    hidden, weight, targets, upstream = numbers = problem(40, 16, 50)
+    few = run(*rows_of(numbers, kept), 1.0, ways)
     dropped = [i for i in range(40) if i not in kept]
     with torch.no_grad():
         hidden[dropped] = math.nan                                                      # nobody looks at them
     targets[dropped] = torch.tensor([-100, -1] * 20, device=DEVICE)[:len(dropped)]
     seen = []
     spied = [lambda h, *rest, way=way: seen.append(len(h)) or way(h, *rest) for way in ways]
-    found = run(hidden, weight, targets, upstream, 1.0, spied)
-    used = int((upstream[:, kept] != 0).any(0).sum())
-    assert seen == [len(kept), used]                    # rows with no upstream gradient are dropped, too
-    for x, y in zip(found[:4], few):
-        assert torch.equal(x[kept], y) and not x[dropped].any()
-    assert torch.equal(found[4], few[4])
+    found = run(*numbers, 1.0, spied)
+    assert seen == [len(kept), int((upstream[:, kept] != 0).any(0).sum())]
+    assert_equal([*(x[kept] for x in found[:4]), found[4]], few)
+    assert not any(x[dropped].any() for x in found[:4])
 
 
 @both
 def test_any_strides(ways):
-    hidden, weight, targets, _ = problem(20, 12, 70)
-    ones = torch.ones(3, 20, device=DEVICE)
+    """The gradient of a sum has stride 0."""
+    *numbers, upstream = problem(20, 12, 70)
     strided = [torch.stack([x.detach(), x.detach() * 0], -1)[..., 0].requires_grad_(x.requires_grad)
-               for x in (hidden, weight, targets)]
+               for x in numbers]
     outputs = logprob.token_logprobs(*strided, 1.0, ways)
-    # the gradient of a sum has stride 0
     found = *outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), strided[:2])
-    assert_within(found, *dense(hidden, weight, targets, ones, 1.0))
+    assert_within(found, *dense(*numbers, torch.ones_like(upstream)))
 
 
 @both
@@ -179,12 +182,11 @@ def test_targets_beyond_the_vocabulary_are_refused(ways):
 
 @both
 def test_a_row_alone_is_the_row_among_others(ways):
-    hidden, weight, targets, upstream = problem(40, 16, 300)
-    many = run(hidden, weight, targets, upstream, 1.0, ways)
-    _, bounds = dense(hidden, weight, targets, upstream, 1.0)
+    numbers = problem(40, 16, 300)
+    many, (_, bounds) = run(*numbers, 1.0, ways), dense(*numbers)
     for i in (0, 17, 39):
         row = slice(i, i + 1)
-        alone = run(hidden[row].detach().requires_grad_(), weight, targets[row], upstream[:, row], 1.0, ways)
+        alone = run(*rows_of(numbers, row), 1.0, ways)
         assert_within(alone[:4], [x[row] for x in many[:4]], [*bounds[:3], bounds[3][row]])
 
 
@@ -210,23 +212,15 @@ def test_workspace_at_full_size(monkeypatch):
     assert written[0].nbytes + (8192 + 1024) * 4096 * 4 + 32 * 2**20 <= 256 * 2**20
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels have a test of their own")
 def test_memory_of_the_twins():
     """At most 5 % of the plain way, which holds at least the logits and their gradient (in fact twice)."""
-    script = """if True:
-        import resource, sys, torch
-        from kernels.logprob import TWINS, token_logprobs
-        def peak(): return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-        N, D, V = 2048, 64, 128256
-        hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-        open("/proc/self/clear_refs", "w").write("5")
-        before = peak()
-        logprobs, entropy, _ = token_logprobs(hidden, weight, torch.arange(N), ways=TWINS)
-        (logprobs + entropy).sum().backward()
-        print((peak() - before - 4 * D * (N + V)) / (2 * 4 * N * V))"""
-    if not Path("/proc/self/clear_refs").exists():
+    N, D, V = 2048, 64, 128256
+    numbers = problem(N, D, V)
+    taken = peak_memory(lambda: run(*numbers, 1.0, logprob.TWINS))
+    if taken is None:
         pytest.skip("memory is read from Linux's /proc")
-    done = child(script)
-    assert float(done.stdout or "nan") <= 0.05, done.stdout + done.stderr
+    assert taken <= 0.05 * (2 * 4 * N * V) / 2**20
 
 
 # ------------------------------------------------------------------------------------------ compiled for GPUs
@@ -240,13 +234,13 @@ def slab_launches(dtype=torch.bfloat16):
 
 
 def launches():
-    """All kernels at the sizes of the 11B model, in half precision and float32."""
+    """Launch all kernels at the sizes of the 11B model, in half precision and float32."""
     for dtype in (torch.bfloat16, torch.float32):
         logits.statistics(*slab_launches(dtype), 1.0)
 
 
 def greedy_launches():
-    """Two warps have too few registers for 128 x 128 sums."""
+    """Launch with two warps, which have too few registers for 128 x 128 sums."""
     tiles.LOGITS["sm_80"] = "128 128 32 2 2"
     slab_launches()
 
@@ -267,16 +261,15 @@ def test_spills_would_be_seen():
 # -------------------------------------------------------------------------------------------------- which way
 
 
-def test_which_way(monkeypatch):
-    tensor = torch.zeros(1, device=DEVICE)
+@pytest.mark.parametrize("wanted, expected", [(None, DEVICE == "cuda"), ("torch", False), ("triton", True)])
+def test_which_way(monkeypatch, wanted, expected):
     monkeypatch.delenv("KERNELS", raising=False)
-    assert kernels.use_triton(tensor) == (DEVICE == "cuda")
-    for value, expected in (("torch", False), ("triton", True)):
-        monkeypatch.setenv("KERNELS", value)
-        assert kernels.use_triton(tensor) == expected
+    if wanted:
+        monkeypatch.setenv("KERNELS", wanted)
+    assert kernels.use_triton(torch.zeros(1, device=DEVICE)) == expected
     monkeypatch.setenv("KERNELS", "fast")
     with pytest.raises(ValueError, match="fast"):
-        kernels.use_triton(tensor)
+        kernels.use_triton(torch.zeros(1, device=DEVICE))
 
 
 def test_without_triton_the_twins_run_and_say_so_once():
@@ -291,7 +284,8 @@ def test_without_triton_the_twins_run_and_say_so_once():
             assert not use_triton(torch.zeros(1)) and not use_triton(torch.zeros(1))
             logprob.token_logprobs(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, -100]))
         assert ["triton is not installed" in str(w.message) for w in caught] == [True]"""
-    done = child(script)
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
 
 
@@ -299,30 +293,15 @@ def test_without_triton_the_twins_run_and_say_so_once():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("N, D, V, temperature", [
-    (1, 64, 1000, 1.0), (300, 512, 5003, 0.7), (1000, 33, 777, 1.0)])
-def test_bfloat16_against_float64(N, D, V, temperature):
-    numbers = problem(N, D, V, torch.bfloat16)
-    assert_within(run(*numbers, temperature), *dense(*numbers, temperature))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_full_size():
     """Workspace, determinism, and a sample of rows against float64, at the size of the 11B model."""
-    hidden, weight, targets, upstream = problem(8192, 4096, 128256, torch.bfloat16)
+    numbers = problem(8192, 4096, 128256, torch.bfloat16)
     with torch.no_grad():
-        weight *= 0.02
-    # compiled, cuBLAS's workspace there
-    run(hidden[:128].detach().requires_grad_(), weight, targets[:128], upstream[:, :128])
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    first = run(hidden, weight, targets, upstream)
-    extra = torch.cuda.max_memory_allocated() - before - 2 * (hidden.numel() + weight.numel())
-    assert extra <= 256 * 2**20, extra / 2**20
-    assert all(torch.equal(x, y) for x, y in zip(first, run(hidden, weight, targets, upstream)))
+        numbers[1].mul_(0.02)
+    run(*rows_of(numbers, slice(128)))                         # compiled, cuBLAS's workspace there
+    found = []
+    assert peak_memory(lambda: found.append(run(*numbers)) or found[0]) <= 256
+    assert_equal(run(*numbers), found[0])
     rows = torch.arange(0, 8192, 128, device=DEVICE)
-    sample = hidden[rows].detach().requires_grad_(), weight, targets[rows], upstream[:, rows]
-    expected, bounds = dense(*sample, 1.0)
-    assert_within([x[rows] for x in first[:4]], expected[:4], bounds[:4])
+    expected, bounds = dense(*rows_of(numbers, rows))
+    assert_within([x[rows] for x in found[0][:4]], expected[:4], bounds[:4])
