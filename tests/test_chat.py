@@ -140,11 +140,12 @@ def test_real_weights_answer_alike(transformers, folder, messages, word):
 
 
 def test_a_folder_of_transformers_5(transformers, tmp_path):
-    """It nests the image processor in processor_config.json, and writes no preprocessor_config.json."""
+    """It nests the image processor in processor_config.json, which counts where both files prepare images."""
     a, b, gp = tmp_path / "a", tmp_path / "b", TINY / "gp"
     for kind in (transformers.AutoProcessor, transformers.AutoModelForImageTextToText):
         kind.from_pretrained(gp).save_pretrained(a)
     assert not (a / "preprocessor_config.json").exists()
+    (a / "preprocessor_config.json").write_text('{"size": {"height": 28, "width": 28}}', encoding="utf-8")
     model, first = Llama.from_pretrained(a), Processor.from_pretrained(gp)
     again = Processor.from_pretrained(a, model.config, images=True)
     assert again.image_config == first.image_config and again.render(SHOWN) == first.render(SHOWN)
@@ -153,15 +154,6 @@ def test_a_folder_of_transformers_5(transformers, tmp_path):
     for name in ("processor_config.json", "chat_template.jinja"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     assert transformers.AutoProcessor.from_pretrained(b).image_processor.size["height"] == 56
-
-
-def test_where_both_files_prepare_images_the_nested_one_counts(gp):
-    """As in transformers."""
-    edit(gp / "preprocessor_config.json", "resample", 3)
-    nested = (gp / "preprocessor_config.json").read_text(encoding="utf-8")
-    edit(gp / "preprocessor_config.json", "resample", 2)
-    (gp / "processor_config.json").write_text(f'{{"image_processor": {nested}}}', encoding="utf-8")
-    assert Processor.from_pretrained(gp).image_config["resample"] == 3
 
 
 @pytest.mark.parametrize("name", """chat_template.jinja chat_template.json special_tokens_map.json merges.txt
