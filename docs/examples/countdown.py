@@ -1,78 +1,80 @@
-"""A third game: Countdown. Make the target from some of the numbers, each at most once.
+"""A third game: Countdown, any count of numbers and any target. One FILE is all it takes:
 
-    python train.py --custom docs/examples/countdown.py --task countdown-l --algo sft --model docs/tiny/gp
-
-`envs.Env` says what each name is for. A game with pictures has looks for `True`, too, and shows them.
+    python train.py --custom FILE --task countdown-l --algo pretrain --out runs/foundation
+    python train.py --custom FILE --task countdown-l --algo ppo --model runs/foundation/final
 """
 
 import json
 import random
-import re
-from collections import Counter
 from dataclasses import dataclass
 
-from envs import Observation
-from games.answers import read_answer
-from games.verifier import evaluate, fault
+from envs import EXHAUSTED, Observation, check_settings, dialogue
+from games.prompts import check_prompts
+from games.solver import miss, solvable, solve
+from games.verifier import judge
 from harness.ranges import integer, one_of
 
-PROMPT = ('Make {} from some of the numbers {}, each at most once, with + - * / and parentheses. Answer with '
-          'one JSON object: {{"formula": "an equation that ends in ={}"}}')
+LOOKS = {"small": range(1, 11), "large": range(11, 31)}
+PROMPT = """Make {target} of {numbers}, each exactly once, with + - * / and parentheses.
+Answer with one JSON object: {{"formula": "an equation that ends in ={target}"}}"""
 
 
-@dataclass
+@dataclass(kw_only=True, eq=False)
 class Countdown:
-    """A hand of three to `rule` numbers up to 25; the rule out of distribution is a longer hand."""
-    image: bool = False
-    rule: str = "5"
-    look: str = "plain"
+    """A hand of `rule` numbers; see envs.Env for what each name is for."""
+    rule: str = "3"             # how many numbers
+    look: str = "small"         # which numbers
+    target: int = 24
     attempts: int = 3
-    size: int = 1
+    image: bool = False
+    size: int = 0
     prompts: dict = None
 
-    kinds = {"rule": one_of(("4", "5", "7")), "look": one_of(("plain",)), "attempts": integer(1)}
-    answer_key, headline, recognition, apart = "formula", "success", "own numbers", r"\d+|[-+*/()=]"
-    sizes, looks, distinct = {"tiny": 1, "paper": 1}, {False: "plain"}, 10**9
-    presets = {"tiny countdown": "--max-new-tokens 48 --eval-hands 100 --eval-every 20 --probe-hands 0 "
-                                 "--steps 40",
-               "tiny ppo countdown": "--hands 32 --samples 8 --reward-scale 0.2 --save-every 20"}
+    kinds = {"rule": one_of(("2", "3", "4", "5", "6")), "look": one_of(LOOKS), "target": integer(1)}
+    answer_key, headline, recognition = "formula", "success", "always true"
+    sizes, looks, distinct, apart = {"tiny": 0, "paper": 0}, {False: "small"}, 10**9, r"\d+|[-+*/()=]"
+    presets = {"tiny countdown": "--steps 100 --max-new-tokens 32 --eval-hands 100 --probe-hands 0",
+               "tiny ppo countdown": "--hands 32 --samples 8 --reward-scale 0.2 --eval-every 50",
+               "tiny pretrain countdown": "--steps 400 --lr 4e-3 --batch-size 64 --mistakes 0.3"}
 
     @staticmethod
     def shifts(rule, look, image):
-        return {"id": {}, "rule-ood": {"rule": "7"}}
+        return {"id": {}, "rule-ood": {"rule": "4" if rule == "3" else "3"}, "large": {"look": "large"}}
+
+    @staticmethod
+    def broad():
+        return [(1.0, {"rule": rule}) for rule in ("2", "3", "4")]
+
+    def __post_init__(self):
+        check_settings(self)
+        self.prompts, self.attempt = check_prompts(self.prompts or {}), None
 
     def reset(self, seed):
-        rng, self.attempt, self.target = random.Random(seed), 0, 0
-        while self.target < 1:                 # the expert knows how the target came about
-            self.numbers = [rng.randint(1, 25) for _ in range(rng.randint(3, int(self.rule)))]
-            a, b, c = rng.sample(self.numbers, 3)
-            self.formula = f"({a}{rng.choice('+-*')}{b}){rng.choice('+-*')}{c}"
-            self.target = evaluate(re.findall(r"\d+|\S", self.formula))[0]
-        text = PROMPT.format(self.target, ", ".join(map(str, self.numbers)), self.target)
+        self.rng, self.numbers, self.attempt = random.Random(seed), [], 0
+        while not self.numbers or not solvable(self.numbers, self.target):
+            self.numbers = self.rng.choices(LOOKS[self.look], k=int(self.rule))
+        text = PROMPT.format(target=self.target, numbers=", ".join(map(str, self.numbers)))
         return Observation([{"role": "user", "content": text}], fresh=True), {"numbers": self.numbers}
 
     def step(self, text):
+        verdict = judge(text, (), self.numbers, self.target, prompts=self.prompts)
         self.attempt += 1
-        formula = read_answer(text)[2]
-        used = [int(number) for number in re.findall(r"[0-9]+", (formula or "").rpartition("=")[0][:200])]
-        foreign = Counter(used) - Counter(self.numbers)
-        code = "foreign_number" if foreign else fault(formula, used, self.target)[0]
-        correct, last = code == "correct", self.attempt == self.attempts
-        messages = [] if correct or last else [{"role": "user", "content": f"Wrong: {code}."}]
-        info = {"verdict": code, "message": code, "correct": correct, "attempt": self.attempt,
-                "recognized": not foreign, "translated": correct, "success": correct}
-        return Observation(messages, False), 5.0 if correct else -1.0, correct, last and not correct, info
+        correct = verdict.code == "correct"
+        truncated = not correct and self.attempt == self.attempts
+        info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "success": correct,
+                "attempt": self.attempt, "recognized": verdict.recognized, "translated": True}
+        messages = [] if correct or truncated else [{"role": "user", "content": verdict.message}]
+        reward = verdict.reward + EXHAUSTED * truncated
+        return Observation(messages, fresh=False), reward, correct, truncated, info
 
     def oracle(self):
-        return json.dumps({"formula": f"{self.formula}={self.target}"})
+        return json.dumps({"formula": solve(self.numbers, self.target)[0]})
+
+    def _mistake(self):
+        return json.dumps({"formula": miss(self.numbers, self.target, self.rng)})
 
     def demonstrate(self, seed, mistakes=0):
-        messages = self.reset(seed)[0].messages
-        for _ in range(mistakes):
-            wrong = json.dumps({"formula": f"{self.numbers[0]}={self.target}"})
-            messages = [*messages, {"role": "assistant", "content": wrong, "train": False},
-                        *self.step(wrong)[0].messages]
-        return [*messages, {"role": "assistant", "content": self.oracle(), "train": True}]
+        return dialogue(self, self.reset(seed)[0].messages, mistakes)
 
 
 GAMES = {"countdown": Countdown}
