@@ -35,34 +35,41 @@ class Observation:
 
 
 class Env(Protocol):
-    """Contract of a game. Its constructor takes image, size and prompts as keywords, and those of the
-    settings rule, judged_rule, look, attempts, ... of the command line that it knows.
-
-    reset: start what belongs to a seed >= 0, the same in any process; ValueError for another.
-    step: judge one answer, any string whatever, and return (observation, reward, terminated, truncated,
-    info). Info says of the answer: verdict (a word), message, correct, attempt (counted from 1), recognized
-    and translated (what is seen is told right, what it means), and success (of the episode, so far).
-    RuntimeError where no episode is running.
-    oracle: return the expert's answer. demonstrate: return an expert's dialogue; see `dialogue`.
-    shifts: return {evaluation set: settings that differ from training}, "id" among them.
-    broad: return [(weight, settings)], the mixture that the tiny model's foundation learns.
-    presets, if there are any: of this game, in the words of harness/settings.PRESETS."""
-    kinds: dict         # of its settings, "rule" and "look" among them: what each may be, a ranges.Kind
+    """Contract of a game. Its constructor takes the keywords image, size and prompts, and those of rule,
+    judged_rule, look, attempts, ... on the command line that it knows. It may have `presets`, too: of its own
+    tasks, in the words of harness/settings.PRESETS."""
+    kinds: dict         # setting -> what it may be, a ranges.Kind; "rule" and "look" are among them
     answer_key: str     # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
     headline: str       # the metric to plot: success or per_step
     recognition: str    # the meaning of `recognized`, for the log
     sizes: dict         # preset -> size of an image
-    looks: dict         # image (False, True; which there are) -> the look trained on by default
+    looks: dict         # image: False, True, or both -> the look trained on by default
     apart: str          # regular expression of what the tiny tokenizer keeps in tokens of its own
     attempts: int       # answers judged before it is over
     distinct: int       # how many seeds start something new
 
-    def reset(self, seed: int) -> tuple[Observation, dict]: ...
-    def step(self, text: str) -> tuple[Observation, float, bool, bool, dict]: ...
-    def oracle(self) -> str: ...
-    def demonstrate(self, seed: int, mistakes: int = 0) -> list[dict]: ...
-    def shifts(rule: str, look: str, image: bool) -> dict[str, dict]: ...
-    def broad() -> list[tuple[float, dict]]: ...
+    def reset(self, seed: int) -> tuple[Observation, dict]:
+        """Start what belongs to a seed >= 0, the same in any process; ValueError for another."""
+
+    def step(self, text: str) -> tuple[Observation, float, bool, bool, dict]:
+        """Judge one answer, any string: (observation, reward, terminated, truncated, info). Info says of the
+        answer verdict (a word), message, correct, attempt (counted from 1), recognized (what is seen is told
+        right), translated (what it means, too), and of the episode success. RuntimeError if none is
+        running."""
+
+    def oracle(self) -> str:
+        """Return the expert's answer."""
+
+    def demonstrate(self, seed: int, mistakes: int = 0) -> list[dict]:
+        """Return an expert's dialogue; see `dialogue`."""
+
+    @staticmethod
+    def shifts(rule: str, look: str, image: bool) -> dict[str, dict]:
+        """Return {evaluation set: settings that differ from training}, "id" and "rule-ood" among them."""
+
+    @staticmethod
+    def broad() -> list[tuple[float, dict]]:
+        """Return [(weight, settings)], the mixture that the tiny model's foundation learns."""
 
 
 def check_settings(game):
@@ -194,6 +201,7 @@ class GeneralPoints:
         return self.rng.sample(self.deck, self.cards)
 
     def judge(self, text):
+        """Return the verifier.Verdict on an answer."""
         return judge(text, self.ranks, self.numbers, self.target, self.image, self.prompts)
 
     def _prompt(self):

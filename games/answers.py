@@ -54,25 +54,25 @@ def _unescape(match):
     return {"n": "\n", "t": "\t", "r": "\r"}.get(code, code if code in _MARKS + "/" else match[0])
 
 
-class _Object:
-    """Where the own values of an object stand: {key: [start, end]}."""
-
-    def __init__(self):
-        self.values, self.last = {}, [0, 0]
-
-    def close(self, end):
-        self.last[1] = end
-
-    def open(self, key, start, end):
-        """Note a key from `start` to `end`, with which the value before ends and another begins."""
-        self.close(start)
-        key = _ESCAPE.sub(_unescape, key, count=MAX_ESCAPES).strip(_MARKS + " \n").lower()
-        self.last = self.values[" ".join(key.split())] = [end, end]
+def _key(name):
+    """Return a key in lower case, without quotes and escapes."""
+    key = _ESCAPE.sub(_unescape, name, count=MAX_ESCAPES).strip(_MARKS + " \n").lower()
+    return " ".join(key.split())
 
 
 def _objects(text, keys):
-    """Return {key: the object that ends last among those that have it} in one pass."""
+    """Return {key: the object that ends last among those that have it} in one pass; an object is a list of
+    its own [key, start of the value, end]."""
     found, unclosed, at = {}, [], 0
+
+    def end_value(end):
+        if unclosed[-1]:
+            unclosed[-1][-1][2] = end
+
+    def close(end):
+        end_value(end)
+        entries = unclosed.pop()
+        found.update(dict.fromkeys(keys & {key for key, *_ in entries}, entries))
     for _ in range(MAX_TOKENS):
         if not unclosed:        # quotes in prose mean nothing: go on at the next brace
             at = text.find("{", at)
@@ -81,20 +81,18 @@ def _objects(text, keys):
         token = _TOKEN.match(text, at)      # matches anywhere, if only nothing at the end
         at = token.end()
         if token["brace"] == "{":
-            unclosed.append(_Object())
+            unclosed.append([])
         elif token["brace"]:
-            ended = unclosed.pop()
-            ended.close(at - 1)
-            found |= dict.fromkeys(keys & ended.values.keys(), ended)
+            close(at - 1)
         elif token["colon"]:
-            unclosed[-1].open(token["name"], token.start("name"), at)
+            end_value(token.start("name"))
+            unclosed[-1].append([_key(token["name"]), at, at])
         elif at == len(text):
             break
     else:
         return {}
-    for cut in reversed(unclosed):      # all of them end here, the outermost last
-        cut.close(at)
-        found |= dict.fromkeys(keys & cut.values.keys(), cut)
+    while unclosed:     # all of them end here, the outermost last
+        close(at)
     return found
 
 
@@ -125,8 +123,9 @@ def _fields(text, *keys):
         except ValueError:
             pass
     objects = _objects(text, set(keys))     # without an action the observation is judged all the same
-    own = next((objects[key].values for key in keys if key in objects), {})
-    return [_value(text[slice(*own[key])]) if key in own else None for key in keys]
+    entries = next((objects[key] for key in keys if key in objects), [])
+    own = {key: _value(text[start:end]) for key, start, end in entries if key in keys}
+    return [own.get(key) for key in keys]
 
 
 def _items(value):
@@ -165,8 +164,8 @@ def read_answer(text):
     text = _LATEX_SIGN.sub(lambda sign: _LATEX[sign[1]], text)      # JSON makes a tab and "imes" of \times
     formula, cards, number = _fields(text, "formula", "cards", "number")
     if cards is not None:   # "Ace of Spades", 'q', 10, T
-        words = [re.search("[A-Z0-9]+", item.upper()) for item in _items(cards)]
-        cards = [_RANKS.get(word[0], word[0]) if word else "" for word in words]
+        words = [[*re.findall("[A-Z0-9]+", item.upper()), ""][0] for item in _items(cards)]
+        cards = [_RANKS.get(word, word) for word in words]
     if number is not None:
         number = [item.strip(_MARKS + " ") for item in _items(number)]
     if formula is not None:
@@ -182,8 +181,6 @@ def read_step(text):
     fields = _fields(text, "action", "current observation", "current instruction")
     action, *said = ["" if isinstance(value, list) else value for value in fields]
     if action is not None:
-        quotes = str.maketrans(dict.fromkeys(_MARKS, " "))
-        action = " ".join(action.lower().translate(quotes).split())
-        for bracket in "()":
-            action = action.replace(f" {bracket}", bracket).replace(f"{bracket} ", bracket)
+        action = re.sub(rf"[\s{_QUOTES}\\]+", " ", action.lower()).strip()
+        action = re.sub(" ?([()]) ?", r"\1", action)
     return *said, action

@@ -32,19 +32,15 @@ def _oval(x, y, rx, ry=None):
     return np.stack([x + rx * np.cos(_T), y + (ry or rx) * np.sin(_T)], 1)
 
 
-def _bar(x, y, width, height):
-    return [(x + i * width / 2, y + j * height / 2) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-
-
 def _polygon(*xy):
     return np.reshape(xy, (-1, 2))
 
 
 def _shapes(text):
     """Return [(name of a color, polygon)] of lines as "gold oval 610 195 80 26": an oval has a centre and one
-    or two radii, a bar a centre, a width and a height, a polygon corners "x,y"."""
+    or two radii, a polygon corners "x,y"."""
     lines = (line.replace(",", " ").split() for line in text.strip().splitlines())
-    kinds = {"oval": _oval, "bar": _bar, "polygon": _polygon}
+    kinds = {"oval": _oval, "polygon": _polygon}
     return [(color, kinds[kind](*map(float, numbers))) for color, kind, *numbers in lines]
 
 
@@ -82,17 +78,17 @@ COURT = {rank: _shapes(hair + BUST + regalia) for rank, hair, regalia in (
         J oval 605 440 45""", """
         gold oval 610 195 80 26
         robe oval 500 250 142 72
-        gold bar 500 290 256 36
-        wood bar 738 480 18 440
+        gold polygon 372,272 628,272 628,308 372,308
+        wood polygon 729,260 747,260 747,700 729,700
         steel polygon 738,140 778,250 738,300 698,250"""),
     ("Q", """
         Q oval 500 430 150 195""", """
         gold polygon 402,290 370,205 436,240 500,180 564,240 630,205 598,290
-        paper bar 500 284 208 26
+        paper polygon 396,271 604,271 604,297 396,297
         paper oval 370 205 17
         paper oval 500 180 17
         paper oval 630 205 17
-        leaf bar 738 480 12 440
+        leaf polygon 732,260 744,260 744,700 732,700
         ink oval 738 247 32
         ink oval 776 285 32
         ink oval 738 323 32
@@ -103,17 +99,17 @@ COURT = {rank: _shapes(hair + BUST + regalia) for rank, hair, regalia in (
         K oval 500 440 96 120
         skin oval 500 352 84 94
         gold polygon 392,292 352,160 432,222 500,130 568,222 648,160 608,292
-        robe bar 500 284 232 36
+        robe polygon 384,266 616,266 616,302 384,302
         ink oval 352 160 15
         ink oval 500 130 15
         ink oval 648 160 15
         steel polygon 722,690 722,250 737,200 752,250 752,690
-        gold bar 737 520 120 28"""))}
+        gold polygon 677,506 797,506 797,534 677,534"""))}
 FEATURES = _shapes("""
     line oval 464 358 10
     line oval 536 358 10
-    line bar 464 332 40 6
-    line bar 536 332 40 6
+    line polygon 444,329 484,329 484,335 444,335
+    line polygon 516,329 556,329 556,335 516,335
     line polygon 500,360 488,402 506,402
     lip oval 500 432 26 8""")
 # Suit marks, in the box -0.5..0.5.
@@ -136,8 +132,7 @@ INDEX_ONLY = 120    # pixels: a card less high than this shows its rank and suit
 def _fill(draw, shapes, colors, x=0, y=0, scale=1, outline=None):
     """Fill polygons scaled by `scale` (a number or (x, y) factors) and moved to (x, y)."""
     for color, shape in shapes:
-        points = (np.array(shape) * scale + (x, y)).tolist()
-        draw.polygon(list(map(tuple, points)), colors[color], outline, 5)
+        draw.polygon((shape * scale + (x, y)).ravel().tolist(), colors[color], outline, 5)
 
 
 def _glyph(card, rank, color, x, y, width, height):

@@ -54,7 +54,7 @@ _POSITIVE = re.compile(r"\b(?:no doubt|not only|can(?:no|')t miss)\b")      # th
 # A denial ends here: "no landmarks nearby you observe ...", "no landmarks at this intersection".
 _PAUSE = re.compile(r"\bno landmarks? nearby\b(?! n?or\b)|"
                     r"\blandmarks?(?= (?:at|near|by) (?:an?|the|this)\b[^;]*intersect)")
-# What parts two clauses; "or" does not, as a denial goes on across it.
+# Parts two clauses; "or" does not, as a denial goes on across it.
 _JOINT = re.compile(r"(\band\b|[;,!|•()\n]|\.(?!\d)| [-–—] |—|"
                     r"\b(?:but|while|although|though|however|yet|whereas)\b)|(?=\bwith(?:out| no)\b)")
 # "You have reached a wide intersection": whatever the verb and the adjective are, they are no name.

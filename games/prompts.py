@@ -1,4 +1,4 @@
-"""What the games say: templates for prompts and for the verifier's messages, which `--prompts FILE` replaces.
+"""Templates for prompts and for the verifier's messages, which `--prompts FILE` replaces.
 
     python -c "from games.prompts import PROMPTS; print(PROMPTS['gp-l'])"
 

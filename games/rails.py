@@ -92,12 +92,12 @@ def known_routes(look, held_out, image, size, skip_bad):
     were skipped."""
     names = MANY.get(look, (look,))
     width = max(256, 4 * size) if image else 256        # of the panoramas that are drawn for a built-in city
-    folders = [cities.build(name, BUILT_IN, width=width) if name in CITIES else name for name in names]
-    worlds = [routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad)
-              for folder in folders]
-    for folder, world in zip(folders, worlds):
+    found = []
+    for name in names:
+        folder = cities.build(name, BUILT_IN, width=width) if name in CITIES else name
+        world = routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad)
+        found.append(world.routes)
         if world.skipped:
             print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}",
                   flush=True)
-    groups = itertools.zip_longest(*(world.routes for world in worlds))
-    return [route for group in groups for route in group if route]
+    return [route for group in itertools.zip_longest(*found) for route in group if route]

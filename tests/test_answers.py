@@ -144,7 +144,7 @@ def test_steps_are_read(text, fields):
 
 # ------------------------------------------------------------------------------------------------------- time
 
-# What stands between two ↺ is repeated.
+# The text between two ↺ is repeated.
 ENDLESS = [
     "↺{↺", "↺{}↺", '{↺"↺', "{↺'↺", "{↺“a”↺", "{↺\"'↺", "↺\\↺", '{"formula": "↺\\↺', "{'action': '↺\\x↺",
     "{'action': '↺\\u0041↺", "↺\\times↺", "↺{action:" + " " * 390 + "x↺", '{↺"  ↺', '↺{"action":↺',
@@ -159,7 +159,7 @@ POINT = Point("x.jpg", 2, "Bar", "left", True, 2, "turn_direction(east)")
 
 @pytest.mark.parametrize("text", ENDLESS)
 def test_a_million_characters_are_judged(text):
-    """In about half a second. A time that grows by the square would be hours, and is stopped."""
+    """Each takes about half a second. A time that grows by the square would be hours, and is stopped."""
     before, unit, after = text.split("↺")
     signal.alarm(60)
     try:

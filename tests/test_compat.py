@@ -1,4 +1,4 @@
-"""What --compat changes in the games, each worked by hand beside the default."""
+"""Each behaviour of the released games that --compat brings back, worked by hand beside the default."""
 import itertools
 import json
 import random

@@ -1,4 +1,4 @@
-"""What an observation claims, by hand: a landmark by its whole name, an intersection unless it is denied."""
+"""Claims of an observation, by hand: a landmark by its whole name, an intersection unless it is denied."""
 import pytest
 
 from games.observations import MAX_OBSERVATION, claims, fold, wrong_observation
@@ -9,7 +9,7 @@ ROUTE = ("Red Star Diner", "Red Star", "Blue Fish Hotel", "Park", "Ark", "Parkin
 
 
 def wrong(said, name, crossing, others=ROUTE):
-    """What is wrong with an observation where `name` (or nothing) stands on the left."""
+    """Return the faults of an observation where `name` (or nothing) stands on the left."""
     truth = f"{name} is on your left" if name else "No landmarks nearby"
     return wrong_observation(said, truth + "; You observe an intersection" * crossing, name, crossing, others)
 

@@ -132,7 +132,7 @@ def test_json_knows_no_nan(record, text):
 
 
 def test_all_that_a_run_writes_is_strict(small, tmp_path):
-    """What a critic would explain where there is none, errors over one hand: null in every file, and read as
+    """Explained variance without a critic and errors over one hand are null in every file, and read as
     such."""
     out = tmp_path / "run"
     run("--algo", "ppo", "--model", small[0], "--steps", 1, "--advantage", "monte-carlo", "--samples", 2,

@@ -1,4 +1,4 @@
-"""The games as the released code plays them: what it deals, judges and calls a turn.
+"""The games as the released code plays them: its deals, its verdicts and its names of turns.
 
     python -c "from variants import official_games as o; print(o.unwrapped_turn(350, 10))"
 
@@ -15,7 +15,7 @@ from games.cards import FACES
 from games.rails import name_turn
 from games.verifier import MISREAD, REWARDS, evaluate, fault, judge, number_faults
 
-# What each does, and why the default differs.
+# Behaviours by name: the effect of each, and why the default differs.
 SIXTH = {
     "sixth-attempt":
         "after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is trained "
@@ -74,7 +74,7 @@ class SixthAttempt:
 
 
 def play(game, names):
-    """Return the game as the released code plays it in what is among `names` (of OF_GAME)."""
+    """Return the game with the behaviours in `names` that it has (see OF_GAME)."""
     if isinstance(game, GeneralPoints):
         game.judge = partial(judge_as_released, game, names)
         if "iid-deck" in names:
@@ -85,10 +85,12 @@ def play(game, names):
 
 
 def unwrapped_turn(old, new):
+    """Return the word for the turn from heading `old` to `new`, as if it never passed north."""
     return name_turn(new - old)
 
 
 def draw_independently(game):
+    """Return a hand of cards each drawn from the whole deck, with a face among them where one is wanted."""
     last = [card for card in game.deck if game.deal == "any" or card[0] in FACES]
     hand = game.rng.choices(game.deck, k=game.cards - 1) + game.rng.choices(last)
     return game.rng.sample(hand, game.cards)        # shuffled
@@ -97,12 +99,13 @@ def draw_independently(game):
 # A formula without a misplaced sign or a wrong number costs 1 if it has no value: a parenthesis stays open,
 # or it divides by zero.
 ADDED = {"used_twice": -2.0, "left_out": -2.0, "division_by_zero": -1.0, "unfinished": -1.0}
-# How the released solver writes its solutions (n: a number, o: a sign): with at most one pair of
+# The solutions that the released solver lists (n: a number, o: a sign): with at most one pair of
 # parentheses, or with two, around two pairs of numbers.
 LISTED = re.compile(r"(?!\(n(on)+\)$)(no)*(n|\(n(on)+\))(on)*|\(non\)o\(non\)(on)*")
 
 
 def judge_as_released(game, names, text):
+    """Return the verdict on an answer to a GeneralPoints; see verifier.judge."""
     rewards = REWARDS | {"float_miss": 0.0} | (ADDED if "added-penalties" in names else {})
     verdict = judge(text, game.ranks, game.numbers, game.target, game.image, game.prompts,
                     partial(find_faults, names), rewards)
