@@ -82,7 +82,7 @@ class Processes:
         """Yield (batch, weight): one's own with weight 1, then `filler` with weight 0 until the rank with the
         most batches is done. So all ranks make the same number of passes, which sharded weights ask for.
 
-        The loss of `filler` must be 0 by itself: 0 times a loss that is not finite would be NaN, on all ranks.
+        The loss of `filler` must be 0 by itself: 0 times one that is not finite would be NaN, on all ranks.
         """
         for k in range(self.largest(len(batches))):
             yield (batches[k], 1.0) if k < len(batches) else (filler, 0.0)

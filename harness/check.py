@@ -101,16 +101,12 @@ def conflicts(args, config, world):
         yield "shard", "several ranks (torchrun --nproc-per-node 2) and another --algo than pretrain"
     if args.shard == "on" and args.lora_rank:
         yield "shard", "off with --lora-rank, which keeps whole copies of weights that do not change"
-    if args.override and not args.resume:
-        yield "override", "with --resume"
     if args.dry_run and args.lora_rank:
         yield "dry_run", "without --lora-rank; python -m variants.lora says what that saves"
     if args.dry_run and args.resume:
         yield "dry_run", "without --resume"
     if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
         yield "tune", "with pictures to learn from: --task gp-vl or virl-vl, --algo sft or ppo"
-    if args.algo == "pretrain" and (args.rules or args.lora_rank or args.probe_hands):
-        yield "algo", "sft or ppo with --rules, --lora-rank or --probe-hands"
     if args.algo != "eval":
         yield from conflicts_in_learning(args, world)
     if args.algo == "ppo":
@@ -133,10 +129,6 @@ def conflicts_in_ppo(args):
         yield "advantage", "--samples of at least 2: it compares the episodes of a hand"
     if estimator.per == "token" and unit == "turn":
         yield "advantage", "--unit token, or a --loss over tokens or sequences: each token has its own"
-    if not estimator.values and args.critic == "separate":
-        yield "critic", f"shared or detached: --advantage {args.advantage} asks no critic"
-    if not estimator.values and args.critic_warmup:
-        yield "critic_warmup", f"0: --advantage {args.advantage} asks no critic"
     if args.critic_warmup >= args.steps:
         yield "critic_warmup", f"less than --steps {args.steps}, or the policy never learns"
 

@@ -4,7 +4,6 @@ names, lines of JSON. All may import it.
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import socket
@@ -160,20 +159,12 @@ def write_atomically(path, text):
 # ------------------------------------------------------------------------------------------------------------
 # JSON that any reader takes, and lines of it
 
-def to_json(record, **how):
+def to_json(record, default=None, **how):
     """Return plain data as JSON text. NaN and infinities, which JSON has not, become null.
 
-    how: of json.dumps. What its `default` makes of an object may hold such numbers, too."""
-    def finite(x):
-        if isinstance(x, float):
-            return x if math.isfinite(x) else None
-        if isinstance(x, dict):
-            return {key: finite(value) for key, value in x.items()}
-        return [finite(value) for value in x] if isinstance(x, (list, tuple)) else x
-
-    if "default" in how:
-        how["default"] = lambda x, plain=how["default"]: finite(plain(x))
-    return json.dumps(finite(record), allow_nan=False, **how)
+    how: of json.dumps. What `default` makes of an object may hold such numbers, too."""
+    plain = json.loads(json.dumps(record, default=default), parse_constant=lambda name: None)
+    return json.dumps(plain, allow_nan=False, **how)
 
 
 def read_lines(file, needs):

@@ -80,13 +80,17 @@ def flag(default, help, needs=""):
 
 
 def met(args, clause):
-    """Return whether settings are as one clause of `needs` says: "--kl-coef above 0", or that one of several
-    has one of the values named, "--algo ppo or --sft-loss psft or iw-sft"."""
-    name = ""
-    for flag, above, value in re.findall(r"(?:--(\S+) )?(above )?([^ ,]+)", clause.replace(" or ", ", ")):
-        name = flag.replace("-", "_") or name
-        found = getattr(args, name)
-        if (found or 0) > float(value) if above else value in str(found).split(","):
+    """Return whether settings are as one clause of `needs` says: "--kl-coef above 0", "--resume", or that one
+    of several has one of the values named, "--algo ppo or --sft-loss psft or iw-sft"."""
+    for word in clause.replace(" or ", ", ").split(", "):
+        if word.startswith("--"):
+            flag, _, word = word.partition(" ")
+            found = getattr(args, flag[2:].replace("-", "_"))
+        if word.startswith("above"):
+            holds = (found or 0) > float(word[5:])
+        else:
+            holds = word in str(found).split(",") if word else found
+        if holds:
             return True
     return False
 
@@ -177,9 +181,7 @@ def writable(folder):
 
 def can_be_a_file(name):
     path = Path(name)
-    if path.exists():
-        return path.is_file() and os.access(path, os.W_OK)
-    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    return not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
 
 
 FOLDER = text("a folder that can be made or written to", writable)

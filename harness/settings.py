@@ -124,8 +124,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     custom: str = arg(None, text("a Python file"),
                       "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
                       "--loss and --sft-loss (see README.md)")
-    override: bool = flag(False,
-                          "with --resume: take settings from the command line that differ from the run's")
+    override: bool = flag(False, "take settings from the command line that differ from the run's", "--resume")
 
     weight_decay: float = arg(None, at_least(0), "AdamW's", LEARNING)
     betas: tuple = arg(None, numbers("two numbers from 0 to below 1, joined by a comma", BETA, BETA),
@@ -309,8 +308,9 @@ def options(description=None, everything=True):
 def parse(argv=None, description=__doc__):
     """Read a command line -> (Args, names of the settings that were typed).
 
-    SettingError for a word that is none of its kind. Nothing is read or written, so that all ranks come to the
-    same verdict."""
+    SettingError for a word that is none of its kind. Nothing is read or written, so that all ranks come to
+    the same verdict.
+    """
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(options(description, "--help-all" in argv).parse_args(argv))
     return Args(**typed), frozenset(typed)
@@ -321,8 +321,8 @@ def fail(message):
 
 
 def load_custom(file):
-    """Run a user's file; its ESTIMATORS, LOSSES, SFT_LOSSES and GAMES join the tables. SettingError that names the
-    file and what is wrong with it."""
+    """Run a user's file; its ESTIMATORS, LOSSES, SFT_LOSSES and GAMES join the tables. SettingError that
+    names the file and what is wrong with it."""
     try:
         names = runpy.run_path(file)
     except (Exception, SystemExit) as error:
@@ -343,8 +343,8 @@ def load_custom(file):
 
 
 def resumed(args, typed, config, source):
-    """The settings of a run that goes on: those it had (`config`), and of the `typed` ones those that it may
-    set anew. SettingError for one that contradicts, without --override."""
+    """Return the settings of a run that goes on: those it had (`config`), and of the `typed` ones those that
+    it may set anew. SettingError for one that contradicts, without --override."""
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     unknown = set(config) ^ {f.name for f in dataclasses.fields(Args)}
     if unknown:
