@@ -18,6 +18,7 @@ from llama.config import Config
 from llama.generate import generate
 from llama.processor import CHATML, LLAMA3, Processor
 from model import Llama
+from tables import rows
 from test_folders import edit
 from test_model import make_processor, transformers  # noqa: F401 (a fixture)
 
@@ -183,23 +184,22 @@ def test_what_tokenizer_config_says_is_kept(gp, saved, template):
     assert found.items() >= config.items() and not (saved() / "chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize("row", """
-truncation {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
-truncation {"max_length": 3, "stride": 1, "strategy": "OnlyFirst", "direction": "Left"}
-padding {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, \
+@pytest.mark.parametrize("name, value", rows("""
+truncation | {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+truncation | {"max_length": 3, "stride": 1, "strategy": "OnlyFirst", "direction": "Left"}
+padding | {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, \
 "pad_type_id": 0, "pad_token": "[PAD]"}
-padding {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 0, \
+padding | {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 0, \
 "pad_type_id": 0, "pad_token": "<|eot_id|>"}
-model.dropout 0.9
-post_processor {"type": "TemplateProcessing", \
+model.dropout | 0.9
+post_processor | {"type": "TemplateProcessing", \
 "single": [{"SpecialToken": {"id": "<|eot_id|>", "type_id": 0}}, \
 {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, \
 {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {"<|eot_id|>": {"id": "<|eot_id|>", "ids": [4], \
-"tokens": ["<|eot_id|>"]}}}""".strip().splitlines())
-def test_what_a_caller_left_in_the_tokenizer(gp, saved, row):
+"tokens": ["<|eot_id|>"]}}}"""))
+def test_what_a_caller_left_in_the_tokenizer(gp, saved, name, value):
     """tokenizer.json keeps it; transformers, for one, stores truncation and padding there."""
     expected = Processor.from_pretrained(gp).render(CHATS[2]).ids
-    name, value = row.split(" ", 1)
     edit(gp / "tokenizer.json", name, json.loads(value))
     assert Processor.from_pretrained(gp).render(CHATS[2]).ids == expected
     found = json.loads((saved() / "tokenizer.json").read_text(encoding="utf-8"))
@@ -215,17 +215,17 @@ def test_layout_tokens_are_special_whatever_the_file_says(gp):
     assert not {*map(processor.id_of, layout)} & {*processor.encode("".join(layout))}
 
 
-@pytest.mark.parametrize("row", """
-null                                            null     null   [4]         5
-{"eos_token_id": 1}                             null     null   [1,4]       5
-{"eos_token_id": [1, 2]}                        null     null   [1,2,4]     5
-{"eos_token_id": []}                            3        null   [3,4]       5
-{}                                              [1,3]    null   [1,3,4]     5
-{"eos_token_id": 0}                             4        [2]    [0,2,4]     5
-{"eos_token_id": null, "pad_token_id": 0}       null     1      [1,4]       0""".strip().splitlines())
+@pytest.mark.parametrize("row", rows("""
+null                                     | null  | null | [4]     | 5
+{"eos_token_id": 1}                      | null  | null | [1,4]   | 5
+{"eos_token_id": [1, 2]}                 | null  | null | [1,2,4] | 5
+{"eos_token_id": []}                     | 3     | null | [3,4]   | 5
+{}                                       | [1,3] | null | [1,3,4] | 5
+{"eos_token_id": 0}                      | 4     | [2]  | [0,2,4] | 5
+{"eos_token_id": null, "pad_token_id": 0} | null  | 1    | [1,4]   | 0"""))
 def test_stop_tokens_of_all_files_and_the_one_trained_on(gp, saved, row):
     """A row: generation_config.json, if any; eos_token_id in text_config and on top; stop ids, pad id."""
-    generation, text, top, stops, pad = map(json.loads, row.rsplit(None, 4))
+    generation, text, top, stops, pad = map(json.loads, row)
     edit(gp / "config.json", "eos_token_id", top)
     edit(gp / "config.json", "text_config.eos_token_id", text)
     (gp / "generation_config.json").unlink()

@@ -14,6 +14,7 @@ from distributed import shard
 from llama.config import Config
 from llama.processor import Processor
 from model import Llama
+from tables import rows
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}
@@ -57,70 +58,70 @@ def refused(folder, load=read):
 # ------------------------------------------------------------------------------------------------------------
 # Values of JSON files
 
-WRONG = """
-config.json text_config.rms_norm_eps                 0, NaN, "1e-5", true, 2
-config.json text_config.rope_theta                   0, -1.0, Infinity, NaN, "10000", [1]
-config.json text_config.rope_scaling                 "llama3", [1], 5
-config.json text_config.rope_parameters              5, "x"
-config.json text_config.tie_word_embeddings          "yes", 0
-config.json text_config.hidden_act                   "gelu", 1
-config.json text_config.attention_bias               true, 0
-config.json text_config.mlp_bias                     1, "no"
-config.json text_config.bos_token_id                 [1], "1", -1
-config.json text_config.eos_token_id                 "2", [1, "2"], -1, true, {}, [[1]], 1.5
-config.json text_config.pad_token_id                 1.0, [4], -1
-config.json text_config.cross_attention_layers       1, [3], [-1], [1, 1], [0, 1, 2], [], LONG
-config.json text_config.cross_attention_layers       ["1"], [1.0], [true], {}, [1000000000000000]
-config.json text_config.num_hidden_layers            1001
-config.json text_config.vocab_size                   1048577
-config.json text_config.hidden_size                  34
-config.json text_config.head_dim                     129, 7, 16
-config.json vision_config.num_global_layers          -1, "1", 1000000000
-config.json vision_config.num_channels               1, 4, "3"
-config.json vision_config.norm_eps                   NaN, 0
-config.json vision_config.hidden_act                 "relu"
-config.json vision_config.vision_output_dim          33, "32", 0
-config.json vision_config.image_size                 57
-config.json vision_config.intermediate_layers_indices [], [2], [1, 1], [1, 0], "1", [-1], [0.5]
-config.json vision_config.intermediate_layers_indices LONG
-config.json vision_config.supported_aspect_ratios    [1, 2], [[1, 1, 1]], "all", [[1, "1"]], []
-config.json vision_config.supported_aspect_ratios    [[1, 1], [1, 2], [1, 3], [1, 4]]
-config.json image_token_index                        -1, "1024", 1032, true
-config.json text_config                              [], 1
-config.json vision_config                            "big", []
-config.json model_type                               "qwen2", 5, ["llama"]
-config.json quantization_config                      {"quant_method": "gptq"}, "fp8"
-generation_config.json eos_token_id "2", true, 1.5, [[1]], [null], {}, -1
-generation_config.json bos_token_id "0", [0]
-generation_config.json pad_token_id "2", [4], -1, 0.0, 1032, 1000000000
-preprocessor_config.json size 56, "56", [56, 56], {}, {"height": 56}, {"width": 56}
-preprocessor_config.json size {"height": 56, "width": 28}, {"height": 0, "width": 0}
-preprocessor_config.json size {"height": 56.0, "width": 56.0}, {"shortest_edge": 56}
-preprocessor_config.json size {"height": 1000000, "width": 1000000}
-preprocessor_config.json size {"height": true, "width": true}
-preprocessor_config.json max_image_tiles 0, -1, "4", 4.0, 3, 1000000, true
-preprocessor_config.json image_std [0.5, 0, 0.5], [0.5], 0.5, [1, 1, -1], ["1", 1, 1]
-preprocessor_config.json image_std [NaN, NaN, NaN]
-preprocessor_config.json image_mean [0.5, 0.5, 0.5, 0.5], 0.5, [null, null, null]
-preprocessor_config.json image_mean [NaN, NaN, NaN], [Infinity, Infinity, Infinity]
-preprocessor_config.json resample "bilinear", 9, true
-preprocessor_config.json rescale_factor 0, "1/255", NaN
-preprocessor_config.json do_resize false, 1
-preprocessor_config.json do_pad false
-preprocessor_config.json do_normalize "no", 0
-""".replace("LONG", str([1] * 99)).strip().splitlines()
+REFUSED = """
+config.json | text_config.rms_norm_eps                 | 0, NaN, "1e-5", true, 2
+config.json | text_config.rope_theta                   | 0, -1.0, Infinity, NaN, "10000", [1]
+config.json | text_config.rope_scaling                 | "llama3", [1], 5
+config.json | text_config.rope_parameters              | 5, "x"
+config.json | text_config.tie_word_embeddings          | "yes", 0
+config.json | text_config.hidden_act                   | "gelu", 1
+config.json | text_config.attention_bias               | true, 0
+config.json | text_config.mlp_bias                     | 1, "no"
+config.json | text_config.bos_token_id                 | [1], "1", -1
+config.json | text_config.eos_token_id                 | "2", [1, "2"], -1, true, {}, [[1]], 1.5
+config.json | text_config.pad_token_id                 | 1.0, [4], -1
+config.json | text_config.cross_attention_layers       | 1, [3], [-1], [1, 1], [0, 1, 2], [], LONG
+config.json | text_config.cross_attention_layers       | ["1"], [1.0], [true], {}, [1000000000000000]
+config.json | text_config.num_hidden_layers            | 1001
+config.json | text_config.vocab_size                   | 1048577
+config.json | text_config.hidden_size                  | 34
+config.json | text_config.head_dim                     | 129, 7, 16
+config.json | vision_config.num_global_layers          | -1, "1", 1000000000
+config.json | vision_config.num_channels               | 1, 4, "3"
+config.json | vision_config.norm_eps                   | NaN, 0
+config.json | vision_config.hidden_act                 | "relu"
+config.json | vision_config.vision_output_dim          | 33, "32", 0
+config.json | vision_config.image_size                 | 57
+config.json | vision_config.intermediate_layers_indices | [], [2], [1, 1], [1, 0], "1", [-1], [0.5]
+config.json | vision_config.intermediate_layers_indices | LONG
+config.json | vision_config.supported_aspect_ratios    | [1, 2], [[1, 1, 1]], "all", [[1, "1"]], []
+config.json | vision_config.supported_aspect_ratios    | [[1, 1], [1, 2], [1, 3], [1, 4]]
+config.json | image_token_index                        | -1, "1024", 1032, true
+config.json | text_config                              | [], 1
+config.json | vision_config                            | "big", []
+config.json | model_type                               | "qwen2", 5, ["llama"]
+config.json | quantization_config                      | {"quant_method": "gptq"}, "fp8"
+generation_config.json | eos_token_id | "2", true, 1.5, [[1]], [null], {}, -1
+generation_config.json | bos_token_id | "0", [0]
+generation_config.json | pad_token_id | "2", [4], -1, 0.0, 1032, 1000000000
+preprocessor_config.json | size | 56, "56", [56, 56], {}, {"height": 56}, {"width": 56}
+preprocessor_config.json | size | {"height": 56, "width": 28}, {"height": 0, "width": 0}
+preprocessor_config.json | size | {"height": 56.0, "width": 56.0}, {"shortest_edge": 56}
+preprocessor_config.json | size | {"height": 1000000, "width": 1000000}
+preprocessor_config.json | size | {"height": true, "width": true}
+preprocessor_config.json | max_image_tiles | 0, -1, "4", 4.0, 3, 1000000, true
+preprocessor_config.json | image_std | [0.5, 0, 0.5], [0.5], 0.5, [1, 1, -1], ["1", 1, 1]
+preprocessor_config.json | image_std | [NaN, NaN, NaN]
+preprocessor_config.json | image_mean | [0.5, 0.5, 0.5, 0.5], 0.5, [null, null, null]
+preprocessor_config.json | image_mean | [NaN, NaN, NaN], [Infinity, Infinity, Infinity]
+preprocessor_config.json | resample | "bilinear", 9, true
+preprocessor_config.json | rescale_factor | 0, "1/255", NaN
+preprocessor_config.json | do_resize | false, 1
+preprocessor_config.json | do_pad | false
+preprocessor_config.json | do_normalize | "no", 0
+""".replace("LONG", str([1] * 99))
 NEEDED = [f"text_config.{name}" for name in
           "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()]
 SIZES = NEEDED + """text_config.num_key_value_heads text_config.head_dim text_config.max_position_embeddings
 vision_config.hidden_size vision_config.intermediate_size vision_config.num_hidden_layers
 vision_config.attention_heads vision_config.image_size vision_config.patch_size
 vision_config.max_num_tiles""".split()
-WRONG += [f'config.json {name} 0, -4, "32", true, 1.5, [32], {{}}, 10000000000' for name in SIZES]
+NO_SIZE = '0, -4, "32", true, 1.5, [32], {}, 10000000000'
 
 
-@pytest.mark.parametrize("row", WRONG)
-def test_values_that_are_refused(folder, row):
-    file, name, values = row.split(None, 2)
+@pytest.mark.parametrize("file, name, values",
+                         rows(REFUSED) + [("config.json", name, NO_SIZE) for name in SIZES])
+def test_values_that_are_refused(folder, file, name, values):
     original = (folder / file).read_text(encoding="utf-8")
     for value in json.loads(f"[{values}]"):
         (folder / file).write_text(original, encoding="utf-8")
@@ -128,21 +129,18 @@ def test_values_that_are_refused(folder, row):
         assert refused(folder).startswith(f"{file}: {name} = {value!r:.80}: expected ")
 
 
-@pytest.mark.parametrize("row", """
-text_config.num_attention_heads 3 -> text_config.hidden_size = 32: expected a multiple of num_attention_heads
-text_config.num_key_value_heads 8 -> text_config.num_attention_heads = 4: expected a multiple of num_key_value
-text_config.hidden_size 64 -> text_config.head_dim = 8: expected
-text_config.num_hidden_layers 1 -> text_config.cross_attention_layers = [1]: expected different numbers below
-text_config.cross_attention_layers null -> text_config.cross_attention_layers = [3, 8, 13, 18, 23, 28, 33,
-vision_config.attention_heads 3 -> vision_config.hidden_size = 16: expected a multiple of attention_heads = 3
-vision_config.hidden_size 258 -> vision_config.hidden_size = 258: expected a multiple of attention_heads = 2
-vision_config.patch_size 15 -> vision_config.image_size = 56: expected a multiple of patch_size = 15
-vision_config.max_num_tiles 2 -> vision_config.supported_aspect_ratios = [[
-image_token_index 1025 -> tokenizer.json: token <|image|> = 1024: expected image_token_index = 1025
-""".strip().splitlines())
-def test_values_that_do_not_go_together(folder, row):
-    change, blamed = row.split(" -> ")
-    name, value = change.split()
+@pytest.mark.parametrize("name, value, blamed", rows("""
+text_config.num_attention_heads | 3 | text_config.hidden_size = 32: expected a multiple of num_attention_heads
+text_config.num_key_value_heads | 8 | text_config.num_attention_heads = 4: expected a multiple of num_key
+text_config.hidden_size | 64 | text_config.head_dim = 8: expected
+text_config.num_hidden_layers | 1 | text_config.cross_attention_layers = [1]: expected different numbers below
+text_config.cross_attention_layers | null | text_config.cross_attention_layers = [3, 8, 13, 18, 23, 28, 33,
+vision_config.attention_heads | 3 | vision_config.hidden_size = 16: expected a multiple of attention_heads = 3
+vision_config.hidden_size | 258 | vision_config.hidden_size = 258: expected a multiple of attention_heads = 2
+vision_config.patch_size | 15 | vision_config.image_size = 56: expected a multiple of patch_size = 15
+vision_config.max_num_tiles | 2 | vision_config.supported_aspect_ratios = [[
+image_token_index | 1025 | tokenizer.json: token <|image|> = 1024: expected image_token_index = 1025"""))
+def test_values_that_do_not_go_together(folder, name, value, blamed):
     edit(folder / "config.json", name, json.loads(value))
     assert refused(folder).removeprefix("config.json: ").startswith(blamed)
 
@@ -300,39 +298,37 @@ def test_nothing_is_allocated_for_weights_that_are_not_there(folder, monkeypatch
 # The tokenizer, and what is around it
 
 G, I, NESTED = "generation_config.json", "preprocessor_config.json", "processor_config.json"
-NO_IMAGES = f"{I}: this checkpoint takes no images"
-CONTENTS = [f"{name} {content} -> {name}: {words}" for name in (G, I, NESTED, "tokenizer_config.json")
-            for content, words in {"[]": "expected a JSON object", "null": "expected a JSON object",
-                                   "{": "not valid JSON", "\ufeff{}": "not valid JSON",
-                                   "[" * 10**5: "not valid JSON"}.items()]
-CONTENTS += [f"tokenizer.json {content} -> tokenizer.json: not a tokenizer"
-             for content in ("{}", "[1", "", '{"version": "1.0"}')]
-CONTENTS += [f"{I} {{}} -> {I}: size = 224: expected image_size = 56",
-             f'{I} {{"size": {{"height": 28, "width": 28}}}} -> {I}: size = 28: expected image_size = 56',
-             f'{NESTED} {{"image_processor": 5}} -> {NESTED}: image_processor = 5: expected an object',
-             f'{NESTED} {{"image_processor": {{"size": 5}}}} -> {NESTED}: image_processor.size = 5: expected',
-             f'{NESTED} {{"image_processor": {{}}}} -> {I}: size = 224: expected image_size = 56']
+CONTENTS = [(name, content, f"{name}: {words}") for name in (G, I, NESTED, "tokenizer_config.json")
+            for content, words in (("[]", "expected a JSON object"), ("null", "expected a JSON object"),
+                                   ("{", "not valid JSON"), ("\ufeff{}", "not valid JSON"),
+                                   ("[" * 10**5, "not valid JSON"))]
 
 
-@pytest.mark.parametrize("row", CONTENTS, ids=lambda row: row[:60])
-def test_contents_of_files(folder, row):
-    change, words = row.split(" -> ")
-    name, content = change.split(" ", 1)
+@pytest.mark.parametrize("name, content, words", CONTENTS + rows("""
+tokenizer.json | {} | tokenizer.json: not a tokenizer
+tokenizer.json | [1 | tokenizer.json: not a tokenizer
+tokenizer.json |  | tokenizer.json: not a tokenizer
+tokenizer.json | {"version": "1.0"} | tokenizer.json: not a tokenizer
+preprocessor_config.json | {} | preprocessor_config.json: size = 224: expected image_size = 56
+preprocessor_config.json | {"size": {"height": 28, "width": 28}} | preprocessor_config.json: size = 28: exp
+processor_config.json | {"image_processor": 5} | processor_config.json: image_processor = 5: expected
+processor_config.json | {"image_processor": {"size": 5}} | processor_config.json: image_processor.size = 5: 
+processor_config.json | {"image_processor": {}} | preprocessor_config.json: size = 224: expected
+"""), ids=lambda cell: cell[:60])
+def test_contents_of_files(folder, name, content, words):
     (folder / name).write_text(content, encoding="utf-8")
     assert refused(folder).startswith(words)
 
 
-@pytest.mark.parametrize("row", f"""
-tokenizer.json "merges" "mergers" -> tokenizer.json: not a tokenizer
-tokenizer.json "<|eot_id|>" "<|end|>" -> tokenizer.json: token <|eot_id|> is absent
-tokenizer.json "<|begin_of_text|>" "<s>" -> tokenizer.json: token <|begin_of_text|> is absent
-tokenizer.json "<|end_of_text|>" "<|im_start|>" -> tokenizer.json: token <|im_end|> is absent
-tokenizer.json "<|image|>" "<|picture|>" -> {NO_IMAGES}
-preprocessor_config.json "size" "size_of_tiles" -> {I}: size = 224: expected image_size = 56
-""".strip().splitlines())
-def test_words_of_files(folder, row):
-    change, words = row.split(" -> ")
-    name, old, new = change.split()
+@pytest.mark.parametrize("name, old, new, words", rows("""
+tokenizer.json | "merges" | "mergers" | tokenizer.json: not a tokenizer
+tokenizer.json | "<|eot_id|>" | "<|end|>" | tokenizer.json: token <|eot_id|> is absent
+tokenizer.json | "<|begin_of_text|>" | "<s>" | tokenizer.json: token <|begin_of_text|> is absent
+tokenizer.json | "<|end_of_text|>" | "<|im_start|>" | tokenizer.json: token <|im_end|> is absent
+tokenizer.json | "<|image|>" | "<|picture|>" | preprocessor_config.json: this checkpoint takes no images
+preprocessor_config.json | "size" | "size_of_tiles" | preprocessor_config.json: size = 224: expected
+"""))
+def test_words_of_files(folder, name, old, new, words):
     text = (folder / name).read_text(encoding="utf-8")
     assert old in text
     (folder / name).write_text(text.replace(old, new), encoding="utf-8")
@@ -353,7 +349,7 @@ def test_what_is_needed_for_a_task(folder):
     (folder / NESTED).write_text('{"image_processor": null}', encoding="utf-8")
     add(folder, special=True)
     assert Processor.from_pretrained(folder, Config.from_pretrained(folder)).image_config is None
-    assert refused(folder).startswith(NO_IMAGES)
+    assert refused(folder).startswith(f"{I}: this checkpoint takes no images")
 
 
 def test_a_token_beyond_the_model(folder):

@@ -26,6 +26,7 @@ from llama.generate import draw_tokens, draw_uniform, generate, pad
 from llama.images import Images, to_rgb
 from llama.processor import CHATML, LLAMA3, Processor
 from model import Llama, Step
+from tables import rows
 
 IMAGE, TILE = 120, 28
 MLLAMA = json.loads("""{
@@ -655,30 +656,28 @@ def test_16_bits_in_any_order(mode, order):
     assert greys(Image.frombytes(mode, (6, 1), values.tobytes())) == [0, 0, 1, 128, 128, 255]
 
 
-@pytest.mark.parametrize("row", """
-int32 0 1 254 255 -> 0 1 254 255
-int32 0 255 256 65535 -> 0 0 1 255
-int32 0 50000 100000 -> 0 127 255
-int32 0 1073741824 2147483647 -> 0 127 255
-int32 -5 100 -> 0 100
-int32 -2147483648 -1 -> 0 0
-int32 0 0 -> 0 0
-float32 0 0.2 0.5 1 -> 0 51 128 255
-float32 -1 0.25 -> 0 64
-float32 0 0 -> 0 0
-float32 0 1 127.4 255 -> 0 1 127 255
-float32 0 257 65535 -> 0 1 255
-float32 0 1e6 2e6 -> 0 127 255
-float32 -3 -2 -> 0 0
-float32 3e38 -> 255
-float32 0.5 nan -> an image of mode F holds NaN or infinity
-float32 0.5 inf -> an image of mode F holds NaN or infinity
-float32 0.5 -inf -> an image of mode F holds NaN or infinity""".strip().splitlines())
-def test_32_bits_by_their_range(row):
-    values, expected = row.split(" -> ")
-    kind, *values = values.split()
+@pytest.mark.parametrize("kind, values, expected", rows("""
+int32 | 0 1 254 255 | 0 1 254 255
+int32 | 0 255 256 65535 | 0 0 1 255
+int32 | 0 50000 100000 | 0 127 255
+int32 | 0 1073741824 2147483647 | 0 127 255
+int32 | -5 100 | 0 100
+int32 | -2147483648 -1 | 0 0
+int32 | 0 0 | 0 0
+float32 | 0 0.2 0.5 1 | 0 51 128 255
+float32 | -1 0.25 | 0 64
+float32 | 0 0 | 0 0
+float32 | 0 1 127.4 255 | 0 1 127 255
+float32 | 0 257 65535 | 0 1 255
+float32 | 0 1e6 2e6 | 0 127 255
+float32 | -3 -2 | 0 0
+float32 | 3e38 | 255
+float32 | 0.5 nan | an image of mode F holds NaN or infinity
+float32 | 0.5 inf | an image of mode F holds NaN or infinity
+float32 | 0.5 -inf | an image of mode F holds NaN or infinity"""))
+def test_32_bits_by_their_range(kind, values, expected):
     try:
-        found = " ".join(map(str, greys(Image.fromarray(np.array([values], float).astype(kind)))))
+        found = " ".join(map(str, greys(Image.fromarray(np.array([values.split()], float).astype(kind)))))
     except ValueError as error:
         found = str(error)
     assert found == expected
