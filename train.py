@@ -52,7 +52,6 @@ class Trainer:
         if args.algo == "ppo":
             self.estimator, self.loss = algorithm(args)
         self.ledger = Ledger()                 # FLOPs counted, beside self.compute
-        processes.lockstep = self.ledger.paced(processes.lockstep)
         self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
         self.reference, start = started(args, model)
         self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
@@ -76,9 +75,7 @@ class Trainer:
             scale *= 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.groups:
             group["lr"] = group["peak"] * scale
-        metrics = self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
-        self.ledger.settle(self.processes.all_reduce)
-        return metrics
+        return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
 
     def seeds(self, i, n):
         """Return the n seeds of step i. A run's are consecutive: so it walks all routes equally often."""
@@ -87,7 +84,7 @@ class Trainer:
 
     def sft_update(self, i):
         """Learn from dialogues of the expert, or from the right ones among the model's own."""
-        args, processes, scored = self.args, self.processes, 0
+        args, processes, episodes, scored = self.args, self.processes, [], 0
         seeds, places = (processes.share(x) for x in (self.seeds(i, args.batch_size), range(args.batch_size)))
         if args.sft_data == "own":
             episodes = self.play(seeds)
@@ -98,7 +95,7 @@ class Trainer:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         filler = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
         self.batch, loss = examples, SFT_LOSSES[args.sft_loss]
-        with autocast(args, processes.device), self.ledger.phase("update", self.model):
+        with autocast(args, processes.device):
             if loss.before:
                 scored += sum(len(example.ids) for example in examples)
                 with self.reference() if loss.before == "initial" else contextlib.nullcontext():
@@ -108,13 +105,14 @@ class Trainer:
                                  places=places, filler=filler, ranks=processes)
         scored = processes.all_reduce(torch.tensor(scored, dtype=torch.float64)).item()
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
+        self.ledger.add_sft(args, self.model, episodes, examples, processes.all_reduce)
         return metrics
 
     def play(self, seeds, samples=1, features=None):
         """Return a rollout of the training game. features: see llama/frozen.py."""
         args, device = self.args, self.processes.device
         with (autocast(args, device), shard.for_rollout(self.model) as player,
-              self.ledger.phase("rollout", player), remember(player, features)):
+              remember(player, features)):
             return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
                            temperature=args.temperature, batch=args.rollout_batch,
                            max_new_tokens=args.max_new_tokens)
@@ -125,16 +123,15 @@ class Trainer:
         features = {} if self.model.vision_frozen else None    # an image is encoded once for both
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.batch = self.play(hands, args.samples, features)
-        rolled, penalty = time.time(), {}
+        rolled, penalty, train_policy = time.time(), {}, i >= args.critic_warmup
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
-        with (autocast(args, processes.device), self.ledger.phase("update", self.module),
-              remember(self.module, features)):
+        with autocast(args, processes.device), remember(self.module, features):
             if self.reference:
                 penalty = divergence(self.model, self.processor, episodes, args, self.reference, processes)
             metrics = penalty | ppo.update(
                 self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
                 step=self.step, seed=derive("minibatches", args.seed, i),
-                train_policy=i >= args.critic_warmup, ranks=processes)
+                train_policy=train_policy, ranks=processes)
         revised = [episode for episode in episodes if len(episode.turns) > 1]
         self.sample = (revised or episodes)[0]
         tokens = metrics["rollout_tokens"]
@@ -142,6 +139,7 @@ class Trainer:
             self.estimator.per == "token" and self.estimator.values))
         passes = 2 * (tokens + scored) + 6 * metrics["trained_tokens"]
         self.compute += (self.policy_size + self.critic_size) * passes
+        self.ledger.add_ppo(args, self.module, self.estimator, episodes, train_policy, processes.all_reduce)
         summary = summarize(episodes, processes)
         told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
         return metrics | {name: summary[name] for name in told if name in summary} | {

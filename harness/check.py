@@ -101,10 +101,6 @@ def conflicts(args, config, world):
         yield "shard", "several ranks (torchrun --nproc-per-node 2) and another --algo than pretrain"
     if args.shard == "on" and args.lora_rank:
         yield "shard", "off with --lora-rank, which keeps whole copies of weights that do not change"
-    if args.dry_run and args.lora_rank:
-        yield "dry_run", "without --lora-rank; python -m variants.lora says what that saves"
-    if args.dry_run and args.resume:
-        yield "dry_run", "without --resume"
     if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
         yield "tune", "with pictures to learn from: --task gp-vl or virl-vl, --algo sft or ppo"
     if args.algo != "eval":

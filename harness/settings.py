@@ -148,8 +148,6 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     shard: str = arg("auto", one_of(("auto", "on", "off")),
                      "every rank keeps a slice of the weights instead of a copy (auto: on GPUs, or from 100 "
                      "million weights on)")
-    dry_run: int = arg(0, integer(1, 10**5), "print the memory that this run takes on so many GPUs, and end",
-                       POST_TRAINING)
 
     skip_first_eval: bool = flag(
         False, "leave out the evaluation before training, which is the same for all runs from one model",

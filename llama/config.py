@@ -69,7 +69,7 @@ class Config:
 
         frozen: its encoder is not trained. A patch keeps as many numbers as a token does (11B: 16 per layer
         and channel) in the layers of the encoder, as far as it is trained; and keys and values in those that
-        look at it. Measured (distributed/plan.py) are 2221 for 11B, or 199 if frozen.
+        look at it. Measured (study/plan.py) are 2221 for 11B, or 199 if frozen.
         """
         vision = self.vision
         encoder = 0 if frozen else vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)

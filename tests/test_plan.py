@@ -1,4 +1,5 @@
-"""The plan's estimates against what real runs on the CPU take, as PyTorch's profiler saw the allocator give and take it."""
+"""The plan's estimates against what real runs on the CPU take, as PyTorch's profiler saw the allocator give and
+take it."""
 
 import copy
 import gc
@@ -8,38 +9,37 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+import model as network
 import ppo
 import sft
-from harness.settings import apply_preset
-from distributed import plan
+from harness import tiny
+from harness.environments import make_env
+from harness.settings import Args, apply_preset
 from kernels.attention import attention_reference
+from llama.batches import collate
 from llama.cache import KVCache
 from llama.config import Config
+from llama.frozen import remember
 from llama.generate import generate
 from llama.processor import Processor
 from model import Llama
-from harness import tiny
-from harness.environments import make_env
-from harness.settings import Args
-from harness.tiny import CONFIG as TINY
 from rollout import rollout
+from study import plan
+from variants import algorithm
+from variants.tune import freeze
 
 BATCH = 3
 
 
-def medium_config():
-    """Large enough for tensors to outweigh the allocator's odds and ends."""
-    config = copy.deepcopy(TINY)
-    config["text_config"] |= {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "cross_attention_layers": [1]}
-    config["vision_config"] |= {"vision_output_dim": 384, "hidden_size": 128, "num_hidden_layers": 2}
-    return Config.from_dict(config)
-
-
 @pytest.fixture(scope="module")
 def medium():
-    return Llama(medium_config())
+    """Make a model large enough for tensors to outweigh the allocator's odds and ends."""
+    config = copy.deepcopy(tiny.CONFIG)
+    config["text_config"] |= {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3,
+                              "cross_attention_layers": [1]}
+    config["vision_config"] |= {"vision_output_dim": 384, "hidden_size": 128, "num_hidden_layers": 2}
+    return Llama(Config.from_dict(config))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def settings(task, algo, **more):
 
 
 def real_bytes(run, attention=SDPBackend.MATH):
-    """(most, what is left) that CPU tensors took while `run` ran, beyond what was there before."""
+    """Return (most, what is left) that CPU tensors took while `run` ran, beyond what was there before."""
     gc.collect()
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile, sdpa_kernel(attention):
@@ -71,26 +71,33 @@ def real_bytes(run, attention=SDPBackend.MATH):
     return most, live
 
 
-def played(task, model, processor, max_new_tokens=12, tune="all"):
-    args = settings(task, "ppo", attempts=2, tune=tune)
-    return args, rollout(model, processor, make_env(args), range(BATCH), temperature=1.0, max_new_tokens=max_new_tokens,
-                             keep_features=tune != "all")
+def played(args, model, processor, max_new_tokens, features=None):
+    with remember(model, features):
+        episodes = rollout(model, processor, make_env(args), range(BATCH), temperature=1.0,
+                           max_new_tokens=max_new_tokens)
+    return [c for episode in episodes for c in episode.conversations]
 
 
 @pytest.mark.parametrize("task, tune", [("gp-l", "all"), ("gp-vl", "all"), ("gp-vl", "no-vision")])
 def test_ppo_micro_batch(medium, processor, task, tune):
-    """What the forward pass keeps and the backward pass needs, where gradients are there from the micro-batch before."""
-    args, episodes = played(task, medium, processor, tune=tune)
-    policy, items = copy.deepcopy(medium), ppo.conversations_of(episodes)
-    sft.freeze(policy, tune)
+    """What the forward pass keeps and the backward pass needs, where gradients are there from the micro-batch
+    before."""
+    args, features = settings(task, "ppo", attempts=2, tune=tune), {} if tune == "no-vision" else None
+    conversations, policy = played(args, medium, processor, 12, features), copy.deepcopy(medium)
+    freeze(policy, tune)
     module = ppo.ActorCritic(policy, args.critic)
-    batch, _, _ = ppo.make_batch(processor, items, "cpu")
-    learn = lambda: ppo.minibatch_loss(module, processor, items, args, ppo.count_units(items), "cpu")[0].backward()
+    shape = collate(processor, conversations).targets
+
+    def learn():
+        with remember(module, features):
+            ppo.batch_loss(module, conversations, collate(processor, conversations), args, *algorithm(args),
+                           ppo.count(conversations))[0].backward()
+
     learn()
     most, left = real_bytes(learn)
-    micro = plan.Micro(*batch.input_ids.shape, int((batch.targets >= 0).sum()) // BATCH)
+    micro = plan.Micro(*shape.shape, int((shape >= 0).sum()) // BATCH)
     planned = plan.make_module(medium.config, args, torch.float32)
-    kept, peak = plan.measure_update(planned, micro, args.image, features=plan.kept_dtype(planned, args), cuda=False)
+    kept, peak = plan.measure_update(planned, micro, args.image, known=plan.remembers(args), cuda=False)
     assert most == pytest.approx(peak, rel=0.1) and left < 0.01 * peak
 
 
@@ -99,10 +106,11 @@ def test_sft_steps(medium, processor, task):
     args, model = settings(task, "sft"), copy.deepcopy(medium)
     examples = sft.make_batch(processor, [(make_env(args)(), 1.0)], range(BATCH), 0)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    learn = lambda: [sft.update(model, processor, examples, args, step=lambda loss: optimizer.step() or 0.0) for _ in range(2)]
-    most, left = real_bytes(learn)
-    module, used = plan.make_module(medium.config, args, torch.float32), [p for p in model.parameters() if p.grad is not None]
+    step = lambda loss: optimizer.step() or 0.0
+    most, left = real_bytes(lambda: [sft.update(model, processor, examples, args, step=step) for _ in range(2)])
+    used = [p for p in model.parameters() if p.grad is not None]
     micro = plan.Micro(BATCH, max(len(e.ids) for e in examples) - 1, sum(sum(e.sampled) for e in examples) // BATCH)
+    module = plan.make_module(medium.config, args, torch.float32)
     _, peak = plan.measure_update(module, micro, args.image, cuda=False)
     state, step = plan.measure_optimizer(plan.shards(used, 1), cuda=False)
     kept = sum(p.nbytes for p in used) + state
@@ -110,10 +118,24 @@ def test_sft_steps(medium, processor, task):
     assert kept + max(peak, step) == pytest.approx(most, rel=0.1)
 
 
+def twin_attention(q, k, v, visible, scale=None):
+    """Compute the twin on PyTorch's fused kernels: flash attention, or with a mask the memory-efficient one,
+    which takes it in the queries' type."""
+    def sdpa(q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+        bias = attn_mask.to(q.device, q.dtype).expand(*q.shape[:3], k.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad)[0]
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa):
+        return attention_reference(q, k, v, visible, scale)
+
+
 def test_rollout(medium, processor, task, monkeypatch):
-    """Two turns in lockstep, with their caches and images. Planned is what this machine runs: the twins, with their dense masks."""
-    monkeypatch.setattr(plan, "fused_attention", twin_attention)
-    conversations = [e.conversations[0] for e in played(task, medium, processor, max_new_tokens=1)[1]]
+    """Two turns in lockstep, with their caches and images. Planned is what this machine runs: the twins, with
+    their dense masks."""
+    monkeypatch.setattr(plan, "ON_CUDA", [*plan.ON_CUDA, (network, "attention", twin_attention)])
+    conversations = played(settings(task, "ppo", attempts=1), medium, processor, 1)
     images, lengths = processor.images([c.image for c in conversations]), []
 
     def play():
@@ -121,12 +143,13 @@ def test_rollout(medium, processor, task, monkeypatch):
         for forced in (0, 299):
             ids = [row + [7] * forced for row in ids]
             lengths.extend([forced + 1 if cache else max(map(len, ids)), 8])
-            drawn, cache = generate(medium, ids, cache=cache, images=None if cache else images, max_new_tokens=8, stop_ids=[])
+            drawn, cache = generate(medium, ids, cache=cache, images=None if cache else images,
+                                    max_new_tokens=8, stop_ids=[])
             ids = [row + sample.ids for row, sample in zip(ids, drawn)]
         return cache
 
-    with torch.inference_mode():
-        most, left = real_bytes(play, [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])         # where it can, like CUDA's kernels
+    with torch.inference_mode():       # flash attention where it can, like CUDA's kernels
+        most, left = real_bytes(play, [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
     module = plan.make_module(medium.config, settings(task, "sft"), torch.float32)
     keys, image_keys, peak = plan.measure_rollout(module, BATCH, lengths, images is not None)
     assert left == pytest.approx(keys + image_keys, rel=0.1) and most == pytest.approx(peak, rel=0.1)
@@ -145,53 +168,48 @@ def test_shards_are_those_of_fsdp(medium):
         dist.destroy_process_group()
 
 
-def test_the_ledger_counts_what_lives():
-    with plan.Ledger() as ledger:
+def test_bytes_are_of_what_lives():
+    with plan.Bytes() as memory:
         x = torch.empty(1000, 10, device="meta", requires_grad=True)
-        y = x.exp().sin()                       # each backward needs what its operator took or gave: exp's result, once
-        assert ledger.live == 3 * 40_000
+        y = x.exp().sin()                       # each keeps what it took or gave: exp's result, once
+        assert memory.live == 3 * 40_000
         asked = torch.arange(1000, device="meta") % 2 == 0
         assert y[asked].shape == (500, 10)      # values that decide a shape are known
         del y
-        assert ledger.live == 40_000 + asked.nbytes and ledger.peak >= 3 * 40_000
+        assert memory.live == 40_000 + asked.nbytes and memory.peak >= 3 * 40_000
 
 
 def test_what_saves_memory_saves_it(medium):
-    module, micro = plan.make_module(medium.config, settings("gp-vl", "ppo"), torch.bfloat16), plan.Micro(4, 256, 40)
+    module, micro = plan.make_module(medium.config, settings("gp-vl", "ppo")), plan.Micro(4, 256, 40)
     plain, fused, again = (plan.measure_update(module, micro, True, cuda=cuda, recompute=recompute)[0]
                            for cuda, recompute in ((False, False), (True, False), (True, True)))
     assert again < 0.5 * fused and fused < 0.8 * plain
 
 
-def test_flops_are_exact_and_shared_prefixes_cost_once(medium):
-    args = settings("gp-vl", "ppo")
-    model = plan.make_module(medium.config, args, torch.bfloat16).policy
-    forward, backward = (plan.costs(model, True, train) for train in (False, True))
-    assert plan.count_flops(model, True, 100, 7, True) == pytest.approx(
-        backward.image + backward.span(0, 100) + 7 * backward.target, rel=1e-9)
-    known = plan.costs(model, True, False, torch.bfloat16)
-    with plan.Ledger(), FlopCounterMode(display=False) as encoder, torch.no_grad():
-        model.vision_model(plan.make_images(medium.config, 1))
-    assert forward.image - known.image == pytest.approx(encoder.get_total_flops(), rel=1e-9) and 0 < known.image < forward.image < backward.image
+def test_shared_prefixes_cost_once(medium):
+    """Of one turn the released schedule costs as much as ours, but for the pass that scores."""
+    args = settings("gp-vl", "ppo", critic="shared")
     one, four = [[100, 45]], [[100, 45, 20, 45, 20, 45, 20, 45]]
-    args.minibatches = 1
-    ours, theirs = plan.ours(one, args, 0, forward, forward, backward), plan.released(one, args, forward, backward)
-    assert ours == pytest.approx((theirs[0], 0, theirs[2]), rel=1e-9)               # of one turn, all but the scoring pass
-    assert 2.5 * sum(plan.ours(four, args, 0, forward, forward, backward)) < sum(plan.released(four, args, forward, backward))
-    args.critic = "separate"                                                        # scores without log-probs; is trained without them
-    rest = args.epochs * (theirs[2] / args.epochs - 45 * backward.target)
-    assert plan.ours(one, args, 0, forward, forward, backward) == pytest.approx(
-        (theirs[0], theirs[1] - 45 * forward.target, theirs[2] + rest), rel=1e-9)
+    flops = {(schedule, n): schedule(medium.config, args, turns)
+             for schedule in (plan.ours, plan.released) for n, turns in ((1, one), (4, four))}
+    rollout, scored, update = flops[plan.ours, 1]
+    assert flops[plan.released, 1] == (rollout, rollout, update) and {*+scored} == {"critic"}
+    total = {key: sum(part.total() for part in parts) for key, parts in flops.items()}
+    assert 2.5 * total[plan.ours, 4] < total[plan.released, 4]
+    args.critic = "separate"                   # scores without log-probs; is trained without them
+    again = plan.ours(medium.config, args, one)
+    assert again[1]["text"] == rollout["text"] and again[2]["text"] == 2 * update["text"]
+    assert again[1]["head"] == 0 and again[2]["head"] == update["head"]
 
 
 def test_a_growing_cache_takes_one_layer_beside(medium):
-    with plan.Ledger() as ledger:
+    with plan.Bytes() as memory:
         cache = KVCache(medium.config, 4, "meta")
         cache.reserve(512)
-        small, ledger.peak = sum(layer.nbytes for layer in cache.kv), 0
-        others = ledger.live - small
+        small, memory.peak = sum(layer.nbytes for layer in cache.kv), 0
+        others = memory.live - small
         cache.reserve(1024)
-        assert ledger.live == others + 2 * small and ledger.peak == ledger.live + small // len(cache.kv)
+        assert memory.live == others + 2 * small and memory.peak == memory.live + small // len(cache.kv)
 
 
 def test_the_paper_fits_as_it_stands(task):
@@ -202,24 +220,15 @@ def test_the_paper_fits_as_it_stands(task):
 
 
 def test_the_built_in_model_has_the_released_sizes():
-    module = plan.make_module(plan.read_config("Llama-3.2-11B-Vision-Instruct", "gp"), settings("gp-vl", "sft"), torch.bfloat16)
+    config = plan.read_config("Llama-3.2-11B-Vision-Instruct", "gp")
+    module = plan.make_module(config, settings("gp-vl", "sft"))
     assert sum(p.numel() for p in module.parameters()) == 10_670_220_835        # as transformers counts
 
 
-def twin_attention(q, k, v, visible, scale=None):
-    """The twin on PyTorch's fused kernels: flash attention, or with a mask the memory-efficient one, which takes it in the queries' type."""
-    def sdpa(q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
-        if attn_mask is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-        bias = attn_mask.to(q.device, q.dtype).expand(*q.shape[:3], k.shape[2])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad)[0]
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa):
-        return attention_reference(q, k, v, visible, scale)
-
-
-@pytest.mark.parametrize("memory, words", [(80, ["fits", "self KV cache", "log-prob workspace"]),
-                                           (0.05, ["does NOT fit", "--rollout-batch"])])
+@pytest.mark.parametrize("memory, words", [
+    ("80", ["fits", "self KV cache", "log-prob workspace", "times fewer than released"]),
+    ("0.05", ["does NOT fit", "--rollout-batch"])])
 def test_what_is_printed(memory, words, capsys):
-    plan.show(Args(task="gp-vl", hands=16, eval_hands=8), frozenset(), 2, memory)
+    plan.main(f"--gpus 2 --gpu-memory {memory} --task gp-vl --hands 16 --eval-hands 8".split())
     said = capsys.readouterr().out
     assert all(word in said for word in words), said

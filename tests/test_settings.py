@@ -13,14 +13,13 @@ import pytest
 
 import train
 from benchmarks import kernels as bench
-from distributed import plan
 from games import cities, show, unpickle
 from harness import ranges, terminal
 from harness.check import settle
 from harness.settings import PRESETS, Args, SettingError, flag_of, parse
 from llama.config import Config
 from study import __main__ as study
-from study import faces
+from study import faces, plan
 from distributed.processes import Processes
 from harness.load import agree
 from harness.tiny import CONFIG
@@ -89,7 +88,6 @@ REFUSED = """
     --eval-hands -1: expected an integer from 0
     --probe-hands -1: expected an integer from 0
     --transcript-every 0: expected
-    --dry-run 0: expected an integer from 1
     --lora-rank -1: expected an integer from 0
     --algo sft | --mistakes 2: expected a number from 0 to 1
     --temperature 0: expected a number from 0.01 to 100; greedy
@@ -175,7 +173,6 @@ REFUSED = """
     --algo eval | --seed 3: expected with
     --algo eval | --resume: expected with
     --algo eval | --eval-hands 0: expected at least 1 with --algo eval
-    --algo eval | --dry-run 2: expected with --algo sft or ppo
     --algo pretrain | --rules 10,5: expected with --algo sft or ppo
     --algo pretrain | --lora-rank 4: expected with --algo sft or ppo
     --algo pretrain | --probe-hands 2: expected with --algo sft or ppo
@@ -208,10 +205,6 @@ REFUSED = """
     --critic-warmup 40: expected less than --steps 40
     --shard on: expected several ranks (torchrun --nproc-per-node 2)
     --algo pretrain | --shard on: expected several ranks
-    --lora-rank 4 | --dry-run 1: expected without --lora-rank
-    --dry-run 64 | --hands 32: expected at least 64, one for each rank
-    --resume | --dry-run 1: expected without --resume
-    --dry-run 1 | --model nowhere: expected tiny, Llama-3.2-11B-Vision,
 """
 
 
@@ -410,7 +403,7 @@ def test_the_commands_in_the_documentation_pass(tmp_path, working_folder):
     for words in seen:
         args, typed = parse([data.get(word, word) for word in words])
         if not (args.resume or args.custom):
-            settle(args, TINY, typed, args.dry_run or 1)
+            settle(args, TINY, typed)
 
 
 def test_the_commands_of_the_study_pass():
@@ -451,10 +444,11 @@ OTHERS = {
         --model TYPO: expected tiny, Llama-3.2-11B-Vision,
         --model Llama-3.2-11B-Vision-Instructt | expected tiny
         --model . | or a folder with a config.json; config.json: not found
-        --algo eval | expected with --algo sft or ppo
+        --algo eval: expected with train.py; planned are --algo sft and ppo
+        --lora-rank 4: expected with train.py
+        --resume: expected with train.py
         --algo sft | --hands 3: expected with --algo ppo
         --gpus 33 | --hands 32: expected at least 33
-        --dry-run 2 | expected with train.py
         --nonsense | unrecognized arguments: --nonsense""",
     show: """
         atlantis | city atlantis: expected one of new-york, milan
@@ -491,7 +485,7 @@ def test_other_commands_refuse(tmp_path, monkeypatch, capsys, module, line):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("module", ["variants", "variants.lora", "harness.flops"])
+@pytest.mark.parametrize("module", ["variants", "study.costs"])
 def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
     for word, code in (("--help", 0), ("--nonsense", 2)):
         monkeypatch.setattr(sys, "argv", [module, word])

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): the weights stay as they are, and what is learnt beside each is a product of two thin matrices.
 
     torchrun train.py --task gp-l --algo ppo --lora-rank 16    # --lora-alpha, --lora-modules; --tune says where
-    python -m variants.lora --rank 16                          # what it saves at 11B: the table below
+    python -m study.costs --rank 16                            # what it saves at 11B: the table below
 
 A linear layer with weight W (out, in) becomes
 
@@ -35,8 +35,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.ranges import above, arg, integer, one_of, several
-from harness.terminal import command
-from llama.config import Config
 from model import Linear, Llama
 
 # What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are computed from its weight.
@@ -111,38 +109,3 @@ def disabled(module):
     finally:
         for part in adapted:
             part.on = True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What it saves
-
-def cost(config, modules, rank):
-    """(numbers learnt, bytes of all weights, of gradients, of Adam's moments) in float32; modules None: without adapters."""
-    with torch.device("meta"):
-        llama = Llama(config)
-    if modules:
-        adapt(llama, modules, rank, alpha=rank)
-    learnt = sum(p.numel() for p in llama.parameters() if p.requires_grad)
-    return learnt, 4 * sum(p.numel() for p in llama.parameters()), 4 * learnt, 8 * learnt
-
-
-def table(config, rank):
-    lines = [f"{'':<16}{'learnt':>16}    GB: all weights    gradients    moments"]
-    for modules in (None, "all", "attention", "mlp"):
-        learnt, *sizes = cost(config, modules, rank)
-        weights, gradients, moments = (size / 1e9 for size in sizes)
-        lines.append(f"{modules or 'without':<16}{learnt:>16,}{weights:>19.1f}{gradients:>13.1f}{moments:>11.1f}")
-    return "\n".join(lines)
-
-
-def main():
-    from distributed.plan import LLAMA_11B
-    from harness.ranges import command_line
-    parser = command_line("python -m variants.lora", "What LoRA saves on Llama-3.2-11B-Vision.")
-    parser.add_argument("--rank", type=integer(1, 10**5), default=16,
-                        help="of the adapters (default: %(default)s)")
-    print(table(Config.from_dict(LLAMA_11B), parser.parse_args().rank))
-
-
-if __name__ == "__main__":
-    command(main)
