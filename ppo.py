@@ -99,24 +99,23 @@ def size(turn, args):
     return abs(args.reward_scale * turn.reward) + value + args.kl_coef * len(turn.penalties)
 
 
-def deviation(x, sizes, all_reduce=lambda x: x):
+def deviation(x, sizes, ranks):
     """Return mean and standard deviation of x over all ranks; 0 where that is but the rounding of what x was
     added up from, numbers of these `sizes`."""
     x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
-    sums = [len(x), x.sum(), len(sizes), sizes.abs().sum()]
-    n, total, count, magnitude = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
-    std = math.sqrt(all_reduce(((x - total / n) ** 2).sum()).item() / n)
+    n, total, count, magnitude = ranks.total([len(x), x.sum(), len(sizes), sizes.abs().sum()])
+    std = math.sqrt(ranks.total([((x - total / n) ** 2).sum()])[0] / n)
     rounding = ROUNDING * magnitude / count
     return total / n, 0.0 if std <= rounding else std          # NaN stays NaN, for `step` to find
 
 
-def normalize_advantages(turns, args, all_reduce=lambda x: x):
+def normalize_advantages(turns, args, ranks=OneProcess()):
     """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place.
 
     Where the rewards tie, all are 0: the rounding that is left is no reason to learn.
     """
     a = flat(turns, "advantage")
-    mean, std = deviation(a, a + [size(turn, args) for turn in turns], all_reduce)
+    mean, std = deviation(a, a + [size(turn, args) for turn in turns], ranks)
     fill_in(turns, "advantage", [(x - mean) / std if std else 0.0 for x in a])
 
 
@@ -134,12 +133,12 @@ def fill_in(turns, name, numbers):
         setattr(turn, name, [next(rest) for _ in old] if isinstance(old, list) else next(rest))
 
 
-def explained_variance(turns, all_reduce=lambda x: x):
+def explained_variance(turns, ranks=OneProcess()):
     """Return 1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a
     perfect one, NaN where there is none or nothing to explain."""
     targets, values = flat(turns, "target"), flat(turns, "value")
-    _, spread = deviation(targets, targets, all_reduce)
-    _, rest = deviation([t - v for t, v in zip(targets, values)], [0.0], all_reduce)
+    _, spread = deviation(targets, targets, ranks)
+    _, rest = deviation([t - v for t, v in zip(targets, values)], [0.0], ranks)
     return 1 - (rest / spread) ** 2 if spread else math.nan
 
 
@@ -348,11 +347,11 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
     if estimator.values:
         (estimator.read or read_values)(actor_critic, processor, conversations, args, ranks)
     estimator.f(episodes, args)
-    explained = explained_variance(turns, ranks.all_reduce)
+    explained = explained_variance(turns, ranks)
     if estimator.normalize:
-        normalize_advantages(turns, args, ranks.all_reduce)
+        normalize_advantages(turns, args, ranks)
     own = [len(conversations), sum(len(c.ids) for c in conversations), count(conversations)["token"]]
-    total, tokens, drawn = ranks.all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+    total, tokens, drawn = ranks.total(own)
     places = ranks.positions(list(Counter(e.seed for e in episodes for _ in e.conversations).values()))
     generator, steps = torch.Generator().manual_seed(seed), []
     for _ in range(args.epochs):
@@ -375,7 +374,7 @@ def one_step(actor_critic, processor, conversations, args, estimator, loss, step
     step is made. filler: see llama.batches.passes.
     """
     own = count(conversations)
-    n = dict(zip(own, ranks.all_reduce(torch.tensor(list(own.values()), dtype=torch.float64)).tolist()))
+    n = dict(zip(own, ranks.total(list(own.values()))))
     if not n["token"]:
         return {}
     sums = defaultdict(float)
@@ -384,8 +383,8 @@ def one_step(actor_critic, processor, conversations, args, estimator, loss, step
         total, numbers = batch_loss(actor_critic, group, batch, args, estimator, loss, n, train_policy)
         (weight * total).backward()
         for name, value in numbers.items():
-            sums[name] += weight * value.double().cpu()
-    means = dict(zip(sums, ranks.all_reduce(torch.stack(list(sums.values()))).tolist()))
+            sums[name] += weight * value.item()
+    means = dict(zip(sums, ranks.total(list(sums.values()))))
     over = {"value_loss": estimator.per, "entropy": "token", "drawn_vs_scored": "token"}
     return {name: (mean, n[over.get(name, loss.over)]) for name, mean in means.items()} | {
         "grad_norm": (step(means["policy_loss"] + means["value_loss"]), 1)}

@@ -58,7 +58,7 @@ def update(model, processor, examples, args, *, loss=nll, step, places=None, fil
     others. filler: see llama.batches.passes. ranks: see llama.batches.OneProcess.
     """
     places = range(len(examples)) if places is None else places
-    total = int(ranks.all_reduce(torch.tensor(len(examples), dtype=torch.float64)))
+    total = int(ranks.total([len(examples)])[0])
     steps = [one_step(model, processor, [examples[i] for i in part], args, loss, step, filler or examples[0],
                       ranks)
              for part in args.epochs * parts(places, range(total), args.minibatches)]
@@ -73,7 +73,7 @@ def one_step(model, processor, examples, args, loss, step, filler, ranks):
     is made.
     """
     counts = [sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)]
-    n, trained_tokens = ranks.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    n, trained_tokens = ranks.total(counts)
     if not n:
         return {}
     sums = torch.zeros(3, dtype=torch.float64)
@@ -84,6 +84,6 @@ def one_step(model, processor, examples, args, loss, step, filler, ranks):
         total.backward()
         own = torch.stack([-logprobs.sum(), total * n, out.entropy[asked].sum()])
         sums += weight * own.detach().double().cpu()
-    nll_mean, loss_mean, entropy = (ranks.all_reduce(sums) / n).tolist()
+    nll_mean, loss_mean, entropy = [total / n for total in ranks.total(sums.tolist())]
     return {"nll": (nll_mean, n), "loss": (loss_mean, n), "entropy": (entropy, n),
             "grad_norm": (step(loss_mean), 1), "trained_tokens": (trained_tokens, 1)}

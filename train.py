@@ -103,7 +103,7 @@ class Trainer:
                           filler=filler)
             metrics = sft.update(self.model, self.processor, examples, args, loss=loss.f, step=self.step,
                                  places=places, filler=filler, ranks=processes)
-        scored = processes.all_reduce(torch.tensor(scored, dtype=torch.float64)).item()
+        scored, = processes.total([scored])
         self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
         self.ledger.add_sft(args, self.model, episodes, examples, processes.all_reduce)
         return metrics

@@ -58,6 +58,10 @@ class Processes:
         """Return the largest of all ranks' integers."""
         return int(self.all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
+    def total(self, numbers):
+        """Sum each of some numbers over ranks -> list of floats."""
+        return self.all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
     def barrier(self):
         """Wait for all ranks."""
         self.all_reduce(torch.zeros(1))

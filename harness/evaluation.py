@@ -7,7 +7,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import torch
 
 from distributed import shard
 from distributed.processes import gather
@@ -85,8 +84,7 @@ def summarize(episodes, processes):
     counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])
     counts += sums(2, [(1, turn.info["recognized"]) for turn in turns if turn.info.get("landmark")])
     counts += sums(4, [(k, k * k, k * m, m * m) for k, m in right])
-    n, success, first, n_turns, recognized, reward, landmarks, read, k, kk, km, mm = processes.all_reduce(
-        torch.tensor(counts, dtype=torch.float64)).tolist()
+    n, success, first, n_turns, recognized, reward, landmarks, read, k, kk, km, mm = processes.total(counts)
     p = k / n_turns            # a ratio of two sums over episodes: its error by linearisation
     rates = {"per_step": p, "per_step_se": math.sqrt(max(0.0, kk - 2 * p * km + p * p * mm)) / n_turns,
              "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)}

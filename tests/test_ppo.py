@@ -140,12 +140,13 @@ def test_normalized_advantages_over_ranks():
     rng = random.Random(0)
     values, found = [rng.gauss(3, 2) for _ in range(11)], []
     mean = sum(values) / 11
-    for own, sums in ((values, [[0] * 4, 0]), *[
+    for own, sums in ((values, [[0] * 4, [0]]), *[
             (own, [[len(other), sum(other), 2 * len(other), sum(map(abs, other))],
-                   sum((x - mean) ** 2 for x in other)])
+                   [sum((x - mean) ** 2 for x in other)]])
             for own, other in ((values[:4], values[4:]), (values[4:], values[:4]))]):
         turns, sent = [Turn(0, 1, 0, {}, advantage=x) for x in own], iter(sums)
-        ppo.normalize_advantages(turns, settings(), lambda x: x + torch.tensor(next(sent), dtype=torch.float64))
+        two = SimpleNamespace(total=lambda own: [float(a) + b for a, b in zip(own, next(sent), strict=True)])
+        ppo.normalize_advantages(turns, settings(), two)
         found += ppo.flat(turns, "advantage")
     alone = torch.tensor(found[:11])
     assert alone.mean().abs() < 1e-6 and abs(alone.std(correction=0) - 1) < 1e-6

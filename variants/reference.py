@@ -119,8 +119,7 @@ def divergence(model, processor, episodes, args, reference, ranks):
     with reference():
         score(model, processor, conversations, args.token_budget, args.temperature, ranks)
     drawn = sum(sum(c.sampled) for c in conversations)
-    sums = torch.tensor([penalize(conversations, args), drawn], dtype=torch.float64)
-    kl, drawn = ranks.all_reduce(sums).tolist()
+    kl, drawn = ranks.total([penalize(conversations, args), drawn])
     return {"kl_reference": kl / drawn}
 
 
