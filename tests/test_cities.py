@@ -141,20 +141,6 @@ def test_processes_that_race_for_a_folder_share_it(tmp_path):
     assert Image.open(panorama).size == (256, 128)
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-    folder = cities.build("lagos", tmp_path)
-    for owner, method, call, args in (
-            (Image.Image, "save", cities.draw, [panorama_of(folder, "lagos", 0)]),
-            (Path, "write_bytes", cities.build, ["cairo", tmp_path])):
-        monkeypatch.setattr(owner, method, fail)
-        with pytest.raises(OSError, match="disk full"):
-            call(*args)
-    assert [path.suffix for path in (folder / "street_views").iterdir()] == [".json"]
-    assert list(tmp_path.iterdir()) == [folder]
-
-
 def refusal(call, *args, **kwargs):
     with pytest.raises(ValueError) as error:
         call(*args, **kwargs)
@@ -174,7 +160,8 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
     nowhere = tmp_path / "street_views" / "x.jpg"
     assert "city.json: not a built-in city's file" in refusal(cities.draw, nowhere)
     old = (lima / "city.json").read_text(encoding="utf-8").replace('"digest": "', '"digest": "0')
-    texts = "[]", "{", *(f'{{"city": {city}, "width": 2, "digest": ""}}' for city in ('"atlantis"', "[]")), old
+    other = '{"city": %s, "width": 2, "digest": ""}'
+    texts = "[]", "{", other % '"atlantis"', other % "[]", old
     for i, text in enumerate(texts):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "city.json").write_text(text, encoding="utf-8")
@@ -201,7 +188,8 @@ def test_streets_and_signs_keep_their_distances(name):
     for node, neighbors in enumerate(town.neighbors):
         headings = sorted(streets.bearing(town.nodes[node], town.nodes[other]) for other in neighbors)
         assert len(headings) >= 2 and min(np.diff([*headings, headings[0] + 360])) >= 25
-    gaps = np.linalg.norm(town.panoramas[:, None] - town.panoramas, axis=-1) + 99 * np.eye(len(town.panoramas))
+    gaps = np.linalg.norm(town.panoramas[:, None] - town.panoramas, axis=-1)
+    np.fill_diagonal(gaps, 99)
     assert gaps.min() > 8 and gaps.min(0).max() < 25
     assert len(town.corners) > 0.6 * len(town.nodes) and len(town.places) > 0.35 * len(town.edges)
     for node, mark in town.corners.items():
@@ -222,8 +210,8 @@ def test_streets_and_signs_keep_their_distances(name):
 # ----------------------------------------------------------------------------------------------- the pictures
 
 @lru_cache(maxsize=64)
-def picture(town, index, rotation=0.0, width=256):
-    return drawing.panorama(town, index, rotation, width).astype(int)
+def picture(town, index):
+    return drawing.panorama(town, index, 0.0, 256).astype(int)
 
 
 def pixel(eye, point, height, rotation, width):
@@ -258,7 +246,7 @@ def area(town, mark, index):
     without = dataclasses.replace(town, corners=others(town.corners), places=others(town.places))
     seen, own = picture(town, index), [streets.COLORS[c] for c in (mark.color, streets.EMBLEMS[mark.emblem])]
     colored = np.min([np.abs(seen - color).sum(-1) for color in own], axis=0) < 90
-    changed = np.abs(seen - drawing.panorama(without, index, 0.0, 256)).sum(-1) > 12
+    changed = np.abs(seen - picture(without, index)).sum(-1) > 12
     return 100 * (colored & changed).mean()
 
 
@@ -268,13 +256,6 @@ def test_a_sign_is_large_at_its_own_point_only():
         gaps = np.linalg.norm(town.panoramas - town.panoramas[mark.at], axis=1)
         elsewhere = [area(town, mark, i) for i in np.flatnonzero((gaps > 0) & (gaps < 24))]
         assert len(elsewhere) >= 2 and 0.3 < area(town, mark, mark.at) > 2.5 * max(elsewhere)
-
-
-def test_rotation_turns_the_picture():
-    town, step = streets.town("milan"), 360 / 255     # degrees a column: first and last are the same direction
-    turned = picture(town, 3, rotation=20 + 40 * step)
-    assert np.abs(turned[:, 40:255] - picture(town, 3, rotation=20.0)[:, :215]).mean() < 0.5
-    assert np.abs(turned[:, 0] - turned[:, 255]).mean() < 6
 
 
 def test_emblems_and_boards_differ():
