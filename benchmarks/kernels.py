@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import DEVICE, machine, milliseconds, take_turns
+from benchmarks.measure import DEVICE, GPU, machine, milliseconds, take_turns
 from benchmarks.rivals import LARGE, SMALL, attention_cases, logprob_cases
 from harness.files import to_json
 from harness.ranges import FILE, command_line
@@ -41,7 +41,6 @@ from harness.terminal import command
 # 2^-8, float32 sums of thousands of terms by many of 2^-24. A wrong mask or a lost block is off by 0.1 and
 # more. Larger errors pass at the level of PyTorch's own: see `bench`.
 BOUND = {torch.bfloat16: 0.05, torch.float32: 1e-4}
-GPU = DEVICE.type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,11 +87,11 @@ def peak_memory(run):
     return max(0, peak() - before - sum(x.nbytes for x in found)) / 2**20
 
 
-def worst_error(found, exact):
+def worst_error(case, found, exact):
     """Return `error` of the table; NaN if there is one."""
     worst = []
-    for x, y in zip(found, exact):
-        size, off = y.norm(dim=-1), (x - y).norm(dim=-1)
+    for x, y, counting in zip(found, exact, (case.real, ..., ..., ...)):
+        size, off = y[counting].norm(dim=-1), (x - y)[counting].norm(dim=-1)
         worst.append((off / size.clamp(min=size.square().mean().sqrt())).max())
     return float(torch.stack(worst).max())
 
@@ -100,12 +99,10 @@ def worst_error(found, exact):
 def examine(case, row, way, exact, bound):
     """Check and weigh one implementation -> whether it is right."""
     run = partial(case.run, way, *case.inputs)
-    out, *gradients = [x.detach() for x in run()]
-    row["error"] = worst_error((out[case.real], *gradients), exact)
+    row["error"] = worst_error(case, run(), exact)
     if not row["error"] <= bound:                              # NaN is not, either
         row["no"] = "result is wrong"
         return False
-    del out, gradients
     mask, row["MiB"] = getattr(way, "keywords", {}).get("mask"), peak_memory(run)
     if mask is not None and row["MiB"] is not None:
         row["MiB"] += mask.nbytes / 2**20
@@ -121,14 +118,14 @@ def bench(case, ceilings, rounds, seconds):
     """
     args, upstream = case.inputs
     doubles = [x.detach().double().requires_grad_() if x.requires_grad else x for x in args]
-    out, *gradients = [x.detach() for x in case.run(case.exact, doubles, upstream)]
+    exact = case.run(case.exact, doubles, upstream)
     rows, ready, bound = {}, {}, BOUND[args[0].dtype]
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()                 # it gives up on functions that it compiled for too many shapes
     for name, way in case.ways.items():
         row = rows[name] = dict(case=case.name, part=case.part, implementation=name)
         allowed = bound + (case.terms * 2**-24 if name == "naive" else 0)
-        if attempt(row, partial(examine, case, row, way, (out[case.real], *gradients), allowed)):
+        if attempt(row, partial(examine, case, row, way, exact, allowed)):
             ready[name] = way
             if name == "naive":
                 bound = max(bound, 2 * row["error"])
@@ -147,6 +144,8 @@ def bench(case, ceilings, rounds, seconds):
                            rate=1000 * work[unit] / ms, ceiling=1000 * work[unit] / ms / ceilings[unit])
         if "ours" in times:
             rows[name]["ratio"] = ms / statistics.median(times["ours"])
+    for row in rows.values():
+        show(row)
     return list(rows.values())
 
 
@@ -189,8 +188,6 @@ def main(argv=None):
                         help="write all numbers there, with hardware, versions and commit")
     parser.add_argument("--quick", action="store_true",
                         help="small sizes on a GPU, too, and three rounds: shows that all runs")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile on a CPU, too (needs a C++ compiler)")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")                            # backends explain at length why they decline
     dtype, sizes = torch.bfloat16 if GPU else torch.float32, LARGE if GPU and not args.quick else SMALL
@@ -206,11 +203,8 @@ def main(argv=None):
     for name, names in called.items():
         if names & set(args.only) or not args.only and name != "vocabulary-128k":
             build = logprob_cases if len(sizes[name]) == 3 else attention_cases
-            for case in build(name, sizes[name], dtype, args.compile or GPU):
-                found = bench(case, result["ceilings"], *((3, 0) if args.quick else (50, 2)))
-                for row in found:
-                    show(row)
-                result["rows"] += found
+            for case in build(name, sizes[name], dtype):
+                result["rows"] += bench(case, result["ceilings"], *((3, 0) if args.quick else (50, 2)))
     if args.json:
         Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
     wrong = [f"{row['case']} {row['part']}" for row in result["rows"]

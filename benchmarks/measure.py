@@ -8,7 +8,8 @@ import torch
 
 from harness.folder import git_commit
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 PACKAGES = {"triton", "pytorch-triton", "liger-kernel", "cut-cross-entropy", "transformers"}
 
 
@@ -18,7 +19,7 @@ def milliseconds(run, *args):
     On a GPU between two events, after a write of 1 GiB that empties the L2 cache and lets the host run ahead.
     On a CPU with one thread it is the time that the process computed, so that other processes do not count.
     """
-    if DEVICE.type == "cuda":
+    if GPU:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.zeros(2**30, dtype=torch.uint8, device=DEVICE)
         start.record()
@@ -53,7 +54,7 @@ def machine():
     """Return the hardware, versions and commit that numbers come from."""
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     versions = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
-    return {"hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
+    return {"hardware": torch.cuda.get_device_name() if GPU else cpu,
             "threads": torch.get_num_threads(),
             "commit": git_commit(),
             "Python": platform.python_version(),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import DEVICE
+from benchmarks.measure import DEVICE, GPU
 from kernels.attention import attention
 from kernels.logprob import token_logprobs
 from kernels.visible import Visible
@@ -76,7 +76,7 @@ class Case:
             with torch.no_grad():
                 return (way(*args),)
         out = way(*args) if out is None else out
-        return out, *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
+        return out.detach(), *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
 
     def run(self, way, args, upstream):
         return self.finish(way, args, upstream, self.begin(way, args))
@@ -124,7 +124,7 @@ def cut_cross_entropy(hidden, weight, targets, **options):
     return linear_cross_entropy(hidden, weight, targets, reduction="sum", **options)
 
 
-def logprob_cases(name, sizes, dtype, compiling):
+def logprob_cases(name, sizes, dtype):
     """Make the case of log-probs.
 
     FLOPs: logits and the gradients of hidden and weight are 2 N V D each. (Ours makes the logits twice,
@@ -142,7 +142,7 @@ def logprob_cases(name, sizes, dtype, compiling):
     learnt = (x.to(dtype).requires_grad_() for x in (hidden, weight))
     inputs = (*learnt, targets, *torch.randn(2 * entropy, N, **random)), None
     ways = {"naive": naive_loss, "ours": our_loss}
-    if compiling:
+    if GPU:
         ways["naive compiled"] = torch.compile(naive_loss, dynamic=False)
     if not entropy:
         # cut-cross-entropy leaves out small gradients unless told not to
@@ -199,8 +199,7 @@ def exact_attention(q, k, v, mask):
         heads = zip(q.split(q.shape[2] // k.shape[1], 2), k.split(1, 1), v.split(1, 1))
         return torch.cat([checkpoint(naive_attention, *x, mask, use_reentrant=False) for x in heads], 2)
 
-    mask = mask.split(1) if mask is not None else [None] * len(q)
-    return torch.cat([row(*x) for x in zip(q.split(1), k.split(1), v.split(1), mask)])
+    return torch.cat([row(*x) for x in zip(*(x.split(1) for x in (q, k, v, mask)))])
 
 
 def sdpa(q, k, v, backend, mask=None):
@@ -215,6 +214,7 @@ def sdpa(q, k, v, backend, mask=None):
 
 
 def flex(masks, B, T, S):
+    """Compile FlexAttention, which leaves out blocks that nobody sees."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     blocks = create_block_mask(lambda b, h, t, s: sees(masks, b, t, s), B, None, T, S, device=DEVICE)
     run = torch.compile(flex_attention, dynamic=False)
@@ -222,16 +222,16 @@ def flex(masks, B, T, S):
                                enable_gqa=q.shape[2] != k.shape[1]).transpose(1, 2)
 
 
-def attention_ways(kind, masks, mask, sizes, compiling):
+def attention_ways(kind, masks, mask, sizes):
     """Return all ways to compute a case: name -> function."""
     ways = {"naive": partial(naive_attention, mask=mask),
             "ours": partial(attention, visible=Visible(**masks))}
-    if compiling:
+    if GPU:
         ways |= {"naive compiled": partial(torch.compile(naive_attention, dynamic=False), mask=mask),
                  "flex": flex(masks, *sizes)}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-                    SDPBackend.MATH):
-        label, run = f"sdpa {backend.name.split('_')[0].lower()}", partial(sdpa, backend=backend)
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+        label = f"sdpa {name.split('_')[0].lower()}"
+        run = partial(sdpa, backend=getattr(SDPBackend, name))
         if mask is None or kind in ("causal", "ragged"):       # padding at the end needs no mask
             ways[label] = run
         if mask is not None and kind != "causal":
@@ -239,7 +239,7 @@ def attention_ways(kind, masks, mask, sizes, compiling):
     return ways
 
 
-def attention_cases(name, sizes, dtype, compiling):
+def attention_cases(name, sizes, dtype):
     """Make the case of the forward pass and, but for decoding, that of the backward pass.
 
     FLOPs: q k^T and p v are 2 D each for a query that sees a key, in each head; backward has five products
@@ -258,7 +258,7 @@ def attention_cases(name, sizes, dtype, compiling):
     args = [x.detach().requires_grad_() for x in (draw(B, T, H, D), *kv.unbind(1))]
     inputs = args, draw(B, T, H, D) * real[:, :, None, None]
     pairs, traffic = int(seen.sum()), 2 * D * dtype.itemsize * int(H * real.sum() + K * seen.any(1).sum())
-    ways = attention_ways(kind, masks, None if mask.all() else mask, (B, T, S), compiling)
+    ways = attention_ways(kind, masks, None if mask.all() else mask, (B, T, S))
     exact = partial(exact_attention, mask=mask)
     yield Case(name, "forward", inputs, ways, exact, 4 * D * H * pairs, traffic, S, real)
     if kind != "decode":

@@ -4,12 +4,14 @@ The kernels run on a GPU, elsewhere in Triton's interpreter: see conftest.py.
 """
 
 import os
+from functools import partial
 
 import aot
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import rivals
 from kernels import attention as A
 from kernels import decode
 from kernels.visible import Visible, dense_mask
@@ -60,23 +62,15 @@ def masks(kind, B, T, S):
     return {name: x for word in KINDS[kind].split() for name, x in forms[word].items()}
 
 
-def dense(inputs, grad, scale=None, causal=False, starts=None, lengths=None, key_mask=None, see_all=None):
-    """Compute the textbook's attention in float64, every score at once -> [out, dq, dk, dv]."""
+def dense(inputs, grad, scale=None, **seen):
+    """Compute the benchmark's naive form in float64, every score at once -> [out, dq, dk, dv]."""
     q, k, v = (x.detach().double().requires_grad_() for x in inputs)
-    (B, T, H, D), S = q.shape, k.shape[2]
-    keys, values = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))                  # (B, H, S, D)
-    seen = torch.ones(B, T, S, dtype=torch.bool, device=q.device)
-    if key_mask is not None:
-        seen = seen & key_mask[:, None] | (False if see_all is None else see_all[:, :, None])
-    t, s = torch.arange(T, device=q.device)[:, None], torch.arange(S, device=q.device)
-    if causal:
-        seen = seen & (s <= t + (0 if starts is None else starts[:, None, None]))
-    if lengths is not None:
-        seen = seen & (t < lengths[:, None, None])
-    scores = torch.einsum("bthd,bhsd->bhts", q, keys) * (D**-0.5 if scale is None else scale)
-    # a query that sees nothing has weights 1/S, times 0
-    p = scores.masked_fill(~seen[:, None], -1e300).softmax(-1) * seen[:, None]
-    out = torch.einsum("bhts,bhsd->bthd", p, values)
+    (B, T, _, D), S = q.shape, k.shape[2]
+    b, t, s = (torch.arange(n, device=DEVICE) for n in (B, T, S))
+    mask = rivals.sees(seen, b[:, None, None], t[:, None], s).expand(B, T, S)
+    real = mask.any(2, keepdim=True)           # queries that see nothing: they are to give zeros
+    factor = 1 if scale is None else scale * D**0.5
+    out = rivals.naive_attention(q * factor, k, v, (mask | ~real)[:, None]) * real[..., None]
     return [x.detach() for x in (out, *torch.autograd.grad(out, (q, k, v), grad.double()))]
 
 
@@ -208,7 +202,8 @@ def test_the_twin_passes_gradcheck():
 @pytest.mark.parametrize("B, S, H, K, D", [(1, 200, 4, 2, 16), (3, 37, 6, 2, 32), (2, 90, 2, 2, 80)])
 def test_one_query_a_row(backend, kind, B, S, H, K, D):
     inputs, grad = problem(B, 1, S, H, K, D)
-    seen = masks(kind, B, 1, S) | {"lengths": None}
+    seen = masks(kind, B, 1, S)
+    seen.pop("lengths", None)
     with torch.no_grad():
         found = A.attention(*inputs, Visible(**seen))
     assert_near([found], dense(inputs, grad, **seen)[:1])
@@ -253,36 +248,39 @@ def test_wrong_shapes_are_refused(H, S, values, D):
 # ------------------------------------------------------------------------------------------ compiled for GPUs
 
 
+LAUNCHES = """
+    text      4 2048 2048 32  8 128 bfloat16 causal lengths
+    narrow    4 2048 2048 32  8  64 bfloat16 causal
+    cross     4 2047 6404 32  8 128 bfloat16 key_mask
+    vision    4 6432 6432 16 16  80 bfloat16 key_mask see_all
+    exact     4 2048 2048  8  8  32 float32  causal
+    exact     4 2048 2048  8  8  64 float32  causal
+    exact     4 2048 2048  8  8  80 float32  causal
+    exact     4 2048 2048  8  8 128 float32  causal
+    cached   64    1 2048  8  8 128 float32
+    cached   64  128 2050 32  8 128 bfloat16 causal starts lengths
+    cached   64    1 2050 32  8 128 bfloat16 causal starts
+    cached    1    1 2050 32  8 128 bfloat16 causal starts
+    cached   64    1 6404 32  8 128 bfloat16 key_mask
+"""
+
+
 def launches():
-    """Launch all kernels at the sizes of the 11B model, with heads of 64, and in float32.
-
-    Text, text after a cache, cross-attention, vision, decoding.
-    """
+    """Launch all kernels at sizes B T S H K D of the 11B model, with the 1B model's heads, and in float32."""
     os.environ["KERNELS"] = "triton"                    # in a child of this process, see aot.compile_all
-
-    def empty(*shape, dtype=torch.int64):
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
-
-    def learn(T, S, H, K, D, dtype=torch.bfloat16, **seen):
-        q, k, v = (empty(4, *size, D, dtype=dtype) for size in ((T, H), (S, K), (S, K)))
-        A.attention(q, k.transpose(1, 2), v.transpose(1, 2), Visible(**seen)).sum().backward()
-
-    flags = lambda *shape: empty(*shape, dtype=torch.bool)
-    learn(2048, 2048, 32, 8, 128, causal=True, lengths=empty(4))
-    learn(2048, 2048, 32, 8, 64, causal=True)                  # the heads of Llama-3.2-1B
-    learn(2047, 6404, 32, 8, 128, key_mask=flags(4, 6404))
-    learn(6432, 6432, 16, 16, 80, key_mask=flags(4, 6432), see_all=flags(4, 6432))
-    for D in (32, 64, 80, 128):
-        learn(2048, 2048, 8, 8, D, torch.float32, causal=True)
-    with torch.no_grad():
-        k = empty(64, 8, 2048, 128, dtype=torch.float32)
-        A.attention(empty(64, 1, 8, 128, dtype=torch.float32), k, k)
-        for S, B, T, seen in ((2050, 64, 128, dict(causal=True, starts=empty(64), lengths=empty(64))),
-                              (2050, 64, 1, dict(causal=True, starts=empty(64))),
-                              (2050, 1, 1, dict(causal=True, starts=empty(1))),
-                              (6404, 64, 1, dict(key_mask=flags(64, 6404)))):
-            k, v = empty(B, 2, 8, 6404, 128, dtype=torch.bfloat16)[:, :, :, :S].unbind(1)
-            A.attention(empty(B, T, 32, 128, dtype=torch.bfloat16), k, v, Visible(**seen))
+    empty = partial(torch.empty, device="meta", dtype=torch.int64)
+    for name, B, T, S, H, K, D, dtype, *words in map(str.split, LAUNCHES.strip().splitlines()):
+        B, T, S, H, K, D = map(int, (B, T, S, H, K, D))
+        given = {"causal": True, "starts": empty(B), "lengths": empty(B),
+                 "key_mask": empty(B, S, dtype=torch.bool), "see_all": empty(B, T, dtype=torch.bool)}
+        visible = Visible(**{word: given[word] for word in words})
+        draw = partial(empty, dtype=getattr(torch, dtype), requires_grad=name != "cached")
+        q, kv = draw(B, T, H, D), draw(2, B, S, K, D).transpose(2, 3)
+        if name == "cached":                            # a view of a larger cache
+            kv = draw(2, B, K, 2 * S, D)[:, :, :, :S]
+        out = A.attention(q, *kv, visible)
+        if out.requires_grad:
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("chip", aot.CHIPS)
