@@ -95,6 +95,7 @@ def our_loss(hidden, weight, targets, g=None, e=None):
 
 
 def naive_loss(hidden, weight, targets, g=None, e=None):
+    """Compute the loss from all logits, in float32 or better."""
     logits = hidden @ weight.T                                                 # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if e is None:

@@ -145,9 +145,9 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, 
 
 
 class Flash(torch.autograd.Function):
-    """Attention of q (B, T, H, D), contiguous, to k and v (B, K, S, D), of the same strides -> (B, T, H, D).
+    """Compute attention for q (B, T, H, D), contiguous, and k and v (B, K, S, D), of the same strides.
 
-    masks: see `kernel_masks`. scale: times log2(e).
+    -> (B, T, H, D). masks: see `kernel_masks`. scale: times log2(e).
     """
 
     @staticmethod

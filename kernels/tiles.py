@@ -1,4 +1,4 @@
-"""How large the tiles are, chip by chip, and how a kernel reads and writes one.
+"""Choose the sizes of tiles, chip by chip, and read, write and multiply them.
 
 A program keeps tiles on the chip: the larger they are, the more often each byte is used once it is there.
 Two things bound them.

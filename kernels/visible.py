@@ -1,4 +1,4 @@
-"""Who sees whom: masks as a few numbers per row.
+"""Describe who sees whom in a few numbers per row, instead of masks.
 
 A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and an attention that goes by
 it computes all scores, of which it hides half and more. The masks of this model follow from a description,

@@ -102,7 +102,7 @@ def assert_equal(found, expected):
     "causal 2 33 33 4 2 64 half", "vision 2 33 33 4 2 64 half",
     "causal 1 1 1 1 1 16", "causal 2 1 40 4 2 16", "causal 1 40 1 2 1 16"])
 def test_against_float64(backend, case):
-    """B T S H K D. All kinds, odd sizes, widths of heads, float16, and a single query or key."""
+    """Try all kinds, odd sizes B T S H K D, widths of heads, float16, and a single query or key."""
     kind, *sizes = case.removesuffix(" half").split()
     sizes, dtype = [*map(int, sizes)], torch.float16 if case.endswith("half") else torch.float32
     inputs, grad = problem(*sizes, dtype)
@@ -168,7 +168,7 @@ def test_a_row_alone_is_the_row_among_others(backend):
 @both
 @pytest.mark.parametrize("kind", ["ragged", "holes", "nothing"])
 def test_every_element_is_written(backend, kind, poison):
-    """And two runs agree to the bit."""
+    """Find the same bits again in memory that held NaN."""
     inputs, grad = problem(2, 37, 45, 4, 2, 20)
     seen = masks(kind, 2, 37, 45)
     expected = run(inputs, grad, **seen)

@@ -58,7 +58,7 @@ def test_logprob_cases_agree(name):
                     reason="needs triton's interpreter, see conftest.py")
 @pytest.mark.parametrize("kind", ["ragged", "cross", "decode"])
 def test_kernels_agree_with_the_exact_answers(kind, monkeypatch):
-    """The masks mean the same to both."""
+    """Check that masks mean the same to both."""
     monkeypatch.setenv("KERNELS", "triton")
     case = attention_cases(kind)[-1]
     case.ways = {"ours": case.ways["ours"]}
@@ -66,7 +66,7 @@ def test_kernels_agree_with_the_exact_answers(kind, monkeypatch):
 
 
 def test_the_exact_answers_are_those_of_the_naive_form():
-    """They are computed in pieces; and what is no padding sees as alone."""
+    """Compute them in pieces; what is no padding sees as alone."""
     case = attention_cases("ragged")[1]
     args, upstream = case.inputs
     exact, naive = (case.run(way, args, upstream) for way in (case.exact, case.ways["naive"]))
@@ -89,9 +89,9 @@ def test_a_wrong_result_gets_no_time(spoil, capsys):
 
 
 def test_errors_are_held_against_those_of_the_naive_form():
-    """Where PyTorch's own sums are off by more than BOUND, twice as much passes, three times does not.
+    """Let twice as much pass where PyTorch's own sums are off by more than BOUND, but not three times.
 
-    Nor does a naive form that no sum explains.
+    A naive form that no sum explains does not pass.
     """
     def off(by):
         return lambda hidden, *rest: rivals.naive_loss(hidden, *rest) * (1 + by)

@@ -87,7 +87,7 @@ SIZES_ON_A_GPU = """1 64 1000 1.0, 300 512 5003 0.7, 1000 33 777 1.0"""
     *(pytest.param(torch.bfloat16, sizes, marks=pytest.mark.gpu) for sizes in SIZES_ON_A_GPU.split(", "))],
     ids=str)
 def test_against_float64(ways, dtype, sizes):
-    """N D V and temperature."""
+    """Try sizes N D V and temperatures that fill no tile."""
     *sizes, temperature = sizes.split()
     numbers = problem(*map(int, sizes), dtype)
     found = run(*numbers, float(temperature), ways)
@@ -98,7 +98,7 @@ def test_against_float64(ways, dtype, sizes):
 @both
 @pytest.mark.parametrize("asked", range(3), ids=["logprobs", "entropy", "lse"])
 def test_each_output_has_its_own_gradient(ways, asked):
-    """The others get no gradient at all."""
+    """Give the others no gradient at all."""
     hidden, weight, targets, upstream = problem(20, 12, 70)
     upstream[[i for i in range(3) if i != asked]] = 0
     output = logprob.token_logprobs(hidden, weight, targets, 0.7, ways)[asked]
@@ -135,7 +135,7 @@ def test_small_slabs_and_pieces_change_nothing(ways, monkeypatch):
 
 @both
 def test_every_element_is_written(ways, poison):
-    """And two runs agree to the bit."""
+    """Find the same bits again in memory that held NaN."""
     numbers = problem(37, 33, 270)
     expected = run(*numbers, 1.0, ways)
     poison()
@@ -145,7 +145,7 @@ def test_every_element_is_written(ways, poison):
 @both
 @pytest.mark.parametrize("kept", [[], [3], list(range(1, 40, 2))], ids=len)
 def test_rows_with_negative_targets_cost_nothing(ways, kept):
-    """Nor do rows with no upstream gradient in the backward pass."""
+    """Leave out rows with no upstream gradient, too, in the backward pass."""
     hidden, weight, targets, upstream = numbers = problem(40, 16, 50)
     few = run(*rows_of(numbers, kept), 1.0, ways)
     dropped = [i for i in range(40) if i not in kept]
@@ -162,7 +162,7 @@ def test_rows_with_negative_targets_cost_nothing(ways, kept):
 
 @both
 def test_any_strides(ways):
-    """The gradient of a sum has stride 0."""
+    """Take inputs with gaps; the gradient of a sum has stride 0."""
     *numbers, upstream = problem(20, 12, 70)
     strided = [torch.stack([x.detach(), x.detach() * 0], -1)[..., 0].requires_grad_(x.requires_grad)
                for x in numbers]
@@ -214,7 +214,7 @@ def test_workspace_at_full_size(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels have a test of their own")
 def test_memory_of_the_twins():
-    """At most 5 % of the plain way, which holds at least the logits and their gradient (in fact twice)."""
+    """Take at most 5 % of the plain way, which holds at least the logits and their gradient."""
     N, D, V = 2048, 64, 128256
     numbers = problem(N, D, V)
     taken = peak_memory(lambda: run(*numbers, 1.0, logprob.TWINS))
