@@ -222,9 +222,7 @@ class GeneralPoints:
         verdict = self.judge(text)
         correct = verdict.code == "correct"
         truncated = not correct and self.attempt == self.attempts
-        info = {"verdict": verdict.code, "message": verdict.message, "correct": correct,
-                "attempt": self.attempt, "recognized": verdict.recognized,
-                "translated": verdict.translated, "success": correct}
+        info = verdict.info() | {"correct": correct, "attempt": self.attempt, "success": correct}
         messages = [{"role": "user", "content": verdict.message}]
         if correct or truncated:
             messages, self.attempt = [], None
@@ -377,10 +375,9 @@ class Navigation:
         self.failed |= exhausted
         terminated = last and correct
         truncated = exhausted and (last or self.after_failure == "end")
-        info = {"verdict": verdict.code, "message": verdict.message, "correct": correct,
-                "attempt": self.attempt, "point": self.index, "landmark": point.landmark,
-                "recognized": verdict.recognized, "translated": verdict.translated,
-                "success": terminated and not self.failed}
+        info = verdict.info() | {
+            "correct": correct, "attempt": self.attempt, "point": self.index, "landmark": point.landmark,
+            "success": terminated and not self.failed}
         if terminated or truncated:
             self.index, observation = None, Observation([], fresh=False)
         elif correct or exhausted:
@@ -414,7 +411,6 @@ class Navigation:
         seen = self.rng.choice([point, other])
         action = self.rng.choice([action for action in SPACES[self.judged_rule] if action != point.action])
         return _answer(self, seen.observation, self.sentences[other.instruction], action)
-
 
 
 GAMES = {"gp": GeneralPoints, "virl": Navigation}

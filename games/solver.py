@@ -13,10 +13,11 @@ def arith(a, op, b):
     if a is None or b is None or (op == "/" and b[0] == 0):
         return None
     (n, d), (m, e) = a, b
-    if op in "+-":
-        n, d = (n * e + m * d if op == "+" else n * e - m * d), d * e
-    else:
-        n, d = (n * m, d * e) if op == "*" else (n * e, d * m)
+    if op == "-":
+        m = -m
+    if op == "/":
+        m, e = e, m
+    n, d = (n * e + m * d if op in "+-" else n * m), d * e
     g = math.gcd(n, d) if d > 0 else -math.gcd(n, d)    # the sign goes to the numerator
     return n // g, d // g
 

@@ -1,9 +1,7 @@
 """Each behaviour of the released games that --compat brings back, worked by hand beside the default."""
-import itertools
 import json
 import random
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from games.answers import read_answer
 from games.cards import FACES
 from games.rails import relative_turn
 from games.routes import Leg, Route
-from games.solver import solvable
 from harness.environments import make_env
 from harness.settings import Args, apply_preset
 from tables import rows
@@ -218,40 +215,23 @@ def test_floats_decide_as_python_does():
 
 # ------------------------------------------------------------------------------------------------------- deck
 
-def chances(deal, iid):
-    """Return (share of solvable hands with two cards of one rank, mean number of face cards) of black hands
-    under the rule "10"."""
-    total = pair = faces = 0.0
-    for ranks in itertools.product(range(1, 14), repeat=4):
-        if not solvable([min(rank, 10) for rank in ranks], 24):
-            continue
-        weight = 1.0
-        if not iid:             # in how many ways four cards of these ranks lie in the deck
-            for count in Counter(ranks).values():
-                weight *= (1, 2, 2, 0, 0)[count]
-        n = sum(rank > 10 for rank in ranks)
-        # Rejection: at least one face; the released code: one of the four places is drawn from faces alone.
-        if deal == "face":
-            weight *= n if iid else n > 0
-        total, pair, faces = total + weight, pair + weight * (len(set(ranks)) < 4), faces + weight * n
-    return pair / total, faces / total
-
-
-@pytest.mark.parametrize("deal", ["any", "face"])
-def test_independent_draws(deal):
-    expected = {"iid-deck": chances(deal, True), "": chances(deal, False)}
-    for compat, (pair, faces) in expected.items():
-        env = wrap(GeneralPoints(deal=deal), compat)
-        hands = [env.reset(seed)[1] for seed in range(4000)]
-        twice = sum(len(set(zip(hand["cards"], hand["suits"]))) < 4 for hand in hands)
-        assert twice > 300 if compat else twice == 0        # the same card twice
-        are_faces = np.array([[rank in FACES for rank in hand["cards"]] for hand in hands])
-        # Within four standard errors.
-        assert np.mean([len(set(hand["cards"])) < 4 for hand in hands]) == pytest.approx(pair, abs=0.03)
-        assert are_faces.sum(1).mean() == pytest.approx(faces, abs=0.055)
-        assert deal == "any" or are_faces.any(1).all()
-        assert are_faces[:, 3].mean() == pytest.approx(faces / 4, abs=0.03)         # no place is special
-    assert expected["iid-deck"][0] - expected[""][0] > 0.1
+# Of 26 black cards 4 are dealt: the share of hands with two cards of one rank, and the mean count of faces.
+@pytest.mark.parametrize("deal, compat, pair, faces", [
+    ("any", "", 1 - 24 * 22 * 20 / (25 * 24 * 23), 12 / 13),
+    ("any", "iid-deck", 1 - 12 * 11 * 10 / 13**3, 12 / 13),
+    ("face", "iid-deck", 1 - 12 * 11 * 10 / 13**3, 1 + 9 / 13)])
+def test_independent_draws(deal, compat, pair, faces):
+    env = wrap(GeneralPoints(deal=deal), compat)
+    env.reset(0)
+    hands = [env.draw() for _ in range(4000)]
+    twice = sum(len(set(hand)) < 4 for hand in hands)
+    assert twice > 300 if compat else twice == 0            # the same card twice
+    are_faces = np.array([[rank in FACES for rank, _ in hand] for hand in hands])
+    # Within four standard errors.
+    assert np.mean([len(dict(hand)) < 4 for hand in hands]) == pytest.approx(pair, abs=0.03)
+    assert are_faces.sum(1).mean() == pytest.approx(faces, abs=0.055)
+    assert are_faces[:, 3].mean() == pytest.approx(faces / 4, abs=0.03)         # no place is special
+    assert deal == "any" or are_faces.any(1).all()
 
 
 def test_a_hand_of_four_equal_cards_can_be_shown_and_solved():

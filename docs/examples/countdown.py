@@ -61,8 +61,7 @@ class Countdown:
         self.attempt += 1
         correct = verdict.code == "correct"
         truncated = not correct and self.attempt == self.attempts
-        info = {"verdict": verdict.code, "message": verdict.message, "correct": correct, "success": correct,
-                "attempt": self.attempt, "recognized": verdict.recognized, "translated": True}
+        info = verdict.info() | {"correct": correct, "success": correct, "attempt": self.attempt}
         messages = [] if correct or truncated else [{"role": "user", "content": verdict.message}]
         reward = verdict.reward + EXHAUSTED * truncated
         return Observation(messages, fresh=False), reward, correct, truncated, info
