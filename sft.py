@@ -54,8 +54,8 @@ def update(model, processor, examples, args, *, loss=nll, step, places=None, fil
 
     Return the metrics: means over all target tokens (None where there are none) and over the steps that were
     made. step(loss): reduces the gradients over ranks, clips them, steps the optimizer and returns the
-    gradient norm. places: where this rank's examples stand among those of all ranks (see `parts`); None: there are no
-    others. filler: see llama.batches.passes. ranks: see llama.batches.OneProcess.
+    gradient norm. places: where this rank's examples stand among those of all ranks (see `parts`); None:
+    there are no others. filler: see llama.batches.passes. ranks: see llama.batches.OneProcess.
     """
     places = range(len(examples)) if places is None else places
     total = int(ranks.total([len(examples)])[0])

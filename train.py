@@ -28,7 +28,7 @@ from harness.evaluation import evaluate, evaluate_alone, summarize
 from harness.flops import Ledger
 from harness.folder import RunFolder
 from harness.launch import launch
-from harness.load import agree, autocast, build, count_parameters, load, optimizers
+from harness.load import agree, autocast, build, load, optimizers
 from harness.probe import Probe, started
 from harness.progress import describe
 from harness.ranges import UserError
@@ -39,170 +39,8 @@ from variants.own_answers import own_answers
 from variants.reference import divergence, score
 
 
-class Trainer:
-    """The model with its optimizer and the state that a checkpoint holds. `update(i)` makes the i-th step.
-
-    All randomness of step i derives from (seed, i), so there is no generator state to save.
-    """
-
-    def __init__(self, args, model, processor, processes, folder=None):
-        self.args, self.model, self.processor, self.processes = args, model, processor, processes
-        self.module = build(args, model, processes, folder)
-        self.optimizers = optimizers(args, model, self.module)
-        if args.algo == "ppo":
-            self.estimator, self.loss = algorithm(args)
-        self.ledger = Ledger()                 # FLOPs counted, beside self.compute
-        self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
-        self.reference, start = started(args, model)
-        self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
-        self.env = training_env(args)
-        self.mixture = training_mixture(args)
-        self.policy_size = count_parameters(model, args.task)
-        self.critic_size = self.policy_size if args.algo == "ppo" and args.critic == "separate" else 0
-        self.compute = 0.0                     # FLOPs: 6 N D_trained + 2 N D_rollout (paper, section 5)
-        self.skipped = self.skipped_in_a_row = 0               # steps without a finite loss and gradient
-        self.batch = None                      # the episodes or examples of this step
-
-    @property
-    def groups(self):
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def update(self, i):
-        """Learn once. Return the metrics."""
-        progress = i / self.args.steps
-        scale = min(1.0, (i + 1) / max(1.0, self.args.warmup * self.args.steps))
-        if self.args.lr_schedule == "cosine":
-            scale *= 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self.groups:
-            group["lr"] = group["peak"] * scale
-        return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
-
-    def seeds(self, i, n):
-        """Return the n seeds of step i. A run's are consecutive: so it walks all routes equally often."""
-        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n        # there are 2**61 up to 2**63
-        return range(first, first + n)
-
-    def sft_update(self, i):
-        """Learn from dialogues of the expert, or from the right ones among the model's own."""
-        args, processes, episodes, scored = self.args, self.processes, [], 0
-        seeds, places = (processes.share(x) for x in (self.seeds(i, args.batch_size), range(args.batch_size)))
-        if args.sft_data == "own":
-            episodes = self.play(seeds)
-            scored += sum(len(c.ids) for episode in episodes for c in episode.conversations)
-            right = [own_answers([episode]) for episode in episodes]
-            examples, places = sum(right, []), processes.positions(map(len, right))
-        else:
-            examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
-        filler = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
-        self.batch, loss = examples, SFT_LOSSES[args.sft_loss]
-        with autocast(args, processes.device):
-            if loss.before:
-                scored += sum(len(example.ids) for example in examples)
-                with self.reference() if loss.before == "initial" else contextlib.nullcontext():
-                    score(self.model, self.processor, examples, args.token_budget, ranks=processes,
-                          filler=filler)
-            metrics = sft.update(self.model, self.processor, examples, args, loss=loss.f, step=self.step,
-                                 places=places, filler=filler, ranks=processes)
-        scored, = processes.total([scored])
-        self.compute += self.policy_size * (6 * metrics["trained_tokens"] + 2 * scored)
-        self.ledger.add_sft(args, self.model, episodes, examples, processes.all_reduce)
-        return metrics
-
-    def play(self, seeds, samples=1, features=None):
-        """Return a rollout of the training game. features: see llama/frozen.py."""
-        args, device = self.args, self.processes.device
-        with (autocast(args, device), shard.for_rollout(self.model) as player,
-              remember(player, features)):
-            return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
-                           temperature=args.temperature, batch=args.rollout_batch,
-                           max_new_tokens=args.max_new_tokens)
-
-    def ppo_update(self, i):
-        """Play, and learn from what was played."""
-        args, processes, start = self.args, self.processes, time.time()
-        features = {} if self.model.vision_frozen else None    # an image is encoded once for both
-        hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
-        episodes = self.batch = self.play(hands, args.samples, features)
-        rolled, penalty, train_policy = time.time(), {}, i >= args.critic_warmup
-        # autocast anew: what the rollout cast to bfloat16 can have no gradients
-        with autocast(args, processes.device), remember(self.module, features):
-            if self.reference:
-                penalty = divergence(self.model, self.processor, episodes, args, self.reference, processes)
-            metrics = penalty | ppo.update(
-                self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
-                step=self.step, seed=derive("minibatches", args.seed, i),
-                train_policy=train_policy, ranks=processes)
-        revised = [episode for episode in episodes if len(episode.turns) > 1]
-        self.sample = (revised or episodes)[0]
-        tokens = metrics["rollout_tokens"]
-        scored = tokens * ((self.reference is not None) + (
-            self.estimator.per == "token" and self.estimator.values))
-        passes = 2 * (tokens + scored) + 6 * metrics["trained_tokens"]
-        self.compute += (self.policy_size + self.critic_size) * passes
-        self.ledger.add_ppo(args, self.module, self.estimator, episodes, train_policy, processes.all_reduce)
-        summary = summarize(episodes, processes)
-        told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
-        return metrics | {name: summary[name] for name in told if name in summary} | {
-            "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
-            "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
-
-    def evaluate(self, folder, i):
-        """Evaluate after i steps, print and log."""
-        if self.args.eval_hands:
-            results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
-            with autocast(self.args, self.processes.device):
-                probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
-            folder.log(event="eval", step=i, tflops=self.compute / 1e12, counted_tflops=self.ledger.tflops,
-                       eval=results, **probe)
-
-    def step(self, loss):
-        """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's
-        norm.
-
-        loss: over all ranks. A loss or a gradient that is not finite on one rank is not on any (they are
-        sums), so that all skip the step. FloatingPointError after --max-skipped of them in a row.
-        """
-        norms = []
-        for group in self.groups:                  # a sharded model's gradients are sums already
-            learning = group["params"]
-            if self.args.shard == "off":
-                learning = self.processes.sum_gradients(learning)
-            norms.append(float(shard.clip(learning, self.args.max_grad_norm)))
-        finite = all(math.isfinite(x) for x in [loss, *norms])
-        for optimizer in self.optimizers:
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()               # of weights in bfloat16, which have just changed
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == self.args.max_skipped:
-            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and "
-                                     f"gradient (loss {loss}, norms {norms})")
-        return norms[0]
-
-    STATE = ("compute", "skipped", "skipped_in_a_row", "began")
-
-    def record(self, i):
-        """Return what a checkpoint holds beside tensors after i steps. Random numbers have no state: those of
-        a step derive from (seed, i)."""
-        return {"step": i, "flops": self.ledger.total, "config": dataclasses.asdict(self.args)} | {
-            name: getattr(self, name) for name in self.STATE}
-
-    def restore(self, checkpoints, path):
-        """Go on from a checkpoint. Return the number of steps done."""
-        record = checkpoints.load(path, self.module, self.optimizers)
-        self.ledger.total = record["flops"]
-        for name in self.STATE:
-            setattr(self, name, record[name])
-        return record["step"]
-
-
-def learn(args, processes):
-    """Settle the settings of a run and do it: of the tiny model's init, before another."""
-    agree(processes, args)
-    return train(args, processes)
-
+# ------------------------------------------------------------------------------------------------------------
+# A run
 
 def train(args, processes, typed=frozenset()):
     """Do one run, from loading to the final folder. Return whether it came to its end.
@@ -251,8 +89,7 @@ def loop(trainer, folder, start, interrupt):
                     "memory_gb": processes.memory() / 1e9}
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
         processes.print(describe(i, args, metrics, (time.time() - begun) / (i - start) * (args.steps - i)))
-        folder.log(event="step", step=i, tflops=trainer.compute / 1e12, **trainer.ledger.summary(),
-                   lr=trainer.groups[0]["lr"], **metrics)
+        folder.log(event="step", step=i, **trainer.ledger.summary(), lr=trainer.groups[0]["lr"], **metrics)
         if args.algo == "ppo" and i % args.transcript_every == 0:
             folder.transcript(i, trainer.sample)
         last, stop = i == args.steps, interrupt.agreed()
@@ -264,6 +101,166 @@ def loop(trainer, folder, start, interrupt):
         if stop:
             return i
     return args.steps
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What learns
+
+class Trainer:
+    """The model with its optimizer and the state that a checkpoint holds. `update(i)` makes the i-th step.
+
+    All randomness of step i derives from (seed, i), so there is no generator state to save.
+    """
+
+    def __init__(self, args, model, processor, processes, folder=None):
+        self.args, self.model, self.processor, self.processes = args, model, processor, processes
+        self.module = build(args, model, processes, folder)
+        self.optimizers = optimizers(args, model, self.module)
+        if args.algo == "ppo":
+            self.estimator, self.loss = algorithm(args)
+        self.ledger = Ledger(args, self.module, processes)     # of FLOPs
+        self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
+        self.reference, start = started(args, model)
+        self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
+        self.env = training_env(args)
+        self.mixture = training_mixture(args)
+        self.skipped = self.skipped_in_a_row = 0               # steps without a finite loss and gradient
+        self.batch = None                      # the episodes or examples of this step
+
+    @property
+    def groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def update(self, i):
+        """Learn once. Return the metrics."""
+        progress = i / self.args.steps
+        scale = min(1.0, (i + 1) / max(1.0, self.args.warmup * self.args.steps))
+        if self.args.lr_schedule == "cosine":
+            scale *= 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.groups:
+            group["lr"] = group["peak"] * scale
+        return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
+
+    def seeds(self, i, n):
+        """Return the n seeds of step i. A run's are consecutive: so it walks all routes equally often."""
+        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n        # there are 2**61 up to 2**63
+        return range(first, first + n)
+
+    def sft_update(self, i):
+        """Learn from dialogues of the expert, or from the right ones among the model's own."""
+        args, processes, episodes = self.args, self.processes, []
+        seeds, places = (processes.share(x) for x in (self.seeds(i, args.batch_size), range(args.batch_size)))
+        if args.sft_data == "own":
+            episodes = self.play(seeds)
+            right = [own_answers([episode]) for episode in episodes]
+            examples, places = sum(right, []), processes.positions(map(len, right))
+        else:
+            examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
+        filler = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
+        self.batch, loss = examples, SFT_LOSSES[args.sft_loss]
+        with autocast(args, processes.device):
+            if loss.before:
+                with self.reference() if loss.before == "initial" else contextlib.nullcontext():
+                    score(self.model, self.processor, examples, args.token_budget, ranks=processes,
+                          filler=filler)
+            metrics = sft.update(self.model, self.processor, examples, args, loss=loss.f, step=self.step,
+                                 places=places, filler=filler, ranks=processes)
+        self.ledger.add_sft(episodes, examples, metrics["trained_tokens"])
+        return metrics
+
+    def play(self, seeds, samples=1, features=None):
+        """Return a rollout of the training game. features: see llama/frozen.py."""
+        args, device = self.args, self.processes.device
+        with (autocast(args, device), shard.for_rollout(self.model) as player,
+              remember(player, features)):
+            return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
+                           temperature=args.temperature, batch=args.rollout_batch,
+                           max_new_tokens=args.max_new_tokens)
+
+    def ppo_update(self, i):
+        """Play, and learn from what was played."""
+        args, processes, start = self.args, self.processes, time.time()
+        features = {} if self.model.vision_frozen else None    # an image is encoded once for both
+        hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
+        episodes = self.batch = self.play(hands, args.samples, features)
+        rolled, penalty, train_policy = time.time(), {}, i >= args.critic_warmup
+        # autocast anew: what the rollout cast to bfloat16 can have no gradients
+        with autocast(args, processes.device), remember(self.module, features):
+            if self.reference:
+                penalty = divergence(self.model, self.processor, episodes, args, self.reference, processes)
+            metrics = penalty | ppo.update(
+                self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
+                step=self.step, seed=derive("minibatches", args.seed, i),
+                train_policy=train_policy, ranks=processes)
+        revised = [episode for episode in episodes if len(episode.turns) > 1]
+        self.sample = (revised or episodes)[0]
+        self.ledger.add_ppo(self.estimator, episodes, train_policy, metrics["trained_tokens"])
+        summary = summarize(episodes, processes)
+        told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
+        return metrics | {name: summary[name] for name in told if name in summary} | {
+            "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
+            "rollout_tokens_per_second": metrics["drawn_tokens"] / (rolled - start)}
+
+    def evaluate(self, folder, i):
+        """Evaluate after i steps, print and log."""
+        if self.args.eval_hands:
+            results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
+            with autocast(self.args, self.processes.device):
+                probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
+            folder.log(event="eval", step=i, tflops=self.ledger.formula / 1e12,
+                       counted_tflops=self.ledger.tflops, eval=results, **probe)
+
+    def step(self, loss):
+        """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's
+        norm.
+
+        loss: over all ranks. A loss or a gradient that is not finite on one rank is not on any (they are
+        sums), so that all skip the step. FloatingPointError after --max-skipped of them in a row.
+        """
+        norms = []
+        for group in self.groups:                  # a sharded model's gradients are sums already
+            learning = group["params"]
+            if self.args.shard == "off":
+                learning = self.processes.sum_gradients(learning)
+            norms.append(float(shard.clip(learning, self.args.max_grad_norm)))
+        finite = all(math.isfinite(x) for x in [loss, *norms])
+        for optimizer in self.optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()               # of weights in bfloat16, which have just changed
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == self.args.max_skipped:
+            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and "
+                                     f"gradient (loss {loss}, norms {norms})")
+        return norms[0]
+
+    STATE = ("skipped", "skipped_in_a_row", "began")
+
+    def record(self, i):
+        """Return what a checkpoint holds beside tensors after i steps. Random numbers have no state: those of
+        a step derive from (seed, i)."""
+        return {name: getattr(self, name) for name in self.STATE} | {
+            "step": i, "compute": self.ledger.formula, "flops": self.ledger.total,
+            "config": dataclasses.asdict(self.args)}
+
+    def restore(self, checkpoints, path):
+        """Go on from a checkpoint. Return the number of steps done."""
+        record = checkpoints.load(path, self.module, self.optimizers)
+        self.ledger.formula, self.ledger.total = record["compute"], record["flops"]
+        for name in self.STATE:
+            setattr(self, name, record[name])
+        return record["step"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+def learn(args, processes):
+    """Settle the settings of a run and do it: of the tiny model's init, before another."""
+    agree(processes, args)
+    return train(args, processes)
 
 
 def run(args, processes, typed):

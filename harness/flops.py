@@ -3,10 +3,10 @@ algorithms.
 
     python -m study.costs                    # what 6 N D says and what is counted, for Llama-3.2-11B-Vision
 
-6 N D (and 2 N D where nothing is learnt) takes every parameter to work once on every text token. The embedding
-table does no products at all, the head works where a log-prob is asked, the vision tower once on every patch
-of an image and not on text, a frozen weight has no gradient, and attention has no parameters for its products.
-So here a forward pass is
+6 N D (and 2 N D where nothing is learnt) takes every parameter to work once on every text token. The
+embedding table does no products at all, the head works where a log-prob is asked, the vision tower once on
+every patch of an image and not on text, a frozen weight has no gradient, and attention has no parameters for
+its products. So here a forward pass is
 
     FLOPs = sum over q of  number[q] x rate[q],      q: tokens, pairs of a query and a key that it sees,
                                                         patches, targets, ...
@@ -21,21 +21,23 @@ what the maths asks for:
 - A pair takes 2 FLOPs per channel and head for its score and 2 for its value; a query sees the keys up to its
   own. So a rollout with a cache costs one forward pass of what it played: the last token is not passed.
 - Backward, a product has two more, of which one is asked if the weight learns and one if a gradient goes on
-  to the input. So all that learns costs twice its forward pass, what is frozen between that and the loss once,
-  and what is frozen below it (--tune, the base of LoRA) nothing. Features of an image that a frozen encoder
-  left in the rollout cost nothing in the update.
-  In a rollout each conversation's image counts, though equal ones are encoded once.
+  to the input. So all that learns costs twice its forward pass, what is frozen between that and the loss
+  once, and what is frozen below it (--tune, the base of LoRA) nothing. Features of an image that a frozen
+  encoder left in the rollout cost nothing in the update. In a rollout each conversation's image counts,
+  though equal ones are encoded once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
   is counted once: the settings that a resumed run may change do not bend the axis.
-- Passes that a rank makes only because another has more to do are not counted. So ranks do not change the sum.
+- Passes that a rank makes only because another has more to do are not counted. So ranks do not change the
+  sum.
 """
 
 import math
 from collections import Counter, defaultdict
+from itertools import product
 
-import torch
 from torch import nn
 
+from harness.load import count_parameters
 from llama.images import Images, best_canvas
 from model import CrossLayer
 from ppo import count
@@ -78,8 +80,10 @@ def passed(config, conversations, encode=True):
     passed."""
     total = Counter()
     for c in conversations:
-        image = c.image and {"tiles": real_tiles(config, c.image), "before": c.ids.index(config.image_token_id)}
-        total += quantities(config, len(c.ids) - 1, sum(c.sampled[1:]), **image or {}, encode=encode)
+        image = {}
+        if c.image:
+            image = {"tiles": real_tiles(config, c.image), "before": c.ids.index(config.image_token_id)}
+        total += quantities(config, len(c.ids) - 1, sum(c.sampled[1:]), **image, encode=encode)
     return total
 
 
@@ -211,30 +215,46 @@ def times(n, costs):
 # The ledger
 
 class Ledger:
-    """FLOPs of a run over all ranks, {phase: {part: FLOPs}}."""
+    """FLOPs of a run over all ranks: `total`, {phase: {part: FLOPs}}, and by the `formula` of the paper's
+    section 5:
 
-    def __init__(self):
+        6 N D_trained + 2 N D_rollout,   N: parameters that work on a token, those of a separate critic, too
+    """
+
+    def __init__(self, args, module, ranks):
+        self.args, self.module, self.ranks, self.formula = args, module, ranks, 0.0
+        self.llama = getattr(module, "policy", module)
+        self.size = count_parameters(self.llama, args.task) * (2 if getattr(module, "trunk", None) else 1)
         self.total = {phase: dict.fromkeys(PARTS, 0) for phase in PHASES}
 
-    def add_ppo(self, args, module, estimator, episodes, train_policy, all_reduce):
+    def add_ppo(self, estimator, episodes, train_policy, trained_tokens):
         """Add a step that learnt from episodes."""
-        config, conversations = module.policy.config, [c for e in episodes for c in e.conversations]
+        llama, conversations = self.llama, [c for e in episodes for c in e.conversations]
         values = count(conversations)[estimator.per]
-        seen = passed(config, conversations)
-        known = passed(config, conversations, encode=not module.policy.vision_frozen)
-        self.add(of_ppo(args, module, estimator, seen, known, values, train_policy), all_reduce)
+        seen = passed(llama.config, conversations)
+        known = passed(llama.config, conversations, encode=not llama.vision_frozen)
+        self.add(*of_ppo(self.args, self.module, estimator, seen, known, values, train_policy))
+        passes = 1 + bool(self.args.kl_coef) + (estimator.per == "token" and estimator.values)
+        self.add_formula(passes * sum(len(c.ids) for c in conversations), trained_tokens)
 
-    def add_sft(self, args, llama, episodes, examples, all_reduce):
+    def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
-        played = passed(llama.config, [c for episode in episodes for c in episode.conversations])
-        self.add(of_sft(args, llama, played, passed(llama.config, examples)), all_reduce)
+        conversations = [c for episode in episodes for c in episode.conversations]
+        played, learnt = (passed(self.llama.config, batch) for batch in (conversations, examples))
+        self.add(*of_sft(self.args, self.llama, played, learnt))
+        scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
+        self.add_formula(sum(len(c.ids) for c in [*conversations, *scored]), trained_tokens)
 
-    def add(self, phases, all_reduce):
-        """Add what all ranks spent, (rollout, scoring, update)."""
-        own = torch.tensor([[costs[part] for part in PARTS] for costs in phases], dtype=torch.float64)
-        for phase, row in zip(PHASES, all_reduce(own).tolist()):
-            for part, number in zip(PARTS, row):
-                self.total[phase][part] += number
+    def add(self, *phases):
+        """Add what all ranks spent, {part: FLOPs} per phase."""
+        own = [costs[part] for costs in phases for part in PARTS]
+        for (phase, part), number in zip(product(PHASES, PARTS), self.ranks.total(own)):
+            self.total[phase][part] += number
+
+    def add_formula(self, own_scored, trained_tokens):
+        """Add 2 N per token that this rank played or scored, 6 N per one that all learnt from."""
+        scored, = self.ranks.total([own_scored])
+        self.formula += self.size * (2 * scored + 6 * trained_tokens)
 
     @property
     def tflops(self):
@@ -242,6 +262,6 @@ class Ledger:
 
     def summary(self):
         """Return what the log says of it, in TFLOPs since the run began."""
-        return {"counted_tflops": self.tflops,
+        return {"tflops": self.formula / 1e12, "counted_tflops": self.tflops,
                 "flops": {phase: {part: round(number / 1e12, 6) for part, number in parts.items()}
                           for phase, parts in self.total.items()}}
