@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from distributed.processes import first, gather
-from harness.files import to_json
+from harness.files import to_json, write_atomically
 from llama.folders import describe, read_json, shard_files, to_released
 
 
@@ -72,7 +72,7 @@ def slices_in(path):
                     shape, start = tuple(map(int, places[name][0])), int(places[name][1])
                     count, *_ = source.get_slice(name).get_shape() or [1]
                     found.setdefault(name, (shape, []))[1].append((file, start, start + count))
-        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{file}: not slices of this program ({reason})") from None
     if not found:
@@ -160,7 +160,7 @@ class Checkpoints:
                 remove(left)
             aside.mkdir(parents=True)
             write_rest(aside)
-            (aside / "record.json").write_text(to_json(record, indent=2), encoding="utf-8")
+            write_atomically(aside / "record.json", to_json(record, indent=2))
 
         try:
             first(begin)
@@ -179,9 +179,8 @@ class Checkpoints:
         if self.rank == 0:                     # another rank's temporary file begins with a dot
             files += [file for file in aside.iterdir()
                       if file.is_file() and not file.name.startswith(("rank_", "."))]
-        temporary = aside / f"rank_{self.rank}.tmp"
-        temporary.write_text(json.dumps({file.name: fingerprint(file) for file in files}), encoding="utf-8")
-        temporary.replace(temporary.with_suffix(".json"))
+        known = {file.name: fingerprint(file) for file in files}
+        write_atomically(aside / f"rank_{self.rank}.json", json.dumps(known))
 
     def poll(self):
         """Give the checkpoint its name if all ranks are done. Never waits."""

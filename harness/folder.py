@@ -60,7 +60,6 @@ def choose(args, processes, locks):
     own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
     if args.resume and not taken:
         raise SettingError(f"--resume: expected a run in {shown(names[0])}")
-    name, there = names[0], True
     if own or args.resume:
         names = [*taken, *own][-1:]
     elif not args.out:
@@ -69,27 +68,28 @@ def choose(args, processes, locks):
         try:
             lock = Lock(name, launch=processes.launch)
         except Held:
-            if len(names) == 1:
+            if name == names[-1]:
                 raise
             continue
-        locks.append(lock)
-        there = (name / LOG).exists()                          # nobody can change that from now on
-        if own or args.resume or not there:
-            break
-        locks.pop().release()
-    if there and not (own or args.resume):
-        raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with "
-                           "this one")
-    return str(name), bool(own or args.resume)
+        if own or args.resume or not (name / LOG).exists():    # nobody can change that from now on
+            locks.append(lock)
+            return str(name), bool(own or args.resume)
+        lock.release()
+    raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with this "
+                       "one")
+
+
+def starts(run):
+    """Read the lines of a run's log that say how it began and was resumed."""
+    return [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
 
 
 def launch_of(run):
     """Return which launch of torchrun began or resumed a run last; None for a log that does not tell."""
     try:
-        starts = [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
+        return ([{}] + starts(run))[-1].get("launch")
     except ValueError:
         return None
-    return starts[-1].get("launch") if starts else None
 
 
 def record_of(path):
@@ -134,10 +134,9 @@ class RunFolder:
             return None, resumed(args, typed, read_json(self.path, file.name), file)
         self.checkpoints.verify(newest)
         record = record_of(newest)
-        logged = [line["config"] for line in read_lines(self.log_file, LINE)
-                  if line["event"] == "start" and isinstance(line.get("config"), dict)]
+        logged = [line["config"] for line in starts(self.path) if isinstance(line.get("config"), dict)]
         its = record["config"].get("algo")
-        here = logged[-1].get("algo") if logged else its
+        here = [record["config"], *logged][-1].get("algo")
         if here != its:
             raise UserError(f"{newest}: of a run with --algo {its}, and that in {self.path} has "
                             f"--algo {here}; move it away")

@@ -63,7 +63,7 @@ def read_runs(folders):
             kind = record["config"]["task"], record["config"]["algo"]
             sets = [sorted((name, *(len(results[key]) for key in records.OF_EACH))
                            for name, results in point["eval"].items()) for point in record["curve"]]
-            known = tested.setdefault(TASKS[TASKS.index(kind[0])], sets[:1])
+            known = tested.setdefault((kind[0], TASKS[kind[0]]), sets[:1])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder}: a log of another version ({reason}); leave it out") from None

@@ -673,7 +673,7 @@ def test_visible(text, shown):
 def test_transcripts_and_lines_hold_nothing_that_acts(tmp_path, capsys):
     run = folder.RunFolder(Args(out=str(tmp_path)), Processes("cpu"))
     said = [("user", "Bar \x1b]0;owned\a \udc80"), ("assistant", "\u202eé")]
-    run.transcript(1, SimpleNamespace(transcript=said, conversations=[]))
+    run.transcript(1, SimpleNamespace(transcript=said, pictures=[]))
     said = (tmp_path / "transcripts/step_000001.txt").read_text(encoding="utf-8")
     assert said == "[user]\nBar \\x1b]0;owned\\x07 \\udc80\n\n[assistant]\n\\u202eé\n"
     run.processes.print("step", "\x1b[31m")

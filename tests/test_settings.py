@@ -23,6 +23,7 @@ from study import faces, plan
 from distributed.processes import Processes
 from harness.load import agree
 from harness.tiny import CONFIG
+from tables import rows
 
 HERE = Path(train.__file__).parent
 TINY = Config.from_dict(CONFIG)
@@ -231,21 +232,26 @@ def test_two_flags_of_which_one_was_wrong_go_on_as_one_run(start):
     assert start(["--eval-sets", "id,rule-ood", "--out", "run"]) is None
 
 
-def test_files_that_are_none(start):
-    for flag, name, text, words in (
-            ("--prompts", "bad.json", "{", "not a JSON file"),
-            ("--prompts", "list.json", "[]", "a JSON object"),
-            ("--prompts", "key.json", '{"gp-xl": ""}', "unknown key 'gp-xl'"),
-            ("--prompts", "field.json", '{"gp-l": "{deck}"}', "'gp-l' knows the fields"),
-            ("--custom", "syntax.py", "1 +", "SyntaxError"),
-            ("--custom", "ends.py", "exit(0)", "SystemExit: 0"),
-            ("--custom", "empty.py", "x = 1", "ESTIMATORS"),
-            ("--custom", "entry.py", "LOSSES = {'mine': print}", "Loss(function, ...) as 'mine'")):
-        Path(name).write_text(text)
-        said = start([flag, name])
-        assert f"{flag} {name}: expected" in said and words in said
-    assert "--out bad.json: expected a folder that can be made" in start(["--out", "bad.json"])
-    assert "--out bad.json/run: expected a folder" in start(["--out", "bad.json/run"])
+@pytest.mark.parametrize("flag, name, text, words", rows("""
+    --prompts | bad.json   | {                         | not a JSON file
+    --prompts | list.json  | []                        | a JSON object
+    --prompts | key.json   | {"gp-xl": ""}             | unknown key 'gp-xl'
+    --prompts | field.json | {"gp-l": "{deck}"}        | 'gp-l' knows the fields
+    --custom  | syntax.py  | 1 +                       | SyntaxError
+    --custom  | ends.py    | exit(0)                   | SystemExit: 0
+    --custom  | empty.py   | x = 1                     | ESTIMATORS
+    --custom  | entry.py   | LOSSES = {'mine': print}  | Loss(function, ...) as 'mine'
+    --out     | a          | b                         | a folder that can be made
+"""))
+def test_files_that_are_none(start, flag, name, text, words):
+    Path(name).write_text(text)
+    said = start([flag, name])
+    assert f"{flag} {name}: expected" in said and words in said
+
+
+def test_folders_that_are_none(start):
+    Path("file").touch()
+    assert "--out file/run: expected a folder" in start(["--out", "file/run"])
     assert "expected a folder" in start(["--out", 300 * "long"])
     assert "File name too long" in start(["--model", 300 * "long"])
     assert r"--model '\x1b[2J': expected tiny" in start(["--model", "\x1b[2J"])
@@ -499,20 +505,19 @@ def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Kinds and ranks
 
-@pytest.mark.parametrize("kind, right, wrong", [
-    (ranges.integer(2, 8, step=2), ["2", "8", " 4"],
-     ["1", "3", "9", "10", "2.0", "²", "1e0", "0_4", "４", "٤"]),
-    (ranges.above(0), ["1e-300", "5"], ["0", "-0.0", "nan", "1e301", "1_0", "５"]),
-    (ranges.between(0, 1), ["0", "1", ".5"], ["-1e-12", "1.0000001"]),
-    (ranges.inside(0, 1), ["0.5"], ["0", "1"]),
-    (ranges.several(ranges.one_of(("a", "b"))), ["a", "a,b", " b , a "], ["", ",", "a,", "a,a", "a,c"]),
-    (ranges.several(ranges.integer(0, 9)), ["0", "0, 1"], ["0,00", "0,10", "a"]),
-    (ranges.numbers("two", *2 * [ranges.above(0)]), ["1,2", "1, 1"], ["1", "1,0", "1,2,3", "a,b", ""]),
+@pytest.mark.parametrize("kind, right, wrong", [               # words, parted by slashes
+    (ranges.integer(2, 8, step=2), "2/8/ 4", "1/3/9/10/2.0/²/1e0/0_4/４/٤"),
+    (ranges.above(0), "1e-300/5", "0/-0.0/nan/1e301/1_0/５"),
+    (ranges.between(0, 1), "0/1/.5", "-1e-12/1.0000001"),
+    (ranges.inside(0, 1), "0.5", "0/1"),
+    (ranges.several(ranges.one_of(("a", "b"))), "a/a,b/ b , a ", "/,/a,/a,a/a,c"),
+    (ranges.several(ranges.integer(0, 9)), "0/0, 1", "0,00/0,10/a"),
+    (ranges.numbers("two", *2 * [ranges.above(0)]), "1,2/1, 1", "1/1,0/1,2,3/a,b/"),
 ])
 def test_kinds(kind, right, wrong):
-    for word in right:
+    for word in right.split("/"):
         assert kind.fit(kind(word)) == kind(word)              # what is read is of the kind, too
-    for word in wrong:
+    for word in wrong.split("/"):
         with pytest.raises(ranges.argparse.ArgumentTypeError, match="expected"):
             kind(word)
 
