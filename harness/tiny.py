@@ -10,6 +10,7 @@ makes the paper's *init* on first use, by a brief SFT on the training rule.
 import contextlib
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -30,23 +31,7 @@ from rollout import readable
 FOUNDATIONS = Path(__file__).parents[1] / "docs" / "tiny"
 INIT_STEPS = 60                                # SFT steps from the foundation to init
 
-CONFIG = {
-    "model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], "torch_dtype": "float32",
-    "image_token_index": 1024,
-    "text_config": {
-        "model_type": "mllama_text_model", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384,
-        "num_hidden_layers": 6, "cross_attention_layers": [2],
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 2048,
-        "tie_word_embeddings": False, "hidden_act": "silu",
-        "bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 5},
-    "vision_config": {
-        "model_type": "mllama_vision_model", "image_size": 56, "patch_size": 14, "num_channels": 3,
-        "hidden_size": 96, "attention_heads": 4, "intermediate_size": 192,
-        "num_hidden_layers": 2, "num_global_layers": 1, "intermediate_layers_indices": [1, 2],
-        "max_num_tiles": 4, "vision_output_dim": 288, "norm_eps": 1e-5, "hidden_act": "gelu",
-        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
-}
+CONFIG = json.loads((FOUNDATIONS / "config.json").read_text(encoding="utf-8"))          # its shape
 IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
           "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
