@@ -120,7 +120,7 @@ class GeneralPoints:
     target: int = 24
     deal: str = "any"           # any hand, or those with a "face" card (the paper's rule-OOD)
     cards: int = 4              # how many, of COUNTS
-    attempts: int = 5           # answers judged an episode
+    attempts: int = 5           # answers judged per episode
     size: tuple = (1200, 1200)  # width and height of the image, pixels
     prompts: dict = None        # see prompts.load_prompts
 
@@ -267,7 +267,7 @@ class Navigation:
     wording: str = "both"           # of the turns, or "relative"; see rails.instructions
     look: str = "new-york"          # a built-in city or a folder of routes; see rails.known_routes
     held_out: bool = False          # routes that training never walks, where the city has them
-    attempts: int = 2               # answers judged a point
+    attempts: int = 2               # answers judged per point
     after_failure: str = "end"      # of a point that stays wrong: the paper; the released code: "walk-on"
     drop_rate: float = 0.5          # share of the points between intersections that are left out
     hide_landmarks: bool = False    # from the instructions, so that with pictures only one's eyes can tell

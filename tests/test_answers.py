@@ -112,18 +112,21 @@ def test_what_is_taken_out_does_not_join_digits():
         assert judge(json.dumps({"formula": said}), ["Q", "2"], [12, 2]).code == "unparsable"
 
 
-@pytest.mark.parametrize("formula, verdict", [
-    ("1*2*3*4=24", "correct"), ("1*2*3*4=24.", "correct"), ("1*2*3*4=024", "correct"),
-    ("1*2*\n3*4\t=\r24 ", "correct"), ("3*2*4*1=\x1c24", "correct"),
-    (r"(3-1)\times 4\times(1+2)=24", "used_twice"), ("1*2*3*4=24, no wait, =25", "unparsable"),
-    ("1*2*3*4=25, no wait, =24", "unparsable"), ("1*2*3*4=24\n=25", "unparsable"),
-    ("1*2*3*4=24\\", "no_target"), ("1*2*3*4=24}", "no_target"), ('1*2*3*4=24"', "no_target"),
-    ("1*2*3*4=24'", "no_target"), ("1*2*3*4=24.0", "no_target"), ("1*2*3*4=2 4", "no_target"),
-    ("12*(3 4)=24", "unparsable"), ("=24", "no_target"), ("(=24", "unparsable")])
-def test_a_formula_is_judged_to_its_end(formula, verdict):
-    assert code(json.dumps({"formula": formula})) == verdict
-    if not {'"', "\\"} & set(formula):
-        assert code('{"formula": "%s"}' % formula) == verdict
+JUDGED_TO_THE_END = {
+    "correct": ["1*2*3*4=24", "1*2*3*4=24.", "1*2*3*4=024", "1*2*\n3*4\t=\r24 ", "3*2*4*1=\x1c24"],
+    "used_twice": [r"(3-1)\times 4\times(1+2)=24"],
+    "unparsable": ["1*2*3*4=24, no wait, =25", "1*2*3*4=25, no wait, =24", "1*2*3*4=24\n=25", "12*(3 4)=24",
+                   "(=24"],
+    "no_target": ["1*2*3*4=24\\", "1*2*3*4=24}", '1*2*3*4=24"', "1*2*3*4=24'", "1*2*3*4=24.0",
+                  "1*2*3*4=2 4", "=24"]}
+
+
+@pytest.mark.parametrize("verdict", JUDGED_TO_THE_END)
+def test_a_formula_is_judged_to_its_end(verdict):
+    for formula in JUDGED_TO_THE_END[verdict]:
+        assert code(json.dumps({"formula": formula})) == verdict
+        if not {'"', "\\"} & set(formula):
+            assert code('{"formula": "%s"}' % formula) == verdict
 
 
 # ------------------------------------------------------------------------------------------------------ steps

@@ -269,10 +269,6 @@ def test_undefined_stays_undefined():      # x / (y / 0) is not 0
     assert judge(answer("3/(4/(2-2))=24"), cards, numbers, 24).code == "division_by_zero"
 
 
-def test_fractions_are_exact():
-    assert judge(answer("8/(3-8/3)=24"), ["3", "3", "8", "8"], [3, 3, 8, 8], 24).reward == 5
-
-
 @pytest.mark.parametrize("cards", ["A 2 3 4", "4 3 2 A", "A 2 3 5", "A 2 3", "A 2 3 4 4", "1 2 3 4"])
 def test_misread_cards_cost_more_on_image_tasks_only(cards):
     right = set(cards) == set("A 2 3 4") and len(cards) == 7
@@ -281,10 +277,6 @@ def test_misread_cards_cost_more_on_image_tasks_only(cards):
         assert text.reward == reward and image.reward == reward - (0 if right else 1.5)
         assert text.recognized == image.recognized == right
         assert ("misread" in image.message) == (not right) and "misread" not in text.message
-
-
-def test_no_answer_on_an_image_task_is_also_misread():
-    assert verdict("nothing").reward == -3 and verdict("nothing", image=True).reward == -4.5
 
 
 def test_number_is_reported_and_not_rewarded():
@@ -564,13 +556,6 @@ def test_a_hand_lies_on_the_table_in_order(count, size, height):
     hand[2] = ("9", "clubs")
     columns = np.flatnonzero((np.asarray(cards.draw_hand(hand, size)) != image).any(axis=(0, 2)))
     assert size[0] * 2 / count <= columns.min() and columns.max() < size[0] * 3 / count
-
-
-def test_cards_fill_the_small_tiles():
-    image = np.asarray(cards.draw_hand([("8", "spades")] * 4, (224, 56)), int)
-    for tile in np.split(image, 4, axis=1):
-        height, width = np.ptp(np.argwhere(differs(tile, TABLE)), axis=0)
-        assert height >= 50 and 34 <= width <= 45
 
 
 def test_nothing_is_drawn_for_text(monkeypatch):

@@ -1,7 +1,7 @@
 """The verifier against answers that hypothesis makes up, beside judges of another kind.
 
-Clean JSON is judged by Python's parser, too, and the two must agree. Of all other text that is asked which
-always holds: a verdict, a reward of the table, none for what the text does not say. A longer hunt:
+Random formulas are judged by Python's parser, too, and the two must agree. Of any other text that is asked
+which always holds: a verdict, a reward of the table, none for what the text does not say. A longer hunt:
 
     EXAMPLES=20000 pytest tests/test_hostile.py
 """
@@ -153,16 +153,6 @@ def odd_to_python(formula):
     return re.search(r"\*\s*\*|/\s*/|(?:^|[-+*/(])\s*\+|[0-9)]\s*\(|\)\s*[0-9]", formula)
 
 
-@JUDGED
-@given(CLEAN, st.booleans(), one_of(None, 2))
-def test_clean_answers_are_judged_as_by_python(formula, wrapped, indent):
-    if odd_to_python(formula):
-        return
-    value = {"formula": "3", "answer": {"formula": formula}} if wrapped else {"formula": formula}
-    text = json.dumps(value["answer"] if wrapped else value, indent=indent)
-    assert judge(text, CARDS, NUMBERS).code == verdict_of(formula)
-
-
 def test_random_formulas_are_judged_as_by_python():
     rng, codes = random.Random(0), set()
     for _ in range(8000):
@@ -174,22 +164,6 @@ def test_random_formulas_are_judged_as_by_python():
             codes.add(judge(dumped(f"{left}=24"), CARDS, NUMBERS).code)
             assert verdict_of(f"{left}=24") == judge(dumped(f"{left}=24"), CARDS, NUMBERS).code, left
     assert codes == set(REWARDS) - {"no_json", "no_target", "misread"}
-
-
-def test_mutations_never_crash_leak_or_pass_for_right():
-    rng, codes = random.Random(1), Counter()
-    for _ in range(3000):
-        text = list(dumped(rng.choice(RIGHT)))
-        for _ in range(rng.choice([1, 1, 2, 5])):
-            i = rng.randrange(len(text))
-            text[i:i + rng.randint(0, 2)] = rng.choice("0123456789+-*/()=\"'{}[],: \nAJQKx÷\0\\é")
-        text = "".join(text)
-        verdict = judge(text, CARDS, NUMBERS)
-        codes[verdict.code] += 1
-        assert verdict.reward == REWARDS[verdict.code] and len(verdict.message) <= 80
-        assert not any(right[:-3] in verdict.message for right in RIGHT)
-        assert verdict.code != "correct" or says_a_solution(read_answer(text)[2])
-    assert codes["correct"] > 100 and len(codes) >= 7, codes
 
 
 SIMPLE = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)

@@ -166,12 +166,6 @@ def test_the_prompt_counts_the_cards(image):
         assert re.findall("three|four|five", text) == [word] * 2
 
 
-def test_a_template_may_leave_the_number_of_cards_out():
-    """As those written before there was one to say."""
-    env = GeneralPoints(prompts={"gp-l": "{rule} {target} {cards}"}, cards=5)
-    assert env.reset(0)[0].messages[0]["content"].endswith(str(env.ranks))
-
-
 @pytest.mark.parametrize("formula, reward", rows("""
     1*2*3*4+9-9=24 | -3
     (2+4-1)*3+9=24 | 5
