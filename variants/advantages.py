@@ -52,7 +52,7 @@ def returns(episode, args):
 
 
 def groups_of(episodes):
-    """The episodes of each hand."""
+    """Return the episodes of each hand."""
     groups = defaultdict(list)
     for episode in episodes:
         groups[episode.seed].append(episode)
@@ -60,8 +60,8 @@ def groups_of(episodes):
 
 
 def leave_one_out(scores):
-    """Each score less the mean of the n - 1 others: n/(n-1) times (score - mean). The mean is exact, so that
-    scores which tie are worth exactly 0; a lone one keeps what it is worth."""
+    """Return each score less the mean of the n - 1 others: n/(n-1) times (score - mean). The mean is exact,
+    so that scores which tie are worth exactly 0; a lone one keeps what it is worth."""
     n, mean = len(scores), statistics.mean(scores)
     return [n / (n - 1) * (score - mean) for score in scores] if n > 1 else scores
 
@@ -104,7 +104,7 @@ def gae_loo(episodes, args, base=gae):
 
 
 def gae_token(episodes, args):
-    """GAE where every sampled token is a step (arXiv 1506.02438):
+    """Estimate GAE with every sampled token as a step (arXiv 1506.02438):
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}
 
@@ -121,7 +121,8 @@ def gae_token(episodes, args):
 
 
 def gae_two_level(episodes, args):
-    """GAE over turns, then over the tokens inside each turn (the bi-level GAE of VAGEN, arXiv 2510.16907):
+    """Estimate GAE over turns, then over the tokens inside each (the bi-level GAE of VAGEN, arXiv
+    2510.16907):
 
         A_k by --gamma and --lam from turn to turn;
         inside turn k, by --token-gamma and --token-lam, V = 0 after the last token and
@@ -143,16 +144,16 @@ def gae_two_level(episodes, args):
 # Without a critic
 
 def monte_carlo(episodes, args):
-    """The return from a turn on (Williams 1992):   A_k = G_k = r_k + gamma G_{k+1}. It is GAE with lambda 1
-    plus V_k."""
+    """Take the return from a turn on (Williams 1992):   A_k = G_k = r_k + gamma G_{k+1}. It is GAE with
+    lambda 1 plus V_k."""
     for episode in episodes:
         for turn, value in zip(episode.turns, returns(episode, args)):
             turn.advantage = value
 
 
 def rloo(episodes, args):
-    """REINFORCE, leave one out (arXiv 2402.14740): an episode's return less the mean return of the hand's
-    n - 1 other samples,
+    """Subtract from an episode's return the mean return of the hand's n - 1 other samples (REINFORCE, leave
+    one out, arXiv 2402.14740),
 
         A_i = R_i - 1/(n-1) sum_{j != i} R_j   for each of its turns;   R = G_1.
     """
@@ -163,8 +164,7 @@ def rloo(episodes, args):
 
 
 def grpo(episodes, args, divide=True):
-    """Group-relative advantages (arXiv 2402.03300, section 4.1.2):   A_i = (R_i - mean R) / std R   over the
-    n samples of a hand.
+    """Compare the n samples of a hand (arXiv 2402.03300, section 4.1.2):   A_i = (R_i - mean R) / std R.
 
     divide=False leaves the division out, which favours hands that are nearly always or nearly never solved
     (Dr. GRPO, arXiv 2503.20783). The other thing that paper leaves out, the division by an answer's length,
@@ -183,8 +183,8 @@ def grpo(episodes, args, divide=True):
 
 
 def reinforce_pp(episodes, args):
-    """REINFORCE++ (arXiv 2501.03262): the return from a token on, KL penalties included, normalised over all
-    tokens of the rollout,
+    """Take the return from a token on, KL penalties included, normalised over all tokens of the rollout
+    (REINFORCE++, arXiv 2501.03262),
 
         A_t = sum_{i >= t} gamma^(i-t) r_i   with --token-gamma;   then (A - mean) / std, see `normalize`.
     """

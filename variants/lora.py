@@ -1,18 +1,21 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): the weights stay as they are, and what is learnt beside each is a product of two thin matrices.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): the weights stay as they are, and what is learnt beside each is a
+product of two thin matrices.
 
-    torchrun train.py --task gp-l --algo ppo --lora-rank 16    # --lora-alpha, --lora-modules; --tune says where
+    torchrun train.py --task gp-l --algo ppo --lora-rank 16    # --tune says where
     python -m study.costs --rank 16                            # what it saves at 11B: the table below
 
 A linear layer with weight W (out, in) becomes
 
     y = W x + (alpha / r) B A x,        A (r, in),  B (out, r),  r much smaller than in and out
 
-W is frozen. A starts normal and B at zero, so the model starts as what it was; and as d loss / d A = (alpha / r) B^T (d loss / d W) while
-d loss / d B = (alpha / r) (d loss / d W) A^T, the first step moves B alone. The factor alpha / r is there to spare a new
-learning rate when r changes (section 4.1). The presets' learning rates are those for all weights.
+W is frozen. A starts normal and B at zero, so the model starts as what it was; and as d loss / d A = (alpha /
+r) B^T (d loss / d W) while d loss / d B = (alpha / r) (d loss / d W) A^T, the first step moves B alone. The
+factor alpha / r is there to spare a new learning rate when r changes (section 4.1). The presets' learning
+rates are those for all weights.
 
-What it saves. Learning a number takes it, its gradient and Adam's two moments, 16 bytes in float32; a frozen one takes its own 4. Counted on the
-meta device for Llama-3.2-11B-Vision, r = 16, adapters on every linear layer but the head:
+What it saves. Learning a number takes it, its gradient and Adam's two moments, 16 bytes in float32; a frozen
+one takes its own 4. Counted on the meta device for Llama-3.2-11B-Vision, r = 16, adapters on every linear
+layer but the head:
 
                               learnt    GB: all weights    gradients    moments
     without           10,670,220,835               42.7         42.7       85.4
@@ -20,12 +23,13 @@ meta device for Llama-3.2-11B-Vision, r = 16, adapters on every linear layer but
     attention             23,592,960               42.8          0.1        0.2
     mlp                   43,581,440               42.9          0.2        0.3
 
-The products that make gradients of frozen weights fall away, too; `counted_tflops` in the log knows that, `tflops` (6 N a token) does not. The activations that
-the backward pass needs stay: --checkpoint-activations.
+The products that make gradients of frozen weights fall away, too; `counted_tflops` in the log knows that,
+`tflops` (6 N a token) does not. The activations that the backward pass needs stay: --checkpoint-activations.
 
-What it does not do. A rollout computes W x and B A x apart, as training does, and so draws from the very numbers that it is scored with;
-(W + B A) x would be faster, and differ in rounding. Only the exported weights are merged. And the model before training is still there,
-without a second copy: `disabled` switches the adapters off, which makes a frozen reference for a KL penalty.
+What it does not do. A rollout computes W x and B A x apart, as training does, and so draws from the very
+numbers that it is scored with; (W + B A) x would be faster, and differ in rounding. Only the exported weights
+are merged. And the model before training is still there, without a second copy: `disabled` switches the
+adapters off, which makes a frozen reference for a KL penalty.
 """
 import contextlib
 from dataclasses import dataclass
@@ -35,10 +39,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.ranges import above, arg, integer, one_of, several
-from model import Linear, Llama
+from model import Linear
 
-# What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are computed from its weight.
-GROUPS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")}
+# What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are
+# computed from its weight.
+GROUPS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+          "mlp": ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")}
 GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"] + ("multi_modal_projector",)
 
 
@@ -46,12 +52,12 @@ GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"] + ("multi_modal_projector",)
 class LoraSettings:
     """Settings of adapters."""
     lora_rank: int = arg(0, integer(0, 10**5),
-                         "train low-rank adapters of this rank beside frozen weights; 0: the weights themselves",
+                         "train adapters of this rank beside frozen weights; 0: the weights themselves",
                          "--algo sft or ppo")
     lora_alpha: float = arg(16.0, above(0), "an adapter's update counts alpha / rank times",
                             "--lora-rank above 0")
     lora_modules: str = arg("all", several(one_of((*GROUPS, *GROUPS["all"]))),
-                            "which of the linear layers that --tune leaves get adapters: attention, mlp, all, or "
+                            "which linear layers that --tune leaves get adapters: attention, mlp, all, or "
                             "names as q_proj, by commas", "--lora-rank above 0")
 
 
@@ -62,7 +68,8 @@ class Adapted(nn.Module):
         super().__init__()
         out, inputs = base.weight.shape
         self.base, self.scale, self.on = base, alpha / rank, True
-        A = torch.randn(rank, inputs, generator=generator) / inputs**0.5       # so that A x is as large as x; the paper leaves it open
+        # so that A x is as large as x; the paper leaves it open
+        A = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         self.lora_A = nn.Parameter(A.to(base.weight))
         self.lora_B = nn.Parameter(base.weight.new_zeros(out, rank))
 
@@ -72,10 +79,11 @@ class Adapted(nn.Module):
 
 
 def adapt(llama, modules, rank, alpha, seed=0):
-    """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`tune.freeze`) the ones that `modules` names.
+    """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`tune.freeze`) the
+    ones that `modules` names.
 
-    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank and
-    device. ValueError where nothing is left to adapt.
+    modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank
+    and device. ValueError where nothing is left to adapt.
     """
     wanted = {name for group in modules.split(",") for name in GROUPS.get(group, [group])}
     found = [(parent, name, child) for parent in llama.modules() for name, child in parent.named_children()
@@ -90,7 +98,8 @@ def adapt(llama, modules, rank, alpha, seed=0):
 
 @torch.no_grad()
 def merge(llama):
-    """W + (alpha / r) B A in place of each adapted W: an ordinary Llama again, whose update cannot be taken out exactly any more."""
+    """Put W + (alpha / r) B A in place of each adapted W: an ordinary Llama again, whose update cannot be
+    taken out exactly any more."""
     for parent in list(llama.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Adapted):

@@ -24,21 +24,21 @@ class LossSettings:
 
 
 def clip_higher(logprobs, old_logprobs, advantages, args):
-    """More room upwards, --clip-high, so that what is unlikely can become likely. Over tokens, all of the
-    minibatch alike, it is the loss of DAPO (arXiv 2503.14476, eq. 8)."""
+    """Leave more room upwards, --clip-high, so that what is unlikely can become likely. Over tokens, all of
+    the minibatch alike, it is the loss of DAPO (arXiv 2503.14476, eq. 8)."""
     return surrogate(logprobs, old_logprobs, advantages, args.clip, args.clip_high)
 
 
 def dual_clip(logprobs, old_logprobs, advantages, args):
-    """Where A < 0, a bound also on how bad a large ratio can be (arXiv 1912.09729): -max(min(r A, clip(r) A),
+    """Bound, where A < 0, also how bad a large ratio can be (arXiv 1912.09729): -max(min(r A, clip(r) A),
     c A), c = --dual-clip."""
     loss, metrics = clip(logprobs, old_logprobs, advantages, args)
     return torch.where(advantages < 0, torch.minimum(loss, -args.dual_clip * advantages), loss), metrics
 
 
 def reinforce(logprobs, old_logprobs, advantages, args):
-    """The policy gradient itself (Williams 1992): -log pi A, without a ratio. Exact on the first step of a
-    rollout only: --minibatches 1."""
+    """Follow the policy gradient itself (Williams 1992): -log pi A, without a ratio. Exact on the first step
+    of a rollout only: --minibatches 1."""
     log_ratio = (logprobs - old_logprobs).detach()
     metrics = {"approx_kl": divergence(log_ratio), "clipfrac": torch.zeros_like(log_ratio)}
     return -logprobs * advantages, metrics
@@ -48,8 +48,8 @@ LOSSES = {
     "ppo": Loss(clip, unit=None),
     # A mean over each sequence first: GRPO (arXiv 2402.03300, eq. 3).
     "grpo": Loss(clip, unit="token", mean="sequences"),
-    # One ratio per sequence, (pi / pi_old)^(1/length): GSPO (arXiv 2507.18071, eq. 5). It moves so little that
-    # its --clip is some 3e-4.
+    # One ratio per sequence, (pi / pi_old)^(1/length): GSPO (arXiv 2507.18071, eq. 5). It moves so little
+    # that its --clip is some 3e-4.
     "gspo": Loss(clip, unit="sequence"),
     "clip-higher": Loss(clip_higher, unit=None),
     "dapo": Loss(clip_higher, unit="token"),
@@ -64,17 +64,19 @@ LOSSES = {
 # k2 is biased and small in variance. As a loss it is their gradient that counts:
 
 def k1(logprobs, reference):
-    """log(p / q). Its gradient, that of log p, is zero in expectation: in the loss it only adds noise."""
+    """Return log(p / q). Its gradient, that of log p, is zero in expectation: in the loss it only adds
+    noise."""
     return logprobs - reference
 
 
 def k2(logprobs, reference):
-    """log(p / q)^2 / 2. Its gradient, log(p / q) that of log p, is in expectation that of KL(p || q)."""
+    """Return log(p / q)^2 / 2. Its gradient, log(p / q) that of log p, is in expectation that of KL(p ||
+    q)."""
     return (logprobs - reference) ** 2 / 2
 
 
 def k3(logprobs, reference):
-    """q / p - 1 - log(q / p), never negative; GRPO's. Its gradient, (1 - q / p) that of log p, is in
+    """Return q / p - 1 - log(q / p), never negative; GRPO's. Its gradient, (1 - q / p) that of log p, is in
     expectation that of KL(q || p)."""
     return divergence(reference - logprobs)
 

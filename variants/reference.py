@@ -35,8 +35,8 @@ class ReferenceSettings:
 
 
 def initial(policy):
-    """The policy as it is now. The weights that are trained (of sharded ones: this rank's slices) are kept in
-    host memory, and while they are swapped in, the trained ones are there, too."""
+    """Return a reference to the policy as it is now. The weights that are trained (of sharded ones: this
+    rank's slices) are kept in host memory, and while they are swapped in, the trained ones are there, too."""
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     return Snapshot(policy, list(trained.values()), dict(zip(trained, on_host(trained.values()))))
 
@@ -89,8 +89,8 @@ def reshard(policy):
 
 @torch.no_grad()
 def score(model, processor, conversations, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
-    """Note in each conversation, as `reference`, the log-probs that its sampled tokens have by the model as it
-    is now."""
+    """Note in each conversation, as `reference`, the log-probs that its sampled tokens have by the model as
+    it is now."""
     for group, batch, weight in passes(model, processor, conversations, token_budget, ranks, filler):
         out = model(**batch.inputs(), targets=batch.targets, temperature=temperature)
         for conversation, row in zip(group if weight else [], out.logprobs.tolist()):

@@ -2,9 +2,10 @@
 
     torchrun train.py --task gp-l --algo sft --sft-loss dft
 
-How to add one: write a function (logprobs, rows, examples, args) -> loss of each token, all (tokens,), and enter
-it in SFT_LOSSES. logprobs are the model's of the expert's tokens, with a gradient; rows: which example a token
-lies in. The entry says whether it compares with an earlier model, whose log-probs `before` then tells.
+How to add one: write a function (logprobs, rows, examples, args) -> loss of each token, all (tokens,), and
+enter it in SFT_LOSSES. logprobs are the model's of the expert's tokens, with a gradient; rows: which example
+a token lies in. The entry says whether it compares with an earlier model, whose log-probs `before` then
+tells.
 """
 
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ def before(examples, logprobs):
 
 
 def dft(logprobs, rows, examples, args):
-    """Dynamic fine-tuning (arXiv 2508.05629): -sg(p) log p. The gradient of log p is that of p over p; times
-    p, an unlikely token no longer pulls the harder the less likely it is. Where p = 1 it is plain SFT."""
+    """Weigh a token by its probability (dynamic fine-tuning, arXiv 2508.05629): -sg(p) log p. The gradient of
+    log p is that of p over p; times p, an unlikely token no longer pulls the harder the less likely it is.
+    Where p = 1 it is plain SFT."""
     return -ratio(logprobs.detach()) * logprobs
 
 
 def psft(logprobs, rows, examples, args):
-    """Proximal SFT (arXiv 2508.17784): PPO's clipped surrogate, every token an action of advantage 1. Only
+    """Clip the ratio of a token, an action of advantage 1, as PPO does (proximal SFT, arXiv 2508.17784). Only
     from the second minibatch of a batch on (--minibatches, --epochs) can a ratio differ from 1; in the first
     the gradient is that of plain SFT."""
     ones = torch.ones_like(logprobs)
@@ -44,10 +46,10 @@ def psft(logprobs, rows, examples, args):
 
 
 def iw(logprobs, rows, examples, args):
-    """Importance-weighted SFT (arXiv 2507.12856): -w log p of a dialogue, w = p / p_initial of its tokens,
-    without gradient. Good data are a sample of the initial policy's successes; what the policy has come to do
-    more often counts more, as it would in RL. A product of thirty ratios can be anything, so each token's is
-    clipped."""
+    """Weigh a dialogue by how much likelier it became (importance-weighted SFT, arXiv 2507.12856): -w log p,
+    w = p / p_initial of its tokens, without gradient. Good data are a sample of the initial policy's
+    successes; what the policy has come to do more often counts more, as it would in RL. A product of thirty
+    ratios can be anything, so each token's is clipped."""
     ratios = ratio((logprobs - before(examples, logprobs)).detach()).clamp(1 - args.clip, 1 + args.clip)
     products = ratios.new_zeros(int(rows.max()) + 1 if len(rows) else 0).index_add(0, rows, ratios.log())
     return -ratio(products)[rows] * logprobs
