@@ -36,7 +36,7 @@ from llama.frozen import remember
 from rollout import rollout
 from variants import SFT_LOSSES, algorithm
 from variants.own_answers import own_answers
-from variants.reference import divergence, score
+from variants.reference import score, score_reference
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,8 @@ class Trainer:
         # autocast anew: what the rollout cast to bfloat16 can have no gradients
         with autocast(args, processes.device), remember(self.module, features):
             if self.reference:
-                penalty = divergence(self.model, self.processor, episodes, args, self.reference, processes)
+                penalty = score_reference(self.model, self.processor, episodes, args, self.reference,
+                                          processes)
             metrics = penalty | ppo.update(
                 self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
                 step=self.step, seed=derive("minibatches", args.seed, i),

@@ -355,7 +355,7 @@ def test_reference_logprobs_and_penalties(model, processor, estimator):
     swap = reference.initial(policy)                           # as if the run had begun there
     policy.load_state_dict(model.state_dict())
     args = settings(kl_coef=0.5, kl_in="reward", kl_estimator=estimator)
-    metrics = reference.divergence(policy, processor, episodes, args, swap, OneProcess())
+    metrics = reference.score_reference(policy, processor, episodes, args, swap, OneProcess())
     conversations = conversations_of(episodes)
     theirs = score(moved(model), processor, conversations)
     expected = KL[estimator](ppo.turns_of(conversations).old_logprobs, theirs)
@@ -468,8 +468,8 @@ def test_resumed_equals_uninterrupted_with_a_reference(small, tmp_path, extra):
     ("off", "--kl-in loss --advantage monte-carlo --loss dual-clip")])
 def test_two_ranks_equal_one(small, tmp_path, working_folder, shard, extra):
     """Slices of the reference, and as many passes on either rank."""
-    steps = on_two_ranks(tmp_path, working_folder, small[0], "--kl-coef", 0.1, "--lr-schedule", "constant",
-                         *extra.split(), two=["--shard", shard, "--token-budget", 200])
+    steps = on_two_ranks(tmp_path, working_folder, small[0], "--kl-coef", 0.1, *extra.split(),
+                         two=["--shard", shard, "--token-budget", 200])
     assert steps[2][1]["kl_reference"] > 1e-5
 
 

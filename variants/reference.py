@@ -112,7 +112,7 @@ def penalize(conversations, args):
     return total
 
 
-def divergence(model, processor, episodes, args, reference, ranks):
+def score_reference(model, processor, episodes, args, reference, ranks):
     """Score all conversations by the reference and penalize them -> {"kl_reference": mean over what was
     sampled, of all ranks}."""
     conversations = [c for episode in episodes for c in episode.conversations]
