@@ -88,8 +88,8 @@ def in_parts(folder, *argv, stops=(2, 4)):
 def on_two_ranks(folder, cwd, model, *argv, two=()):
     """Make three steps from `model` on one rank and on two: the same hands, draws, weights and metrics.
     Return [(record of one, record of two)] of the steps. two: what the latter are told in addition."""
-    argv = "--model", model, "--steps", 3, "--lr", "1e-3", "--minibatches", 1, *argv
-    argv = *argv, "--adam-eps", "1e-3"                         # no step out of rounding noise
+    settings = "--steps 3 --lr 1e-3 --lr-schedule constant --minibatches 1".split()
+    argv = *settings, "--adam-eps", "1e-3", "--model", model, *argv            # no step out of rounding noise
     run(*argv, "--out", folder / "one")
     launcher = sys.executable, "-m", *"torch.distributed.run --standalone --nproc-per-node 2".split()
     ranks = command(*argv, *two, "--out", folder / "two", cwd=cwd, launcher=launcher)
