@@ -12,7 +12,7 @@ import json
 import math
 import pickle
 import random
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -21,8 +21,10 @@ from games import drawing
 from games.compass import SIDES, word
 from games.streets import COLORS, VERSION, apart, bearing, geocode, town
 from harness.files import aside, replace, sweep, write_atomically
+from harness.ranges import integer
 
 ROUTES = {"new-york": (1000, 200)}     # city: (routes, held-out ones); of all others (100, 0)
+WIDTH = integer(64, 8192, step=2)      # pixels of a panorama
 # One block of milestone_info, as the released data writes them.
 BLOCK = ('{{\n"intersection_idx": "{}",\n"landmarks": "{}",\n"distance": "{:.0f} meters",\n'
          '"human_heading": "{}",\n"to_next_intersection_heading": "{} ({})",\n}}')
@@ -113,8 +115,8 @@ def build(name, root, *, width=256):
     panorama, on demand. Several processes may call this at once. ValueError: unknown city, or a width that is
     not an even number from 64 to 8192."""
     plan = town(name)
-    if not (isinstance(width, int) and width % 2 == 0 and 64 <= width <= 8192):
-        raise ValueError(f"width {width!r}: expected an even number from 64 to 8192")
+    if not WIDTH.holds(width):
+        raise ValueError(f"width {WIDTH.refusal(width)}")
     folder = Path(root) / f"{name}-{width}-{_digest(plan)}"
     if folder.is_dir():
         sweep(folder.parent, f".{folder.name}-*")
@@ -141,7 +143,6 @@ def _digest(plan):
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:8]
 
 
-@lru_cache(maxsize=32)
 def _plan_of(folder):
     """Return (town, width) of a folder that build() wrote; ValueError: another one, another version."""
     path = Path(folder) / "city.json"

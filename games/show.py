@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from games import drawing, views
-from games.cities import build, marks_of, milestones, paths_of
+from games.cities import WIDTH, build, marks_of, milestones, paths_of
 from games.streets import CITIES, bearing, town
 from harness.ranges import FOLDER, command_line, integer, one_of
 from harness.terminal import command
@@ -60,8 +60,7 @@ def main(arguments=None):
     parser.add_argument("--held-out", action="store_true", help="one of new-york's held-out routes")
     parser.add_argument("--out", type=FOLDER, default="city", metavar="FOLDER",
                         help="where to, the city's data included (city)")
-    parser.add_argument("--width", type=integer(64, 8192, step=2), default=2560,
-                        help="pixels of a panorama (2560)")
+    parser.add_argument("--width", type=WIDTH, default=2560, help="pixels of a panorama (2560)")
     parser.add_argument("--size", type=integer(1, 8192), default=640, help="pixels of one view (640)")
     args = parser.parse_args(arguments)
     plan = town(args.city)

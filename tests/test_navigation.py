@@ -83,26 +83,25 @@ def test_turns_are_wrapped(old, new, word):
     assert relative_turn(int(old), int(new)) == word
 
 
-# Panorama, heading, number of the sentence, what the absolute and the relative rule do there, what is seen (a
-# blank: no landmark; +: an intersection).
+# Panorama, heading, number of the sentence, where the absolute and the relative rule turn or what else they
+# do, what is seen (nothing: no landmark; +: an intersection).
 RAIL = rows("""
-    start | 270 | 0 | turn_direction(north)     | turn_direction(right) |
-    a     | 2   | 1 | forward()                 | forward()             |
-    b     | 2   | 1 | forward()                 | forward()             |
-    corner | 2  | 2 | turn_direction(east) | turn_direction(right) | Red Star Diner is on your right front +
-    bend   | 92  | 4 | turn_direction(northwest) | turn_direction(left)  | +
-    c      | 300 | 5 | forward()                 | forward()             |
-    door   | 300 | 5 | stop()                    | stop()                | Blue Fish Hotel is on your left""")
+    start  | 270 | 0 | north     | right     |
+    a      | 2   | 1 | forward() | forward() |
+    b      | 2   | 1 | forward() | forward() |
+    corner | 2   | 2 | east      | right     | Red Star Diner is on your right front+
+    bend   | 92  | 4 | northwest | left      | +
+    c      | 300 | 5 | forward() | forward() |
+    door   | 300 | 5 | stop()    | stop()    | Blue Fish Hotel is on your left""")
 
 
 def test_rail_by_hand(here):
     absolute, relative = (rail(ROUTE, 270, rule, random.Random(0), 0.0) for rule in ("absolute", "relative"))
     for point, other, (*row, seen) in zip(absolute, relative, RAIL, strict=True):
-        panorama, heading, sentence = Path(point.panorama).stem, str(point.heading), str(point.instruction)
-        assert row == [panorama, heading, sentence, point.action, other.action]
-        mark, crossing, _ = seen.partition("+")
-        assert point.observation == ((mark.strip() or "No landmarks nearby")
-                                     + "; You observe an intersection" * bool(crossing))
+        does = [re.sub(r"turn_direction\((.*)\)", r"\1", action) for action in (point.action, other.action)]
+        assert row == [Path(point.panorama).stem, str(point.heading), str(point.instruction), *does]
+        seen = re.sub(r"^(?=\+|$)", "No landmarks nearby", seen).replace("+", "; You observe an intersection")
+        assert point.observation == other.observation == seen
     assert instructions(ROUTE.legs, 270) == SENTENCES
 
 
