@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,7 @@ def bearing(a, b):
 
 
 def headings_of(route):
-    points = points_of(route)
-    return [bearing(a, b) for a, b in zip(points, points[1:])]
+    return [bearing(a, b) for a, b in pairwise(points_of(route))]
 
 
 def metres(a, b):
@@ -72,6 +72,15 @@ def test_the_lists_of_cities():
     assert max(words.values()) == 2        # New York's two parts share theirs
 
 
+BLOCK = r"""{
+"intersection_idx": "(\d+)",
+"landmarks": "(.*)",
+"distance": "(\d+) meters",
+"human_heading": "(\d+)",
+"to_next_intersection_heading": "(\d+) \((\w+)\)",
+}"""
+
+
 @pytest.mark.parametrize("name", streets.CITIES)
 def test_remarks_and_headings_follow_from_the_geocodes(root, name):
     mapping = pickle.loads((cities.build(name, root) / "gps_pano_mapping.pkl").read_bytes())
@@ -81,29 +90,27 @@ def test_remarks_and_headings_follow_from_the_geocodes(root, name):
     assert len(routes) == (1000 if name == "new-york" else 100)
     for route in routes:
         points, headings = points_of(route), headings_of(route)
+        blocks = re.findall(BLOCK, route["milestone_info"])
         marks = [*route["route_results"]["landmark_list"], route["dest_place"]]
-        blocks = route["milestone_info"].split("}")[:-1]
         assert 2 <= len(headings) == len(marks) == len(blocks) <= 5 and route["init_heading"] == 0
         assert set(points) <= set(mapping) and len(set(points)) == len(points)
         names = [mark["name"] for mark in marks if mark]
         assert len(set(names)) == len(names) and marks[-1]
-        for i, (a, b, heading, mark, block) in enumerate(zip(points, points[1:], headings, marks, blocks), 1):
-            said = dict(re.findall(r'"(\w+)": "([^"]*)"', block))
-            degrees = int(said["human_heading"])
-            assert abs(signed(heading - degrees)) < 0.6 and said["intersection_idx"] == str(i)
-            word = COMPASS[round(degrees / 45) % 8]
-            assert said["to_next_intersection_heading"] == f"{degrees} ({word})"
-            assert abs(int(said["distance"].split()[0]) - metres(a, b)) < 1 and 20 < metres(a, b) < 140
+        for i, ((a, b), heading, mark, block) in enumerate(zip(pairwise(points), headings, marks, blocks), 1):
+            index, remark, length, human, degrees, word = block
+            assert (index, human, word) == (str(i), degrees, COMPASS[round(int(degrees) / 45) % 8])
+            assert abs(signed(heading - int(degrees))) < 0.6
+            assert abs(int(length) - metres(a, b)) < 1 and 20 < metres(a, b) < 140
             if mark:
                 side = (bearing(b, mark["geocode"]) - heading) % 360
-                assert said["landmarks"] == f"{mark['name']} is on your {SIDES[round(side / 45) % 8]}"
+                assert remark == f"{mark['name']} is on your {SIDES[round(side / 45) % 8]}"
                 assert abs((side + 22.5) % 45 - 22.5) < 19      # never near the border of two sides
                 assert 7 < metres(b, mark["geocode"]) < 14
             else:
-                assert said["landmarks"] == "No landmark nearby"
-        assert all(20 <= abs(signed(new - old)) <= 155 for old, new in zip(headings, headings[1:]))
-        words = re.findall(r"\((\w+)\)", route["milestone_info"])
-        assert all(old != new for old, new in zip(words, words[1:]))      # else nobody could be told to turn
+                assert remark == "No landmark nearby"
+        assert all(20 <= abs(signed(new - old)) <= 155 for old, new in pairwise(headings))
+        # else nobody could be told to turn
+        assert all(old[-1] != new[-1] for old, new in pairwise(blocks))
 
 
 def test_new_york_has_every_direction_and_turn_and_a_held_out_set(root):
@@ -111,7 +118,7 @@ def test_new_york_has_every_direction_and_turn_and_a_held_out_set(root):
     assert len(held_out) == 200 and len({tuple(points_of(route)) for route in train + held_out}) == 1200
     walks = [headings_of(route) for route in train]
     assert 3 < np.mean([len(walk) for walk in walks]) < 3.6
-    turns = [signed(b - a) for walk in walks for a, b in zip(walk, walk[1:])]
+    turns = [signed(b - a) for walk in walks for a, b in pairwise(walk)]
     for kinds, count, share in ((Counter(round(h / 45) % 8 for walk in walks for h in walk), 8, 0.09),
                                 (Counter((turn < 0, abs(turn) <= 45) for turn in turns), 4, 0.04)):
         assert len(kinds) == count and min(kinds.values()) > share * sum(kinds.values())
