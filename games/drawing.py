@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from games.streets import COLORS, EMBLEMS, axes, bearing, cross, distances, pieces_of
+from games.streets import COLORS, EMBLEMS, SPECS, axes, bearing, cross, distances, pieces_of
 
 EYE = 2.5           # camera above the ground
 ROAD = 5            # half-widths: asphalt, and from wall to wall
@@ -28,22 +28,7 @@ SMALL = 128
 SHOP = 4.4          # height of the ground floor
 FAR = 200           # walls beyond this are left out
 GLASS = (62, 78, 98)
-AWNINGS = [tuple(bytes.fromhex(color)) for color in "963c32 3c5446 3c4664 786950 505054 967d50".split()]
 DARK = "#1e1e22"
-# The emblems' silhouettes in a square of side 1: corners of polygons; center and radii of discs and holes.
-SHAPES = {
-    "Star": "polygon 0.5 0 0.629313 0.362016 1.013571 0.373131 0.709232 0.607984 0.817404 0.976869 "
-            "0.5 0.76 0.182596 0.976869 0.290768 0.607984 -0.013571 0.373131 0.370687 0.362016",
-    "Moon": "disc 0.5 0.5 0.5 0.5, hole 0.74 0.4 0.42 0.42",
-    "Heart": "disc 0.26 0.3 0.26 0.26, disc 0.74 0.3 0.26 0.26, polygon 0.05 0.44 0.95 0.44 0.5 0.98, "
-             "polygon 0.26 0.3 0.74 0.3 0.5 0.6",
-    "Crown": "polygon 0 0.15 0.27 0.5 0.5 0.05 0.73 0.5 1 0.15 0.92 0.92 0.08 0.92",
-    "Fish": "disc 0.38 0.5 0.38 0.26, polygon 0.6 0.5 1 0.16 1 0.84, hole 0.2 0.44 0.05 0.05",
-    "Tree": "polygon 0.5 0 0.78 0.36 0.22 0.36, polygon 0.5 0.12 0.88 0.62 0.12 0.62, "
-            "polygon 0.5 0.3 1 0.88 0 0.88 0.43 0.88 0.43 1 0.57 1 0.57 0.88 1 0.88",
-    "Ring": "disc 0.5 0.5 0.5 0.5, hole 0.5 0.5 0.25 0.25",
-    "Cross": "polygon 0.34 0 0.66 0 0.66 1 0.34 1, polygon 0 0.34 1 0.34 1 0.66 0 0.66",
-}
 
 
 # -------------------------------------------------------------------------------------------- signs and trees
@@ -61,9 +46,8 @@ def emblem(name, pixels):
     n = 4 * pixels
     mask = Image.new("L", (n, n))
     draw = ImageDraw.Draw(mask)
-    for shape in SHAPES[name].split(", "):
-        kind, *numbers = shape.split()
-        points = np.reshape(numbers, (-1, 2)).astype(float)
+    for kind, *numbers in SPECS["shapes"][name]:
+        points = np.reshape(numbers, (-1, 2))
         if kind == "polygon":
             draw.polygon((points * n).ravel().tolist(), 255)
         else:
@@ -189,7 +173,7 @@ def _walls(town):
         floors, storey = rng.randint(*look["floors"]), rng.uniform(3.1, 3.7)
         floors = round(floors * rng.uniform(2, 4)) if tower else floors
         color = np.array(rng.choice(look["walls"])) * rng.uniform(0.88, 1.08)
-        bay, seed, awning = rng.uniform(2.4, 3.4), rng.random(), rng.choice(AWNINGS)
+        bay, seed, awning = rng.uniform(2.4, 3.4), rng.random(), rng.choice(SPECS["awnings"])
         back = (q, p) - 12 * axes(p, q)[1]
         room = distances(back[:, None], *town.ends).min() > WALL        # for the other three walls
         rows += [(*ends, SHOP + storey * floors, color, storey, bay, seed, awning, 0, 0)
