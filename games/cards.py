@@ -57,10 +57,19 @@ BLACK, RED = _colors("ink #101014  robe #304c96"), _colors("ink #ce1220  robe #b
 # how a card is drawn: left and right exchanged; rank and suit in colours no deck has
 STYLES = ("plain", "mirrored", "recoloured")
 RECOLOURED = _colors("spades #143ccd  clubs #00823c  hearts #eb7800  diamonds #9628b4")
-# rank: rows of the two side columns | rows of the middle column, in sixths, from -6, the highest, to 6
-PIPS = {rank: [[int(row) / 6 for row in column.split()] for column in rows.split("|")] for rank, rows in {
-    "A": "| 0", "2": "| -6 6", "3": "| -6 0 6", "4": "-6 6 |", "5": "-6 6 | 0", "6": "-6 0 6 |",
-    "7": "-6 0 6 | -3", "8": "-6 0 6 | -3 3", "9": "-6 -2 2 6 | 0", "10": "-6 -2 2 6 | -4 4"}.items()}
+# rank, rows of the two side columns, rows of the middle column, in sixths, from -6, the highest, to 6
+PIPS = {rank.strip(): [[int(row) / 6 for row in column.split()] for column in columns]
+        for rank, *columns in (line.split("|") for line in """
+    A  |           | 0
+    2  |           | -6 6
+    3  |           | -6 0 6
+    4  | -6 6      |
+    5  | -6 6      | 0
+    6  | -6 0 6    |
+    7  | -6 0 6    | -3
+    8  | -6 0 6    | -3 3
+    9  | -6 -2 2 6 | 0
+    10 | -6 -2 2 6 | -4 4""".split("\n")[1:])}
 
 # The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand
 # carries.

@@ -83,11 +83,11 @@ def evaluate(tokens, arith=arith):
 
 
 def number_faults(tokens, numbers):
-    """Return [(code, the smallest number concerned)] of what is wrong with the numbers in a formula."""
+    """Return {code: the smallest number concerned} of what is wrong with the numbers in a formula."""
     used, dealt = Counter(int(token) for token in tokens if token.isdecimal()), Counter(numbers)
     found = {"foreign_number": used.keys() - dealt.keys(), "used_twice": used - dealt,
              "left_out": dealt - used}
-    return [(code, str(min(wrong))) for code, wrong in found.items() if wrong]
+    return {code: str(min(wrong)) for code, wrong in found.items() if wrong}
 
 
 def fault(formula, numbers, target):
@@ -105,7 +105,7 @@ def fault(formula, numbers, target):
     except ValueError:
         return "unparsable", ""
     if wrong := number_faults(tokens, numbers):
-        return wrong[0]
+        return next(iter(wrong.items()))
     if value is None:
         return "division_by_zero", ""
     if value != (target, 1):

@@ -125,9 +125,9 @@ def find_faults(names, formula, numbers, target):
     tokens = re.findall(r"[0-9]+|\S", left)
     if "added-penalties" in names:
         wrong = number_faults(tokens, numbers)
-        if "foreign_number" in dict(wrong):         # then a number used twice does not count
-            wrong = [one for one in wrong if one[0] != "used_twice"]
-        if found := [("unparsable", "")] * misplaced(tokens) + wrong:
+        if "foreign_number" in wrong:
+            wrong.pop("used_twice", None)       # costs nothing then
+        if found := [("unparsable", "")] * misplaced(tokens) + [*wrong.items()]:
             return found
         if first[0] == "unparsable":
             return [("unfinished", "")]
