@@ -1,5 +1,5 @@
-"""Built-in cities for V-IRL navigation: routes through them, and a folder in the released data format for
-each.
+"""Make built-in cities for V-IRL navigation: routes through them, and a folder in the released data format
+for each.
 
 The street views of the paper are not ours to give away, so these cities are made up: a seeded street plan
 with signs for landmarks (games/streets.py), routes along the streets, and panoramas that are drawn when first
@@ -81,7 +81,7 @@ def paths_of(plan):
 
 
 def milestones(plan, path):
-    """Return milestone_info of a path: one block a leg."""
+    """Return milestone_info of a path: one block per leg."""
     blocks = []
     for i, (a, b, mark) in enumerate(zip(path, path[1:], marks_of(plan, path)), 1):
         a, b = plan.panoramas[a], plan.panoramas[b]

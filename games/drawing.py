@@ -1,4 +1,4 @@
-"""Panoramas of the built-in cities, by ray casting: one ray a column of the picture, numpy only.
+"""Draw panoramas of the built-in cities by ray casting: one ray per column of the picture, numpy only.
 
 A column looks in one compass direction. The walls its ray meets give, per pixel, sky, wall or ground, and
 where on the wall or the ground the pixel lies in metres; windows, shops and lane markings are functions of
@@ -21,7 +21,7 @@ from games.streets import COLORS, EMBLEMS, SPECS, axes, bearing, cross, distance
 EYE = 2.5           # camera above the ground
 ROAD = 5            # half-widths: asphalt, and from wall to wall
 WALL = 10
-SIGN = 8            # width of a sign: so wide that 56 pixels a view suffice to read it (docs/lab-book.md)
+SIGN = 8            # width of a sign: 56 pixels per view suffice to read it (docs/lab-book.md)
 POSTS, STRIP, TOP = 0.9, 2.3, 10.3      # a sign from the ground up: posts, a strip with the name, the board
 FULL = 512          # pixels of a sign's width at most; others are SMALL or less, in powers of two
 SMALL = 128
@@ -313,13 +313,9 @@ def _trees(town):
 
 
 def _sprites(town, eye, density):
-    """Return signs and trees around eye, farthest first: (distance, left end, right end, top, image (rows,
-    columns, 4)), ends as seen by who looks at the front. density: columns of the picture a radian."""
+    """Return signs and trees around eye, farthest first: (distance, place, point that it faces, width, top,
+    image (rows, columns, 4)). density: columns of the picture per radian."""
     found, look = [], town.city.look
-
-    def add(xy, reader, width, top, image):
-        left = axes(xy, reader)[1] * width / 2
-        found.append((math.dist(xy, eye), np.float32(xy + left), np.float32(xy - left), top, image))
     for mark in town.landmarks:
         xy, reader, distance = np.array(mark.xy), town.panoramas[mark.at], math.dist(mark.xy, eye)
         if distance < 120:
@@ -328,17 +324,19 @@ def _sprites(town, eye, density):
             image = draw(mark, look["strip"], width)
             if np.dot(eye - xy, reader - xy) < 0:       # seen from behind, it is grey
                 image = image * np.uint8((0, 0, 0, 1)) + np.uint8((96, 96, 100, 0))
-            add(xy, reader, SIGN, TOP, image)
+            found.append((distance, xy, reader, SIGN, TOP, image))
     for xy in _trees(town):
-        if 3 < math.dist(xy, eye) < 90:
-            add(xy, eye, 5, 8.0, _tree(look["trees"]))
+        distance = math.dist(xy, eye)
+        if 3 < distance < 90:
+            found.append((distance, xy, eye, 5, 8, _tree(look["trees"])))
     return sorted(found, key=lambda sprite: -sprite[0])
 
 
 def _paste(picture, eye, rays, rise, reach, sprite):
     """Paste one sprite over the picture, where no wall is nearer."""
-    _, p, q, top, image = sprite
-    hit, share = _cast(eye, rays, p, q)
+    _, xy, reader, width, top, image = sprite
+    left = axes(xy, reader)[1] * width / 2
+    hit, share = _cast(eye, rays, *np.float32((xy + left, xy - left)))
     c = np.flatnonzero(hit < reach)
     v = (top - EYE - rise * hit[c]) / top       # (rows, columns), 0 at the top
     r, k = np.nonzero((v >= 0) & (v < 1))

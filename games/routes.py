@@ -1,5 +1,5 @@
-"""Routes through streets: what the navigation game walks along. They are read from a folder in the format of
-the released V-IRL data, in which the built-in cities (games/cities.py) are written, too:
+"""Read the routes along which the navigation game walks from a folder in the format of the released V-IRL
+data, in which the built-in cities (games/cities.py) are written, too:
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it
@@ -119,7 +119,7 @@ def _scalar(dtype, data):
 
 
 class _Plain(pickle._Unpickler):    # the one in Python: the one in C can be made to fill all memory
-    """Reads dicts, tuples, lists, strings, numbers and numpy scalars. pickle.load would import and call
+    """Read dicts, tuples, lists, strings, numbers and numpy scalars. pickle.load would import and call
     whatever the author of the file wrote."""
     KNOWN = {"numpy.dtype": _Dtype, "numpy.core.multiarray.scalar": _scalar,
              "numpy._core.multiarray.scalar": _scalar}

@@ -1,4 +1,4 @@
-"""Where everything is in the built-in cities: streets, panoramas, landmarks.
+"""Lay out the built-in cities: streets, panoramas, landmarks.
 
 A city is a seeded plan of intersections (grids, rings, hexagons, ...) joined up by streets, with panoramas
 some 20 m apart, and landmarks: signs at most corners and beside half of the streets. The specs are in

@@ -1,5 +1,5 @@
-"""Street views: what someone at a panorama sees who faces a compass heading, cut out of the panorama
-(equirectangular: columns are compass directions, rows elevations). Look at one:
+"""Cut street views, as someone sees them who faces a compass heading, out of a panorama (equirectangular:
+columns are compass directions, rows elevations). Look at one:
 
     python -c "from games import views; views.grid('FOLDER/street_views/ID.jpg', 90, 640).save('grid.png')"
 """
@@ -14,7 +14,7 @@ from PIL import Image
 from games import cities
 
 CROSS = 5           # black pixels between the four views of a grid
-# a panorama with more columns than this a pixel in a view's middle is made smaller, lest it alias
+# a panorama with more columns than this per pixel in a view's middle is made smaller, lest it alias
 FINEST = 1.75
 MEMORY = 512 << 20  # bytes of the panoramas and of the grids of one size that are kept
 
@@ -121,7 +121,7 @@ def load(panorama, finest):
 def _cutter(size):
     """Return the function that makes grids of this size. It keeps those used last and their panoramas, as
     many of each as fit into MEMORY."""
-    # a view's middle has size/2 pixels a radian, as has a panorama of pi * size
+    # a view's middle has size/2 pixels per radian, as has a panorama of pi * size
     side, finest = size + CROSS, round(FINEST * math.pi * size)
     kept = lru_cache(MEMORY // (3 * finest * finest // 2))(load)
 

@@ -1,4 +1,4 @@
-"""The built-in cities: what the files say is recomputed from their geocodes, what the pictures show from
+"""Recompute what the files of the built-in cities say from their geocodes, and what the pictures show from
 geometry."""
 import dataclasses
 import json

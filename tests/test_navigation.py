@@ -1,5 +1,5 @@
-"""Navigation: rails and instructions worked by hand, the verifier against nonsense, and a solver that reads
-the prompt. What an observation claims is in test_observations.py; test_hostile.py makes up answers and
+"""Test navigation: rails and instructions worked by hand, the verifier against nonsense, and a solver that
+reads the prompt. What an observation claims is in test_observations.py; test_hostile.py makes up answers and
 names."""
 import json
 import random
@@ -220,7 +220,7 @@ def test_episodes_by_hand(here, after_failure, said, rewards):
 
 
 def test_what_a_wrong_answer_is_told(here):
-    """Where one walks on, the expert's action is taken."""
+    """Say so at the point; who walks on has taken the expert's action."""
     env, _ = game(after_failure="walk-on")
     assert env.step(SAID["forward"])[0].messages == [{"role": "user", "content": "The action is wrong."}]
     assert "A_1: turn_direction(north)" in env.step("?")[0].messages[0]["content"]

@@ -1,4 +1,4 @@
-"""The released street-view format and the cutting of views, on a small folder written here."""
+"""Test the released street-view format and the cutting of views on a small folder written here."""
 
 import io
 import json
