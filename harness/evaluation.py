@@ -15,6 +15,7 @@ from harness.environments import evaluation_sets
 from harness.files import to_json, write_atomically
 from harness.folder import git_commit
 from harness.load import autocast, load
+from llama.metrics import error_of_mean, ratio
 from rollout import rollout
 
 
@@ -76,6 +77,7 @@ def summarize(episodes, processes):
     """
     turns = [turn for episode in episodes for turn in judged(episode)]
     right = [right_answers(episode) for episode in episodes]
+    p, scores = ratio(*torch.tensor(gather(right), dtype=torch.float64).T)
 
     def sums(width, rows):
         return [sum(column) for column in zip([0.0] * width, *rows)]       # a rank may have no episode
@@ -83,10 +85,8 @@ def summarize(episodes, processes):
     counts = sums(3, [(1, e.success, e.success and k == m) for e, (k, m) in zip(episodes, right)])
     counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])
     counts += sums(2, [(1, turn.info["recognized"]) for turn in turns if turn.info.get("landmark")])
-    counts += sums(4, [(k, k * k, k * m, m * m) for k, m in right])
-    n, success, first, n_turns, recognized, reward, landmarks, read, k, kk, km, mm = processes.total(counts)
-    p = k / n_turns            # a ratio of two sums over episodes: its error by linearisation
-    rates = {"per_step": p, "per_step_se": math.sqrt(max(0.0, kk - 2 * p * km + p * p * mm)) / n_turns,
+    n, success, first, n_turns, recognized, reward, landmarks, read = processes.total(counts)
+    rates = {"per_step": p.item(), "per_step_se": float(error_of_mean(scores)),
              "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)}
     for name, share in (("success", success / n), ("first", first / n)):
         rates |= {name: share, f"{name}_se": math.sqrt(share * (1 - share) / n)}

@@ -80,10 +80,8 @@ def passed(config, conversations, encode=True):
     passed."""
     total = Counter()
     for c in conversations:
-        image = {}
-        if c.image:
-            image = {"tiles": real_tiles(config, c.image), "before": c.ids.index(config.image_token_id)}
-        total += quantities(config, len(c.ids) - 1, sum(c.sampled[1:]), **image, encode=encode)
+        image = (real_tiles(config, c.image), c.ids.index(config.image_token_id)) if c.image else ()
+        total += quantities(config, len(c.ids) - 1, sum(c.sampled[1:]), *image, encode=encode)
     return total
 
 

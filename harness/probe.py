@@ -1,11 +1,13 @@
-"""What might explain why one way to learn forgets and the other does not, measured on the way, at every evaluation of a run.
+"""Measure, at every evaluation of a run, what might explain why one way to learn forgets and another does
+not.
 
-    torchrun train.py --task gp-l --algo ppo --probe-hands 32 --probe-samples 8         # in log.jsonl: "probe" of each "eval"
+    torchrun train.py --task gp-l --algo ppo --probe-hands 32 --probe-samples 8    # log.jsonl: "probe"
 
-Forgetting is said to follow the KL divergence from the model that one began with, on the new task (Shenfeld et al. 2025, arXiv 2509.04259);
-RL to change few of the weights (Mukherjee et al. 2025, arXiv 2505.11711), and to sharpen what the model can do already, so that success at
-one sample rises and at many does not (Yue et al. 2025, arXiv 2504.13837). A probe plays some fixed hands several times at temperature 1, with the
-same draws each time. What is played depends on the hands and the weights alone: training goes on as it would without.
+Forgetting is said to follow the KL divergence from the model that one began with, on the new task (Shenfeld
+et al. 2025, arXiv 2509.04259); RL to change few of the weights (Mukherjee et al. 2025, arXiv 2505.11711), and
+to sharpen what the model can do already, so that success at one sample rises and at many does not (Yue et al.
+2025, arXiv 2504.13837). A probe plays some fixed hands several times at temperature 1, with the same draws
+each time. What is played depends on the hands and the weights alone: training goes on as it would without.
 """
 
 import dataclasses
@@ -19,27 +21,28 @@ from distributed import shard
 from distributed.processes import gather
 from harness.environments import evaluation_sets
 from harness.load import compares_with_start
-from variants import lora
-from variants.reference import initial, local, reshard
 from llama.batches import passes
+from llama.metrics import error_of_mean, ratio
 from rollout import rollout
 from sft import make_example
+from variants import lora
+from variants.reference import initial, local, reshard
 from variants.tune import VISION
 
-COLUMNS = ("solved", "first", "answers", "tokens", "cut", "entropy", "log_ratio")      # of a hand: sums over its samples
+# Per hand: sums over its samples.
+COLUMNS = "solved", "first", "answers", "tokens", "cut", "entropy", "log_ratio"
 
 
 def pass_at(k, n, c):
-    """Probability that of k samples one is right, if c of n were: 1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374)."""
+    """Return the probability that of k samples one is right, if c of n were: 1 - C(n - c, k) / C(n, k),
+    unbiased (Chen et al. 2021, arXiv 2107.03374)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def rate(name, above, below):
-    """Sum over sum of what each hand has, (hands,) both, with a standard error for which hands are the independent samples (a ratio of two
-    sums, by linearisation; NaN of one hand)."""
-    p, n = above.sum() / below.sum(), torch.tensor(float(len(above)))
-    error = (((above - p * below) ** 2).sum() * n / (n - 1)).sqrt() / below.sum()
-    return {name: p.item(), f"{name}_se": error.item()}
+    """Return the ratio of two sums over hands as NAME, and its standard error as NAME_se."""
+    p, scores = ratio(above, below)
+    return {name: p.item(), f"{name}_se": float(error_of_mean(scores))}
 
 
 def started(args, model):
@@ -52,23 +55,22 @@ def started(args, model):
 
 
 class Probe:
-    """Called on all ranks at the same time: what the policy does now, and how far it is from the one that the run began with.
-
-    sets: {"id": factory of environments, "rule-ood": another}; start: the reference that is this beginning, see variants/reference.py.
-    """
+    """Called on all ranks at the same time: what the policy does now, and how far it is from the one that the
+    run began with, of which `start` is the reference."""
 
     def __init__(self, args, model, processor, processes, start):
-        sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
-        hands, samples = args.probe_hands, args.probe_samples
-        self.args, self.model, self.processor, self.processes, self.sets, self.start = args, model, processor, processes, sets, start
-        self.hands, self.samples, self.ks = hands, samples, [k for k in (1, 2, 4, 8) if k <= samples]
-        self.begun = None      # episodes of "id" that the initial policy played, and how it scored them
+        self.args, self.model, self.processor, self.processes = args, model, processor, processes
+        self.start = start
+        self.sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
+        self.ks = [k for k in (1, 2, 4, 8) if k <= args.probe_samples]
+        self.begun = None      # conversations of "id" that the initial policy played, and how it scored them
 
     def __call__(self, progress=""):
-        """Returns {"id" and "rule-ood": see `behaviour`, "reverse_kl" and "forward_kl" (see `divergence`) on "id", "weights": see `changed`}
-        and prints the gist.
+        """Print the gist and return {"id" and "rule-ood": see `behaviour`, "reverse_kl" and "forward_kl" (see
+        `divergence`) on "id", "weights": see `changed`}.
 
-        reverse: KL(policy || init), from what the policy plays; forward: KL(init || policy), from what the initial policy plays on the same hands.
+        reverse: KL(policy || init), from what the policy plays; forward: KL(init || policy), from what the
+        initial policy plays on the same hands.
         """
         played = {name: self.play(factory) for name, factory in self.sets.items()}
         scored = {name: self.score(name, episodes) for name, episodes in played.items()}
@@ -81,102 +83,118 @@ class Probe:
         result |= self.divergence("reverse_kl", played["id"], scored["id"], initially)
         result |= self.divergence("forward_kl", *self.begun, self.score("id", self.begun[0]))
         result["weights"] = changed(self.model, self.start, self.processes.all_reduce)
-        passes = "   ".join(f"{name} " + " ".join(f"pass@{k} {100 * result[name][f'pass@{k}']:.1f}" for k in self.ks[::len(self.ks) - 1 or 1]) + " %"
-                            for name in self.sets)
-        self.processes.print(f"{progress}  probe       {passes}   KL reverse {result['reverse_kl']:.4f} forward {result['forward_kl']:.4f} a token   "
-                             f"entropy {result['id']['entropy']:.3f}   length {result['id']['length']:.1f}   "
-                             f"changed {100 * result['weights']['changed']['all']:.1f} %")
+        passes = [f"{name} pass@{k} {100 * result[name][f'pass@{k}']:.1f} %"
+                  for name in self.sets for k in self.ks[::len(self.ks) - 1 or 1]]
+        self.processes.print(
+            f"{progress}  probe       {'  '.join(passes)}   KL reverse {result['reverse_kl']:.4f} forward "
+            f"{result['forward_kl']:.4f} a token   entropy {result['id']['entropy']:.3f}   length "
+            f"{result['id']['length']:.1f}   changed {100 * result['weights']['changed']['all']:.1f} %")
         return result
 
     def play(self, factory):
-        """This rank's hands, --probe-samples episodes of each, by the model as it is now."""
+        """Play this rank's hands, --probe-samples episodes of each, by the model as it is now."""
         args, processes = self.args, self.processes
-        hands = processes.share(range(min(self.hands, factory().distinct)))
+        hands = processes.share(range(min(args.probe_hands, factory().distinct)))
         with shard.for_rollout(self.model) as player:
-            return rollout(player, self.processor, factory, hands, samples=self.samples, temperature=1.0,
-                               batch=args.rollout_batch, max_new_tokens=args.max_new_tokens, device=processes.device)
+            return rollout(player, self.processor, factory, hands, samples=args.probe_samples,
+                           temperature=1.0, batch=args.rollout_batch, max_new_tokens=args.max_new_tokens,
+                           device=processes.device)
 
     @torch.no_grad()
     def score(self, name, episodes):
-        """Log-probs and entropies by the model as it is now of each episode's sampled tokens, a list of (2, tokens) float64 on the host."""
+        """Return log-probs and entropies by the model as it is now of each episode's sampled tokens, a list
+        of (2, tokens) float64 on the host."""
         conversations = [c for episode in episodes for c in episode.conversations]
-        filler, found = make_example(self.processor, self.sets[name](), seed=0), {}                # a rank may have no hand
-        for group, batch, weight in passes(self.model, self.processor, conversations, self.args.token_budget, self.processes, filler):
+        filler = make_example(self.processor, self.sets[name](), seed=0)       # a rank may have no hand
+        found = {}
+        for group, batch, weight in passes(self.model, self.processor, conversations, self.args.token_budget,
+                                           self.processes, filler):
             out, asked = self.model(**batch.inputs(), targets=batch.targets), (batch.targets >= 0).cpu()
-            both = torch.stack([out.logprobs, out.entropy]).cpu().double()                         # (2, B, T)
+            both = torch.stack([out.logprobs, out.entropy]).cpu().double()             # (2, B, T)
             found |= {id(c): both[:, row, asked[row]] for row, c in enumerate(group if weight else [])}
         return [torch.cat([found[id(c)] for c in episode.conversations], 1) for episode in episodes]
 
     def of_hands(self, episodes, scored, others=None):
-        """COLUMNS of every hand of all ranks, in order: {name: (hands,) float64}. scored: as from `score`; others: by the policy compared with."""
-        stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: torch.zeros(len(COLUMNS), dtype=torch.float64))
+        """Return COLUMNS of every hand of all ranks, in order: {name: (hands,) float64}. scored: as from
+        `score`; others: by the policy compared with."""
+        stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: 0)
         for episode, (logprobs, entropy), (other, _) in zip(episodes, scored, others or scored):
             right = all(turn.info["correct"] for turn in episode.turns if turn.info["verdict"] != "unjudged")
             cut = [turn.end - turn.start == longest and c.ids[turn.end - 1] not in stop
                    for c in episode.conversations for turn in c.turns]
-            sums[episode.seed] += torch.tensor([episode.success, episode.success and right, len(cut), len(logprobs), sum(cut), entropy.sum(),
-                                                (logprobs - other).sum()], dtype=torch.float64)
+            row = [episode.success, episode.success and right, len(cut), len(logprobs), sum(cut),
+                   entropy.sum(), (logprobs - other).sum()]
+            sums[episode.seed] += torch.tensor(row, dtype=torch.float64)
         rows = sorted(gather([(seed, row.tolist()) for seed, row in sums.items()]))
         return dict(zip(COLUMNS, torch.tensor([row for _, row in rows], dtype=torch.float64).T))
 
     def behaviour(self, episodes, scored):
-        """Rates, each with its error as NAME_se: pass@k, where a sample is an episode with its revisions, and first@k, where an episode counts
-        that has no wrong answer; length, tokens of an answer; cut, share of answers that --max-new-tokens ended; entropy, nats a token. And of each
-        hand, in lists: solved and first, how many of its samples."""
-        hands, n = self.of_hands(episodes, scored), self.samples
+        """Return rates, each with its error as NAME_se: pass@k, where a sample is an episode with its
+        revisions, and first@k, where an episode counts that has no wrong answer; length, tokens per answer;
+        cut, share of answers that --max-new-tokens ended; entropy, nats per token. And per hand, in lists:
+        solved and first, how many of its samples."""
+        hands, n = self.of_hands(episodes, scored), self.args.probe_samples
+        counts = {name: hands[name].long().tolist() for name in ("solved", "first")}
         result = {"n": len(hands["solved"])}
-        for name, counts in (("pass", hands["solved"].long().tolist()), ("first", hands["first"].long().tolist())):
+        for name, of_each in zip(("pass", "first"), counts.values()):
             for k in self.ks:
-                found = torch.tensor([pass_at(k, n, c) for c in counts], dtype=torch.float64)
+                found = torch.tensor([pass_at(k, n, c) for c in of_each], dtype=torch.float64)
                 result |= rate(f"{name}@{k}", found, torch.ones_like(found))
-        return result | rate("length", hands["tokens"], hands["answers"]) | rate("cut", hands["cut"], hands["answers"]) | rate(
-            "entropy", hands["entropy"], hands["tokens"]) | {name: hands[name].long().tolist() for name in ("solved", "first")}
+        for name, above, below in (("length", "tokens", "answers"), ("cut", "cut", "answers"),
+                                   ("entropy", "entropy", "tokens")):
+            result |= rate(name, hands[above], hands[below])
+        return result | counts
 
     def divergence(self, name, episodes, scored, others):
-        """KL(who played || other), the mean of log p - log q over sampled tokens, in nats, as NAME; summed over an answer as NAME_answer. And of
-        each hand, in a dict of lists, what these are ratios of."""
+        """Return KL(who played || other), the mean of log p - log q over sampled tokens, in nats, as NAME;
+        summed over an answer as NAME_answer. And per hand, in a dict of lists, what these are ratios of."""
         hands = self.of_hands(episodes, scored, others)
-        return rate(name, hands["log_ratio"], hands["tokens"]) | rate(f"{name}_answer", hands["log_ratio"], hands["answers"]) | {
-            f"{name}_hands": {column: hands[column].tolist() for column in ("log_ratio", "tokens", "answers")}}
+        per_hand = {column: hands[column].tolist() for column in ("log_ratio", "tokens", "answers")}
+        return rate(name, hands["log_ratio"], hands["tokens"]) | rate(
+            f"{name}_answer", hands["log_ratio"], hands["answers"]) | {f"{name}_hands": per_hand}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights
 
 def pairs(model, start):
-    """Yields (name, now, at the start) of every weight, of a sharded one this rank's slices. An adapted one is W + (alpha / r) B A now and was W."""
+    """Yield (name, now, at the start) of every weight, of a sharded one this rank's slices. An adapted one is
+    W + (alpha / r) B A now and was W."""
     reshard(model)
+    remembered = getattr(start, "remembered", {})
     for name, parameter in model.named_parameters():
-        layer, _, role = name.rpartition(".")
-        if role in ("lora_A", "lora_B"):
-            continue
         now = local(parameter.detach())
-        if name.endswith(".base.weight"):                      # of a variants.lora.Adapted; all else is frozen then
-            part = model.get_submodule(layer.removesuffix(".base"))
+        if name.endswith(".base.weight"):                      # of a lora.Adapted; all else is frozen then
+            part = model.get_submodule(name.removesuffix(".base.weight"))
             yield name, now + part.scale * part.lora_B.detach() @ part.lora_A.detach(), now
-        else:
-            yield name, now, getattr(start, "remembered", {}).get(name, now)
+        elif not name.endswith((".lora_A", ".lora_B")):
+            yield name, now, remembered.get(name, now)
 
 
 def kind(name, config):
-    """What a weight is: all of the layers that look at pictures are cross-attention, the tower and its projector are vision."""
+    """Return what a weight is: all of the layers that look at pictures are cross-attention, the tower and its
+    projector are vision."""
+    kinds = {"norm.": "norm", ".self_attn.": "attention", ".mlp.": "mlp", "embed_tokens.": "embedding",
+             "lm_head.": "head"}
     if name.startswith(VISION):
         return "vision"
     if name.startswith(tuple(f"layers.{i}." for i in config.cross_attention_layers)):
         return "cross-attention"
-    parts = {"norm.": "norm", ".self_attn.": "attention", ".mlp.": "mlp", "embed_tokens.": "embedding", "lm_head.": "head"}
-    return next(what for part, what in parts.items() if part in name)
+    return next(what for part, what in kinds.items() if part in name)
 
 
 def changed(model, start, all_reduce=lambda x: x):
-    """{"changed": share of the weights that are another number in bfloat16 than at the start, "distance": ||w - w0|| / ||w0||}, each {"all":
-    of the whole policy, frozen and unused weights included, and by kind}."""
+    """Return {"changed": share of the weights that are another number in bfloat16 than at the start,
+    "distance": ||w - w0|| / ||w0||}, each {"all": of the whole policy, frozen and unused weights included,
+    and by kind}."""
     sums = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     for name, now, then in pairs(model, start):
         then = then.to(now.device)
         norms = torch.stack([(now - then).norm(), then.norm()]).cpu().double() ** 2
-        sums[kind(name, model.config)] += torch.tensor([(now.bfloat16() != then.bfloat16()).sum().item(), now.numel(), *norms], dtype=torch.float64)
-    totals = all_reduce(torch.stack([sum(sums.values()), *sums.values()])).tolist()       # whole copies count alike above and below
+        other = (now.bfloat16() != then.bfloat16()).sum().item()
+        sums[kind(name, model.config)] += torch.tensor([other, now.numel(), *norms], dtype=torch.float64)
+    # whole copies count alike above and below
+    totals = all_reduce(torch.stack([sum(sums.values()), *sums.values()])).tolist()
     named = dict(zip(["all", *sums], totals))
     return {"changed": {what: other / of for what, (other, of, _, _) in named.items()},
             "distance": {what: math.sqrt(moved / was) for what, (_, _, moved, was) in named.items()}}

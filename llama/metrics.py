@@ -1,4 +1,4 @@
-"""Average what is measured at each step of an update."""
+"""Average what is measured at each step of an update, and tell the error of a ratio."""
 
 
 def averages(steps):
@@ -11,3 +11,16 @@ def averages(steps):
     means = {name: sum(x * n for x, n in column) / sum(n for _, n in column)
              for name, column in columns.items()}
     return means | {"empty_minibatches": len(steps) - len(made)}
+
+
+def ratio(above, below):
+    """Return p, sum over sum of samples (arrays or tensors alike), and scores whose mean errs as p does: by
+    linearisation, p is off by the mean of (above - p below) / mean(below)."""
+    p = above.sum() / below.sum()
+    return p, (above - p * below) / below.mean()
+
+
+def error_of_mean(scores):
+    """Return the standard error of the mean, 0, of independent scores (n,); NaN of one."""
+    n = len(scores)
+    return ((scores**2).sum() / n / (n - 1)) ** 0.5 if n > 1 else float("nan")

@@ -24,8 +24,9 @@ def flops_table(config, length, answers):
     with torch.device("meta"):
         llama = Llama(config)
     rate, rows = flops.rates(llama), [["GFLOPs a token", *flops.PARTS, "counted", "2ND or 6ND"]]
-    for task, what, image in (("gp-l", "text alone", []), ("gp-vl", "with an image", [config.vision.max_num_tiles, 1])):
-        done = flops.quantities(config, length, answers, *image)
+    for task, what in (("gp-l", "text alone"), ("gp-vl", "with an image")):
+        tiles = config.vision.max_num_tiles if task == "gp-vl" else 0
+        done = flops.quantities(config, length, answers, tiles, before=1)
         forward, backward = (flops.cost(rate, done, backward=way) for way in (False, True))
         for name, factor, counted in (("scoring", 2, forward), ("update", 6, forward + backward)):
             numbers = [*(counted[part] for part in flops.PARTS), sum(counted.values()),
@@ -42,15 +43,17 @@ def lora_table(config, rank):
             llama = Llama(config)
         if modules:
             lora.adapt(llama, modules, rank, alpha=rank)
-        learnt, whole = (sum(p.numel() for p in llama.parameters() if p.requires_grad or every) for every in (False, True))
-        weights, gradients, moments = (4 * n / 1e9 for n in (whole, learnt, 2 * learnt))
-        lines.append(f"{modules or 'without':<16}{learnt:>16,}{weights:>19.1f}{gradients:>13.1f}{moments:>11.1f}")
+        whole = sum(p.numel() for p in llama.parameters())
+        learnt = sum(p.numel() for p in llama.parameters() if p.requires_grad)
+        weights, gradients, moments = (f"{4 * n / 1e9:.1f}" for n in (whole, learnt, 2 * learnt))
+        lines.append(f"{modules or 'without':<16}{learnt:>16,}{weights:>19}{gradients:>13}{moments:>11}")
     return "\n".join(lines)
 
 
 def main(argv=None):
     parser = command_line("python -m study.costs", __doc__)
-    parser.add_argument("--rank", type=integer(1, 10**5), default=16, help="of adapters (default: %(default)s)")
+    parser.add_argument("--rank", type=integer(1, 10**5), default=16,
+                        help="of adapters (default: %(default)s)")
     rank, config = parser.parse_args(argv).rank, Config.from_dict(LLAMA_11B)
     print(flops_table(config, 512, 128), lora_table(config, rank), sep="\n\n")
 

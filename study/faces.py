@@ -1,9 +1,11 @@
-"""Does a model that fails GeneralPoints' new rule ignore it, or can it not act on it? What its first answers make of J, Q and K.
+"""Does a model that fails GeneralPoints' new rule ignore it, or can it not act on it? What its first answers
+make of J, Q and K.
 
     python -m study.faces runs/study/gp-l-sft-0/final runs/study/gp-l-ppo-0/final
 
-Under rule-ood they count 11, 12 and 13. An answer first lists the values of its cards, then writes a formula, so the two can be told apart: a model
-that ignores the rule lists 10s; one that lists what the prompt says and then writes a formula without it has lost the use of these numbers.
+Under rule-ood they count 11, 12 and 13. An answer first lists the values of its cards, then writes a formula,
+so the two can be told apart: a model that ignores the rule lists 10s; one that lists what the prompt says and
+then writes a formula without it has lost the use of these numbers.
 """
 
 import re
@@ -11,39 +13,44 @@ from collections import Counter
 
 from distributed.processes import Processes
 from games.answers import read_answer
-from harness.ranges import SettingError, command_line, integer, one_of
-from harness.terminal import command
 from harness.environments import evaluation_sets
 from harness.load import agree, load
+from harness.ranges import SettingError, command_line, integer, one_of
 from harness.settings import Args
+from harness.terminal import command
 from rollout import rollout
+from study.tables import markdown
+from train import first_weights
 
-VERDICTS = ("correct", "wrong_value", "used_twice", "foreign_number", "left_out", "unparsable")
-HEAD = ("model", "values listed right", "all over 10 in the formula", *(name.replace("_", " ") for name in VERDICTS))
+VERDICTS = "correct wrong_value used_twice foreign_number left_out unparsable".split()
+HEAD = ["model", "values listed right", "all over 10 in the formula", *(x.replace("_", " ") for x in VERDICTS)]
 
 
 def over_10(numbers):
-    """{number: how often}, of strings."""
+    """Return {number: how often}, of strings."""
     return Counter(number for number in numbers if number.isdecimal() and int(number) > 10)
 
 
 def uses_them(said):
-    """Does the formula of an answer hold every value over 10 that the same answer lists? None where it lists none, or cannot be read."""
+    """Tell whether the formula of an answer holds every value over 10 that the same answer lists; None where
+    it lists none, or cannot be read."""
     _, listed, formula = read_answer(said)
-    if not over_10(listed or []):
-        return None
-    return not over_10(listed) - over_10(re.findall(r"\d+", (formula or "").rpartition("=")[0]))
+    listed, used = over_10(listed or []), re.findall(r"\d+", (formula or "").rpartition("=")[0])
+    return not listed - over_10(used) if listed else None
 
 
 def row(args, processes, hands):
-    """Cells of one model's line: shares in % of all first answers, the second of those that list a number over 10."""
-    model, processor, _ = load(args, processes, args.model)
-    episodes = rollout(model, processor, evaluation_sets(args)["rule-ood"], range(hands), batch=args.rollout_batch,
-                           temperature=args.eval_temperature, max_new_tokens=args.max_new_tokens, device=processes.device)
+    """Return the cells of one model's line: shares in % of all first answers, the second of those that list a
+    number over 10."""
+    model, processor, _ = load(args, processes, first_weights(args, processes))
+    episodes = rollout(model, processor, evaluation_sets(args)["rule-ood"], range(hands),
+                       batch=args.rollout_batch, temperature=args.eval_temperature,
+                       max_new_tokens=args.max_new_tokens, device=processes.device)
     infos = [episode.turns[0].info for episode in episodes]
-    used = [uses for episode in episodes if (uses := uses_them(next(said for who, said in episode.transcript if who == "assistant"))) is not None]
-    verdicts = Counter(info["verdict"] for info in infos)
-    shares = [sum(info["translated"] for info in infos) / hands, sum(used) / max(len(used), 1), *(verdicts[name] / hands for name in VERDICTS)]
+    said = [dict(reversed(episode.transcript))["assistant"] for episode in episodes]           # its first
+    used = [uses for uses in map(uses_them, said) if uses is not None]
+    shares = [sum(info["translated"] for info in infos) / hands, sum(used) / max(len(used), 1)]
+    shares += [sum(info["verdict"] == name for info in infos) / hands for name in VERDICTS]
     return [args.model, *(f"{100 * share:.1f}" for share in shares)]
 
 
@@ -61,9 +68,7 @@ def main(argv=None):
             agree(processes, args)
         except SettingError as error:
             parser.error(str(error))
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
-    for args in runs:
-        print(f"| {' | '.join(row(args, processes, typed.hands))} |", flush=True)
+    print(markdown(HEAD, [row(args, processes, typed.hands) for args in runs]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a run will take before it takes it: memory per rank, and the FLOPs of a PPO update against the released
-code's schedule.
+"""What a run will take before it takes it: memory per rank, and the FLOPs of a PPO update against the
+released code's schedule.
 
-    python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision       # no weights, no GPU
+    python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision       # no weights, no
+    GPU
 
-The model's own code runs on PyTorch's meta device, where a tensor has a shape and no values, under a mode that
-adds up the bytes of what is alive. Nothing is multiplied out by hand but what FSDP does around the layers. GB
-are 10^9 bytes.
+The model's own code runs on PyTorch's meta device, where a tensor has a shape and no values, under a mode
+that adds up the bytes of what is alive. Nothing is multiplied out by hand but what FSDP does around the
+layers. GB are 10^9 bytes.
 """
 import json
 import math
@@ -94,7 +95,8 @@ def tensors(values):
 
 
 def without_memory(op, args, kwargs):
-    """Do one operator, on the meta device if an argument is there or the result is large, else as it comes."""
+    """Do one operator, on the meta device if an argument is there or the result is large, else as it
+    comes."""
     given, packet = tensors(args), op.overloadpacket
     if any(t.is_meta for t in given) or is_large(op, given):
         if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
@@ -268,7 +270,7 @@ def measure_rollout(llama, rows, lengths, image, *, cuda=True):
     with torch.inference_mode(), Bytes() as memory, as_kernels(cuda):
         cache = KVCache(config, rows, "meta", llama.embed_tokens.weight.dtype)
         for turn, (forced, drawn) in enumerate(zip(lengths[::2], lengths[1::2])):
-            cache.reserve(int(cache.lengths.max()) + forced + max(drawn, forced))              # as generate does
+            cache.reserve(int(cache.lengths.max()) + forced + max(drawn, forced))      # as generate does
             first = image and turn == 0
             llama(make_ids(config, rows, forced, first), lengths=torch.full((rows,), forced), cache=cache,
                   logits="last", images=make_images(config, rows) if first else None)
@@ -311,13 +313,13 @@ class Sizes:
     rollout_rows: int
     rollout: list           # [forced, drawn, ...] tokens: the longest prompt and replies, and answers of
                             # --max-new-tokens
-    micro: Micro            # as many conversations, so as many images, as the token budget takes of the shortest
+    micro: Micro            # as many conversations, so images, as the token budget takes of the shortest
     images: int             # of an update, whose features the host keeps where the encoder is frozen
 
 
 def recorded():
-    """Return {set: episodes}, token counts of real ones: an episode is a list of conversations, a conversation
-    [forced, drawn, forced, ...].
+    """Return {set: episodes}, token counts of real ones: an episode is a list of conversations, a
+    conversation [forced, drawn, forced, ...].
 
     The tiny model played them at temperature 0.2 on its training rule (gp-vl: its init; the others: its
     foundation) and, where the set's name says so, on the other rule. Counted with Llama 3's own tokenizer
@@ -434,7 +436,8 @@ def table(columns):
     lines += [[row, *(column.get(row) for column in columns.values())] for row in rows]
     lines.append(["total", *(sum(column.values()) for column in columns.values())])
     text = lambda cell: cell if isinstance(cell, str) else f"{cell:.2f}" if cell else ""
-    return "\n".join(f"  {title:<30}" + "".join(f"{text(cell):>21}" for cell in cells) for title, *cells in lines)
+    return "\n".join(f"  {title:<30}" + "".join(f"{text(cell):>21}" for cell in cells)
+                     for title, *cells in lines)
 
 
 GROWS = {               # phase: the setting that it grows with, and what grows
@@ -444,7 +447,7 @@ GROWS = {               # phase: the setting that it grows with, and what grows
 
 
 def advice(phases, sizes, args, room):
-    """Return flags to give, the peak with them, and what to change if that is over `room`, in the unit of the
+    """Return the flag to give, the peak with it, and what to change if that is over `room`, in the unit of the
     phases."""
     total, changes = {name: sum(phase.values()) for name, phase in phases.items()}, []
     recompute = total["update"] > room
@@ -456,25 +459,26 @@ def advice(phases, sizes, args, room):
         if over > 0:
             changes.append(f"about {setting} {fits}" if fits > 0 else "more GPUs (--gpus)")
     peak = max(total[name] for name in used.values())
-    return ["--checkpoint-activations"] * recompute, peak, list(dict.fromkeys(changes))
+    return " with --checkpoint-activations" * recompute, peak, list(dict.fromkeys(changes))
 
 
 def show(config, args, gpus, gpu_memory):
     """Print the memory plan of a run with complete settings."""
     sizes, phases = memory(config, args, gpus)
     phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
-    flags, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
+    flag, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
     micro, verdict = sizes.micro, "does NOT fit" if changes else "fits"
-    print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n{table(phases)}\n\n"
-          f"rollout: {sizes.rollout_rows} conversations of at most {sum(sizes.rollout)} tokens; update: "
+    print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n"
+          f"{table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most {sum(sizes.rollout)} tokens; update: "
           f"micro-batches of at most {micro.rows} conversations{' with an image each' * args.image}, "
           f"{micro.rows * micro.length} padded tokens")
     if remembers(args):
         features, = features_of(config, make_images(config, 1), torch.bfloat16).values()
         size = sizes.images * features.nbytes / 1e9
-        print(f"host: {size:.1f} GB a rank for what the frozen vision encoder makes of at most {sizes.images} images")
-    print(f"{verdict} into {gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most {peak:.1f} GB"
-          f"{' with ' * bool(flags)}{' '.join(flags)}", *(f"  change: {change}" for change in changes), sep="\n")
+        print(f"host: {size:.1f} GB a rank for what the frozen vision encoder makes of at most "
+              f"{sizes.images} images")
+    print(f"{verdict} into {gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most "
+          f"{peak:.1f} GB{flag}", *(f"  change: {change}" for change in changes), sep="\n")
 
 
 def show_flops(config, args):
@@ -506,8 +510,8 @@ def main(argv=None):
         for name, unplanned in (("algo", args.algo not in ("sft", "ppo")), ("lora_rank", args.lora_rank),
                                 ("resume", args.resume)):
             if unplanned:
-                raise SettingError(f"{spelled(args, name)}: expected with train.py; planned are --algo sft and "
-                                   "ppo, from the start and without adapters (python -m study.costs)")
+                raise SettingError(f"{spelled(args, name)}: expected with train.py; planned are --algo sft "
+                                   "and ppo, from the start and without adapters (python -m study.costs)")
         expected = f"tiny, {', '.join(BUILT_IN)} or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.game)
         settle(args, config, typed, own.gpus)
