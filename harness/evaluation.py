@@ -7,6 +7,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import torch
 
 from distributed import shard
 from distributed.processes import gather

@@ -18,9 +18,10 @@ from harness.load import agree, load
 from harness.ranges import SettingError, command_line, integer, one_of
 from harness.settings import Args
 from harness.terminal import command
+from harness.tiny import first_weights
 from rollout import rollout
 from study.tables import markdown
-from train import first_weights
+from train import learn
 
 VERDICTS = "correct wrong_value used_twice foreign_number left_out unparsable".split()
 HEAD = ["model", "values listed right", "all over 10 in the formula", *(x.replace("_", " ") for x in VERDICTS)]
@@ -42,7 +43,7 @@ def uses_them(said):
 def row(args, processes, hands):
     """Return the cells of one model's line: shares in % of all first answers, the second of those that list a
     number over 10."""
-    model, processor, _ = load(args, processes, first_weights(args, processes))
+    model, processor, _ = load(args, processes, first_weights(args, processes, learn))
     episodes = rollout(model, processor, evaluation_sets(args)["rule-ood"], range(hands),
                        batch=args.rollout_batch, temperature=args.eval_temperature,
                        max_new_tokens=args.max_new_tokens, device=processes.device)
