@@ -286,7 +286,7 @@ class VisionModel(nn.Module):
         """Encode Images -> (N, tiles * P, output_size): P patches per tile, the class token first."""
         N, tiles = images.aspect_ratio_mask.shape
         ids, P = images.aspect_ratio_ids, self.config.num_patches
-        x = torch.cat([*images.pixel_values]).to(self.class_embedding)            # (N * tiles, 3, size, size)
+        x = torch.cat(images.pixel_values).to(self.class_embedding)            # (N * tiles, 3, size, size)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
         x = self.pre_tile_positional_embedding(x.unflatten(0, (N, tiles)), ids)
         x = torch.cat([self.class_embedding.expand(N, tiles, 1, -1), x], 2)                 # (N, tiles, P, D)
@@ -438,8 +438,8 @@ class Llama(nn.Module):
             raise ValueError("a conversation has one image and one <|image|> token, or none: "
                              f"found images {count.tolist()}, tokens {tokens.tolist()}")
         step.has_images, step.rows = True, None if len(images.rows) == len(here) else images.rows
-        features = self.vision_model(images) if images.features is None else images.features   # (N, S, F)
-        step.vision = self.multi_modal_projector(features.to(x.device))                     # (N, S, D)
+        features = self.vision_model(images).to(x.device)      # (N, S, F); on the host if remembered
+        step.vision = self.multi_modal_projector(features)     # (N, S, D)
         step.after_image = here[images.rows].cumsum(1)[:, :, None].to(x.dtype)              # (N, T, 1)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)  # (N, S)
         if not real.all():

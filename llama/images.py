@@ -27,17 +27,15 @@ RULES = {"size": SQUARE, "max_image_tiles": whole(1, 64), "resample": whole(0, 5
 @dataclass
 class Images:
     """The images of a batch, at most one per row."""
-    pixel_values: list | None               # N of (tiles, 3, size, size), normalised, on the host; or None
+    pixel_values: list                      # N of (tiles, 3, size, size), normalised, on the host
     aspect_ratio_ids: torch.Tensor          # (N,) 1-based place in supported_aspect_ratios
     aspect_ratio_mask: torch.Tensor         # (N, tiles) 1 for real tiles, which come first, 0 for padding
     rows: torch.Tensor                      # (N,) the batch row of each, ascending
-    features: torch.Tensor | None = None    # (N, S, VisionConfig.output_size), if already encoded
 
     def to(self, device):
         """Move all but pixel values, which are moved when they are encoded."""
-        features = None if self.features is None else self.features.to(device)
         others = self.aspect_ratio_ids, self.aspect_ratio_mask, self.rows
-        return Images(self.pixel_values, *(x.to(device) for x in others), features)
+        return Images(self.pixel_values, *(x.to(device) for x in others))
 
 
 def cut(image, config):
