@@ -308,15 +308,15 @@ def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
     A rank gathers one weight at a time and keeps those of its own file, so that none ever holds more.
     """
     weights = {to_released(name, llama.config): p for name, p in llama.named_parameters()}
-    files, mine = shard_files(weights, max_shard_size), {}
-    for i, names in enumerate(files.values()):
+    files = shard_files(weights, max_shard_size)
+    for i, (file, names) in enumerate(files.items()):
+        mine = {}
         for name in names:
-            whole = weights[name].full_tensor()                                # a collective
+            whole = weights[name].full_tensor()                            # a collective
             if i % world == rank:
                 mine[name] = whole.detach().cpu()
-        if mine and (i % world == world - 1 or i == len(files) - 1):       # all ranks write at the same time
-            save_file(mine, folder / list(files)[i // world * world + rank], {"format": "pt"})
-            mine = {}
+        if mine:
+            save_file(mine, folder / file, {"format": "pt"})
     if rank == 0:
         for name, text in describe(llama.config, weights, files).items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ names, lines of JSON. All may import it.
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -38,14 +39,16 @@ class Lock:
         self.folder, self.flag, self.handle = Path(folder), flag, None
         self.made, until = not self.folder.exists(), time.monotonic() + patience
         while not self.take():
-            holder = self.holder()
-            if not launch or holder.get("launch") != launch or time.monotonic() > until:
-                who = "process {pid} on {host}, since {since}" if holder else "another process"
-                raise Held(f"{folder}: in use by {who.format_map(holder)}; wait until it has ended, stop it, "
-                           f"or choose another {flag}")
+            holder, its_launch = self.holder()
+            if not launch or its_launch != launch or time.monotonic() > until:
+                raise Held(f"{folder}: in use by {holder}; wait until it has ended, stop it, or choose "
+                           f"another {flag}")
             time.sleep(0.2)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.write({"pid": os.getpid(), "host": socket.gethostname(), "since": since, "launch": launch})
+        told = f"process {os.getpid()} on {socket.gethostname()}, since {since}; {launch}"
+        with suppress(OSError):                                # a full disk; the lock holds all the same
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, told.encode(), 0)
 
     def take(self):
         """Try once. Where a file system has no locks, say so and go on without."""
@@ -71,17 +74,12 @@ class Lock:
         return self.take()
 
     def holder(self):
-        """Return what the holder wrote of itself; {} where that cannot be read."""
-        with suppress(OSError, ValueError, RecursionError):
-            found = json.loads((self.folder / LOCK).read_text(encoding="utf-8"))
-            if isinstance(found, dict) and {"pid", "host", "since"} <= set(found):
-                return found
-        return {}
-
-    def write(self, holder):
-        with suppress(OSError):                                # a full disk; the lock holds all the same
-            os.ftruncate(self.handle, 0)
-            os.pwrite(self.handle, json.dumps(holder).encode(), 0)
+        """Return what the holder wrote of itself, and its launch, where that can be read."""
+        with suppress(OSError, ValueError):
+            told = (self.folder / LOCK).read_text(encoding="utf-8")
+            if found := re.fullmatch(r"(process \d+ on \S+, since [-:\d ]+); ([!-~]*)", told):
+                return found.groups()
+        return "another process", None
 
     def release(self):
         """Let the folder go, and remove it if it was made for this and nothing came into it."""
