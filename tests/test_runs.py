@@ -32,18 +32,18 @@ from distributed.processes import Processes
 from harness.settings import Args
 
 ROOT = Path(train.__file__).parent
+
+
 GAME = "--task gp-l --attempts 2 --max-new-tokens 4 --eval-hands 2 --device cpu"
-LEARN = "--eval-every 0 --save-every 1 --probe-hands 0"
-COMMON = {             # the settings of a short run, by its algorithm
-    "sft": f"--batch-size 4 {LEARN}", "ppo": f"--hands 4 --samples 1 --minibatches 1 {LEARN}", "eval": ""}
+LEARN = f"{GAME} --eval-every 0 --save-every 1 --probe-hands 0"
+SHORT = {              # what stands for the first word of a command line
+    "sft": f"--algo sft --batch-size 4 {LEARN}", "eval": f"--algo eval {GAME}",
+    "ppo": f"--algo ppo --hands 4 --samples 1 --minibatches 1 {LEARN}", "resume": "--device cpu --resume"}
 
 
-def quick(algo, *argv):
-    return [*f"--algo {algo} {GAME} {COMMON[algo]}".split(), *map(str, argv)]
-
-
-def resume(out, *argv):
-    return ["--device", "cpu", "--resume", "--out", str(out), *map(str, argv)]
+def run(line, main=train.main):
+    first, *more = line.split()
+    main(SHORT.get(first, first).split() + more)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def runs(small, tmp_path_factory):
     """A folder with a run of SFT and one of PPO, each with two checkpoints."""
     root = tmp_path_factory.mktemp("runs")
     for algo in ("sft", "ppo"):
-        train.main(quick(algo, "--model", small[0], "--steps", 2, "--out", root / algo))
+        run(f"{algo} --model {small[0]} --steps 2 --out {root / algo}")
     return root
 
 
@@ -61,10 +61,10 @@ def sft(runs, tmp_path):
     return shutil.copytree(runs / "sft", tmp_path / "sft")
 
 
-def refused(*argv, main=train.main):
-    """Run a command that is to be refused. Returns its one line."""
+def refused(line, main=train.main):
+    """Run a command line that is to be refused. Return what is said, one line."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as err:
-        main(list(map(str, argv)))
+        run(line, main)
     said = err.getvalue().strip() if stop.value.code == 2 else str(stop.value.code)
     assert "\n" not in said and len(said) > 20, said
     return said
@@ -79,10 +79,10 @@ def content(path):
 # ------------------------------------------------------------------------------------------------------------
 # One process per folder
 
-@pytest.mark.parametrize("algo", [None, "sft", "eval", "ppo"])
-def test_a_folder_in_use_is_refused_and_not_touched(small, sft, algo):
+@pytest.mark.parametrize("command", ["resume", "sft --model {}", "eval --model {}", "ppo --model {}"])
+def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
     before, lock = content(sft), files.Lock(sft)
-    said = refused(*quick(algo, "--model", small[0], "--out", sft) if algo else resume(sft))
+    said = refused(f"{command.format(small[0])} --out {sft}")
     assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
     assert content(sft) == before
     lock.release()
@@ -201,7 +201,7 @@ def test_default_folders(tmp_path, monkeypatch, runs):
 def test_a_folder_that_cannot_be_one(small, tmp_path, name, prepare, algo):
     prepare(tmp_path / "run")
     before = content(tmp_path)
-    said = refused(*quick(algo, "--model", small[0], "--out", tmp_path / name))
+    said = refused(f"{algo} --model {small[0]} --out {tmp_path / name}")
     assert str(tmp_path / name) in said
     assert re.search("choose another --out|--out .*: expected a folder", said)
     assert content(tmp_path) == before
@@ -211,7 +211,7 @@ def test_a_linked_folder_of_runs(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
-    train.main(quick("sft", "--model", small[0], "--steps", 1))
+    run(f"sft --model {small[0]} --steps 1")
     assert (tmp_path / "disk/gp-l-sft/final/config.json").exists()
 
 
@@ -335,12 +335,12 @@ def test_a_runs_log(sft, name, monkeypatch):
     monkeypatch.chdir(sft.parent)
     if good < 0:
         n = lines.count(b"\n") - good
-        for said in (refused(*resume(sft)), refused("plot", sft, main=study.main)):
+        for said in (refused(f"resume --out {sft}"), refused(f"plot {sft}", study.main)):
             assert f"{log}, line {n}: " in said
     else:
-        train.main(resume(sft))
+        run(f"resume --out {sft}")
         assert log.read_bytes().startswith(lines) and b'"step": 2, "config"' in log.read_bytes()
-        study.main(["plot", str(sft)])
+        run(f"plot {sft}", study.main)
 
 
 def log_of(**changes):
@@ -361,15 +361,15 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, words):
     log = tmp_path / "run/log.jsonl"
     log.parent.mkdir()
     log.write_bytes(content) if content is not None else log.mkdir()
-    said = refused("plot", log.parent, main=study.main)
+    said = refused(f"plot {log.parent}", study.main)
     assert str(log.parent) in said and words in said
 
 
 def test_runs_that_were_tested_otherwise_are_not_plotted_together(runs, sft):
     log = sft / "log.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"rule-ood": {', b'"fake-rule": {'))
-    assert f"{sft}: evaluated on other sets or hands" in refused(
-        "plot", runs / "ppo", sft, main=study.main)
+    said = refused(f"plot {runs / 'ppo'} {sft}", study.main)
+    assert f"{sft}: evaluated on other sets or hands" in said
 
 
 def test_records(tmp_path):
@@ -408,7 +408,7 @@ def test_a_log_that_cannot_be_written(small, tmp_path, monkeypatch, where):
             self.log_file.mkdir()
         real(self, **record)
     monkeypatch.setattr(folder.RunFolder, "log", log)
-    said = refused(*quick("sft", "--model", small[0], "--steps", 2, "--out", out))
+    said = refused(f"sft --model {small[0]} --steps 2 --out {out}")
     words = "cannot be written (Is a directory); make room, and --resume"
     assert f"{out}/log.jsonl: {words} --out {out} goes on from" in said
 
@@ -462,13 +462,13 @@ CASES = [(name, harm, words.replace("NAME", name)) for line in DAMAGE.strip().sp
 @pytest.mark.parametrize("name, harm, words", CASES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, harm, words):
     HARM[harm](sft / LAST / name)
-    said = refused(*resume(sft))
+    said = refused(f"resume --out {sft}")
     assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
     if harm == "cut" and name != "rank_0.json":
-        argv = quick("eval", "--model", sft / LAST, "--out", sft.parent / "other")
-        assert f"{name} is not what was written" in refused(*argv)
+        said = refused(f"eval --model {sft / LAST} --out {sft.parent}/other")
+        assert f"{name} is not what was written" in said
         shutil.rmtree(sft / LAST)
-        train.main(resume(sft))
+        run(f"resume --out {sft}")
 
 
 @pytest.mark.parametrize("name, make", [
@@ -479,7 +479,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, ha
 def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
     other = sft / "checkpoints" / name
     make(other)
-    said = refused(*resume(sft))
+    said = refused(f"resume --out {sft}")
     assert re.search(f"{other}: not a checkpoint.* move it away, and --resume goes on from .*{LAST}", said)
     checkpoint.Checkpoints(sft / "checkpoints", keep=1).finish()           # it does not go with the old ones
     assert other.is_symlink() or other.exists()
@@ -487,7 +487,8 @@ def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
 
 def test_an_empty_folder_is_a_damaged_checkpoint(sft):
     (sft / "checkpoints/step_000099").mkdir()
-    assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", refused(*resume(sft)))
+    said = refused(f"resume --out {sft}")
+    assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", said)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -498,22 +499,22 @@ def test_a_record_of_another_kind(sft, change, words):
     record = checkpoint.read_record(sft / LAST)
     (sft / LAST / "record.json").write_text(json.dumps(record | change), encoding="utf-8")
     resummed(sft / LAST)
-    assert re.search(f"{LAST}: .*{words}", refused(*resume(sft)))
+    assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
 
 
 def test_a_checkpoint_of_another_algorithm(runs, sft):
-    said = refused(*resume(sft, "--algo", "ppo"))
+    said = refused(f"resume --algo ppo --out {sft}")
     assert re.search(f"--algo ppo cannot go on with a run of --algo sft; .* --model .*{LAST} and", said)
-    assert "--algo ppo cannot go on" in refused(*resume(sft, "--algo", "ppo", "--override"))
+    assert "--algo ppo cannot go on" in refused(f"resume --algo ppo --override --out {sft}")
     shutil.copytree(runs / "ppo" / LAST, sft / "checkpoints/step_000003")
-    said = refused(*resume(sft))
+    said = refused(f"resume --out {sft}")
     assert re.search("step_000003: .*--algo ppo, and that in .* has --algo sft; move it away", said)
 
 
-@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo"), ("ppo", "sft"), ("ppo", "eval")])
+@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo --steps 1"), ("ppo", "sft --steps 1"),
+                                            ("ppo", "eval")])
 def test_weights_of_any_algorithm_begin_another(runs, tmp_path, begun, goes_on):
-    steps = [] if goes_on == "eval" else ["--steps", 1]
-    train.main(quick(goes_on, "--model", runs / begun / LAST, *steps, "--out", tmp_path / "run"))
+    run(f"{goes_on} --model {runs / begun / LAST} --out {tmp_path / 'run'}")
     assert (tmp_path / "run" / ("eval.json" if goes_on == "eval" else "final")).exists()
 
 
@@ -531,22 +532,20 @@ class Payload:
     (".metadata", None), ("rank_0.safetensors", "not slices of this program"),
     ("rank_1.safetensors", "not slices of this program"),
     ("__0_0.distcp", "another version")])                      # as torch.distributed.checkpoint wrote them
-@pytest.mark.parametrize("way", ["--resume", "--model"])
+@pytest.mark.parametrize("way", ["resume --out {sft}", "eval --model {last} --out {other}"])
 def test_a_checkpoint_runs_nothing(sft, tmp_path, name, words, way):
     """Whoever can write it can write its sums."""
-    victim = tmp_path / "victim"
+    victim, line = tmp_path / "victim", way.format(sft=sft, last=sft / LAST, other=tmp_path / "eval")
     torch.save({"x": Payload(victim)}, tmp_path / "payload")
     for payload in ((tmp_path / "payload").read_bytes(), pickle.dumps(Payload(victim))):
         (sft / LAST / name).write_bytes(payload)
         if name == "__0_0.distcp":
             (sft / LAST / "rank_0.safetensors").unlink(missing_ok=True)
         resummed(sft / LAST)
-        argv = quick("eval", "--model", sft / LAST, "--out", tmp_path / "eval")
-        argv = resume(sft) if way == "--resume" else argv
         if words:
-            assert words in refused(*argv)
+            assert words in refused(line)
         else:
-            train.main(argv)
+            run(line)
     assert not victim.exists()
 
 
@@ -593,11 +592,11 @@ def test_a_folder_from_elsewhere_overwrites_nothing_outside(sft, tmp_path, plant
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(home if planted == ".final" else home / "precious")
-    argv = resume(sft, "--steps", 3, "--override")
+    line = f"resume --steps 3 --override --out {sft}"
     if planted == ".lock":
-        assert f"{sft}: cannot write there" in refused(*argv)
+        assert f"{sft}: cannot write there" in refused(line)
     else:
-        train.main(argv)
+        run(line)
     assert content(home) == {Path("precious"): b"precious"}
 
 
@@ -609,13 +608,13 @@ def test_resume_runs_no_file_that_the_record_names(small, tmp_path):
     mine.write_text("import variants, pathlib\npathlib.Path(__file__ + '.ran').touch()\n"
                     "SFT_LOSSES = {'mine': variants.SFT_LOSSES['nll']}\n", encoding="utf-8")
     ran = Path(f"{mine}.ran")
-    train.main(quick("sft", "--model", small[0], "--steps", 1, "--custom", mine, "--out", out))
+    run(f"sft --model {small[0]} --steps 1 --custom {mine} --out {out}")
     ran.unlink()
     words = f"--custom {mine}; to run that file again, give --custom FILE with --resume"
-    assert words in refused(*resume(out))
-    assert "--custom" in refused(*resume(out, "--override")) and not ran.exists()
+    assert words in refused(f"resume --out {out}")
+    assert "--custom" in refused(f"resume --override --out {out}") and not ran.exists()
     moved = mine.rename(tmp_path / "moved.py")
-    train.main(resume(out, "--custom", moved))
+    run(f"resume --custom {moved} --out {out}")
     assert Path(f"{moved}.ran").exists()
     SFT_LOSSES.pop("mine")
 
@@ -678,8 +677,7 @@ def test_transcripts_and_lines_hold_nothing_that_acts(tmp_path, capsys):
     assert said == "[user]\nBar \\x1b]0;owned\\x07 \\udc80\n\n[assistant]\n\\u202eé\n"
     run.processes.print("step", "\x1b[31m")
     assert capsys.readouterr().out == "step \\x1b[31m\n"
-    argv = quick("sft", "--model", "/no\x1b[31mwhere", "--out", tmp_path / "run")
-    assert r"/no\x1b[31mwhere" in refused(*argv)
+    assert r"/no\x1b[31mwhere" in refused(f"sft --model /no\x1b[31mwhere --out {tmp_path / 'run'}")
 
 
 SAYS = "import sys; from harness import terminal; terminal.command(lambda: {})"
