@@ -85,7 +85,6 @@ def test_transformers_sees_as_we_do(transformers, small, game):
     rendered = ours.render(SHOWN)
     images = ours.images(rendered.images)
     assert type(theirs).__name__ == "MllamaProcessor" and found["input_ids"][0].tolist() == rendered.ids
-    assert rendered.ids.count(ours.image_token_id) == 1
     assert (found["pixel_values"][0, 0] - images.pixel_values[0]).abs().max() < 1e-6
     for name in ("aspect_ratio_ids", "aspect_ratio_mask"):
         assert torch.equal(found[name][:, 0], getattr(images, name))

@@ -409,14 +409,14 @@ def test_a_cache_grows_around_what_it_holds(tiny):
 
 
 def test_image_and_token_must_match(tiny):
-    cache, image = KVCache(tiny.config, 1), random_images([1])
+    cache = KVCache(tiny.config, 1)
     for ids, rows in ([[[1, 2, 3]], [0]], [[[IMAGE, 2, IMAGE]], [0]], [[[IMAGE, 1], [1, IMAGE]], [0]],
                       [[[IMAGE, 2, IMAGE]], [0, 0]]):
         with pytest.raises(ValueError, match="one image"):
             tiny(torch.tensor(ids), images=random_images([1] * len(rows), rows))
     tiny(torch.tensor([[1, 2]]), cache=cache)
     with pytest.raises(ValueError, match="first tokens"):
-        tiny(torch.tensor([[IMAGE, 2]]), cache=cache, images=image)
+        tiny(torch.tensor([[IMAGE, 2]]), cache=cache, images=random_images([1]))
     with pytest.raises(ValueError, match="at least one token"):
         generate(tiny, [[1, 2]], cache=cache, max_new_tokens=1, stop_ids=[])
 
@@ -438,10 +438,8 @@ def test_a_frozen_encoder_sees_each_image_once(tiny, llama3):
         with remember(models, features):
             assert torch.equal(our_logits(models[1], ids, images=images), expected)
         assert seen == encoded
-    with remember(models, None):
-        our_logits(models[0], ids, images=images)
-    our_logits(models[0], ids, images=images)
-    assert seen == [1, 3, 3] and len(features) == 3 and {x.device.type for x in features.values()} == {"cpu"}
+    our_logits(models[0], ids, images=images)              # nothing is remembered any more
+    assert seen == [1, 3] and len(features) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -453,7 +451,7 @@ def test_what_is_asked_for_is_computed(tiny):
     targets[1, 2:4] = 5
     out, logits = tiny(ids, targets=targets), our_logits(tiny, ids)
     full = logits.log_softmax(-1)[1, 2:4]
-    assert out.logits is None and not tiny(ids, targets=targets.clamp(max=-100)).logprobs.any()
+    assert out.logits is None
     assert_close(out.logprobs[1, 2:4], full[:, 5], 1e-5)
     assert_close(out.entropy[1, 2:4], -(full.exp() * full).sum(-1), 1e-5)
     assert_close(tiny(ids, lengths=lengths, logits="last").logits, logits[range(3), lengths - 1], 1e-5)
@@ -632,7 +630,7 @@ def test_image_tensors(llama3, their_tiles):
         assert pixels is one.pixel_values[0] and llama3.cut(one) is one
     scale = torch.tensor(PREPROCESSOR["image_std"])[:, None, None]
     assert_close(torch.stack(ours.pixel_values) * scale, theirs["pixel_values"][:, 0] * scale, 1 / 255)
-    assert llama3.images([None, None]) is None and ours.pixel_values[0].dtype == torch.float32
+    assert llama3.images([None, None]) is None
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "F"])
