@@ -1,1 +1,2 @@
-"""What several processes need beyond one: shard.py cuts the model into slices. None of it is in model.py."""
+"""Several processes: who they are, one model in slices over them (FSDP2), and checkpoints. model.py knows
+nothing of it."""

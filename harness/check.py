@@ -1,4 +1,4 @@
-"""Are these settings a run? All that can be said before weights are read and anything is written.
+"""Check that settings are a run, before weights are read and anything is written.
 
     train.py: error: --hands 3: expected with --algo ppo
 

@@ -1,4 +1,4 @@
-"""A run's folder: which one, who holds it, and what is written there.
+"""The folder of a run: its choice, its lock, and its files.
 
     runs/NAME/config.json       the settings
     runs/NAME/log.jsonl         a line of JSON for every start, step and evaluation
@@ -28,13 +28,13 @@ from variants import lora
 
 LOG = "log.jsonl"
 LINE = {"event": str, "step": int}                             # what each of its lines has
-# What a checkpoint's record.json has at least.
+# Fields that a checkpoint's record.json has at least.
 RECORD = {"step": int, "compute": (int, float), "flops": dict, "skipped": int, "skipped_in_a_row": int,
           "began": (str, type(None)), "config": dict}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Which folder
+# Its choice
 
 @contextmanager
 def chosen(args, processes):
@@ -111,7 +111,7 @@ def git_commit():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is written there
+# Its files
 
 class RunFolder:
     """The folder in --out, which `chosen` holds."""

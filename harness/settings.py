@@ -1,4 +1,4 @@
-"""The settings of a run: names, defaults, presets, the command line, and what a resumed run may set anew.
+"""The settings of a run: names, defaults, presets, the command line, and the new ones of a resumed run.
 
     python train.py --help          # what most runs need; --help-all shows the rest, too
 """
@@ -28,7 +28,7 @@ TEMPERATURE = real("a number from 0.01 to 100; greedy answers (0) leave no ratio
                    lambda x: 0.01 <= x <= 100)
 EVAL_TEMPERATURE = real("0 (greedy) or a number from 0.01 to 100", lambda x: x == 0 or 0.01 <= x <= 100)
 
-# What settings need to have an effect, see ranges.arg.
+# Needs of settings, without which they have no effect; see ranges.arg.
 LEARNING, SFT, PPO = "--algo sft, ppo or pretrain", "--algo sft or pretrain", "--algo ppo"
 POST_TRAINING = "--algo sft or ppo"
 EXPERT = SFT + "; --sft-data expert"
@@ -108,7 +108,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                          "id, rule-ood, visual-ood, or other `shifts` of the game in envs.py, by commas")
     save_every: int = arg(None, integer(1), "steps between checkpoints; there is one at the end", LEARNING)
 
-    # What --help-all shows, too.
+    # From here on --help-all alone shows them.
     rules: str = arg(None, several(text("a rule")),
                      "rules that training mixes, one per seed, in place of --rule, by commas: 10,11-12-13,5; "
                      "--rule still says what the init checkpoint, id and rule-ood are about", POST_TRAINING)
@@ -183,7 +183,7 @@ RARE = {"rules": "the game and files", "weight_decay": "optimizer and critic", "
         "clip_high": "variants/losses.py", "token_gamma": "variants/advantages.py",
         "kl_coef": "variants/reference.py", "lora_rank": "variants/lora.py",
         "compat": "variants/official.py: the released code"}
-# What a resumed run may set anew, for it does not change what is computed (but for the order of sums).
+# A resumed run may set these anew: they do not change what is computed (but for the order of sums).
 FREE = ("out", "resume", "override", "custom", "device", "shard", "checkpoint_activations", "save_every",
         "keep", "max_skipped")
 # Handed to the game, which knows some of them.

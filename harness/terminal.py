@@ -1,4 +1,4 @@
-"""What a person is shown: no character that acts on a terminal, none that it lacks, and no traceback once its
+"""Show text to a person: no character that acts on a terminal, none that it lacks, and no traceback once its
 reader has gone. All may import it: it needs the standard library alone.
 """
 
@@ -22,7 +22,7 @@ class Visible(io.TextIOWrapper):
 
 
 def command(main):
-    """Run the `main` of a command, as it is to be shown; of a reader that has gone it does not complain."""
+    """Run the `main` of a command and show what it says; do not complain of a reader that has gone."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream:                             # None: closed by who started it

@@ -48,7 +48,7 @@ def run(line, main=train.main):
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
-    """A folder with a run of SFT and one of PPO, each with two checkpoints."""
+    """Return a folder with a run of SFT and one of PPO, each with two checkpoints."""
     root = tmp_path_factory.mktemp("runs")
     for algo in ("sft", "ppo"):
         run(f"{algo} --model {small[0]} --steps 2 --out {root / algo}")
@@ -57,7 +57,7 @@ def runs(small, tmp_path_factory):
 
 @pytest.fixture
 def sft(runs, tmp_path):
-    """A copy of the run of SFT."""
+    """Return a copy of the run of SFT."""
     return shutil.copytree(runs / "sft", tmp_path / "sft")
 
 
@@ -71,7 +71,7 @@ def refused(line, main=train.main):
 
 
 def content(path):
-    """All that lies in a folder, but for locks."""
+    """Return all that lies in a folder, but for locks."""
     found = [file for file in path.rglob("*") if file.name != files.LOCK]
     return {file.relative_to(path): file.is_file() and file.read_bytes() for file in found}
 
@@ -344,7 +344,7 @@ def test_a_runs_log(sft, name, monkeypatch):
 
 
 def log_of(**changes):
-    """A log of one step that was not evaluated, with other settings, or another time."""
+    """Return a log of one step that was not evaluated, with other settings, or another time."""
     config = {"task": "gp-l", "algo": "sft"} | changes.pop("config", {})
     step = dict(event="step", step=1, tflops=1, counted_tflops=1, flops={}, seconds=1, memory_gb=1) | changes
     start = dict(event="start", step=0, config=config, commit="c", hardware="h")
@@ -519,7 +519,7 @@ def test_weights_of_any_algorithm_begin_another(runs, tmp_path, begun, goes_on):
 
 
 class Payload:
-    """What leaves a file behind as it is unpickled."""
+    """An object that leaves a file behind as it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -620,7 +620,7 @@ def test_resume_runs_no_file_that_the_record_names(small, tmp_path):
 
 
 def calls():
-    """Every call in the sources: (file, what is called, its words, its plain arguments)."""
+    """Yield every call in the sources: (file, function, names of its keywords, plain arguments)."""
     for file in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")):
         if file.parent.name in ("tests", "build", "runs"):
             continue

@@ -37,14 +37,14 @@ class Accepted(BaseException):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch, capsys):
-    """In an empty folder: command line -> what was said as it was refused, or None if it was accepted."""
+    """Return a function, in an empty folder: command line -> the refusal, or None if it was accepted."""
     def accept(*_):
         raise Accepted
 
-    def run(argv):
+    def run(line):
         before = files()
         try:
-            train.main([str(word) for word in argv])
+            train.main(shlex.split(line))
         except Accepted:
             return None
         except SystemExit as stop:
@@ -210,10 +210,10 @@ REFUSED = """
 
 
 def command_of(line):
-    """Split "words | --flag VALUE: message" -> (the words of the command, with the flag; the message)."""
+    """Split "words | --flag VALUE: message" -> (the command line, with the flag; the message)."""
     before, _, message = line.strip().rpartition(" | ")
     culprit = message.split(": ")[0]
-    return shlex.split(f"{before} {culprit}" if culprit.startswith("--") else before), message
+    return f"{before} {culprit}" if culprit.startswith("--") else before, message
 
 
 def lines_of(table):
@@ -222,14 +222,14 @@ def lines_of(table):
 
 @pytest.mark.parametrize("line", lines_of(REFUSED))
 def test_is_refused(start, line):
-    words, message = command_of(line)
-    assert message in start(words)
+    command, message = command_of(line)
+    assert message in start(command)
 
 
 def test_two_flags_of_which_one_was_wrong_go_on_as_one_run(start):
     """A wrong command leaves nothing behind, so that the right one needs no --resume."""
-    assert start(["--eval-sets", "id,rule-odd", "--out", "run"])
-    assert start(["--eval-sets", "id,rule-ood", "--out", "run"]) is None
+    assert start("--eval-sets id,rule-odd --out run")
+    assert start("--eval-sets id,rule-ood --out run") is None
 
 
 @pytest.mark.parametrize("flag, name, text, words", rows("""
@@ -245,32 +245,32 @@ def test_two_flags_of_which_one_was_wrong_go_on_as_one_run(start):
 """))
 def test_files_that_are_none(start, flag, name, text, words):
     Path(name).write_text(text)
-    said = start([flag, name])
+    said = start(f"{flag} {name}")
     assert f"{flag} {name}: expected" in said and words in said
 
 
 def test_folders_that_are_none(start):
     Path("file").touch()
-    assert "--out file/run: expected a folder" in start(["--out", "file/run"])
-    assert "expected a folder" in start(["--out", 300 * "long"])
-    assert "File name too long" in start(["--model", 300 * "long"])
-    assert r"--model '\x1b[2J': expected tiny" in start(["--model", "\x1b[2J"])
+    assert "--out file/run: expected a folder" in start("--out file/run")
+    assert "expected a folder" in start(f"--out {300 * 'long'}")
+    assert "File name too long" in start(f"--model {300 * 'long'}")
+    assert r"--model '\x1b[2J': expected tiny" in start("--model \x1b[2J")
     for name, text, words in (
             ("text", json.dumps(TEXT), "--task gp-vl: expected gp-l, as text is a text-only model"),
             ("torn", "{", "--model torn: expected tiny, a checkpoint or a folder"),
             ("other", '{"model_type": "bert"}', "--model other: expected tiny, a checkpoint or a folder")):
         Path(name).mkdir()
         Path(name, "config.json").write_text(text)
-        assert words in start(["--task", "gp-vl", "--model", name])
-    assert "--tune vision" in start(["--model", "text", "--tune", "vision"])
-    assert start(["--model", "text"]) is None
+        assert words in start(f"--task gp-vl --model {name}")
+    assert "--tune vision" in start("--model text --tune vision")
+    assert start("--model text") is None
 
 
 def test_devices_that_are_none(start, monkeypatch):
     for name in ("cuda", "mps"):
         backend = "cuda" if name == "cuda" else "backends.mps"
         monkeypatch.setattr(f"torch.{backend}.is_available", lambda: False)
-        assert f"--device {name}: expected cpu, as this PyTorch sees no" in start(["--device", name])
+        assert f"--device {name}: expected cpu, as this PyTorch sees no" in start(f"--device {name}")
 
 
 def test_routes_that_are_none(start):
@@ -278,7 +278,7 @@ def test_routes_that_are_none(start):
     folder.mkdir()
     (folder / "route_infos.json").write_text("[1]")
     for flag in ("--routes", "--look"):
-        said = start(["--task", "virl-l", flag, "city"])
+        said = start(f"--task virl-l {flag} city")
         assert f"{flag} city: expected a folder of routes in the released format; city/route_infos" in said
 
 
@@ -337,7 +337,7 @@ def test_the_settings_of_a_resumed_run_are_checked(start):
             ({"lr": "fast"}, "--lr fast: expected"), ({"loss": "mse"}, "--loss mse: expected one of"),
             ({"betas": [0.9]}, "--betas 0.9: expected two"), ({"eval_sets": "id,id"}, "--eval-sets id,id: ")):
         Path("run/config.json").write_text(json.dumps(dataclasses.asdict(args) | changes))
-        said = start(["--resume", "--out", "run"])
+        said = start("--resume --out run")
         assert said is None if words is None else words in said
 
 
@@ -384,11 +384,11 @@ ACCEPTED = """
 
 @pytest.mark.parametrize("line", ACCEPTED.strip().splitlines())
 def test_is_accepted(start, line):
-    assert start(shlex.split(line)) is None
+    assert start(line) is None
 
 
 def printed():
-    """All command lines of train.py in the pages and docstrings, as lists of words."""
+    """Yield all command lines of train.py in the pages and docstrings, as lists of words."""
     lines = []
     for page in (HERE / "README.md", *HERE.glob("*/README.md"), *HERE.glob("docs/**/*.md")):
         parts = page.read_text().split("```")
@@ -482,9 +482,9 @@ OTHERS = {
 def test_other_commands_refuse(tmp_path, monkeypatch, capsys, module, line):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    words, message = command_of(line)
+    command, message = command_of(line)
     with pytest.raises(SystemExit) as stop:
-        module.main(words)
+        module.main(shlex.split(command))
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
