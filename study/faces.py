@@ -24,7 +24,8 @@ from study.tables import markdown
 from train import learn
 
 VERDICTS = "correct wrong_value used_twice foreign_number left_out unparsable".split()
-HEAD = ["model", "values listed right", "all over 10 in the formula", *(x.replace("_", " ") for x in VERDICTS)]
+HEAD = ["model", "values listed right", "all over 10 in the formula",
+        *(name.replace("_", " ") for name in VERDICTS)]
 
 
 def over_10(numbers):

@@ -447,8 +447,8 @@ GROWS = {               # phase: the setting that it grows with, and what grows
 
 
 def advice(phases, sizes, args, room):
-    """Return the flag to give, the peak with it, and what to change if that is over `room`, in the unit of the
-    phases."""
+    """Return the flag to give, the peak with it, and what to change if that is over `room`, in the unit of
+    the phases."""
     total, changes = {name: sum(phase.values()) for name, phase in phases.items()}, []
     recompute = total["update"] > room
     used = {name: name for name in GROWS} | {"update": "update, recomputing" if recompute else "update"}
@@ -469,7 +469,8 @@ def show(config, args, gpus, gpu_memory):
     flag, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
     micro, verdict = sizes.micro, "does NOT fit" if changes else "fits"
     print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n"
-          f"{table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most {sum(sizes.rollout)} tokens; update: "
+          f"{table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most "
+          f"{sum(sizes.rollout)} tokens; update: "
           f"micro-batches of at most {micro.rows} conversations{' with an image each' * args.image}, "
           f"{micro.rows * micro.length} padded tokens")
     if remembers(args):

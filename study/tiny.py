@@ -27,9 +27,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for k, stage in enumerate(STAGES[game]):
             out = Path(folder) / str(k)
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            subprocess.run([*launcher, HERE / "train.py", "--algo", "pretrain", "--model", model, *stage.split(),
-                            "--out", out], check=True)
+            launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+            train = [sys.executable, *launcher, HERE / "train.py", "--algo", "pretrain"]
+            subprocess.run([*train, "--model", model, *stage.split(), "--out", out], check=True)
             model = out / "final"
         shutil.copytree(model, FOUNDATIONS / game, dirs_exist_ok=True)
     print(f"the foundation is in {FOUNDATIONS / game}")

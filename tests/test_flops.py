@@ -1,4 +1,5 @@
-"""FLOPs: of products by PyTorch's own counter, of pairs by the masks, and of whole steps by what is called."""
+"""FLOPs: of products by PyTorch's own counter, of pairs by the masks, and of whole steps by what is
+called."""
 
 import json
 from collections import Counter
@@ -157,7 +158,8 @@ def test_pairs_are_what_the_masks_leave_open(model):
                   lengths=torch.tensor(lengths) if max(lengths) > 1 else None, **given)
     rows = [(10, 3), (8, 0), (6, 1)]                   # tokens in all, real tiles
     done = sum((flops.quantities(model.config, n, 0, tiles, 1) for n, tiles in rows), Counter())
-    assert found == {"pairs": 2 * done["pairs"], "glances": done["glances"], "vision pairs": 2 * done["vision pairs"]}
+    assert found == {"pairs": 2 * done["pairs"], "glances": done["glances"],
+                     "vision pairs": 2 * done["vision pairs"]}
 
 
 def test_quantities_by_hand(model):
@@ -278,7 +280,7 @@ def test_what_is_counted_afterwards_is_what_was_done(small, tmp_path, monkeypatc
                      "--eval-sets", "id", *more))
     before, *steps, after = (line for line in map(json.loads, open(tmp_path / "log.jsonl", encoding="utf-8"))
                              if line["event"] != "start")
-    total = {phase: dict(zip(flops.PARTS, map(spent.__getitem__, flops.PARTS))) for phase, spent in witness.spent.items()}
+    total = {phase: {part: spent[part] for part in flops.PARTS} for phase, spent in witness.spent.items()}
     record = json.loads(max(tmp_path.glob("checkpoints/*/record.json")).read_text(encoding="utf-8"))
     assert record["flops"] == total
     assert steps[-1]["flops"] == {phase: {part: round(n / 1e12, 6) for part, n in parts.items()}

@@ -1,5 +1,5 @@
-"""The plan's estimates against what real runs on the CPU take, as PyTorch's profiler saw the allocator give and
-take it."""
+"""The plan's estimates against what real runs on the CPU take, as PyTorch's profiler saw the allocator give
+and take it."""
 
 import copy
 import gc
@@ -106,10 +106,11 @@ def test_sft_steps(medium, processor, task):
     args, model = settings(task, "sft"), copy.deepcopy(medium)
     examples = sft.make_batch(processor, [(make_env(args)(), 1.0)], range(BATCH), 0)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    step = lambda loss: optimizer.step() or 0.0
-    most, left = real_bytes(lambda: [sft.update(model, processor, examples, args, step=step) for _ in range(2)])
+    learn = lambda: sft.update(model, processor, examples, args, step=lambda loss: optimizer.step() or 0.0)
+    most, left = real_bytes(lambda: [learn(), learn()])
     used = [p for p in model.parameters() if p.grad is not None]
-    micro = plan.Micro(BATCH, max(len(e.ids) for e in examples) - 1, sum(sum(e.sampled) for e in examples) // BATCH)
+    length, targets = max(len(e.ids) for e in examples) - 1, sum(sum(e.sampled) for e in examples)
+    micro = plan.Micro(BATCH, length, targets // BATCH)
     module = plan.make_module(medium.config, args, torch.float32)
     _, peak = plan.measure_update(module, micro, args.image, cuda=False)
     state, step = plan.measure_optimizer(plan.shards(used, 1), cuda=False)

@@ -255,8 +255,8 @@ def flat(result):
     return {f"{key}/{path}": number for key, value in items for path, number in flat(value).items()}
 
 
-@pytest.mark.parametrize("shard, line", [("off", "gp-l --algo ppo"), ("on", "gp-vl --algo ppo --probe-hands 1"),
-                                         ("on", "gp-vl --algo sft")])
+@pytest.mark.parametrize("shard, line", [
+    ("off", "gp-l --algo ppo"), ("on", "gp-vl --algo ppo --probe-hands 1"), ("on", "gp-vl --algo sft")])
 def test_two_ranks_equal_one(small, tmp_path, working_folder, shard, line):
     """Two hands against one, or one against none, and as many passes on either rank; slices of the
     weights."""

@@ -1,4 +1,5 @@
-"""The runner: what is missing, in the right order, no more at once than allowed, on after a stop. Records, and the errors of their rates."""
+"""The runner: what is missing, in the right order, no more at once than allowed, on after a stop. Records,
+the errors of their rates, tables and figures."""
 
 import json
 import sys
@@ -35,65 +36,74 @@ if how == "stop" and "--resume" not in sys.argv:
 open(out + "/times", "w").write(json.dumps([begin, time.time()]))
 os.mkdir(out + "/final")
 """
+RECORD = {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5,
+          "flops": {}, "seconds": 3.0, "memory_gb": 4.0,
+          "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
+
+
+def runs_of(text):
+    """Read runs, NAME or NAME<NEEDED in a word each, or NAME=HOW to end otherwise than well."""
+    found = []
+    for word in text.split():
+        name, _, needed = word.partition("<")
+        name, _, how = name.partition("=")
+        found.append(Run(name, (how or "ok",), after=(needed,) if needed else ()))
+    return found
 
 
 @pytest.fixture
 def runner(tmp_path):
-    (tmp_path / "fake.py").write_text(SCRIPT)
-    return lambda runs, workers=2: Runner(runs, tmp_path / "runs", tmp_path / "records.jsonl", workers, (sys.executable, str(tmp_path / "fake.py")))
+    (tmp_path / "fake.py").write_text(SCRIPT, encoding="utf-8")
+    command = sys.executable, str(tmp_path / "fake.py")
+    return lambda text: Runner(runs_of(text), tmp_path / "runs", tmp_path / "records.jsonl", 2, command)
 
 
 def times(runner, name):
-    return json.loads((runner.root / name / "times").read_text())
+    return json.loads((runner.root / name / "times").read_text(encoding="utf-8"))
+
+
+def names(runs):
+    return " ".join(run.name for run in runs)
 
 
 def test_runs_wait_for_what_they_need_and_for_a_free_core(runner):
-    runs = [Run("b-0", ("ok",), after=("a-0",)), Run("a-0", ("ok",))] + [Run(f"c-{i}", ("ok",)) for i in range(4)]
-    work = runner(runs)
+    work = runner("b-0<a-0 a-0 c-0 c-1 c-2 c-3")
     assert work.work(0.02) == []
-    spans = {run.name: times(work, run.name) for run in runs}
+    spans = {run.name: times(work, run.name) for run in work.runs}
     assert spans["a-0"][1] <= spans["b-0"][0]
     for begin, _ in spans.values():
         assert sum(b <= begin < e for b, e in spans.values()) <= 2
 
 
-def test_what_is_done_is_not_done_again(runner):
-    work = runner([Run("a-0", ("ok",)), Run("b-0", ("ok",))])
-    work.work(0.02)
-    before = times(work, "a-0")
-    again = runner([Run("a-0", ("ok",)), Run("c-0", ("ok",))])
-    assert again.work(0.02) == [] and times(again, "a-0") == before and again.done("c-0")
-
-
-def test_what_is_recorded_is_not_done_again_without_its_folder_unless_its_weights_are_needed(runner):
-    first = runner([Run("a-0", ("ok",)), Run("b-0", ("ok",), after=("a-0",))])
+def test_what_is_recorded_is_not_done_again_unless_its_weights_are_needed_and_gone(runner):
+    first = runner("a-0 b-0<a-0")
     first.work(0.02)
-    assert list(records.read(first.file.parent)) == ["a-0", "b-0"]
-    assert records.read(first.file.parent)["a-0"] == {"name": "a-0", "config": {}, "commit": "c", "hardware": "h", "tflops": 2.0, "counted_tflops": 1.5,
-                                               "flops": {}, "seconds": 3.0, "memory_gb": 4.0, "curve": [{"step": 1, "tflops": 2.0, "eval": {"id": {}}}]}
+    known = records.read(first.file.parent)
+    assert list(known) == ["a-0", "b-0"] and known["a-0"] == RECORD
+    before, again = times(first, "a-0"), runner("a-0 c-0")
+    assert again.work(0.02) == [] and times(again, "a-0") == before and again.done("c-0")
     first.root.rename(first.root.with_name("elsewhere"))
-    assert [run.name for run in runner(first.runs).missing()] == []
-    more = runner([*first.runs, Run("c-0", ("ok",), after=("b-0",))])
-    assert [run.name for run in more.missing()] == ["a-0", "b-0", "c-0"]
-    assert more.work(0.02) == [] and list(records.read(first.file.parent)) == ["a-0", "b-0", "c-0"]
+    assert runner("a-0 b-0<a-0").missing() == []
+    more = runner("a-0 b-0<a-0 d-0<b-0")
+    assert names(more.missing()) == "a-0 b-0 d-0"
+    assert more.work(0.02) == [] and set(records.read(first.file.parent)) == {"a-0", "b-0", "c-0", "d-0"}
 
 
 def test_a_folder_name_in_a_command_line_is_filled_in(runner):
-    work = runner([Run("a-0", ("ok", "{root}/b-0/final"))])
-    work.start(work.runs[0])
+    work = runner("a-0")
+    work.start(Run("a-0", ("ok", "{root}/b-0/final")))
     process, _ = work.going["a-0"]
     assert process.wait() == 0 and process.args[3] == f"{work.root}/b-0/final"
 
 
 def test_one_that_fails_stops_only_those_that_need_it(runner, capsys):
-    work = runner([Run("a-0", ("fail",)), Run("b-0", ("ok",), after=("a-0",)), Run("c-0", ("ok",))])
+    work = runner("a-0=fail b-0<a-0 c-0")
     assert work.work(0.02) == ["a-0", "b-0"]
     assert work.done("c-0") and "a-0 failed; see" in capsys.readouterr().out
 
 
 def test_after_ctrl_c_runs_are_saved_and_resumed(runner, monkeypatch):
-    work = runner([Run("a-0", ("stop",))])
-    real = time.sleep
+    work, real = runner("a-0=stop"), time.sleep
 
     def interrupt(seconds):
         real(0.5)
@@ -104,35 +114,36 @@ def test_after_ctrl_c_runs_are_saved_and_resumed(runner, monkeypatch):
         work.work(0.02)
     assert work.going["a-0"][0].returncode == 0                # it ended by itself, when told to
     monkeypatch.undo()
-    again = runner([Run("a-0", ("stop",))])
-    assert again.work(0.02) == []
-
-
-def test_what_others_in_the_folder_recorded_is_known_and_tells_how_long_it_takes(runner):
-    records.append(runner([]).file.with_name("other.jsonl"), {"name": "a-0", "seconds": 30.0, "curve": []})
-    work = runner([Run("a-0", ("ok",)), Run("a-1", ("ok",))])
-    assert [run.name for run in work.missing()] == ["a-1"] and work.left() == 15
+    assert runner("a-0=stop").work(0.02) == []
 
 
 def test_time_left_is_from_runs_of_the_same_kind(runner):
-    runs = [Run("fast-0", ()), Run("fast-1", ()), Run("slow-0", ()), Run("new-0", ())]
-    work = runner(runs)
+    """Those that others in the folder recorded, too."""
+    work = runner("fast-0 fast-1 slow-0 new-0")
     assert work.left() is None
     work.seconds = {"fast": [10.0, 20.0], "slow": [100.0]}
     assert work.left() == pytest.approx((15 + 15 + 100 + (15 + 100) / 2) / 2)
+    records.append(work.file.with_name("other.jsonl"), {"name": "a-0", "seconds": 30.0, "curve": []})
+    work = runner("a-0 a-1")
+    assert names(work.missing()) == "a-1" and work.left() == 15
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Rates and their errors
 
 def test_error_of_a_mean_over_seeds_and_hands():
     """Against the spread of means that are drawn again and again, each from new seeds and new hands."""
     rng = np.random.default_rng(0)
 
     def scores(seeds, hands, of_seed, of_hand):
-        return of_seed * rng.normal(size=(seeds, 1)) + of_hand * rng.normal(size=(1, hands)) + rng.normal(size=(seeds, hands))
+        return (of_seed * rng.normal(size=(seeds, 1)) + of_hand * rng.normal(size=(1, hands))
+                + rng.normal(size=(seeds, hands)))
 
     for of_seed, of_hand in ((0.0, 1.0), (0.3, 1.0), (0.3, 0.0)):
         drawn = [scores(8, 60, of_seed, of_hand) for _ in range(400)]
         true = np.std([x.mean() for x in drawn])
-        assert np.sqrt(np.mean([records.error_of_mean(x) ** 2 for x in drawn])) == pytest.approx(true, rel=0.12)
+        squares = [records.error_of_mean(x) ** 2 for x in drawn]
+        assert np.sqrt(np.mean(squares)) == pytest.approx(true, rel=0.12)
     one = scores(1, 60, 0, 1)
     assert records.error_of_mean(one) == pytest.approx(one.std(ddof=1) / 60**0.5)
     assert records.error_of_mean(np.ones((3, 5))) == 0
@@ -144,33 +155,51 @@ def results(solved, right, answers):
 
 def test_rates_by_hand():
     a = results([1, 1, 0, 0], [1, 1, 0, 0], [1, 2, 5, 4])
-    assert records.rate([a], "success")[0] == 50 and records.rate([a], "first")[0] == 25
-    assert records.rate([a], "per_step")[0] == pytest.approx(100 * 2 / 12)
-    assert records.rate([a], "success")[1] == pytest.approx(100 * (0.25 / 3) ** 0.5)            # P(1-P)/(N-1)
     b = results([1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 5])
+    rates = [records.rate([a], metric)[0] for metric in ("success", "first", "per_step")]
+    assert rates == pytest.approx([50, 25, 100 / 6])
+    assert records.rate([a], "success")[1] == pytest.approx(100 * (0.25 / 3) ** 0.5)   # P(1-P)/(N-1)
     assert records.rate([a, b], "success")[0] == 62.5
-    assert records.change([b], [a], "success") == (25, pytest.approx(25))                       # one hand of four differs: 0.5 / sqrt(4)
-    assert records.change([b, b], [a], "success")[0] == 25                                      # all against one
+    # one hand of four differs: 0.5 / sqrt(4)
+    assert records.change([b], [a], "success") == (25, pytest.approx(25))
+    assert records.change([b, b], [a], "success")[0] == 25                              # all against one
     assert records.change([a, b], [a, b], "per_step") == (0, 0)
 
 
+def test_hands_are_kept_a_character_each(tmp_path):
+    assert records.pack([0, 35, 10, 1]) == "0za1"
+    for many in ([0, 35, 10, 1], [36, 1]):
+        assert records.unpack(records.pack(many)) == many
+    point = {"step": 0, "eval": {"id": results([1, 0], [3, 2], [3, 40])}}
+    records.append(tmp_path / "of.jsonl", {"name": "a", "curve": [point]})
+    kept = records.read(tmp_path)["a"]["curve"][0]["eval"]["id"]
+    assert records.rate([kept], "per_step")[0] == pytest.approx(100 * 5 / 43)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Experiments
+
 def evaluation(rate, seed):
-    rng = np.random.default_rng(seed)
-    solved = (rng.random(50) < rate).astype(int).tolist()
+    solved = (np.random.default_rng(seed).random(50) < rate).astype(int).tolist()
     return {name: results(solved, solved, [2] * 50) | {"recognized": 0.9} for name in ("id", "rule-ood")}
 
 
 def probe(k):
-    return {"forward_kl_answer": 0.1 * k, "reverse_kl_answer": 0.2 * k, "weights": {"changed": {"all": 0.3 * k}, "distance": {"head": 0.01 * k, "attention": 0.1 * k}},
-            **{name: {"entropy": 0.5, "length": 30.0, "pass@1": 0.4, "pass@8": 0.5 + 0.1 * k} for name in ("id", "rule-ood")}}
+    behaviour = {"entropy": 0.5, "length": 30.0, "pass@1": 0.4, "pass@8": 0.5 + 0.1 * k}
+    return {"forward_kl_answer": 0.1 * k, "reverse_kl_answer": 0.2 * k,
+            "id": behaviour, "rule-ood": behaviour,
+            "weights": {"changed": {"all": 0.3 * k}, "distance": {"head": 0.01 * k, "attention": 0.1 * k}}}
 
 
 def made_up(runs):
-    """A record of each run."""
-    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k, "probe": probe(k)} for k in range(2)]
-    return {run.name: {"name": run.name, "tflops": 8.0, "counted_tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0, "config": {"seed": int(run.name[-1])},
-                       "commit": "abc", "hardware": "a laptop",
-                       "curve": [point | {"eval": evaluation(0.5, 2 * k + j)} for j, point in enumerate(points)]} for k, run in enumerate(runs)}
+    """Make a record of each run."""
+    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k, "probe": probe(k)}
+              for k in range(2)]
+    took = {"tflops": 8.0, "counted_tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0,
+            "commit": "abc", "hardware": "a laptop"}
+    return {run.name: took | {"name": run.name, "config": {"seed": int(run.name[-1])}, "curve": [
+        point | {"eval": evaluation(0.5, 2 * k + j)} for j, point in enumerate(points)]}
+            for k, run in enumerate(runs)}
 
 
 def test_a_name_means_one_command_line():
@@ -185,91 +214,90 @@ def test_every_run_of_an_experiment_is_in_its_table(name):
     experiment = EXPERIMENTS[name]
     runs = experiment.runs([0, 1])
     assert len({run.name for run in runs}) == len(runs)
-    assert {name for run in runs for name in run.after} <= {run.name for run in runs}
+    before = set()
+    for run in runs:                                           # what is needed comes before
+        assert set(run.after) <= before
+        before.add(run.name)
     found = made_up(runs)
     text = experiment.table(found)
     for run, record in found.items():
-        other = {"curve": [point | {"eval": evaluation(1.0, 0)} for point in record["curve"]]}
-        shown = experiment.table(found | {run: record | other}) != text
+        other = [point | {"eval": evaluation(1.0, 0)} for point in record["curve"]]
+        shown = experiment.table(found | {run: record | {"curve": other}}) != text
         # Curves begin with init's evaluation, too; shifts judges again what main's runs end with.
-        assert shown or run.endswith("-init-0") or "-young-" in run or (name == "shifts" and "-shifts-" not in run), f"{run} is not in the table"
-    half = {run: record for run, record in found.items() if not run.endswith("-1") and "virl-l-ppo" not in run}
-    assert len(experiment.table(half).splitlines()) > 5                                        # what is there so far
+        beside = run.endswith("-init-0") or "-young-" in run or (name == "shifts" and "-shifts-" not in run)
+        assert shown or beside, f"{run} is not in the table"
+    half = {run: record for run, record in found.items() if run[-2:] != "-1" and "virl-l-ppo" not in run}
+    assert len(experiment.table(half).splitlines()) > 5        # what is there so far
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_figures_are_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")
     EXPERIMENTS[name].plot(made_up(EXPERIMENTS[name].runs([0])), tmp_path / "figure.png")
-    assert len(list(tmp_path.iterdir())) == len(EXPERIMENTS[name].figures)
-    assert all(file.stat().st_size > 10_000 for file in tmp_path.iterdir())
+    sizes = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert len(sizes) == len(EXPERIMENTS[name].figures) and all(size > 10_000 for size in sizes)
 
 
-def test_page_holds_what_was_begun(tmp_path):
-    runs = EXPERIMENTS["attempts"].runs([0, 2])
-    for name, record in made_up(runs).items():
-        records.append(tmp_path / "attempts.jsonl", record)
+@pytest.mark.parametrize("commit", ["abc", None])
+def test_page_holds_what_was_begun(tmp_path, commit):
+    for record in made_up(EXPERIMENTS["attempts"].runs([0, 2])).values():
+        records.append(tmp_path / "attempts.jsonl", record | {"commit": commit})
     (tmp_path / "attempts.png").touch()
-    (tmp_path / "attempts.md").write_text("More help.\n")
+    (tmp_path / "attempts.md").write_text("More help.\n", encoding="utf-8")
     text = page(tmp_path)
-    assert "## attempts" in text and "## main" not in text and "`python -m study attempts`\n\nMore help.\n\n![attempts](attempts.png)" in text
-    assert "*Seeds 0, 2; a laptop; commit abc.*" in text and "| gp-l, id | ppo-1-attempt | 2 |" in text
-
-
-@pytest.mark.parametrize("formula, uses", [("(13-7)*8/2", True), ("(10-7)*8/2", False), ("13*13-7", True), ("113-7", False), (None, False)])
-def test_faces_tell_a_formula_without_the_values_that_its_answer_lists(formula, uses):
-    said = '{"cards": ["K", "7", "8", "2"], "number": [13, 7, 8, 2]' + (f', "formula": "{formula}=24"' if formula else "") + "}"
-    assert faces.uses_them(said) is uses
-
-
-def test_faces_of_an_answer_that_lists_none_are_not_counted():
-    assert faces.uses_them('{"cards": ["K", "7", "8", "2"], "number": [10, 7, 8, 2], "formula": "7*8-2=24"}') is None
-    assert faces.uses_them("no JSON") is None
-
-
-def test_page_outside_a_git_checkout_says_that_the_commit_is_unknown(tmp_path):
-    for record in made_up(EXPERIMENTS["attempts"].runs([0])).values():
-        records.append(tmp_path / "attempts.jsonl", record | {"commit": None})
-    assert "a laptop; commit unknown.*" in page(tmp_path)
+    assert "## attempts" in text and "## main" not in text
+    assert "`python -m study attempts`\n\nMore help.\n\n![attempts](attempts.png)" in text
+    assert "| gp-l, id | ppo-1-attempt | 2 |" in text
+    assert f"*Seeds 0, 2; a laptop; commit {commit or 'unknown'}.*" in text   # outside of git nobody knows
 
 
 def test_verdict_counts_directions_by_their_errors():
-    def group(name, before, after):
+    def verdict(sft, ppo):
+        """Return what is said of 50 right hands of 100 before and so many after."""
         hands = lambda right: results([1] * right + [0] * (100 - right), [1] * 100, [1] * 100)
-        return tables.Group("gp-l", name, [{"curve": [{"eval": {"id": hands(50), "rule-ood": hands(of)}} for of in (before, after)]}])
+        curve = lambda after: [{"eval": {"id": hands(50), "rule-ood": hands(of)}} for of in (50, after)]
+        return tables.verdict([tables.Group("gp-l", name, [{"curve": curve(after)}])
+                               for name, after in (("sft", sft), ("ppo", ppo))])
 
-    assert tables.verdict([group("sft", 50, 30), group("ppo", 50, 70)]).startswith(
-        "Of the paper's 2 directions (SFT falls, RL rises), 2 as in the paper (SFT on gp-l rule-ood, PPO on gp-l rule-ood); 0 within")
-    text = tables.verdict([group("sft", 50, 70), group("ppo", 50, 51)])
-    assert "1 within two standard errors of no change (PPO on gp-l rule-ood); 1 the other way (SFT on gp-l rule-ood)" in text
+    assert verdict(30, 70).startswith("Of the paper's 2 directions (SFT falls, RL rises), 2 as in the paper "
+                                      "(SFT on gp-l rule-ood, PPO on gp-l rule-ood); 0 within")
+    assert ("1 within two standard errors of no change (PPO on gp-l rule-ood); 1 the other way (SFT on gp-l "
+            "rule-ood)") in verdict(70, 51)
 
 
 def test_what_explains_it_is_averaged_over_seeds():
-    group = tables.Group("gp-l", "ppo", [{"curve": [{"probe": probe(0)}, {"probe": probe(k)}]} for k in (1, 2)])
+    curves = ([{"probe": probe(0)}, {"probe": probe(k)}] for k in (1, 2))
+    group = tables.Group("gp-l", "ppo", [{"curve": curve} for curve in curves])
     init, ppo = tables.explained([group]).splitlines()[2:]
     assert init.startswith("| gp-l | init | 0 | 0 | 0 | 0 | 0 |")
-    assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] | 1.5 [1, 2] | 15 [10, 20] |") and ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
-    group.records[0]["curve"][0]["probe"]["reverse_kl_answer"] = group.records[1]["curve"][1]["probe"]["forward_kl_answer"] = None
+    assert ppo.startswith("| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] | 1.5 [1, 2] | "
+                          "15 [10, 20] |")
+    assert ppo.endswith("| 65 [60, 70] | 65 [60, 70] |")
+    (first, _), (_, last) = (record["curve"] for record in group.records)
+    first["probe"]["reverse_kl_answer"] = last["probe"]["forward_kl_answer"] = None
     init, ppo = tables.explained([group]).splitlines()[2:]
-    assert init.startswith("| gp-l | init | 0 | - | 0 |") and ppo.startswith("| gp-l | ppo | 0.1 | 0.3 [0.2, 0.4] |")
-
-
-def test_hands_are_kept_a_character_each(tmp_path):
-    many = [0, 35, 10, 1]
-    assert records.pack(many) == "0za1" and records.unpack("0za1") == many
-    assert records.unpack(records.pack([36, 1])) == [36, 1]
-    point = {"step": 0, "eval": {"id": results([1, 0], [3, 2], [3, 40])}}
-    records.append(tmp_path / "of.jsonl", {"name": "a", "curve": [point]})
-    assert records.rate([records.read(tmp_path)["a"]["curve"][0]["eval"]["id"]], "per_step")[0] == pytest.approx(100 * 5 / 43)
+    assert init.startswith("| gp-l | init | 0 | - | 0 |")
+    assert ppo.startswith("| gp-l | ppo | 0.1 | 0.3 [0.2, 0.4] |")
 
 
 def test_a_real_model_stands_in_for_the_tiny_one():
     runs = [at_scale(run, "Llama", 8) for run in EXPERIMENTS["overfitted"].runs([0])]
     models = {run.name: run.argv[run.argv.index("--model") + 1] for run in runs}
-    assert models["gp-l-sft-0"] == models["gp-l-init-0"] == "Llama" and models["gp-l-ppo-after-sft-0"] == "{root}/gp-l-sft-0/final"
-    assert {run.ranks for run in runs} == {8}
+    assert models["gp-l-sft-0"] == models["gp-l-init-0"] == "Llama"
+    assert models["gp-l-ppo-after-sft-0"] == "{root}/gp-l-sft-0/final" and {run.ranks for run in runs} == {8}
 
 
 def test_what_chosen_runs_need_is_chosen_too():
     found = chosen(EXPERIMENTS["no-sft"].runs([0, 1]), "from-young-1")
-    assert [run.name for run in found] == ["gp-l-init-0", "gp-l-young-1", "gp-l-ppo-from-young-1"]
+    assert names(found) == "gp-l-init-0 gp-l-young-1 gp-l-ppo-from-young-1"
+
+
+@pytest.mark.parametrize("number, formula, uses", [
+    (13, "(13-7)*8/2", True), (13, "(10-7)*8/2", False), (13, "13*13-7", True), (13, "113-7", False),
+    (13, None, False), (10, "7*8-2", None)])
+def test_faces_tell_a_formula_without_the_values_that_its_answer_lists(number, formula, uses):
+    """Answers that list none over 10 are not counted."""
+    said = {"cards": ["K", "7", "8", "2"], "number": [number, 7, 8, 2]}
+    said |= {"formula": f"{formula}=24"} if formula else {}
+    assert faces.uses_them(json.dumps(said)) is uses
+    assert faces.uses_them("no JSON") is None
