@@ -85,7 +85,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Called directly, as `Linear`."""
+    """Divide by the root of the mean square. Called directly, as `Linear`."""
 
     def __init__(self, size, eps):
         super().__init__()

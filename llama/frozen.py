@@ -38,7 +38,7 @@ def remember(module, features):
 
 
 def encode(forward, features, images):
-    """Do what `forward`, a vision encoder's, does: Images -> (N, S, F), but only for images not known yet."""
+    """Encode Images as `forward`, a vision encoder's, does -> (N, S, F). It gets what is not known yet."""
     new = {pixels: i for i, pixels in enumerate(images.pixel_values) if pixels not in features}
     if new:                                                    # tensors hash by identity
         at = list(new.values())

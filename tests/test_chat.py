@@ -92,7 +92,7 @@ def test_transformers_sees_as_we_do(transformers, small, game):
 
 @pytest.mark.parametrize("kind", ["llama3", "base", "chatml"])
 def test_a_pipeline_chats_and_stops(transformers, tmp_path, kind):
-    """At the end token, the third that a random model answers once two rows of its head are swapped."""
+    """Stop at the end token, the third that a random model answers once two rows of its head are swapped."""
     processor = processor_of(kind)
     model = Llama(Config(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=4, head_dim=8, eos_token_id=7))
@@ -159,7 +159,7 @@ def test_a_folder_of_transformers_5(transformers, tmp_path):
 @pytest.mark.parametrize("name", """chat_template.jinja chat_template.json special_tokens_map.json merges.txt
     added_tokens.json vocab.json tokenizer.model additional_chat_templates/tool_use.jinja""".split())
 def test_files_that_pass_through(gp, saved, tmp_path, name):
-    """To the byte, through a save and a checkpoint. Beside a template of theirs none of ours appears."""
+    """Keep them to the byte, in a save and a checkpoint. No template of ours appears beside one of theirs."""
     content = b"\x80\x81\0\r\n"
     (gp / "chat_template.jinja").unlink()
     (gp / name).parent.mkdir(exist_ok=True)

@@ -46,7 +46,7 @@ def edit(path, name, value):
 
 
 def refused(folder, load=read):
-    """Return what is said, but for the folder."""
+    """Return the words of the error, but for the folder."""
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         load(folder)
     said = str(error.value)
@@ -177,7 +177,7 @@ def test_what_may_be_left_out_or_changed(folder):
 
 
 def test_any_value_anywhere_in_config_json(folder):
-    """What the rules let through can be built. A text model's names have no prefix."""
+    """Build a model of all that the rules let through. A text model's names have no prefix."""
     mllama = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     llama = mllama["text_config"] | {"model_type": "llama", "rope_scaling": ROPE, "vision": 1}
     values = json.loads('[null, true, -1, 0, 1, 7, 1.5, NaN, "x\\ny", [], [0], [[1]], {}, {"a": 1}, 9999999]')
@@ -260,7 +260,7 @@ def put(content, words):
     (rename("model-1.safetensors", "model-2.safetensors"), "is unexpected, or a second one"),
     (lambda folder: shutil.rmtree(folder), "config.json: not found; expected a Hugging Face folder")])
 def test_weights(folder, model, damage, words, one_rank):
-    """Of a whole model, and of one that is read in slices."""
+    """Read a whole model, and one in slices."""
     damage(folder)
     assert words in refused(folder)
     if folder.exists():
@@ -344,7 +344,7 @@ def add(folder, special):
 
 
 def test_what_is_needed_for_a_task(folder):
-    """Images that a text task does not show, and special tokens that nobody makes, may be wanting."""
+    """Do without images in a text task, and without the embeddings of special tokens that nobody makes."""
     (folder / I).unlink()
     (folder / NESTED).write_text('{"image_processor": null}', encoding="utf-8")
     add(folder, special=True)

@@ -422,7 +422,7 @@ def test_image_and_token_must_match(tiny):
 
 
 def test_a_frozen_encoder_sees_each_image_once(tiny, llama3):
-    """Whatever batches it comes in, in any copy of the model: nothing else changes."""
+    """Share features between batches and copies of the model: nothing else changes."""
     models, seen, features = torch.nn.ModuleList([copy.deepcopy(tiny), copy.deepcopy(tiny)]), [], {}
     for model in models:
         count = lambda layer, tiles: seen.append(len(tiles[0]) // 4)
