@@ -112,7 +112,7 @@ class Processor:
         return processor
 
     def save_pretrained(self, folder):
-        """Write the files of `from_pretrained`, all or nothing, so that transformers chats alike and stops."""
+        """Write the files of `from_pretrained`, all or nothing. transformers then chats alike, and stops."""
         tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if "special_tokens_map.json" not in self.kept:         # else they are there
             tokens |= {} if self.chatml else {"bos_token": LLAMA3[0]}
