@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,15 +16,14 @@ WEIGHTS = "model.safetensors"
 LARGEST = 2**28                             # bytes of a file without tensors; a tokenizer may take 2**24
 FLOATS = "F64, F32, F16, BF16"
 
-# (prefix in a file, prefix here), the first match counts: mllama as released, the newer layout, and llama's
-KEY_MAP = [("language_model.model.", ""), ("language_model.lm_head.", "lm_head."),
-           ("model.language_model.", ""), ("model.vision_model.", "vision_model."),
-           ("model.multi_modal_projector.", "multi_modal_projector."), ("model.", "")]
-
 
 def from_any_layout(name):
-    """Turn a tensor's name in a file into that in `Llama`."""
-    return next((ours + name[len(theirs):] for theirs, ours in KEY_MAP if name.startswith(theirs)), name)
+    """Turn a tensor's name in a file into that in `Llama`.
+
+    language_model.model.norm.weight as released, model.language_model.norm.weight in newer files of mllama
+    and model.norm.weight in those of Llama are all norm.weight.
+    """
+    return re.sub(r"^(language_model\.)?(model\.)?(language_model\.)?", "", name)
 
 
 def to_released(name, config):
