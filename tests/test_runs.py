@@ -30,6 +30,7 @@ from study.runner import Run, Runner
 from variants import SFT_LOSSES
 from distributed.processes import Processes
 from harness.settings import Args
+from tables import rows
 
 ROOT = Path(train.__file__).parent
 
@@ -433,9 +434,6 @@ HARM = {
     "a link": lambda path: path.rename(path.with_name("elsewhere")) and path.symlink_to("elsewhere"),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a fifo": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a list": lambda path: path.write_text("[1]", encoding="utf-8"),
-    "{}": lambda path: path.write_text("{}", encoding="utf-8"),
-    "deep": lambda path: path.write_text("[" * 10**5, encoding="utf-8"),
     "emptied": lambda path: [file.unlink() for file in path.iterdir()],
     "parent": lambda path: resummed(path, **{"../../config.json": [1, "x"]}),
     "absolute": lambda path: resummed(path, **{"/etc/passwd": [1, "x"]}),
@@ -443,25 +441,25 @@ HARM = {
 }
 
 
-DAMAGE = """           # which files, what happened to them, and words of the message
+DAMAGE = """           # which files, what happened to them or is written there, and words of the message
     config.json, tokenizer.json, record.json, rank_0.safetensors | cut, flipped, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
-    rank_0.json | cut, a folder, a list, deep | rank_0.json cannot be read
+    rank_0.json | cut, a folder, [1], deep | rank_0.json cannot be read
     rank_0.json | gone, {} | it has no list of its files
     . | emptied | it has no list of its files
-    rank_1.safetensors | a list | rank_1.safetensors is in no list
+    rank_1.safetensors | ? | rank_1.safetensors is in no list
     . | parent | ../../config.json is not a file of its own
     . | absolute | /etc/passwd is not a file of its own
     . | null | a.*b
 """
-CASES = [(name, harm, words.replace("NAME", name)) for line in DAMAGE.strip().splitlines()[1:]
-         for names, harms, words in [line.strip().split(" | ")]
+CASES = [(name, harm, words.replace("NAME", name)) for names, harms, words in rows(DAMAGE)[1:]
          for name in names.split(", ") for harm in harms.split(", ")]
 
 
 @pytest.mark.parametrize("name, harm, words", CASES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, harm, words):
-    HARM[harm](sft / LAST / name)
+    path = sft / LAST / name
+    HARM[harm](path) if harm in HARM else path.write_text(harm.replace("deep", "[" * 10**5), encoding="utf-8")
     said = refused(f"resume --out {sft}")
     assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
     if harm == "cut" and name != "rank_0.json":
@@ -491,13 +489,16 @@ def test_an_empty_folder_is_a_damaged_checkpoint(sft):
     assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", said)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"config": None}, "record.json lacks config"), ({"began": 5}, "record.json lacks began"),
-    ({"step": "2"}, "record.json lacks step"), ({"config": {"algo": "sft"}}, "another version"),
-    ({"config": {"algo": "ppo"}}, "--algo ppo, and that in .* has --algo sft")])
+@pytest.mark.parametrize("change, words", rows("""
+    {"config": null}            | record.json lacks config
+    {"began": 5}                | record.json lacks began
+    {"step": "2"}               | record.json lacks step
+    {"config": {"algo": "sft"}} | another version
+    {"config": {"algo": "ppo"}} | --algo ppo, and that in .* has --algo sft
+"""))
 def test_a_record_of_another_kind(sft, change, words):
-    record = checkpoint.read_record(sft / LAST)
-    (sft / LAST / "record.json").write_text(json.dumps(record | change), encoding="utf-8")
+    record = checkpoint.read_record(sft / LAST) | json.loads(change)
+    (sft / LAST / "record.json").write_text(json.dumps(record), encoding="utf-8")
     resummed(sft / LAST)
     assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
 
@@ -549,10 +550,17 @@ def test_a_checkpoint_runs_nothing(sft, tmp_path, name, words, way):
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("places, words", [
-    *((text, "not slices") for text in (None, "[]", "{", "{}", '{"w": [[4, 2]]}', '{"w": [[4, 2], "x"]}')),
-    ('{"w": [[9, 2], 0]}', "shape"), ('{"w": [[1000000000000, 2], 0]}', "shape"),
-    ('{"w": [[4, 2], 1]}', "not there as a whole"), ('{"w": [[4, 2], -1]}', "not there as a whole")])
+@pytest.mark.parametrize("places, words", [(None, "not slices"), *rows("""
+    []                            | not slices
+    {                             | not slices
+    {}                            | not slices
+    {"w": [[4, 2]]}               | not slices
+    {"w": [[4, 2], "x"]}          | not slices
+    {"w": [[9, 2], 0]}            | shape
+    {"w": [[1000000000000, 2], 0]} | shape
+    {"w": [[4, 2], 1]}            | not there as a whole
+    {"w": [[4, 2], -1]}           | not there as a whole
+""")])
 def test_slices_that_say_they_belong_elsewhere(tmp_path, places, words):
     said = places and {"slices": places}
     checkpoint.save_file({"w": torch.ones(4, 2)}, tmp_path / "rank_0.safetensors", said)
