@@ -215,9 +215,8 @@ def _paint_walls(look, wall, z, u, distance):
     y, x = np.abs(_fraction(row) - 0.52), np.abs(_fraction(column) - 0.5)
     pane = _noise(row, column, wall["seed"] * 40, 43.7)
     upper = (z > SHOP) & (below > 0.95)
-    outside = np.maximum(x - wide / 2, y - tall / 2)        # of the glass
-    color[upper & (outside < 0.05)] = frame
-    inside = upper & (outside < 0) & ((x > 0.02) | (distance > 40))
+    color[upper & (x < wide / 2 + 0.05) & (y < tall / 2 + 0.05)] = frame
+    inside = upper & (x < wide / 2) & (y < tall / 2) & ((x > 0.02) | (distance > 40))
     color[inside] = np.float32(GLASS) * (0.7 + 0.6 * pane[inside, None])
     x = np.abs(_fraction(u / 4.2) - 0.5)        # across a shop
     inside = (z > 0.5) & (z < 2.9) & (x < 0.42)
