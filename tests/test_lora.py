@@ -28,7 +28,7 @@ from test_train import in_parts, on_two_ranks, records, run, weights
 from variants import lora
 from variants.tune import TUNE, freeze
 
-LORA = "--lora-rank 3 --lora-alpha 6 --lr 1e-2 --eval-hands 0".split()
+LORA = "--lora-rank 3 --lora-alpha 6 --lr 1e-2 --eval-hands 0"
 
 
 def trainer_of(model, processor, task="gp-vl", algo="sft", steps=0, **changes):
@@ -222,7 +222,7 @@ def test_exported_and_reloaded_it_is_the_model_with_adapters(model, processor, s
 @pytest.mark.parametrize("task, algo, more", [
     ("gp-l", "sft", ""), ("gp-vl", "ppo", ""), ("gp-vl", "ppo", "--critic separate --tune text")])
 def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
-    whole = in_parts(tmp_path, "--task", task, "--algo", algo, "--model", small[0], *LORA, *more.split())
+    whole = in_parts(tmp_path, f"--task {task} --algo {algo} --model", small[0], LORA, more)
     start, end = weights(small[0]), weights(whole / "final")
     assert max((end[name] - start[name]).abs().max() for name in end) > 1e-3
     if algo == "ppo":                                          # drawn with adapters, scored with them
@@ -234,11 +234,11 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
 def test_a_checkpoint_loads_merged(small, tmp_path, algo):
     """For --algo eval or for another run, with adapters of its own or none: the same weights as in final/.
     Sharded, it says what to take."""
-    run("--algo", algo, "--model", small[0], "--steps", 2, "--out", tmp_path / "run", "--tune", "text", *LORA)
+    run("--algo", algo, "--steps 2 --tune text --model", small[0], "--out", tmp_path / "run", LORA)
     checkpoint = tmp_path / "run/checkpoints/step_000002"
     args = Args(algo="eval", model=str(checkpoint))
     assert_equal(load(args, Processes("cpu"), checkpoint)[0].state_dict(), weights(tmp_path / "run/final"))
-    run("--algo", "sft", "--model", checkpoint, "--steps", 1, "--out", tmp_path / "next", *LORA)
+    run("--algo sft --steps 1 --model", checkpoint, "--out", tmp_path / "next", LORA)
     args.shard, ranks = "on", SimpleNamespace(rank=0, world=2, device=torch.device("cpu"))
     with pytest.raises(UserError, match="final/"):
         load(args, ranks, checkpoint)
@@ -246,7 +246,7 @@ def test_a_checkpoint_loads_merged(small, tmp_path, algo):
 
 def test_two_ranks_equal_one(small, tmp_path, working_folder):
     """Whole copies on both."""
-    on_two_ranks(tmp_path, working_folder, small[0], "--task", "gp-vl", *LORA)
+    on_two_ranks(tmp_path, working_folder, small[0], "--task gp-vl", LORA)
 
 
 @pytest.mark.parametrize("rank, shard", [(0, "on"), (4, "off")])
