@@ -23,14 +23,14 @@ import torch
 
 import train
 from distributed import checkpoint
-from harness import files, folder, terminal
-from study import records
-from study import __main__ as study
-from study.runner import Run, Runner
-from variants import SFT_LOSSES
 from distributed.processes import Processes
+from harness import files, folder, terminal
 from harness.settings import Args
+from study import __main__ as study
+from study import records
+from study.runner import Run, Runner
 from tables import rows
+from variants import SFT_LOSSES
 
 ROOT = Path(train.__file__).parent
 

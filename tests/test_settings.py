@@ -13,16 +13,16 @@ import pytest
 
 import train
 from benchmarks import kernels as bench
+from distributed.processes import Processes
 from games import cities, show, unpickle
 from harness import ranges, terminal
 from harness.check import settle
+from harness.load import agree
 from harness.settings import PRESETS, Args, SettingError, flag_of, parse
+from harness.tiny import CONFIG
 from llama.config import Config
 from study import __main__ as study
 from study import faces, plan
-from distributed.processes import Processes
-from harness.load import agree
-from harness.tiny import CONFIG
 from tables import rows
 
 HERE = Path(train.__file__).parent
