@@ -219,6 +219,7 @@ def test_at_the_old_policy_every_gradient_is_the_policy_gradient(name):
 @pytest.mark.parametrize("unit, mean, name, new, old, worth, loss", rows("""
     turn     | units     | gae       | -2.5 -3 -7 -11       | -5 -5 -3.5 -8.5      | 1 0 2 0        | 0.75
     turn     | sequences | gae       | -2.5 -3 -7 -11       | -5 -5 -3.5 -8.5      | 1 0 2 0        | 0.5
+    token    | units     | gae       | -1 -2 -3 -4 -5 -6 -8 | -4 -3 -5 -3 -2 -5 -6 | 1 1 0 2 2 0 0  | 0.857143
     token    | units     | gae-token | -1 -2 -3 -4 -5 -6 -8 | -4 -3 -5 -3 -2 -5 -6 | 1 2 0 2 3 0 -1 | 1
     token    | sequences | gae-token | -1 -2 -3 -4 -5 -6 -8 | -4 -3 -5 -3 -2 -5 -6 | 1 2 0 2 3 0 -1 | 0.55
     sequence | units     | gae-token | -3 -7                | -3.4 -5.5            | 1.6 -0.5       | 0.55
