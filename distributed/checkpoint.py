@@ -84,12 +84,13 @@ def make_room(found, module, optimizers):
     """Give fresh optimizers empty state for what a checkpoint holds (see `slices_in`) of their parameters."""
     owner = {parameter: optimizer for optimizer in optimizers
              for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in module.named_parameters():
-        own = re.compile(re.escape(f"optimizer.{name}.") + "([^.]+)")
-        for key in filter(None, map(own.fullmatch, found)):
-            scalar = found[key[0]][0] == ()                                # Adam's count of steps
-            owner[parameter].state[parameter][key[1]] = (
-                torch.empty(()) if scalar else torch.empty_like(parameter, requires_grad=False))
+    parameters = {f"optimizer.{name}": parameter for name, parameter in module.named_parameters()}
+    for name, (shape, _) in found.items():
+        of, _, key = name.rpartition(".")
+        if of in parameters:
+            parameter = parameters[of]                         # of no shape: Adam's count of steps
+            room = torch.empty_like(parameter, requires_grad=False) if shape else torch.empty(())
+            owner[parameter].state[parameter][key] = room
 
 
 def fill(found, path, tensors, whole=True):
@@ -196,7 +197,7 @@ class Checkpoints:
 
     def prune(self):
         """Remove all but the newest, as far as a crash did not let it be done."""
-        for old in self.complete()[:-max(1, self.keep)] if self.rank == 0 else ():
+        for old in self.complete()[:-self.keep] if self.rank == 0 else ():
             remove(old)
 
     def finish(self):
