@@ -31,7 +31,7 @@ from kernels.visible import hide, keys_of, queries_of, unmasked
 
 
 @triton.jit
-def walk(q, k, v, k_s, S, row, t, free, first, full, end, scale, D, N):
+def walk(q, k, v, k_s, S, masks, row, t, free, first, full, end, scale, D, N):
     """Let queries q (M, D) meet keys first .. end -> (log-sum-exp in the units of q k, mean of v)."""
     top = tl.full([q.shape[0]], -1e30, tl.float32)             # finite: -inf less -inf would be NaN
     total = tl.zeros([q.shape[0]], tl.float32)
@@ -40,7 +40,7 @@ def walk(q, k, v, k_s, S, row, t, free, first, full, end, scale, D, N):
         n = n0 + tl.arange(0, N)
         s = dot(q, tl.trans(read(k, n, k_s, S, D)))
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], free[:, None], row)
+            s = hide(s, t[:, None], n[None, :], free[:, None], masks, row)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -69,8 +69,8 @@ def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
     row, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
     queries = read(q + here, t, H * D, length, D)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, row, t, free, 0, full, end,
-                        scale, D, N)
+    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, masks, row, t, free,
+                        0, full, end, scale, D, N)
     write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
     seeing = (t < length) & (logsum > float("-inf"))
     logsum = tl.where(seeing, logsum, float("inf"))            # for the others P is exp2(-inf) = 0
@@ -96,7 +96,7 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, s
         zeros = tl.zeros([M, N], tl.float32)
         s = dot(queries, tl.trans(keys), zeros - logsum[:, None])
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], free[:, None], row)
+            s = hide(s, t[:, None], n[None, :], free[:, None], masks, row)
         values = read(v + keys_here, n, strides[2], S, D)
         dp = dot(do, tl.trans(values), zeros - dots[:, None])
         acc = dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc)
@@ -130,7 +130,7 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, 
         zeros = tl.zeros([N, M], tl.float32)
         s = dot(keys, tl.trans(queries), zeros - logsum[None, :])
         if t0 < full:
-            s = hide(s, t[None, :], n[:, None], unmasked(masks, b, t, length, T)[None, :], row)
+            s = hide(s, t[None, :], n[:, None], unmasked(masks, b, t, length, T)[None, :], masks, row)
         p = tl.exp2(s * scale)
         do = read(grad + h * D, t, H * D, length, D)
         dots = tl.load(delta + h * T_pad + t)

@@ -97,7 +97,7 @@ def keys_of(masks, b, t0, t, T, S, N):
     end = tl.minimum(end, start + tl.minimum(t0 + t.shape[0], length))
     end = tl.where(t0 < length, end, 0)
     full = tl.minimum(tl.minimum(full, start + t0 + 1), end) // N * N
-    return (start, masks[1], b, S), length, free, full, end
+    return (start, b, S), length, free, full, end
 
 
 @triton.jit
@@ -111,16 +111,16 @@ def queries_of(masks, b, n0, S, M, N):
         opened = tl.sum(tl.load(masks[1] + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
         end = tl.where(opened > 0, end, tl.minimum(end, tl.load(rows + 4)))
         full = tl.where(opened >= tl.minimum(N, S - n0), full, end)
-    return (start, masks[1], b, S), length, first, full, end
+    return (start, b, S), length, first, full, end
 
 
 @triton.jit
-def hide(s, t, n, free, row):
+def hide(s, t, n, free, masks, row):
     """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
-    start, key_mask, b, S = row
+    start, b, S = row
     visible = (n < S) & (n - start <= t)
-    if key_mask is not None:
-        visible = visible & (free | (tl.load(key_mask + b * S + n, mask=n < S, other=0) != 0))
+    if masks[1] is not None:
+        visible = visible & (free | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
     return tl.where(visible, s, float("-inf"))
 
 
