@@ -295,15 +295,6 @@ def measure_optimizer(sizes, cuda=True):
     return state, memory.peak - state
 
 
-def measure_logprobs(llama, targets):
-    """Score that many tokens, forward and backward -> bytes at the peak."""
-    weight = llama.lm_head.weight.detach().requires_grad_()
-    hidden = torch.empty(targets, weight.shape[1], dtype=weight.dtype, device="meta", requires_grad=True)
-    with Bytes() as memory:
-        sum(score(hidden, weight, torch.zeros(targets, dtype=torch.int64, device="meta"))).sum().backward()
-    return memory.peak
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Memory of a rank
 
@@ -372,14 +363,13 @@ def memory(config, args, gpus):
     cache = {"self KV cache": keys, "cross KV cache": image_keys,
              "prefill, growing caches, draws": peak - keys - image_keys}
     phases = {"rollout": base | {"gathered weights": 2 * count(policy)} | cache}
-    logprobs, known = measure_logprobs(policy, sizes.micro.rows * sizes.micro.targets), remembers(args)
     for name, recompute in (("update", False), ("update, recomputing", True)):
-        kept, peak = measure_update(module, sizes.micro, args.image, known=known, recompute=recompute)
+        kept, peak = measure_update(module, sizes.micro, args.image, known=remembers(args),
+                                    recompute=recompute)
         phases[name] = base | gradients | {
             "gathered weights": in_flight,                     # the block before is being reduced
             "gradients before reduction": 2 * (root + block) + 4 * block if gpus > 1 else 0,
-            "activations": kept, "log-prob workspace": logprobs,
-            "rest of the backward pass": max(0, peak - kept - logprobs)}
+            "activations": kept, "backward pass, log-probs": peak - kept}
     temporaries = max(step, 4 * root if gpus > 1 else 0)
     phases["optimizer step"] = base | gradients | {"temporaries of the step": temporaries}
     return sizes, phases
@@ -442,7 +432,7 @@ def table(columns):
 
 GROWS = {               # phase: the setting that it grows with, and what grows
     "rollout": ("--rollout-batch", ("self KV cache", "cross KV cache", "prefill, growing caches, draws")),
-    "update": ("--token-budget", ("activations", "rest of the backward pass")),
+    "update": ("--token-budget", ("activations", "backward pass, log-probs")),
     "optimizer step": ("", ())}
 
 
