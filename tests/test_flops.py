@@ -11,7 +11,6 @@ from test_train import quick
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppo
-import sft
 import train
 from harness import flops
 from kernels.visible import dense_mask
@@ -181,8 +180,7 @@ class Witness:
     def __init__(self, patch):
         self.spent, self.phase, self.known = {phase: Counter() for phase in flops.PHASES}, None, {}
         self.within(patch, train, "rollout", "rollout")
-        for module, name in ((ppo, "update"), (sft, "update"), (train, "score"), (train, "divergence")):
-            self.within(patch, module, name, "update")
+        self.within(patch, train.Trainer, "update", "update")
         self.beside(patch, Llama, "forward", self.passed)
         self.beside(patch, ppo.ActorCritic, "head", self.valued)
 
