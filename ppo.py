@@ -2,9 +2,8 @@
 
     torchrun train.py --task gp-l --algo ppo
 
-An *action* is one whole turn (the paper's choice), and the advantage flows from turn to turn: a verifier
-message is something that the model was told, not something it did, so it takes no part in ratios, entropies,
-normalisation or the decay of an advantage.
+An *action* is one whole turn (the paper's choice), and gamma and lambda count turns. The verifier's words are
+not the model's: their tokens have no ratio, no entropy and no advantage, and discount nothing.
 
 The file reads downwards: advantages, losses, the critic, the update. rollout.py plays the episodes. Other
 estimators and losses (over tokens, against groups of samples, with a KL penalty) are in variants/.
@@ -27,14 +26,16 @@ from rollout import Episode
 
 @dataclass(frozen=True)
 class Estimator:
-    """How advantages are estimated: f(episodes, args) fills in `turn.advantage` and, with a critic,
+    """An advantage estimator: f(episodes, args) fills in `turn.advantage` and, with a critic,
     `turn.target`."""
     f: Callable[[list[Episode], Any], None]
     per: str = "turn"          # what has an advantage (and a value): a "turn" or a "token"
     values: bool = True        # does it read values? If not, no critic is asked or trained
     normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
     groups: bool = False       # does it compare episodes of one hand? Then --samples must be 2 or more
-    read: Callable | None = None       # fills in `turn.value`; None: read_values
+    # Fills in `turn.value` before f is called: (actor_critic, processor, conversations, args, ranks); None:
+    # read_values.
+    read: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,16 @@ class Loss:
     "sequence" (the mean over all that was sampled in a conversation).
     """
     f: Callable
-    unit: str | None = "turn"                  # None: --unit
-    # Over all "units" of the minibatch, or over the units of each of its "sequences" and then over these.
+    unit: str | None = None                    # None: --unit
+    # Over all "units" of the minibatch; or within each of its "sequences", then over these: so a long one
+    # weighs no more than a short one.
     mean: str = "units"
     # Added to the loss: (conversations, log-probs of their sampled tokens, Units.gather) -> (units,)
     penalty: Callable | None = None
 
     @property
     def over(self):
-        """What the mean is over: a key of `count`."""
+        """Name what the mean divides by: a key of `count`."""
         return "sequence" if self.mean == "sequences" else self.unit
 
 
@@ -70,7 +72,7 @@ def chain(rewards, values, gamma, lam):
 
         delta_k = r_k + gamma V_{k+1} - V_k,   A_k = delta_k + gamma lambda A_{k+1}
 
-    with V = A = 0 after the last step. An episode that ran out of attempts is as terminal as a solved one.
+    with V = A = 0 after the last step. Running out of attempts is a real end: nothing is bootstrapped.
     """
     advantages, next_value, advantage = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards), reversed(values), strict=True):
@@ -88,20 +90,20 @@ def gae(episodes, args):
             turn.advantage, turn.target = advantage, advantage + turn.value
 
 
-# Differences within some steps of float32, in which values and log-probs come, are none: divided by their own
-# deviation they would be worth a whole update.
+# Values and log-probs are float32. Advantages that differ by a few of its steps count as equal: normalising
+# would blow that noise up to a deviation of 1.
 ROUNDING = 2**-21
 
 
 def size(turn, args):
-    """Return the size of what an advantage is added up from: reward, values, penalties (some nats each)."""
+    """Return how large the terms of an advantage are, to judge its rounding; a penalty counts as a nat."""
     value = max(map(abs, flat([turn], "value")))
     return abs(args.reward_scale * turn.reward) + value + args.kl_coef * len(turn.penalties)
 
 
 def deviation(x, sizes, ranks):
-    """Return mean and standard deviation of x over all ranks; 0 where that is but the rounding of what x was
-    added up from, numbers of these `sizes`."""
+    """Return mean and standard deviation of x over all ranks. The deviation is 0 where it is within the
+    rounding of sums of numbers of these `sizes`."""
     x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
     n, total, count, magnitude = ranks.total([len(x), x.sum(), len(sizes), sizes.abs().sum()])
     std = math.sqrt(ranks.total([((x - total / n) ** 2).sum()])[0] / n)
@@ -135,7 +137,7 @@ def fill_in(turns, name, numbers):
 
 def explained_variance(turns, ranks=OneProcess()):
     """Return 1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a
-    perfect one, NaN where there is none or nothing to explain."""
+    perfect one, NaN without a critic or where all targets are equal."""
     targets, values = flat(turns, "target"), flat(turns, "value")
     _, spread = deviation(targets, targets, ranks)
     _, rest = deviation([t - v for t, v in zip(targets, values)], [0.0], ranks)
@@ -146,10 +148,10 @@ def explained_variance(turns, ranks=OneProcess()):
 # Losses
 
 def ratio(log_ratio):
-    """Return exp(log_ratio), finite: from 20 on it counts as 20 (e^20 = 4.9e8), with the gradient of that.
+    """Return exp(log_ratio), its value and its gradient at most e^20 = 4.9e8.
 
-    So a gate that is open still pulls back what is beyond, and one that is shut gives 0; times an infinity it
-    would be NaN.
+    Where the clipped branch of a loss wins, its gradient of 0 times the ratio stays 0 (times infinity: NaN);
+    where the other wins, it still pulls the ratio back.
     """
     return (log_ratio.clamp(max=20).detach() + (log_ratio - log_ratio.detach())).exp()
 
@@ -178,8 +180,8 @@ def clip(logprobs, old_logprobs, advantages, args):
 
 
 def value_loss(values, old_values, targets, clip):
-    """Return half the squared error; with `clip` > 0 the worse of it and of the error of a value kept within
-    `clip` of the old."""
+    """Return half the squared error; with clip > 0 the larger of two: of the value, and of the value clamped
+    to old - clip ... old + clip."""
     loss = (values - targets) ** 2
     if clip > 0:
         clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -212,7 +214,7 @@ class ActorCritic(nn.Module):
         self.trunk = copy.deepcopy(policy) if critic == "separate" else None
 
     def values(self, batch, turns):
-        """Return the values (turns,) of a pass of their own."""
+        """Make a forward pass for the values (turns,) alone."""
         network = self.policy if self.trunk is None else self.trunk
         return self.head(network(**batch.inputs()).hidden[turns.rows, turns.positions])
 
@@ -235,8 +237,8 @@ class ActorCritic(nn.Module):
 
 @dataclass
 class Turns:
-    """The turns of a batch of conversations as tensors. For an estimator over tokens, what is (turns,) here
-    is (tokens,), all the sampled ones in order, and values are read before each of them."""
+    """The turns of a batch of conversations as tensors. With an estimator over tokens read (tokens,) for
+    (turns,): an entry per sampled token, whose value is read one place before it."""
     rows: torch.Tensor                         # (turns,) batch row
     positions: torch.Tensor                    # (turns,) last prompt token, where the value is read
     turn: torch.Tensor                         # (tokens,) the turn of each sampled token
@@ -250,29 +252,30 @@ class Turns:
 
 def turns_of(conversations, per="turn", device="cpu"):
     """Return the Turns of conversations. per: what has an advantage, a "turn" or a "token"."""
-    whole, real, turns = defaultdict(list), defaultdict(list), []
+    ints, floats, turns = defaultdict(list), defaultdict(list), []
     for row, conversation in enumerate(conversations):
         for turn in conversation.turns:
             drawn = range(turn.start, turn.end)
             read = drawn if per == "token" else drawn[:1]
-            whole["rows"] += [row] * len(read)
-            whole["positions"] += [t - 1 for t in read]        # a token is predicted one place before it
-            whole["turn"] += [len(turns)] * len(drawn)
-            whole["row"] += [row] * len(drawn)
-            real["weights"] += conversation.weights[turn.start:turn.end]
-            real["old_logprobs"] += conversation.logprobs[turn.start:turn.end]
+            ints["rows"] += [row] * len(read)
+            ints["positions"] += [t - 1 for t in read]        # a token is predicted one place before it
+            ints["turn"] += [len(turns)] * len(drawn)
+            ints["row"] += [row] * len(drawn)
+            floats["weights"] += conversation.weights[turn.start:turn.end]
+            floats["old_logprobs"] += conversation.logprobs[turn.start:turn.end]
             turns.append(turn)
-    real |= {"advantages": flat(turns, "advantage"), "old_values": flat(turns, "value"),
+    floats |= {"advantages": flat(turns, "advantage"), "old_values": flat(turns, "value"),
              "targets": flat(turns, "target")}
     tensor = partial(torch.tensor, device=device)
-    return Turns(*(tensor(whole[name], dtype=torch.int64) for name in ("rows", "positions", "turn", "row")),
-                 *(tensor(real[name], dtype=torch.float32) for name in (
+    return Turns(*(tensor(ints[name], dtype=torch.int64) for name in ("rows", "positions", "turn", "row")),
+                 *(tensor(floats[name], dtype=torch.float32) for name in (
                      "weights", "old_logprobs", "advantages", "old_values", "targets")))
 
 
 @torch.no_grad()
 def read_values(actor_critic, processor, conversations, args, ranks):
-    """Fill in `turn.value` from the states that the rollout met, with a critic that reads the policy's."""
+    """Fill in `turn.value` from the hidden states that the rollout kept, without a pass."""
+    assert actor_critic.trunk is None, "a separate critic needs Estimator.read: variants.algorithm"
     turns = [turn for c in conversations for turn in c.turns]
     fill_in(turns, "value", actor_critic.head(torch.stack([turn.hidden for turn in turns])).tolist())
 
@@ -281,7 +284,7 @@ def read_values(actor_critic, processor, conversations, args, ranks):
 # The update
 
 class Units:
-    """What ratios are taken of in a batch: the unit of each sampled token, and the weight of each unit."""
+    """A map of sampled tokens to units (see Loss), and the weight of each unit in the mean."""
 
     def __init__(self, turns, batch, loss):
         count = partial(torch.arange, device=turns.row.device)
@@ -294,7 +297,8 @@ class Units:
         self.weight = 1 / torch.bincount(row)[row] if loss.mean == "sequences" else 1.0        # in the mean
 
     def gather(self, x):
-        """Sum numbers of tokens (tokens,) over turns, or average them over sequences -> (units,)."""
+        """Sum numbers of tokens over turns, average them over sequences, or keep them: (tokens,) ->
+        (units,)."""
         return self.zeros.index_add(0, self.of, x) / self.size
 
 
@@ -306,8 +310,8 @@ def count(conversations):
 
 
 def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, train_policy=True):
-    """Return the loss of a batch and its metrics, scaled so that the batches of a minibatch, over all ranks,
-    add up to the mean. n: see `count`, over the whole minibatch."""
+    """Return the loss of a batch and its metrics. Each term is divided by its count over the whole minibatch
+    and all ranks (n, see `count`), so that losses and gradients of batches just add up."""
     turns = turns_of(conversations, estimator.per, batch.targets.device)
     logprobs, entropy, values = actor_critic(batch, turns, args.temperature, estimator.values)
     units, over = Units(turns, batch, loss), n[loss.over]
@@ -334,8 +338,9 @@ def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, tra
 
 
 def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, *,
-           estimator: Estimator = Estimator(gae), loss: Loss = Loss(clip), step: Callable[[float], float],
-           seed: int, train_policy: bool = True, ranks=OneProcess()) -> dict[str, float]:
+           estimator: Estimator = Estimator(gae), loss: Loss = Loss(clip, "turn"),
+           step: Callable[[float], float], seed: int, train_policy: bool = True,
+           ranks=OneProcess()) -> dict[str, float]:
     """Learn from a rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
     Return the metrics of the update as a dict of floats.
 

@@ -4,8 +4,8 @@
     episodes = rollout(model, processor, make_env, seeds, temperature=0.5, max_new_tokens=48)
 
 One episode is a dialogue. The model answers, the verifier replies, the model revises, until the answer is
-right or the attempts are used up. On a route each point is a dialogue of its own, and the route is one
-episode.
+right or the attempts are used up. In navigation every point of a route is a conversation of its own; the
+whole route is one episode.
 """
 
 from dataclasses import dataclass, field
@@ -33,17 +33,17 @@ class Turn:
     value: float = 0.0                         # V(prompt of this turn), by the critic
     advantage: float = 0.0                     # by an estimator
     target: float = 0.0                        # what the critic learns
-    penalties: list[float] = field(default_factory=list)       # per token, taken from the reward
+    penalties: list[float] = field(default_factory=list)       # per token, subtracted from the reward
 
 
 @dataclass
 class Conversation:
     """One packed token sequence with the turns in it. All lists but `turns` have an entry per token."""
     ids: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)          # False: forced (prompt, verifier)
+    sampled: list[bool] = field(default_factory=list)          # False: given to it (prompt, verifier)
     image: Any = None                                          # a picture, or what Processor.cut made of it
     logprobs: list[float] = field(default_factory=list)        # as drawn; 0 where forced
-    weights: list[float] = field(default_factory=list)         # in the turn's log-prob; 0 where forced
+    weights: list[float] = field(default_factory=list)         # of it in the sum that is its turn's log-prob
     turns: list[Turn] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)       # log-probs by another policy, if asked for
 
@@ -62,9 +62,9 @@ class Episode:
     seed: int
     conversations: list[Conversation] = field(default_factory=list)
     success: bool = False
-    terminated: bool = True                    # by its end, not for want of attempts
+    terminated: bool = True                    # False: its attempts ran out
     transcript: list[tuple[str, str]] = field(default_factory=list)        # (who, text), for people to read
-    pictures: list[Any] = field(default_factory=list)          # of its conversations, as people see them
+    pictures: list[Any] = field(default_factory=list)          # PIL, one per conversation, uncut
 
     @property
     def turns(self):
@@ -89,7 +89,7 @@ def token_weights(processor, ids, answer_key, before=0.5):
 class Player:
     """One episode in progress: an environment, the record, and the conversation that is open.
 
-    cut: makes the tiles of a picture.
+    cut: function from a picture to its tiles.
     """
 
     def __init__(self, env, seed, sample, processor, cut=None):
@@ -103,7 +103,10 @@ class Player:
         return self.episode.conversations[-1]
 
     def observe(self, observation, ended):
-        """Append the observation's messages to the open conversation, or open a new one with them."""
+        """Append the observation's messages to the open conversation, or open a new one with them.
+
+        ended: did the last answer end by itself? Else its end token is appended, too.
+        """
         self.fresh = observation.fresh
         if self.fresh:
             self.episode.conversations.append(Conversation())
@@ -145,15 +148,15 @@ def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int],
     """Play `samples` episodes per seed with the current policy, `batch` at a time. Return them in the order
     of `seeds`.
 
-    seeds: the hands that the environments deal. An episode depends on its hand and on which of its samples it
-    is, never on who shares its batch or its rank. The conversations that continue keep their KV cache from
-    turn to turn, so that every prefix is prefilled once. Equal pictures, as those of a hand's samples, are
-    cut once and share their tiles.
+    seeds: the hands that the environments deal. Draws are seeded by hand, sample and turn: an episode is the
+    same whatever shares its batch, on any number of ranks. The conversations that continue keep their KV
+    cache from turn to turn, so that every prefix is prefilled once. Equal pictures, as those of a hand's
+    samples, are cut once and share their tiles.
     """
     tiles = {}
 
     def cut(picture):
-        key = picture.size, picture.tobytes()
+        key = picture.mode, picture.size, picture.tobytes(), str(picture.getpalette())
         if key not in tiles:
             tiles[key] = processor.cut(picture)
         return tiles[key]

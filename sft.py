@@ -19,7 +19,7 @@ from rollout import Conversation
 
 
 def make_example(processor, env, seed, mistakes=0, prompts=False):
-    """Return an expert's dialogue. Learnt are right answers and, with `prompts`, what is not an answer."""
+    """Return an expert's dialogue. The loss is on right answers; with `prompts` on all but wrong answers."""
     messages = env.demonstrate(seed, mistakes=mistakes)
     if prompts:
         # Wrong answers say "train": False themselves.
@@ -33,7 +33,7 @@ def make_batch(processor, mixture, seeds, mistakes, prompts=False):
     wrong turns; prompts: as in make_example."""
     examples = []
     for seed in seeds:
-        rng = random.Random(derive("dialogue", seed))          # not the stream of which the environment deals
+        rng = random.Random(derive("dialogue", seed))          # a stream apart from the one that deals
         env = rng.choices([env for env, _ in mixture], [weight for _, weight in mixture])[0]
         wrong = rng.randint(1, env.attempts - 1) if env.attempts > 1 and rng.random() < mistakes else 0
         examples.append(make_example(processor, env, seed, wrong, prompts))
@@ -52,10 +52,10 @@ def update(model, processor, examples, args, *, loss=nll, step, places=None, fil
     """Learn from a batch of examples: one optimizer step on the mean loss per target token, over all ranks,
     or --epochs passes of --minibatches steps each.
 
-    Return the metrics: means over all target tokens (None where there are none) and over the steps that were
+    Return the metrics: means over all target tokens (None if the batch has none) and over the steps that were
     made. step(loss): reduces the gradients over ranks, clips them, steps the optimizer and returns the
     gradient norm. places: where this rank's examples stand among those of all ranks (see `parts`); None:
-    there are no others. filler: see llama.batches.passes. ranks: see llama.batches.OneProcess.
+    this is the only rank. filler: see llama.batches.passes. ranks: see llama.batches.OneProcess.
     """
     places = range(len(examples)) if places is None else places
     total = int(ranks.total([len(examples)])[0])

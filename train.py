@@ -45,13 +45,14 @@ from variants.reference import score, score_reference
 def train(args, processes, typed=frozenset()):
     """Do one run, from loading to the final folder. Return whether it came to its end.
 
-    args: complete (`agree`), but for a run that is resumed; typed: names of the settings that the user gave.
+    args: settled (`agree`); those of a run that is resumed are read from its checkpoint here. typed: names of
+    the settings that the user gave.
     """
     folder, newest = RunFolder(args, processes), None
     if args.resume:
         newest, args = folder.resume(args, typed)
         agree(processes, args, typed, newest)
-    processes.barrier()                        # nobody writes before all have looked
+    processes.barrier()                        # no rank writes before all have looked
     begin = None if newest else tiny.first_weights(args, processes, learn)
     model, processor, weights = load(args, processes, begin, newest)
     trainer = Trainer(args, model, processor, processes, weights)
@@ -119,7 +120,7 @@ class Trainer:
         if args.algo == "ppo":
             self.estimator, self.loss = algorithm(args)
         self.ledger = Ledger(args, self.module, processes)     # of FLOPs
-        self.began = folder and str(folder)    # the weights of step 0, for a resumed run's reference
+        self.began = folder and str(folder)    # folder of the weights before step 1
         self.reference, start = started(args, model)
         self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
         self.env = training_env(args)
@@ -142,8 +143,10 @@ class Trainer:
         return self.ppo_update(i) if self.args.algo == "ppo" else self.sft_update(i)
 
     def seeds(self, i, n):
-        """Return the n seeds of step i. A run's are consecutive: so it walks all routes equally often."""
-        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n        # there are 2**61 up to 2**63
+        """Return the n seeds of step i. They go on from step to step, so all routes are walked equally
+        often."""
+        # derive is below 2**63, so that a run starts below TRAINING + 2**61 and stays below 2**63
+        first = TRAINING + derive("hands", self.args.seed) // 4 + i * n
         return range(first, first + n)
 
     def sft_update(self, i):
@@ -157,7 +160,7 @@ class Trainer:
         else:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         filler = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
-        self.batch, loss = examples, SFT_LOSSES[args.sft_loss]
+        self.batch, loss = episodes or examples, SFT_LOSSES[args.sft_loss]
         with autocast(args, processes.device):
             if loss.before:
                 with self.reference() if loss.before == "initial" else contextlib.nullcontext():
@@ -169,8 +172,9 @@ class Trainer:
         return metrics
 
     def play(self, seeds, samples=1, features=None):
-        """Return a rollout of the training game. features: see llama/frozen.py."""
-        args, device = self.args, self.processes.device
+        """Return a rollout of the training game. features: collects what a frozen encoder
+        makes, see llama/frozen.py."""
+        args, device, self.batch = self.args, self.processes.device, None      # two would be much memory
         with (autocast(args, device), shard.for_rollout(self.model) as player,
               remember(player, features)):
             return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
@@ -180,11 +184,11 @@ class Trainer:
     def ppo_update(self, i):
         """Play, and learn from what was played."""
         args, processes, start = self.args, self.processes, time.time()
-        features = {} if self.model.vision_frozen else None    # an image is encoded once for both
+        features = {} if self.model.vision_frozen else None    # shared by rollout and update
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.batch = self.play(hands, args.samples, features)
         rolled, penalty, train_policy = time.time(), {}, i >= args.critic_warmup
-        # autocast anew: what the rollout cast to bfloat16 can have no gradients
+        # a new context: what the rollout cast to bfloat16 carries no gradient
         with autocast(args, processes.device), remember(self.module, features):
             if self.reference:
                 penalty = score_reference(self.model, self.processor, episodes, args, self.reference,
@@ -215,8 +219,8 @@ class Trainer:
         """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's
         norm.
 
-        loss: over all ranks. A loss or a gradient that is not finite on one rank is not on any (they are
-        sums), so that all skip the step. FloatingPointError after --max-skipped of them in a row.
+        loss: over all ranks. Loss and gradients are sums over ranks: what is not finite on one is not on any,
+        and all skip the step together. FloatingPointError after --max-skipped of them in a row.
         """
         norms = []
         for group in self.groups:                  # a sharded model's gradients are sums already
@@ -259,7 +263,7 @@ class Trainer:
 # The command
 
 def learn(args, processes):
-    """Settle the settings of a run and do it: of the tiny model's init, before another."""
+    """Do a run from start to end: harness/tiny.py makes the init checkpoint by one."""
     agree(processes, args)
     return train(args, processes)
 

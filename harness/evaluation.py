@@ -41,6 +41,7 @@ def evaluate(model, processor, args, processes, progress=""):
         processes.print(
             f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} "
             f"{100 * r['recognized']:5.1f} %{landmarks}   reward {r['reward']:+6.2f}   N {r['n']}")
+        del episodes                           # with their pictures, before the next set is played
     return results
 
 

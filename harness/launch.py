@@ -20,9 +20,12 @@ def launch(argv, description, work):
 
     typed: names of the settings that the user gave. Those of a resumed run are not settled yet.
     """
-    processes = args = None
+    processes = None
     try:
         args, typed = parse(argv, description)
+    except SettingError as error:              # all ranks read the same words
+        refuse(error, Processes("cpu"))
+    try:
         processes = Processes(args.device)
         if args.algo == "eval" or not args.resume:             # else `train` reads the run's settings
             agree(processes, args, typed)
@@ -31,7 +34,7 @@ def launch(argv, description, work):
     except BrokenPipeError:
         raise
     except SettingError as error:
-        refuse(error, processes or Processes("cpu"))
+        refuse(error, processes)
     except Exception as error:
         message = explain(error, args)
         if message is None or os.environ.get("DEBUG"):
@@ -44,10 +47,11 @@ def launch(argv, description, work):
 
 
 def refuse(error, processes):
-    """End all processes with one line of the first, for each has the same to say."""
-    if processes.rank == 0:
+    """End all processes with one line of the first, for each has the same to say; None: this one alone."""
+    if not processes or processes.rank == 0:
         print(f"train.py: error: {terminal.visible(str(error))}", file=sys.stderr, flush=True)
-    processes.barrier()                        # else torchrun might stop the first before it has printed
+    if processes:
+        processes.barrier()                    # else torchrun might stop the first before it has printed
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(2)

@@ -81,7 +81,8 @@ def passes(model, processor, conversations, token_budget, ranks, filler=None):
     filler: a conversation for passes that only other ranks need (weight 0); default: the first. Nothing in it
     counts as sampled, so that its loss is 0 by itself: 0 times a loss that is not finite would be NaN.
     """
-    beside = [0 if c.image is None else model.config.image_tokens(model.vision_frozen) for c in conversations]
+    tokens = model.config.vision and model.config.image_tokens(model.vision_frozen)            # of an image
+    beside = [tokens if c.image else 0 for c in conversations]
     groups = bucket([len(c.ids) for c in conversations], token_budget, beside)
     filler = filler or conversations[0]
     filler = replace(filler, sampled=[False] * len(filler.ids), turns=[])

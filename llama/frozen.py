@@ -43,5 +43,8 @@ def encode(forward, features, images):
     if new:                                                    # tensors hash by identity
         at = list(new.values())
         ids, mask, rows = images.aspect_ratio_ids[at], images.aspect_ratio_mask[at], images.rows[at]
-        features.update(zip(new, forward(Images(list(new), ids, mask, rows)).cpu()))
+        made = forward(Images(list(new), ids, mask, rows))
+        features.update(zip(new, made.cpu()))
+        if len(new) == len(images.pixel_values):
+            return made                                        # as it is, on its device
     return torch.stack([features[pixels] for pixels in images.pixel_values])     # on the host: Llama moves it

@@ -200,6 +200,6 @@ def test_own_answers_through_the_trainer(model, processor, monkeypatch):
         return episodes
 
     monkeypatch.setattr(trainer, "play", lucky)
-    metrics, [example] = trainer.update(1), trainer.batch
+    metrics, [example] = trainer.update(1), own_answers(trainer.batch)     # dumped with their pictures
     assert trainer.skipped == 0 and math.isfinite(metrics["nll"]) and not torch.equal(weights(), before)
     assert metrics["trained_tokens"] == len(example.ids)

@@ -530,3 +530,17 @@ def test_all_of_it_runs(small, tmp_path, task, answers):
     run("--task", task, "--model", small[0], "--steps 1 --compat official --out", tmp_path)
     [step], evals = records(tmp_path, "step"), records(tmp_path, "eval")
     assert evals[0]["eval"]["id"]["turns"] == answers == step["turns"]
+
+
+def test_what_a_user_leaves_open_is_filled_in(monkeypatch):
+    """An estimator over tokens reads values of tokens, a loss goes by --unit; a separate critic in any case."""
+    monkeypatch.setitem(ESTIMATORS, "mine", ppo.Estimator(ppo.gae, per="token"))
+    monkeypatch.setitem(LOSSES, "mine", ppo.Loss(ppo.clip))
+    for unit in ("turn", "token"):
+        estimator, loss = algorithm(settings(advantage="mine", loss="mine", unit=unit, critic="shared"))
+        assert loss.unit == unit
+        assert estimator.read.func is score_values and estimator.read.args == ("token",)
+    for critic in ("shared", "separate"):
+        assert bool(algorithm(settings(advantage="gae", critic=critic))[0].read) == (critic == "separate")
+    with pytest.raises(AssertionError, match="a separate critic needs"):
+        ppo.read_values(mock.Mock(trunk="a copy"), None, [], None, None)

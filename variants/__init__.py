@@ -23,6 +23,7 @@ def algorithm(args):
     if args.loss == "ppo":
         loss = official.change_loss(loss, names)
     estimator = ESTIMATORS[args.advantage]
-    if args.critic == "separate" and estimator.values:         # its states are not those of the rollout
+    # The rollout kept a state per turn, and of the policy.
+    if estimator.values and (args.critic == "separate" or estimator.per == "token"):
         estimator = replace(estimator, read=partial(score_values, estimator.per))
     return official.change_estimator(estimator, names), loss

@@ -196,8 +196,8 @@ def reinforce_pp(episodes, args):
 ESTIMATORS = {
     "gae": Estimator(gae),
     "gae-loo": Estimator(gae_loo),
-    "gae-token": Estimator(gae_token, per="token", read=partial(score_values, "token")),
-    "gae-two-level": Estimator(gae_two_level, per="token", read=partial(score_values, "token")),
+    "gae-token": Estimator(gae_token, per="token"),
+    "gae-two-level": Estimator(gae_two_level, per="token"),
     "monte-carlo": Estimator(monte_carlo, values=False),
     "rloo": Estimator(rloo, values=False, normalize=False, groups=True),
     "grpo": Estimator(grpo, values=False, normalize=False, groups=True),

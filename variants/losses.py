@@ -45,16 +45,16 @@ def reinforce(logprobs, old_logprobs, advantages, args):
 
 
 LOSSES = {
-    "ppo": Loss(clip, unit=None),
+    "ppo": Loss(clip),
     # A mean over each sequence first: GRPO (arXiv 2402.03300, eq. 3).
     "grpo": Loss(clip, unit="token", mean="sequences"),
     # One ratio per sequence, (pi / pi_old)^(1/length): GSPO (arXiv 2507.18071, eq. 5). It moves so little
     # that its --clip is some 3e-4.
     "gspo": Loss(clip, unit="sequence"),
-    "clip-higher": Loss(clip_higher, unit=None),
+    "clip-higher": Loss(clip_higher),
     "dapo": Loss(clip_higher, unit="token"),
-    "dual-clip": Loss(dual_clip, unit=None),
-    "reinforce": Loss(reinforce, unit=None),
+    "dual-clip": Loss(dual_clip),
+    "reinforce": Loss(reinforce),
 }
 
 

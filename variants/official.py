@@ -20,7 +20,8 @@ from variants.official_games import OF_GAME, play
 PPO = {
     "leaking-gae":
         "an episode that used up its attempts does not end the chain: the value and the advantage of the "
-        "next, unrelated hand flow into it (GAE over turns); nothing of the next hand can be due to this one",
+        "next, unrelated hand flow into it (--advantage gae and gae-loo); nothing of the next hand can be "
+        "due to this one",
     "first-token-unscored":
         "the first token of an answer counts neither in its log-prob nor in its gradient; it was sampled "
         "like all others",
@@ -83,15 +84,14 @@ def change_estimator(estimator, names):
     own = estimator.normalize and "rank-advantages" in names
 
     def changed(episodes, args):
-        turns = [(c, turn) for episode in episodes for c in episode.conversations for turn in c.turns]
-        for conversation, turn in turns:
-            if "first-token-unscored" in names:
+        for conversation in [c for episode in episodes for c in episode.conversations]:
+            for turn in conversation.turns if "first-token-unscored" in names else []:
                 conversation.weights[turn.start] = 0.0
             if "bf16-logprobs" in names:
                 conversation.logprobs = torch.tensor(conversation.logprobs).bfloat16().tolist()
         f(episodes, args)
         if own:
-            normalize_advantages([turn for _, turn in turns], args)
+            normalize_advantages([turn for episode in episodes for turn in episode.turns], args)
 
     return replace(estimator, f=changed, normalize=estimator.normalize and not own)
 

@@ -11,5 +11,5 @@ def own_answers(episodes):
     answers before a right one are context."""
     right = [(c, turn) for episode in episodes for c in episode.conversations for turn in c.turns
              if turn.info["correct"]]
-    return [replace(c, ids=c.ids[:turn.end], sampled=[turn.start <= i < turn.end for i in range(turn.end)])
-            for c, turn in right]
+    return [replace(c, ids=c.ids[:turn.end], sampled=[turn.start <= i < turn.end for i in range(turn.end)],
+                    turns=[]) for c, turn in right]
