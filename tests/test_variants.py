@@ -533,7 +533,7 @@ def test_all_of_it_runs(small, tmp_path, task, answers):
 
 
 def test_what_a_user_leaves_open_is_filled_in(monkeypatch):
-    """An estimator over tokens reads values of tokens, a loss goes by --unit, a separate critic reads anew."""
+    """Estimators over tokens and separate critics read values in a pass; a loss goes by --unit."""
     monkeypatch.setitem(ESTIMATORS, "mine", ppo.Estimator(ppo.gae, per="token"))
     monkeypatch.setitem(LOSSES, "mine", ppo.Loss(ppo.clip))
     for unit in ("turn", "token"):
