@@ -1,4 +1,5 @@
 """Tables of cases, written as text: a case per line, its cells parted by " | ", comments after "  # "."""
+import pytest
 
 
 def rows(text):
@@ -7,6 +8,20 @@ def rows(text):
     return [[cell.strip() for cell in f"{line} ".split(" | ")] for line in lines]
 
 
+def cases(names, table, **options):
+    """Return pytest's decorator that runs a test per case of a list, or per row of a text."""
+    return pytest.mark.parametrize(names, rows(table) if isinstance(table, str) else table, **options)
+
+
 def numbers(text):
     """Return the numbers of a line."""
     return [float(x) for x in text.split()]
+
+
+def raises(message, function, *args, error=ValueError, **kwargs):
+    """Return what is said by the error that must come: one line, with `message` in it."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert message in text and "\n" not in text and len(text) < 1000, text
+    return text

@@ -15,10 +15,11 @@ from benchmarks import rivals
 from kernels import attention as A
 from kernels import decode
 from kernels.visible import Visible, dense_mask
+from tables import cases, raises
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"kernels": "triton", "twin": "torch"}
-both = pytest.mark.parametrize("backend", BACKENDS)
+both = cases("backend", BACKENDS)
 # numpy warns of queries that see nothing
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 
@@ -96,7 +97,7 @@ def assert_equal(found, expected):
 
 
 @both
-@pytest.mark.parametrize("case", [
+@cases("case", [
     *(f"{kind} {sizes}" for kind in KINDS for sizes in ("2 7 7 2 1 32", "3 37 53 4 2 16")),
     *(f"causal 1 19 35 2 2 {D}" for D in (1, 5, 32, 64, 80, 128)),
     "causal 2 33 33 4 2 64 half", "vision 2 33 33 4 2 64 half",
@@ -113,7 +114,7 @@ def test_against_float64(backend, case):
 
 
 @both
-@pytest.mark.parametrize("shape", [(2, 5, 0, 2, 1, 16), (2, 0, 5, 2, 1, 16), (0, 5, 5, 2, 1, 16)], ids=str)
+@cases("shape", [(2, 5, 0, 2, 1, 16), (2, 0, 5, 2, 1, 16), (0, 5, 5, 2, 1, 16)], ids=str)
 def test_no_rows_queries_or_keys_give_zeros(backend, shape):
     inputs, grad = problem(*shape)
     assert_equal(run(inputs, grad, causal=True), [torch.zeros_like(x) for x in (grad, *inputs)])
@@ -166,7 +167,7 @@ def test_a_row_alone_is_the_row_among_others(backend):
 
 
 @both
-@pytest.mark.parametrize("kind", ["ragged", "holes", "nothing"])
+@cases("kind", ["ragged", "holes", "nothing"])
 def test_every_element_is_written(backend, kind, poison):
     """Find the same bits again in memory that held NaN."""
     inputs, grad = problem(2, 37, 45, 4, 2, 20)
@@ -198,8 +199,8 @@ def test_the_twin_passes_gradcheck():
 
 
 @both
-@pytest.mark.parametrize("kind", ["all", "cached", "cross", "nothing"])
-@pytest.mark.parametrize("B, S, H, K, D", [(1, 200, 4, 2, 16), (3, 37, 6, 2, 32), (2, 90, 2, 2, 80)])
+@cases("kind", ["all", "cached", "cross", "nothing"])
+@cases("B, S, H, K, D", [(1, 200, 4, 2, 16), (3, 37, 6, 2, 32), (2, 90, 2, 2, 80)])
 def test_one_query_a_row(backend, kind, B, S, H, K, D):
     inputs, grad = problem(B, 1, S, H, K, D)
     seen = masks(kind, B, 1, S)
@@ -209,7 +210,7 @@ def test_one_query_a_row(backend, kind, B, S, H, K, D):
     assert_near([found], dense(inputs, grad, **seen)[:1])
 
 
-@pytest.mark.parametrize("backend", ["kernels"])
+@cases("backend", ["kernels"])
 def test_decoding_splits_the_keys(backend, monkeypatch):
     counts, inner = [], decode.combine_kernel
     inputs, grad = problem(1, 1, 200, 2, 1, 16)
@@ -238,11 +239,10 @@ def test_one_object_serves_all_layers(backend):
     assert (visible.dense is not None, visible.table is not None) == (backend == "twin", backend == "kernels")
 
 
-@pytest.mark.parametrize("H, S, values, D", [(3, 4, 4, 16), (2, 4, 4, 256), (2, 4, 3, 16)],
+@cases("H, S, values, D", [(3, 4, 4, 16), (2, 4, 4, 256), (2, 4, 3, 16)],
                          ids=["uneven heads", "wide heads", "fewer values"])
 def test_wrong_shapes_are_refused(H, S, values, D):
-    with pytest.raises(ValueError, match="heads are at most 128"):
-        A.attention(*(torch.zeros(1, 2, n, D) for n in (H, S, values)))
+    raises("heads are at most 128", A.attention, *(torch.zeros(1, 2, n, D) for n in (H, S, values)))
 
 
 # ------------------------------------------------------------------------------------------ compiled for GPUs
@@ -283,7 +283,7 @@ def launches():
             out.sum().backward()
 
 
-@pytest.mark.parametrize("chip", aot.CHIPS)
+@cases("chip", aot.CHIPS)
 def test_compiled(chip):
     """Decoding has 16 rows per tile, fewer than HGMMA's 64: it takes the time of reading the cache."""
     found = aot.compile_all("test_attention", "launches", chip)
@@ -297,9 +297,9 @@ def test_compiled(chip):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("D", [64, 80, 128])
+@cases("dtype", [torch.bfloat16, torch.float16], ids=str)
+@cases("kind", KINDS)
+@cases("D", [64, 80, 128])
 def test_no_worse_than_pytorch(dtype, kind, D):
     """The error against float64 is at the level of SDPA's own in the same type."""
     inputs, grad = problem(2, 300, 517, 8, 2, D, dtype)

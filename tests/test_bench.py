@@ -9,6 +9,7 @@ from benchmarks import kernels as bench
 from benchmarks import measure, rivals
 from kernels import attention
 from kernels.visible import Visible
+from tables import cases
 
 CEILINGS = {"TFLOP/s": 0.1, "GB/s": 10}
 TINY = rivals.table("""
@@ -33,7 +34,7 @@ def run(case):
     return {row["implementation"]: row for row in bench.bench(case, CEILINGS, 1, 0)}
 
 
-@pytest.mark.parametrize("kind", TINY)
+@cases("kind", TINY)
 def test_attention_cases_agree(kind):
     for case in attention_cases(kind):
         rows = run(case)
@@ -45,7 +46,7 @@ def test_attention_cases_agree(kind):
         assert ours["ratio"] == 1 and naive["ratio"] == naive["ms"] / ours["ms"]
 
 
-@pytest.mark.parametrize("name", ["logprob", "logprob-entropy"])
+@cases("name", ["logprob", "logprob-entropy"])
 def test_logprob_cases_agree(name):
     rows = run(logprob_case(name))
     assert rows["ours"]["ms"] > 0 and rows["naive"]["ms"] > 0
@@ -56,7 +57,7 @@ def test_logprob_cases_agree(name):
 
 @pytest.mark.skipif(torch.cuda.is_available() or hasattr(kernels.triton, "missing"),
                     reason="needs triton's interpreter, see conftest.py")
-@pytest.mark.parametrize("kind", ["ragged", "cross", "decode"])
+@cases("kind", ["ragged", "cross", "decode"])
 def test_kernels_agree_with_the_exact_answers(kind, monkeypatch):
     """Check that masks mean the same to both."""
     monkeypatch.setenv("KERNELS", "triton")
@@ -77,7 +78,7 @@ def test_the_exact_answers_are_those_of_the_naive_form():
     assert torch.allclose(exact[0][1, :4], alone[0, :4], atol=1e-6)            # row 1, where padding begins
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x * 1.001, lambda x: x.masked_fill(x == x.max(), torch.nan)],
+@cases("spoil", [lambda x: x * 1.001, lambda x: x.masked_fill(x == x.max(), torch.nan)],
                          ids=["off", "nan"])
 def test_a_wrong_result_gets_no_time(spoil, capsys):
     case = attention_cases("causal")[0]

@@ -25,13 +25,13 @@ from games.cards import RANKS
 from games.prompts import PROMPTS, load_prompts
 from games.solver import solve
 from games.verifier import judge
-from tables import rows
+from tables import cases, numbers, raises, rows
 from test_hostile import OPERATORS, value_of
 
 SMALL = dict(image=True, size=(56, 14))
 
 
-@pytest.mark.parametrize("game", envs.GAMES.values())
+@cases("game", envs.GAMES.values())
 def test_a_game_has_all_that_the_contract_lists(game):
     methods = [name for name in vars(Env) if not name.startswith("_")]
     assert {"reset", "step", "oracle", "demonstrate", "shifts", "broad"} <= set(methods)
@@ -78,7 +78,7 @@ def random_hands(count, distinct):
             for _ in range(count)]
 
 
-@pytest.mark.parametrize("target, hands", [
+@cases("target, hands", [
     (24, random_hands(14, True)), (24, random_hands(13, False)),
     (24, [(3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1), (5, 5, 7, 24)]),
     (10, random_hands(5, True)), (37, random_hands(6, True)), (1, random_hands(4, True))])
@@ -95,20 +95,20 @@ def test_solver_finds_what_brute_force_finds(target, hands):
             assert len(formulas) == len(functions), hand
 
 
-@pytest.mark.parametrize("highest, solvable", [(13, 1362), (10, 566)])
+@cases("highest, solvable", [(13, 1362), (10, 566)])
 def test_known_counts_of_solvable_hands(highest, solvable):
     hands = list(itertools.combinations_with_replacement(range(1, highest + 1), 4))
     assert sum(solver.solvable(hand, 24) for hand in hands) == solvable
     assert all(solver.solvable(hand, 24) == bool(solve(hand, 24)) for hand in hands)
 
 
-@pytest.mark.parametrize("hand, target, formulas", rows("""
+@cases("hand, target, formulas", """
     24      | 24 | 24=24
     23      | 24 |
     4 6     | 24 | 4*6=24
     8 3 8 3 | 24 | 8/(3-8/3)=24
     2 2     | 1  | 2/2=1
-    1 2 3   | 6  | 1*2*3=6 1+2+3=6 2*3/1=6"""))
+    1 2 3   | 6  | 1*2*3=6 1+2+3=6 2*3/1=6""")
 def test_small_cases_by_hand(hand, target, formulas):
     assert solve(map(int, hand.split()), int(target)) == formulas.split()
 
@@ -137,9 +137,10 @@ def test_formulas_have_no_parentheses_to_spare():
 
 # ------------------------------------------------------------------------------------------------------ deals
 
-@pytest.mark.parametrize("look, suits", [
-    ("black", ["spades", "clubs"]), ("red", ["hearts", "diamonds"]),
-    ("all", ["spades", "clubs", "hearts", "diamonds"])])
+@cases("look, suits", """
+    black | spades clubs
+    red   | hearts diamonds
+    all   | spades clubs hearts diamonds""")
 def test_hands_come_from_one_deck_and_are_solvable(look, suits):
     env, seen = GeneralPoints(look=look, rule="11-12-13"), set()
     for seed in range(400):
@@ -148,7 +149,8 @@ def test_hands_come_from_one_deck_and_are_solvable(look, suits):
         assert len(hand) == 4 and solve(info["numbers"], 24)
         assert info["numbers"] == values_of(info["cards"], "11-12-13")
         seen |= hand
-    assert seen == set(itertools.product(RANKS, suits))     # every card of the look turns up, no other does
+    # Every card of the look turns up, no other does.
+    assert seen == set(itertools.product(RANKS, suits.split()))
 
 
 def test_face_deal():
@@ -156,13 +158,15 @@ def test_face_deal():
         assert holds(set("JQK") & set(GeneralPoints(deal=deal).reset(seed)[1]["cards"]) for seed in range(60))
 
 
-@pytest.mark.parametrize("rule, values", [
-    ("10", [1, 10, 10, 10, 10, 7]), ("11-12-13", [1, 10, 11, 12, 13, 7]), ("5", [1, 10, 5, 5, 5, 7])])
+@cases("rule, values", """
+    10       | 1 10 10 10 10 7
+    11-12-13 | 1 10 11 12 13 7
+    5        | 1 10 5 5 5 7""")
 def test_values_and_rules(rule, values):
-    assert values_of(["A", "10", "J", "Q", "K", "7"], rule) == values
+    assert values_of("A 10 J Q K 7".split(), rule) == numbers(values)
 
 
-@pytest.mark.parametrize("name, value", [
+@cases("name, value", [
     *(("rule", rule) for rule in ("ten", "10-11", "0", "-5", "1-2-3-4", "", "9" * 9000)), ("look", "green"),
     ("deal", "faces"), *(("target", target) for target in (0, 2.5, True)), ("attempts", 0),
     *(("size", size) for size in ((0, 56), (224, -1)))])
@@ -171,14 +175,13 @@ def test_bad_arguments_are_named(name, value):
         GeneralPoints(**{name: value})
 
 
-def test_an_impossible_target_is_reported():
-    with pytest.raises(RuntimeError, match="target 1000000"):
-        GeneralPoints(target=10 ** 6).reset(0)
-
-
-def test_a_negative_seed_is_refused():
-    with pytest.raises(ValueError, match="seed"):
-        GeneralPoints().reset(-1)
+def test_impossible_requests_are_refused():
+    env = GeneralPoints()
+    raises("reset", env.step, "?", error=RuntimeError)
+    raises("seed", env.reset, -1)
+    for mistakes in (-1, 5):
+        raises("mistakes", env.demonstrate, 0, mistakes)
+    raises("target 1000000", GeneralPoints(target=10 ** 6).reset, 0, error=RuntimeError)
 
 
 SCRIPT = """
@@ -232,7 +235,7 @@ def verdict(text, image=False):
     return judge(text, ["A", "2", "3", "4"], [1, 2, 3, 4], 24, image)
 
 
-@pytest.mark.parametrize("formulas, reward, code, message", rows("""
+@cases("formulas, reward, code, message", """
     1*2*3*4=24  (1+3)*(2+4)=24           | 5  | correct          | Correct.
     ((1))*2*(3*4)=24  -1*2*3*-4=24       | 5  | correct          | Correct.
     1+2+3+4=24  1+2+3+4=10               | -1 | wrong_value      | The formula gives 10, not 24.
@@ -247,12 +250,13 @@ def verdict(text, image=False):
     2*3*4=24                             | -3 | left_out         | 1 is left out.
     4/(3-2-1)=24                         | -3 | division_by_zero | The formula divides by zero.
     1*2*3*4  1*2*3*4=25  =24  1*2*3*4=6*4 | -3 | no_target       | The formula must end in =24.
+                                         | -3 | no_target        | The formula must end in =24.
     1*2*3*4=24=24  (1*2*3*4=24           | -3 | unparsable       | The formula cannot be read.
     1*2*3*4)=24  1*2*(3*4))(=24  ()=24   | -3 | unparsable       | The formula cannot be read.
     1*2*3 4=24  1 2*3*4=24  2(3)(4)=24   | -3 | unparsable       | The formula cannot be read.
     1**2*3*4=24  4!*(3-2)*1=24  1+=24    | -3 | unparsable       | The formula cannot be read.
     2.0*3*4*1=24  A*2*3*4=24             | -3 | unparsable       | The formula cannot be read.
-    """))
+    """)
 def test_rewards_and_messages(formulas, reward, code, message):
     for formula in re.split(" {2,}", formulas):
         result = verdict(answer(formula))
@@ -260,16 +264,12 @@ def test_rewards_and_messages(formulas, reward, code, message):
         assert result.recognized
 
 
-def test_an_empty_formula_lacks_its_target():
-    assert verdict(answer("")).message == "The formula must end in =24."
-
-
 def test_undefined_stays_undefined():      # x / (y / 0) is not 0
     cards, numbers = ["2", "2", "3", "4"], [2, 2, 3, 4]
     assert judge(answer("3/(4/(2-2))=24"), cards, numbers, 24).code == "division_by_zero"
 
 
-@pytest.mark.parametrize("cards", ["A 2 3 4", "4 3 2 A", "A 2 3 5", "A 2 3", "A 2 3 4 4", "1 2 3 4"])
+@cases("cards", ["A 2 3 4", "4 3 2 A", "A 2 3 5", "A 2 3", "A 2 3 4 4", "1 2 3 4"])
 def test_misread_cards_cost_more_on_image_tasks_only(cards):
     right = set(cards) == set("A 2 3 4") and len(cards) == 7
     for formula, reward in (("1+2+3+4=24", -1.0), ("1*2*3*4=24", 5.0)):
@@ -308,7 +308,7 @@ LENIENT = [
     '"number": [1, 2, 3, 4], "formula": "1*2*3*4=24"}']
 
 
-@pytest.mark.parametrize("text", LENIENT)
+@cases("text", LENIENT)
 def test_any_dialect_is_read(text):
     result = verdict(text, image=True)
     assert (result.code, result.reward, result.recognized, result.translated) == ("correct", 5, True, True)
@@ -338,8 +338,8 @@ HOSTILE = [
                   "1*2*3*4=24\0"])]
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-@pytest.mark.parametrize("image", [False, True])
+@cases("text", HOSTILE, ids=range(len(HOSTILE)))
+@cases("image", [False, True])
 def test_hostile_text_gets_a_verdict(text, image):
     env = GeneralPoints(image=image, size=(56, 14))
     env.reset(1)
@@ -362,8 +362,7 @@ def test_wrong_then_right():
     observation, *outcome, info = env.step(env.oracle())
     assert outcome == [5, True, False] and observation.messages == [] and info["attempt"] == 2
     assert info["correct"] and info["recognized"] and info["translated"]
-    with pytest.raises(RuntimeError, match="reset"):
-        env.step(wrong)
+    raises("reset", env.step, wrong, error=RuntimeError)
 
 
 def test_running_out_of_attempts_costs_one_more():
@@ -371,18 +370,12 @@ def test_running_out_of_attempts_costs_one_more():
     env.reset(0)
     outcomes = [env.step("?")[1:4] for _ in range(3)]
     assert outcomes == [(-3, False, False), (-3, False, False), (-4, False, True)]
-    with pytest.raises(RuntimeError, match="reset"):
-        env.step(env.oracle())
+    raises("reset", env.step, env.oracle(), error=RuntimeError)
     env.reset(0)        # and the last attempt may be right
     assert [env.step(text)[1:4] for text in ("?", "?", env.oracle())][2] == (5, True, False)
 
 
-def test_step_before_reset_is_an_error():
-    with pytest.raises(RuntimeError, match="reset"):
-        GeneralPoints().step("?")
-
-
-@pytest.mark.parametrize("target, rule", [(24, "10"), (24, "11-12-13"), (7, "5"), (100, "11-12-13")])
+@cases("target, rule", [(24, "10"), (24, "11-12-13"), (7, "5"), (100, "11-12-13")])
 def test_the_oracle_is_right_and_does_not_change_its_mind(target, rule):
     env, chosen = GeneralPoints(target=target, rule=rule, **SMALL), set()
     for seed in range(60):
@@ -415,7 +408,7 @@ def replayed(seeds, **settings):
     return found
 
 
-@pytest.mark.parametrize("image", [False, True])
+@cases("image", [False, True])
 def test_demonstrations_replay(image):
     mistakes = replayed(range(150), image=image, look="all", size=(56, 14))
     codes = Counter(info["verdict"] for info in mistakes)
@@ -423,12 +416,6 @@ def test_demonstrations_replay(image):
     assert {"foreign_number", "used_twice", "left_out"} <= set(codes), codes
     # A text answer cut short may lack its cards, too.
     assert (sum(not info["recognized"] for info in mistakes) > 30) == image
-
-
-@pytest.mark.parametrize("mistakes", [-1, 5])
-def test_too_many_mistakes_are_refused(mistakes):
-    with pytest.raises(ValueError, match="mistakes"):
-        GeneralPoints().demonstrate(0, mistakes)
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -445,7 +432,7 @@ def test_load_prompts_replaces_what_it_names(tmp_path):
     assert env.prompts["misread"] == PROMPTS["misread"]
 
 
-@pytest.mark.parametrize("content, key", [
+@cases("content, key", [
     *rows("""
     {"gp-x": "hi"} | 'gp-x'
     {"gp-l": "{rule} {target}"} | cards
@@ -476,10 +463,7 @@ def test_load_prompts_replaces_what_it_names(tmp_path):
 def test_bad_templates_are_named_in_one_line(tmp_path, content, key):
     path = tmp_path / "prompts.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError) as error:
-        load_prompts(path)
-    message = str(error.value)
-    assert message.startswith(str(path)) and key in message and "\n" not in message
+    assert raises(key, load_prompts, path).startswith(str(path))
 
 
 # ------------------------------------------------------------------------------------------------------ cards
@@ -501,14 +485,14 @@ ALL_CARDS = list(itertools.product(cards.RANKS, cards.LOOKS["all"]))
 TABLE = np.array((0x35, 0x65, 0x4D))
 
 
-@pytest.mark.parametrize("height", [36, 53, 240])
+@cases("height", [36, 53, 240])
 def test_every_card_has_a_face_of_its_own(height):
     faces = [face_of(*card, height) for card in ALL_CARDS]
     assert {face.shape for face in faces} == {(height, round(height / 1.4), 3)}
     assert all(differs(face, other).mean() > 0.005 for face, other in itertools.combinations(faces, 2))
 
 
-@pytest.mark.parametrize("height", [36, 53, 353])
+@cases("height", [36, 53, 353])
 def test_hearts_and_diamonds_are_red_the_others_black(height):
     for rank, suit in ALL_CARDS:
         red, green, blue = np.moveaxis(face_of(rank, suit, height), 2, 0)
@@ -518,8 +502,8 @@ def test_hearts_and_diamonds_are_red_the_others_black(height):
         assert (ink_black.mean() > 0.02) == (suit in ("spades", "clubs")), (rank, suit)
 
 
-@pytest.mark.parametrize("rank, pips", [("A", 1), ("2", 2), ("5", 5), ("8", 8), ("10", 10)])
-def test_pips_count_the_rank(rank, pips):
+@cases("rank", "A 2 5 8 10".split())
+def test_pips_count_the_rank(rank):
     """Connected blobs of ink on a large face: the pips, two index suits and the index characters (1 and 0 for
     a 10)."""
     ink, blobs = Image.fromarray(face_of(rank, "hearts", 700)[:, :, 1] < 100).convert("L"), 0
@@ -527,11 +511,11 @@ def test_pips_count_the_rank(rank, pips):
         column = np.flatnonzero(np.asarray(ink)[box[1]])[0]
         ImageDraw.floodfill(ink, (column, box[1]), 0)
         blobs += 1
-    assert blobs == pips + 2 + 2 * len(rank)
+    assert blobs == int(rank.replace("A", "1")) + 2 + 2 * len(rank)
 
 
 # The others have a pip in the middle, or one too many above it.
-@pytest.mark.parametrize("rank", "2 4 10 J Q K".split())
+@cases("rank", "2 4 10 J Q K".split())
 def test_cards_look_the_same_upside_down(rank):
     face = face_of(rank, "clubs", 700)
     assert differs(face, face[::-1, ::-1]).mean() < 0.004
@@ -541,10 +525,10 @@ HAND = [("Q", "spades"), ("4", "clubs"), ("J", "hearts"), ("7", "diamonds"), ("K
 
 
 # Five are as large as four where the height is what limits both.
-@pytest.mark.parametrize("count, size, height", [
-    (4, (224, 56), 53), (5, (224, 56), 53), (4, (112, 112), 35), (4, (1200, 1200), 378),
-    (5, (1200, 1200), 302)])
-def test_a_hand_lies_on_the_table_in_order(count, size, height):
+@cases("sizes", ["4 224 56 53", "5 224 56 53", "4 112 112 35", "4 1200 1200 378", "5 1200 1200 302"])
+def test_a_hand_lies_on_the_table_in_order(sizes):
+    """Of a number of cards on a picture of some width and height, each is so high."""
+    count, *size, height = map(int, sizes.split())
     hand = HAND[:count]
     image = np.asarray(cards.draw_hand(hand, size), int)
     assert image.shape == (size[1], size[0], 3)

@@ -24,7 +24,7 @@ from games.observations import wrong_observation
 from games.rails import Point
 from games.solver import solve
 from games.verifier import MISREAD, REWARDS, SPACES, STEP_REWARDS, judge, judge_step
-from tables import rows
+from tables import cases, rows
 from variants.official_games import OF_GAME, play
 
 CARDS, NUMBERS = ["3", "7", "7", "8"], [3, 7, 7, 8]
@@ -129,6 +129,10 @@ def dumped(formula):
     return json.dumps({"cards": CARDS, "number": NUMBERS, "formula": formula}, ensure_ascii=False)
 
 
+def code_of(text):
+    return judge(text, CARDS, NUMBERS).code
+
+
 CLEAN = st.one_of(legal(), edited(legal(), SIGNS), several(*SIGNS, most=12))
 FORMULAS = st.one_of(CLEAN, one_of(*WRONG), edited(legal(), ODD))
 ANSWERS = st.one_of(ANYTHING, several(*PIECES), FORMULAS.map(dumped), edited(FORMULAS.map(dumped), PIECES))
@@ -161,8 +165,9 @@ def test_random_formulas_are_judged_as_by_python():
             (a, b, c, d), (x, y, z) = rng.sample(NUMBERS, 4), rng.choices("+-*/", k=3)
             left = rng.choice(SHAPES).format(a, x, b, y, c, z, d)
         if not odd_to_python(left):
-            codes.add(judge(dumped(f"{left}=24"), CARDS, NUMBERS).code)
-            assert verdict_of(f"{left}=24") == judge(dumped(f"{left}=24"), CARDS, NUMBERS).code, left
+            code = code_of(dumped(f"{left}=24"))
+            assert verdict_of(f"{left}=24") == code, left
+            codes.add(code)
     assert codes == set(REWARDS) - {"no_json", "no_target", "misread"}
 
 
@@ -188,7 +193,7 @@ def test_nothing_may_follow_a_formula_but_a_full_stop(formula, joint, more):
     tail = (joint + more).replace("\ufe0f", "")         # which only says how a sign is shown
     nothing = "".join(tail.split()) in ("", ".", "。", "．")
     for text in (dumped(formula + tail), "{'formula': %r}" % (formula + tail)):
-        assert (judge(text, CARDS, NUMBERS).code == "correct") == nothing
+        assert (code_of(text) == "correct") == nothing
 
 
 LIKE = dict(line.split() for line in """3 ３𝟑𝟹
@@ -217,11 +222,11 @@ UNLIKE = dict(line.split() for line in """3 ³₃③⒊⑶٣३
 @given(one_of(*RIGHT), st.data())
 def test_only_like_looking_signs_are_read(formula, data):
     signs = [data.draw(one_of(sign, *LIKE.get(sign, ""))) for sign in formula]
-    assert judge(dumped("".join(signs)), CARDS, NUMBERS).code == "correct"
+    assert code_of(dumped("".join(signs))) == "correct"
     places = [i for i, sign in enumerate(formula) if sign in UNLIKE]
     place = data.draw(one_of(*places))
     signs[place] = data.draw(one_of(*UNLIKE[formula[place]]))
-    assert judge(dumped("".join(signs)), CARDS, NUMBERS).code in ("unparsable", "no_target")
+    assert code_of(dumped("".join(signs))) in ("unparsable", "no_target")
 
 
 def bare(value):
@@ -247,7 +252,7 @@ def forgeries(draw):
 @JUDGED
 @given(forgeries(), one_of("", "Let me see:\n", '{"formula": "(7+8-7)*3=24"} No. ', "{x} ", "It's "))
 def test_a_formula_elsewhere_is_never_the_answer(text, before):
-    assert judge(before + text, CARDS, NUMBERS).code != "correct"
+    assert code_of(before + text) != "correct"
 
 
 @JUDGED
@@ -337,7 +342,7 @@ def test_observations_mean_the_sum_of_their_clauses(clauses, data, name, crossin
     assert set(wrong_observation(said, truth, name, crossing, {"Bar", "Red Bar"})) == expected, said
 
 
-@pytest.mark.parametrize("formulas, verdict", rows("""
+@cases("formulas, verdict", """
     3*8+7-7=24  03*8+7-7=024  -(7-7)+3*8=24 | correct
     3*8+7-7  3*8+7-7=25                     | no_target
     7/(7-7)*3*8=24                          | used_twice
@@ -345,7 +350,7 @@ def test_observations_mean_the_sum_of_their_clauses(clauses, data, name, crossin
     3*8=24                                  | left_out
     3*(8+7-7=24                             | unparsable
     3+8+7+7=24                              | wrong_value
-    4*6=24                                  | foreign_number"""))
+    4*6=24                                  | foreign_number""")
 def test_the_judges_agree_by_hand(formulas, verdict):
     for formula in formulas.split():
-        assert verdict_of(formula) == verdict == judge(dumped(formula), CARDS, NUMBERS).code
+        assert verdict_of(formula) == verdict == code_of(dumped(formula))

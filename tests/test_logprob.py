@@ -15,10 +15,11 @@ import torch
 import kernels
 from benchmarks.kernels import peak_memory
 from kernels import logits, logprob, tiles
+from tables import cases, raises
+from test_attention import DEVICE, assert_equal
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = {"kernels": logprob.KERNELS, "twins": logprob.TWINS}
-both = pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+both = cases("ways", WAYS.values(), ids=WAYS)
 
 
 def problem(N, D, V, dtype=torch.float32):
@@ -73,16 +74,12 @@ def assert_within(found, expected, bounds):
         assert (~((x - y).abs() <= bound)).sum() == 0, ((x - y).abs() / bound).max()    # a NaN is not within
 
 
-def assert_equal(found, expected):
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-
-
 SIZES = """1 1 1 1.0, 1 7 3 0.5, 16 32 32 1.0, 17 33 270 1.0, 37 40 131 0.3, 300 5 65 2.0, 2 96 1000 1.0"""
 SIZES_ON_A_GPU = """1 64 1000 1.0, 300 512 5003 0.7, 1000 33 777 1.0"""
 
 
 @both
-@pytest.mark.parametrize("dtype, sizes", [
+@cases("dtype, sizes", [
     *((dtype, sizes) for dtype in (torch.float32, torch.float16) for sizes in SIZES.split(", ")),
     *(pytest.param(torch.bfloat16, sizes, marks=pytest.mark.gpu) for sizes in SIZES_ON_A_GPU.split(", "))],
     ids=str)
@@ -96,7 +93,7 @@ def test_against_float64(ways, dtype, sizes):
 
 
 @both
-@pytest.mark.parametrize("asked", range(3), ids=["logprobs", "entropy", "lse"])
+@cases("asked", range(3), ids=["logprobs", "entropy", "lse"])
 def test_each_output_has_its_own_gradient(ways, asked):
     """Give the others no gradient at all."""
     hidden, weight, targets, upstream = problem(20, 12, 70)
@@ -143,7 +140,7 @@ def test_every_element_is_written(ways, poison):
 
 
 @both
-@pytest.mark.parametrize("kept", [[], [3], list(range(1, 40, 2))], ids=len)
+@cases("kept", [[], [3], list(range(1, 40, 2))], ids=len)
 def test_rows_with_negative_targets_cost_nothing(ways, kept):
     """Leave out rows with no upstream gradient, too, in the backward pass."""
     hidden, weight, targets, upstream = numbers = problem(40, 16, 50)
@@ -174,10 +171,9 @@ def test_any_strides(ways):
 @both
 @pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on the device ends the process")
 def test_targets_beyond_the_vocabulary_are_refused(ways):
-    hidden, weight, targets, _ = problem(4, 3, 5)
+    hidden, weight, targets, upstream = problem(4, 3, 5)
     targets[1] = 5
-    with pytest.raises(RuntimeError, match="not in the vocabulary"):
-        logprob.token_logprobs(hidden, weight, targets, 1.0, ways)
+    raises("not in the vocabulary", run, hidden, weight, targets, upstream, 1.0, ways, error=RuntimeError)
 
 
 @both
@@ -245,7 +241,7 @@ def greedy_launches():
     slab_launches()
 
 
-@pytest.mark.parametrize("chip", aot.CHIPS)
+@cases("chip", aot.CHIPS)
 def test_compiled(chip):
     found = aot.compile_all("test_logprob", "launches", chip)
     assert {result["name"] for result in found} == {"statistics_kernel", "dlogits_kernel"}
@@ -261,15 +257,14 @@ def test_spills_would_be_seen():
 # -------------------------------------------------------------------------------------------------- which way
 
 
-@pytest.mark.parametrize("wanted, expected", [(None, DEVICE == "cuda"), ("torch", False), ("triton", True)])
+@cases("wanted, expected", [(None, DEVICE == "cuda"), ("torch", False), ("triton", True)])
 def test_which_way(monkeypatch, wanted, expected):
     monkeypatch.delenv("KERNELS", raising=False)
     if wanted:
         monkeypatch.setenv("KERNELS", wanted)
     assert kernels.use_triton(torch.zeros(1, device=DEVICE)) == expected
     monkeypatch.setenv("KERNELS", "fast")
-    with pytest.raises(ValueError, match="fast"):
-        kernels.use_triton(torch.zeros(1, device=DEVICE))
+    raises("fast", kernels.use_triton, torch.zeros(1, device=DEVICE))
 
 
 def test_without_triton_the_twins_run_and_say_so_once():

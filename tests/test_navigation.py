@@ -18,7 +18,7 @@ from games.prompts import PROMPTS
 from games.rails import Point, instructions, rail, relative_turn
 from games.routes import Leg, Place, Route
 from games.verifier import SPACES, TURNS, judge_step
-from tables import rows
+from tables import cases, raises, rows
 from test_observations import ODD_NAMES
 
 
@@ -63,7 +63,7 @@ def answer(observation="No landmarks nearby", action="turn_direction(north)"):
 
 # ------------------------------------------------------------------------------------ rails and instructions
 
-@pytest.mark.parametrize("old, new, word", rows("""
+@cases("old, new, word", """
     0   | 90  | right
     90  | 0   | left
     0   | 45  | slightly right
@@ -78,7 +78,7 @@ def answer(observation="No landmarks nearby", action="turn_direction(north)"):
     0   | 180 | right
     180 | 0   | right
     359 | 0   | slightly right
-    0   | 359 | slightly left"""))
+    0   | 359 | slightly left""")
 def test_turns_are_wrapped(old, new, word):
     assert relative_turn(int(old), int(new)) == word
 
@@ -124,8 +124,7 @@ def test_points_between_drop_by_the_seed(here):
     firsts = {f"First, turn {word} to face north." for word in TURNS}
     assert {info["instructions"][0] for info in infos} == firsts
     assert env.reset(7) == env.reset(7) != env.reset(8)
-    with pytest.raises(ValueError, match="seed"):
-        env.reset(-1)
+    raises("seed", env.reset, -1)
 
 
 def test_a_given_heading_is_kept(monkeypatch):
@@ -177,8 +176,8 @@ def test_the_prompt_with_a_picture_hides_what_is_seen_now(here):
     assert "O_5: You observe an image of 4 views; You" in text
 
 
-@pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("rule", SPACES)
+@cases("image", [False, True])
+@cases("rule", SPACES)
 def test_the_expert_is_always_right(here, monkeypatch, rule, image):
     names = ["Red Star Diner", "Blue Fish Hotel", *ODD_NAMES]
     for first, second in zip(names, names[1:] + names[:1]):
@@ -191,8 +190,7 @@ def test_the_expert_is_always_right(here, monkeypatch, rule, image):
             assert (step["point"], step["attempt"], step["verdict"]) == (k, 1, "right_action")
             assert step["correct"] and step["recognized"] and step["translated"]
         assert observation.messages == [] and info["points"] == 7
-    with pytest.raises(RuntimeError, match="reset"):
-        env.step("again")
+    raises("reset", env.step, "again", error=RuntimeError)
 
 
 SAID = {"?": "?", "forward": answer(action="forward()"), "stop": answer(action="stop()"),
@@ -200,12 +198,12 @@ SAID = {"?": "?", "forward": answer(action="forward()"), "stop": answer(action="
 
 
 # What is answered, and the rewards by hand: . ends the route at its destination, ! before it.
-@pytest.mark.parametrize("after_failure, said, rewards", rows("""
+@cases("after_failure, said, rewards", """
     end     | forward right                                  | -1 1
     end     | right ? stop                                   | 1 -2.5 -2!
     end     | forward right ghost ? ?                        | -1 1 -0.5 -2.5 -3.5!
     walk-on | ? stop right right right right right right     | -2.5 -2 1 1 1 1 1 1.
-    walk-on | right right right right right right ? ?        | 1 1 1 1 1 1 -2.5 -3.5!"""))
+    walk-on | right right right right right right ? ?        | 1 1 1 1 1 1 -2.5 -3.5!""")
 def test_episodes_by_hand(here, after_failure, said, rewards):
     env, _ = game(after_failure=after_failure)
     found, attempt = [], 1
@@ -250,7 +248,7 @@ def test_the_page_says_what_the_verifier_says():
 EAST = answer(action="turn_direction(east)")
 
 
-@pytest.mark.parametrize("text", [
+@cases("text", [
     EAST, f"I think:\n```json\n{EAST}\n```\nDone.", EAST.replace('"', "'"),
     "{current observation: Joe's Diner, current instruction: go, action: turn_direction(east)}",
     '{"action": "Turn_Direction( East )"}', '{"action": "turn_direction(\\"east\\")"}',
@@ -282,7 +280,7 @@ HOSTILE = [(text, code) for code, text in rows(r"""
         "x" * 100_000, "\udcff\0", "turn_direction(" * 20))]
 
 
-@pytest.mark.parametrize("text, code", HOSTILE, ids=range(len(HOSTILE)))
+@cases("text, code", HOSTILE, ids=range(len(HOSTILE)))
 def test_nonsense_gets_a_verdict(text, code):
     result = verdict(text)
     assert result.code == code and result.reward == -2.5 and len(result.message) < 200
@@ -299,7 +297,7 @@ def test_no_message_gives_the_action_away():
 
 # ------------------------------------------------------------------------------------------- expert dialogues
 
-@pytest.mark.parametrize("image", [False, True])
+@cases("image", [False, True])
 def test_demonstrations(here, image):
     env, points = Navigation(image=image), set()
     for seed in range(80):
@@ -310,8 +308,7 @@ def test_demonstrations(here, image):
         first, wrong, told, last = env.demonstrate(seed, 1)
         assert (first, last) == (question, right) and not wrong["train"] and "wrong" in told["content"]
     assert points == set(range(7))
-    with pytest.raises(ValueError, match="mistakes"):
-        env.demonstrate(0, 2)
+    raises("mistakes", env.demonstrate, 0, 2)
 
 
 def test_descriptions_tell_what_is_in_the_picture(here):
@@ -326,13 +323,12 @@ def test_descriptions_tell_what_is_in_the_picture(here):
     assert marks[None] < 60         # mostly at a landmark
 
 
-@pytest.mark.parametrize("settings, word", [
+@cases("settings, word", [
     ({"rule": "10"}, "rule"), ({"describe": True}, "image=True"), ({"attempts": 0}, "attempts"),
     ({"size": 0}, "size"), ({"after_failure": "cry"}, "after_failure"),
     ({"prompts": {"virl-l": "{history}"}}, "virl-l")])
 def test_bad_settings_are_named(here, settings, word):
-    with pytest.raises(ValueError, match=word):
-        Navigation(**settings)
+    raises(word, Navigation, **settings)
 
 
 # ------------------------------------------------------------------------------------------ the built-in city
@@ -350,8 +346,8 @@ def solve(text):
     return "stop()" if 2 * done == len(sentences) and landmark in now else "forward()"
 
 
-@pytest.mark.parametrize("rule", SPACES)
-@pytest.mark.parametrize("look", ["new-york", "others"])
+@cases("rule", SPACES)
+@cases("look", ["new-york", "others"])
 def test_the_action_follows_from_the_text(rule, look):
     env = Navigation(rule=rule, look=look, held_out=True)
     for seed in range(200):

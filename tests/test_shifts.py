@@ -22,7 +22,7 @@ from games.solver import solve
 from games.verifier import SPACES
 from harness.environments import evaluation_sets, make_env, training_env
 from harness.settings import Args, apply_preset
-from tables import rows
+from tables import cases, raises, rows
 from test_envs import HAND, SMALL, answer, differs, replayed, values_of
 from test_hostile import OPERATORS, value_of
 from test_navigation import game, here    # noqa: F401 (here is a fixture)
@@ -65,7 +65,7 @@ def test_five_card_hands_are_solvable_by_brute_force():
     assert {True, False} == set(found) and found == [solver.solvable(numbers, 24) for numbers in hands]
 
 
-@pytest.mark.parametrize("name, rule", [("fake-rule", "11-12-13"), *((name, "10") for name in BEYOND)])
+@cases("name, rule", [("fake-rule", "11-12-13"), *((name, "10") for name in BEYOND)])
 def test_the_expert_solves_every_hand_of_every_set(name, rule):
     """By Python's own parser, too, its formula makes the target of the numbers that count."""
     env = GeneralPoints(**SMALL, **{"rule": rule, **GeneralPoints.shifts(rule, "black", True)[name]})
@@ -79,8 +79,8 @@ def test_the_expert_solves_every_hand_of_every_set(name, rule):
         assert reward == 5 and terminated and info["success"] and info["recognized"] and info["translated"]
 
 
-@pytest.mark.parametrize("rule", SPACES)
-@pytest.mark.parametrize("name", ["fake-rule", "relative-wording"])
+@cases("rule", SPACES)
+@cases("name", ["fake-rule", "relative-wording"])
 def test_the_expert_walks_every_route_of_every_set(name, rule):
     env = Navigation(**{"rule": rule, **Navigation.shifts(rule, "new-york", False)[name]})
     for seed in range(300):
@@ -92,7 +92,7 @@ def test_the_expert_walks_every_route_of_every_set(name, rule):
         assert info["success"]
 
 
-@pytest.mark.parametrize("name", GP)
+@cases("name", GP)
 def test_demonstrations_of_every_set_replay(name):
     assert replayed(range(20), **SMALL, **GP[name])
 
@@ -106,12 +106,12 @@ def dealt(hand, **settings):
     return env, env.reset(0)[0].messages[0]["content"]
 
 
-@pytest.mark.parametrize("formula, reward, message", rows("""
+@cases("formula, reward, message", """
     6*9-10*3=24 |  5 |  # the queen counts 10, whatever the prompt says
     9+12+6-3=24 | -2 | 12 is not one of the numbers.  # right by what it says
     10+9+6-3=24 | -1 | The formula gives 22, not 24.
     6*9-3=24    | -3 | 10 is left out.
-    6*9-10*3=23 | -3 | The formula must end in =24."""))
+    6*9-10*3=23 | -3 | The formula must end in =24.""")
 def test_fake_rule_by_hand(formula, reward, message):
     env, prompt = dealt("Q 6 9 3", **GP["fake-rule"])
     assert "J counts as 11, Q as 12 and K as 13." in prompt and "10" not in prompt.split("Cards:")[0]
@@ -120,7 +120,7 @@ def test_fake_rule_by_hand(formula, reward, message):
     assert [said["content"] for said in observation.messages] == [message] * bool(message)
 
 
-@pytest.mark.parametrize("formula, reward", [("9+12+6-3=24", 5), ("6*9-10*3=24", -2)])
+@cases("formula, reward", [("9+12+6-3=24", 5), ("6*9-10*3=24", -2)])
 def test_fake_rule_the_other_way_round(formula, reward):
     env, prompt = dealt("Q 6 9 3", **GeneralPoints.shifts("11-12-13", "all", False)["fake-rule"])
     assert "J, Q and K all count as 10." in prompt and env.step(answer(formula))[1] == reward
@@ -159,20 +159,20 @@ def test_fake_actions_by_hand(here):    # noqa: F811
 
 # ------------------------------------------------------------------------ five cards, other faces and targets
 
-@pytest.mark.parametrize("image", [False, True])
+@cases("image", [False, True])
 def test_the_prompt_counts_the_cards(image):
     for count, word in ((3, "three"), (4, "four"), (5, "five")):
         text = str(GeneralPoints(image=image, size=(56, 14), cards=count).reset(2)[0].messages)
         assert re.findall("three|four|five", text) == [word] * 2
 
 
-@pytest.mark.parametrize("formula, reward", rows("""
+@cases("formula, reward", """
     1*2*3*4+9-9=24 | -3
     (2+4-1)*3+9=24 | 5
     1*2*3*4=24     | -3
     9+4*3+2+1=24   | 5
     9+4+3+2+1=24   | -1
-    9+5*3=24       | -2"""))
+    9+5*3=24       | -2""")
 def test_five_cards_by_hand(formula, reward):
     env, _ = dealt("A 2 3 4 9", cards=5)
     assert env.step(answer(formula))[1] == float(reward)
@@ -185,7 +185,7 @@ def test_five_cards_of_the_released_deck():
     assert faces.shape == (200, 5) and faces.any(1).all() and faces.any(0).all()
 
 
-@pytest.mark.parametrize("value", [5, 7])
+@cases("value", [5, 7])
 def test_faces_of_another_value(value):
     env = GeneralPoints(look="all", **GP[f"face-{value}"])
     for seed in range(60):
@@ -194,20 +194,19 @@ def test_faces_of_another_value(value):
         assert {n for rank, n in zip(info["cards"], info["numbers"]) if rank in "JQK"} == {value}
 
 
-@pytest.mark.parametrize("target", [12, 20, 36])
+@cases("target", [12, 20, 36])
 def test_targets(target):
     observation, info = GeneralPoints(**GP[f"target-{target}"]).reset(0)
     text = observation.messages[0]["content"]
     assert f"to make {target}." in text and f"={target}" in text and solvable(info["numbers"], target)
 
 
-@pytest.mark.parametrize("make, name, value", [
+@cases("make, name, value", [
     *((GeneralPoints, "cards", n) for n in (2, 6, "5")), (GeneralPoints, "style", "upside-down"),
     (GeneralPoints, "style", "mirrored"), (GeneralPoints, "judged_rule", "ten"),
     (Navigation, "judged_rule", "10"), (Navigation, "wording", "5")])
 def test_bad_settings_are_named(make, name, value):
-    with pytest.raises(ValueError, match=f"{value}.*expected"):
-        make(**{name: value})
+    assert str(value) in raises("expected", make, **{name: value})
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -217,7 +216,7 @@ def slots(size, style="plain"):
     return np.split(np.asarray(cards.draw_hand(HAND[:4], size, style), int), 4, axis=1)
 
 
-@pytest.mark.parametrize("size", [(224, 56), (1200, 1200)])
+@cases("size", [(224, 56), (1200, 1200)])
 def test_each_card_is_mirrored_where_it_lies(size):
     for plain, mirrored in zip(slots(size), slots(size, "mirrored")):
         assert (mirrored == plain[:, ::-1]).all() and differs(mirrored, plain).mean() > 0.01
@@ -238,7 +237,7 @@ def test_suits_in_colours_that_no_deck_has():
     assert (apart > 60).sum() == apart.size - 4         # from each other and from ink, but not from itself
 
 
-@pytest.mark.parametrize("style", ["mirrored", "recoloured"])
+@cases("style", ["mirrored", "recoloured"])
 def test_only_the_picture_differs_from_id(style):
     plain, env = (GeneralPoints(image=True, size=(224, 56), **GP[name]) for name in ("id", style))
     for seed in range(8):
@@ -250,10 +249,10 @@ def test_only_the_picture_differs_from_id(style):
 
 # ------------------------------------------------------------------------------------------- relative wording
 
-@pytest.mark.parametrize("heading, first", rows("""
+@cases("heading, first", """
     270 | You face west. First, turn right by 90 degrees.
     23  | You face northeast. First, turn slightly left by 45 degrees.
-    182 | You face south. First, turn right by 180 degrees."""))
+    182 | You face south. First, turn right by 180 degrees.""")
 def test_relative_wording_by_hand(here, heading, first):    # noqa: F811
     """ROUTE: north, east, northwest."""
     env, _ = game(**VIRL["relative-wording"])
@@ -272,7 +271,7 @@ def where_to(text):
     return compass[(compass.index(facing) + {"left": -1, "right": 1}[way] * int(angle) // 45) % 8]
 
 
-@pytest.mark.parametrize("look", ["new-york", "others"])
+@cases("look", ["new-york", "others"])
 def test_the_heading_is_in_the_prompt(look):
     env, turns = Navigation(look=look, **VIRL["relative-wording"]), 0
     for seed in range(200):
@@ -297,7 +296,7 @@ def settings(task, algo, **changes):
     return apply_preset(args, 32)
 
 
-@pytest.mark.parametrize("task", RULES)
+@cases("task", RULES)
 def test_a_seed_is_an_episode_of_one_of_the_rules(task):
     args = settings(task, "sft")
     mixed, rules = training_env(args)(), RULES[task].split(",")
@@ -333,7 +332,7 @@ STATED = dict(rows("""
     relative | x is left"""))
 
 
-@pytest.mark.parametrize("task", RULES)
+@cases("task", RULES)
 def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
     """SFT's batches hold prompts of each rule; PPO's samples of a hand agree. Evaluation keeps to --rule."""
     def of_one_rule_each(texts):
@@ -355,7 +354,7 @@ def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
         assert factory().reset(3) == alone[name]().reset(3)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@cases("task", TASKS)
 def test_every_set_can_be_asked_for(task):
     args = apply_preset(Args(task=task, algo="eval", preset="tiny"), 128)
     known = GAMES[args.game].shifts(args.rule, args.look, args.image)

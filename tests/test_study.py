@@ -12,6 +12,7 @@ from study import faces, records, tables
 from study.__main__ import at_scale, chosen, page
 from study.experiments import EXPERIMENTS
 from study.runner import Run, Runner
+from tables import cases
 
 # Stands for train.py: notes when it ran, and leaves what its first argument says.
 SCRIPT = """
@@ -209,7 +210,7 @@ def test_a_name_means_one_command_line():
             assert known.setdefault(run.name, run) == run
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@cases("name", EXPERIMENTS)
 def test_every_run_of_an_experiment_is_in_its_table(name):
     experiment = EXPERIMENTS[name]
     runs = experiment.runs([0, 1])
@@ -230,7 +231,7 @@ def test_every_run_of_an_experiment_is_in_its_table(name):
     assert len(experiment.table(half).splitlines()) > 5        # what is there so far
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@cases("name", EXPERIMENTS)
 def test_figures_are_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")
     EXPERIMENTS[name].plot(made_up(EXPERIMENTS[name].runs([0])), tmp_path / "figure.png")
@@ -238,7 +239,7 @@ def test_figures_are_drawn(name, tmp_path):
     assert len(sizes) == len(EXPERIMENTS[name].figures) and all(size > 10_000 for size in sizes)
 
 
-@pytest.mark.parametrize("commit", ["abc", None])
+@cases("commit", ["abc", None])
 def test_page_holds_what_was_begun(tmp_path, commit):
     for record in made_up(EXPERIMENTS["attempts"].runs([0, 2])).values():
         records.append(tmp_path / "attempts.jsonl", record | {"commit": commit})
@@ -292,7 +293,7 @@ def test_what_chosen_runs_need_is_chosen_too():
     assert names(found) == "gp-l-init-0 gp-l-young-1 gp-l-ppo-from-young-1"
 
 
-@pytest.mark.parametrize("number, formula, uses", [
+@cases("number, formula, uses", [
     (13, "(13-7)*8/2", True), (13, "(10-7)*8/2", False), (13, "13*13-7", True), (13, "113-7", False),
     (13, None, False), (10, "7*8-2", None)])
 def test_faces_tell_a_formula_without_the_values_that_its_answer_lists(number, formula, uses):
