@@ -12,7 +12,6 @@ from harness import flops
 from harness.load import count_parameters
 from harness.ranges import command_line, integer
 from harness.terminal import command
-from llama.config import Config
 from model import Llama
 from study.plan import LLAMA_11B
 from variants import lora
@@ -54,8 +53,8 @@ def main(argv=None):
     parser = command_line("python -m study.costs", __doc__)
     parser.add_argument("--rank", type=integer(1, 10**5), default=16,
                         help="of adapters (default: %(default)s)")
-    rank, config = parser.parse_args(argv).rank, Config.from_dict(LLAMA_11B)
-    print(flops_table(config, 512, 128), lora_table(config, rank), sep="\n\n")
+    rank = parser.parse_args(argv).rank
+    print(flops_table(LLAMA_11B, 512, 128), lora_table(LLAMA_11B, rank), sep="\n\n")
 
 
 if __name__ == "__main__":

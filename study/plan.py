@@ -14,45 +14,38 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 import model
 import ppo
-from harness import flops, ranges
+from distributed import shard
+from harness import flops, ranges, tiny
 from harness.check import attempt, settle
 from harness.ranges import SettingError
 from harness.settings import parse, spelled
 from harness.terminal import command
-from kernels import logits, logprob
+from kernels import logits
 from llama.batches import Batch
 from llama.cache import KVCache
 from llama.config import Config
 from llama.frozen import remember
 from llama.generate import draw_tokens
 from llama.images import Images
-from model import CrossLayer, Llama, SelfLayer, VisionLayer
+from model import Llama
+from study.tables import markdown
 from variants import algorithm
 from variants.tune import freeze, vision_frozen
 
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
 BUILT_IN = ("Llama-3.2-11B-Vision", "Llama-3.2-11B-Vision-Instruct")
-LLAMA_11B = {           # config.json of meta-llama/Llama-3.2-11B-Vision-Instruct, as far as it is read here
-    "model_type": "mllama", "image_token_index": 128256,
-    "text_config": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
-        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "rope_theta": 500000.0,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
-    "vision_config": {"image_size": 560}}
+LLAMA_11B = Config.from_pretrained(HERE / "llama-11b")        # as far as config.json is read here
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,63 +124,51 @@ def fused_norm(norm, x):
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """The products of kernels/logprob.py in slabs of the vocabulary of `workspace` bytes, without the sums
-    over them, which are small."""
+    """The products of kernels/logprob.py in the backward pass, in slabs of the vocabulary of `workspace`
+    bytes. Those of the forward pass stay on the chip."""
 
     @staticmethod
     def forward(ctx, hidden, weight, workspace):
         ctx.save_for_backward(hidden, weight)
-        ctx.slabs = weight.split(max(1, workspace // (max(1, len(hidden)) * hidden.element_size())))
-        for slab in ctx.slabs:
-            hidden @ slab.T
+        ctx.columns = max(1, workspace // (max(1, len(hidden)) * hidden.element_size()))
         return tuple(hidden.new_empty(2, len(hidden), dtype=torch.float32))
 
     @staticmethod
     def backward(ctx, *upstream):
         hidden, weight = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.empty_like(weight)
-        for slab in ctx.slabs:
+        for slab in weight.split(ctx.columns):
             dlogits = hidden @ slab.T
             dlogits @ slab, dlogits.T @ hidden
         return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
-def score(hidden, weight, targets, temperature=1.0, workspace=logits.WORKSPACE):
+def fused_logprobs(hidden, weight, targets, temperature=1.0, workspace=logits.WORKSPACE):
     """Do what token_logprobs does, as far as memory goes."""
     asked = (targets >= 0).nonzero()[:, 0]
     found = FusedLogprobs.apply(hidden[asked], weight, workspace)
     return [x.new_zeros(len(targets)).index_copy(0, asked.to(x.device), x) for x in found]
 
 
-PIECES = partial(score, workspace=3 * 4 * math.prod(logprob.PIECE))            # as the twin on a CPU takes
-ON_CUDA = [(model, "token_logprobs", score), (model, "attention", fused_attention),
-           (model.RMSNorm, "__call__", fused_norm)]
+STAND_INS = [(model, "token_logprobs", fused_logprobs), (model, "attention", fused_attention),
+             (model.RMSNorm, "__call__", fused_norm)]
 
 
 @contextmanager
-def as_kernels(cuda=True):
+def as_kernels():
     """While open, the model keeps what kernels keep; the meta device would go the long ways of a CPU."""
-    stand_ins = ON_CUDA if cuda else [(model, "token_logprobs", PIECES)]
-    own = [getattr(owner, name) for owner, name, _ in stand_ins]
-    for owner, name, function in stand_ins:
+    own = [getattr(owner, name) for owner, name, _ in STAND_INS]
+    for owner, name, function in STAND_INS:
         setattr(owner, name, function)
     try:
         yield
     finally:
-        for (owner, name, _), function in zip(stand_ins, own):
+        for (owner, name, _), function in zip(STAND_INS, own):
             setattr(owner, name, function)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is measured on it
-
-@dataclass
-class Micro:
-    """A micro-batch: conversations with their padded length and, of it, the tokens that are scored."""
-    rows: int
-    length: int
-    targets: int
-
 
 def make_module(config, args, dtype=torch.bfloat16):
     """Make what is trained, without memory. The value head is float32, as it computes."""
@@ -197,61 +178,38 @@ def make_module(config, args, dtype=torch.bfloat16):
         return ppo.ActorCritic(llama, args.critic) if args.algo == "ppo" else llama
 
 
-def make_images(config, rows):
-    """Make an image per row, with all tiles real."""
-    vision = config.vision
-    tiles = torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
-    shape = vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size
-    pixels = [torch.empty(shape, device="meta") for _ in range(rows)]
-    return Images(pixels, tiles[:, 0], tiles, torch.arange(rows))
-
-
-def features_of(config, images, dtype):
-    """Make what llama/frozen.py remembers of images."""
-    size = config.vision.max_num_tiles * config.vision.num_patches, config.vision.output_size
-    return {pixels: torch.empty(size, dtype=dtype, device="meta") for pixels in images.pixel_values}
-
-
-def remembers(args):
-    """Tell whether features are kept from the rollout to the update."""
-    return args.algo == "ppo" and args.image and vision_frozen(args.tune)
-
-
-def make_ids(config, rows, length, image):
+def make_batch(config, rows, length, targets=0, image=False):
+    """Make a Batch of conversations of which the last `targets` tokens are scored, with an image each of
+    which all tiles are real."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
+    scored = torch.where(torch.arange(length) >= length - targets, 0, -100).repeat(rows, 1)
+    images, vision = None, config.vision
     if image:
         ids[:, 1] = config.image_token_id
-    return ids
+        tiles = torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
+        shape = rows, vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size
+        images = Images([*torch.empty(shape, device="meta")], tiles[:, 0], tiles, torch.arange(rows))
+    return Batch(ids, torch.full((rows,), length), scored, images)
 
 
-def blocks(module):
-    """Return what is sharded, gathered and recomputed as one."""
-    return [block for block in module.modules() if isinstance(block, (SelfLayer, CrossLayer, VisionLayer))]
+def features_of(module, batch):
+    """Make what llama/frozen.py remembers of a batch's images."""
+    policy = getattr(module, "policy", module)
+    vision, dtype = policy.config.vision, policy.lm_head.weight.dtype
+    size = vision.max_num_tiles * vision.num_patches, vision.output_size
+    return {pixels: torch.empty(size, dtype=dtype, device="meta") for pixels in batch.images.pixel_values}
 
 
-def measure_update(module, micro, image, *, known=False, cuda=True, recompute=False):
-    """Pass a micro-batch forward and backward -> bytes (kept by the forward pass, peak), without weights and
-    gradients. known: are the images' features remembered? recompute: activation checkpointing, by block."""
-    config, dtype = getattr(module, "policy", module).config, next(module.parameters()).dtype
-    images = make_images(config, micro.rows) if image else None
-    features = features_of(config, images, dtype) if known else None
-    checkpointed = blocks(module) if recompute else []
-    for block in checkpointed:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-             for p in module.parameters() if p.requires_grad]
-    with Bytes() as memory, as_kernels(cuda), remember(module, features):
-        ids = make_ids(config, micro.rows, micro.length, image)
-        targets = torch.where(torch.arange(micro.length) >= micro.length - micro.targets, 0, -100)
-        lengths = torch.full((micro.rows,), micro.length)
-        loss = micro_loss(module, Batch(ids, lengths, targets.repeat(micro.rows, 1), images))
+def measure_update(module, batch, features=None):
+    """Pass a micro-batch forward and backward -> {what: bytes}, without weights and gradients, which are
+    there from the one before. features: of its images, where they are remembered."""
+    for parameter in module.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    with Bytes() as memory, as_kernels(), remember(module, features):
+        loss = micro_loss(module, batch)
         kept = memory.live
         loss.backward()
-    for hook in hooks:
-        hook.remove()
-    for block in checkpointed:
-        del block.forward
-    return kept, memory.peak
+    return {"activations": kept, "backward pass, log-probs": memory.peak - kept}
 
 
 def micro_loss(module, batch):
@@ -259,38 +217,36 @@ def micro_loss(module, batch):
     if not isinstance(module, ppo.ActorCritic):
         return module(**batch.inputs(), targets=batch.targets).logprobs.sum()
     rows = torch.arange(len(batch.input_ids))
-    logprobs, entropy, values = module(batch, ppo.Turns(rows, rows, *[None] * 7), 1.0)
-    return (logprobs + entropy).sum() + values.sum()
+    return sum(x.sum() for x in module(batch, ppo.Turns(rows, rows, *[None] * 7), 1.0))
 
 
-def measure_rollout(llama, rows, lengths, image, *, cuda=True):
-    """Play `rows` conversations in lockstep, as ppo.rollout does -> bytes (self keys, image keys, peak),
-    without weights. lengths: [forced, drawn, forced, drawn, ...] tokens."""
+def measure_rollout(llama, rows, lengths, image):
+    """Play `rows` conversations in lockstep, as ppo.rollout does -> {what: bytes}, without weights. lengths:
+    [forced, drawn, forced, drawn, ...] tokens."""
     config = llama.config
-    with torch.inference_mode(), Bytes() as memory, as_kernels(cuda):
+    with torch.inference_mode(), Bytes() as memory, as_kernels():
         cache = KVCache(config, rows, "meta", llama.embed_tokens.weight.dtype)
         for turn, (forced, drawn) in enumerate(zip(lengths[::2], lengths[1::2])):
             cache.reserve(int(cache.lengths.max()) + forced + max(drawn, forced))      # as generate does
-            first = image and turn == 0
-            llama(make_ids(config, rows, forced, first), lengths=torch.full((rows,), forced), cache=cache,
-                  logits="last", images=make_images(config, rows) if first else None)
+            prompt = make_batch(config, rows, forced, image=image and turn == 0)
+            llama(**prompt.inputs(), cache=cache, logits="last")
             cache.lengths += drawn - 1                         # all steps but the last, which is the longest
-            last = llama(make_ids(config, rows, 1, False), cache=cache, logits="last").logits
+            last = llama(prompt.input_ids[:, -1:], cache=cache, logits="last").logits
             draw_tokens(last, torch.empty(rows, device="meta"), 1.0)
         keys, image_keys = (sum(layer.nbytes for layer in layers) for layers in (cache.kv, cache.cross))
-        return keys, image_keys, memory.peak
+    return {"self KV cache": keys, "cross KV cache": image_keys,
+            "prefill, growing caches, draws": memory.peak - keys - image_keys}
 
 
-def measure_optimizer(sizes, cuda=True):
+def measure_optimizer(sizes):
     """Step AdamW over float32 tensors of these shapes -> bytes (state, peak of a step beside it)."""
     weights = [torch.empty(size, device="meta", requires_grad=True) for size in sizes]
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     with Bytes() as memory:
-        optimizer = torch.optim.AdamW(weights, foreach=cuda)
+        optimizer = torch.optim.AdamW(weights, foreach=True)
         optimizer.step()
-        state = memory.live
-        memory.peak = 0
+        state = memory.peak = memory.live
         optimizer.step()                                       # the second finds the state there
     return state, memory.peak - state
 
@@ -304,8 +260,10 @@ class Sizes:
     rollout_rows: int
     rollout: list           # [forced, drawn, ...] tokens: the longest prompt and replies, and answers of
                             # --max-new-tokens
-    micro: Micro            # as many conversations, so images, as the token budget takes of the shortest
-    images: int             # of an update, whose features the host keeps where the encoder is frozen
+    rows: int               # of a micro-batch: as many conversations, so images, as the token budget takes of
+                            # the shortest
+    length: int             # to which they are padded
+    targets: int            # tokens that are scored of each
 
 
 def recorded():
@@ -321,22 +279,21 @@ def recorded():
 
 def sizes_of(config, args, gpus):
     episodes = recorded()[args.task]
-    conversations = [c for episode in episodes for c in episode]
+    conversations = sum(episodes, [])
     prompts, shortest = [c[0] for c in conversations], min(c[0] + c[1] for c in conversations)
     reply = max((n for c in conversations for n in c[2::2]), default=0)
     rollout = [max(prompts), args.max_new_tokens] + [reply, args.max_new_tokens] * (args.attempts - 1)
     if args.algo == "ppo":
         played, longest = -(-args.hands * args.samples // gpus), sum(rollout)
-        images = played * max(map(len, episodes))
-        share = -(-images // args.minibatches)                 # conversations of an optimizer step
+        share = -(-played * max(map(len, episodes)) // args.minibatches)       # of an optimizer step
     else:
-        played, images, share = 0, 0, -(-args.batch_size // gpus)
+        played, share = 0, -(-args.batch_size // gpus)
         longest = max(sum(c if args.mistakes else c[:2]) for c in conversations)
     beside = config.image_tokens(vision_frozen(args.tune)) if args.image else 0
     rows = max(1, min(args.token_budget // (shortest + beside), share))
     length = max(shortest, min(args.token_budget // rows - beside, longest))
     return Sizes(min(args.rollout_batch, max(played, -(-args.eval_hands // gpus))), rollout,
-                 Micro(rows, length, length - min(prompts)), images)
+                 rows, length, length - min(prompts))
 
 
 def shards(parameters, gpus):
@@ -345,33 +302,31 @@ def shards(parameters, gpus):
 
 
 def memory(config, args, gpus):
-    """Return the sizes and {phase: {what: bytes}} on the fullest rank."""
+    """Return the sizes and what the fullest rank holds, {phase: ({what: bytes}, {what grows with its batch:
+    bytes})}."""
     module, sizes = make_module(config, args), sizes_of(config, args, gpus)
     policy, all_weights = getattr(module, "policy", module), list(module.parameters())
     count = lambda part: sum(p.numel() for p in part.parameters())
     own = lambda parameters: 4 * sum(map(math.prod, shards(parameters, gpus)))
     trained = [p for p in all_weights if p.requires_grad]
-    head = list(module.value_head.parameters()) if args.algo == "ppo" else []
-    in_blocks = list(map(count, blocks(module)))
+    in_blocks = list(map(count, shard.blocks(module)))
     block, root = max(in_blocks), count(module) - sum(in_blocks)
     state, step = measure_optimizer(shards(trained, gpus))
-    in_flight = 2 * (root + 2 * block) if gpus > 1 else 2 * count(module)      # one GPU: autocast's copies
-    base = {"weights, float32": own(all_weights) - own(head), "value head, float32": own(head),
-            "optimizer state": state}
-    gradients = {"gradients, float32": own(trained)}
-    keys, image_keys, peak = measure_rollout(policy, sizes.rollout_rows, sizes.rollout, args.image)
-    cache = {"self KV cache": keys, "cross KV cache": image_keys,
-             "prefill, growing caches, draws": peak - keys - image_keys}
-    phases = {"rollout": base | {"gathered weights": 2 * count(policy)} | cache}
-    for name, recompute in (("update", False), ("update, recomputing", True)):
-        kept, peak = measure_update(module, sizes.micro, args.image, known=remembers(args),
-                                    recompute=recompute)
-        phases[name] = base | gradients | {
-            "gathered weights": in_flight,                     # the block before is being reduced
-            "gradients before reduction": 2 * (root + block) + 4 * block if gpus > 1 else 0,
-            "activations": kept, "backward pass, log-probs": peak - kept}
-    temporaries = max(step, 4 * root if gpus > 1 else 0)
-    phases["optimizer step"] = base | gradients | {"temporaries of the step": temporaries}
+    base = {"weights, float32": own(all_weights), "optimizer state": state}
+    learning = base | {"gradients, float32": own(trained)}
+    several = gpus > 1
+    update = learning | {                                      # one GPU: autocast's copies
+        "gathered weights": 2 * (root + 2 * block) if several else 2 * count(module),  # one is being reduced
+        "gradients before reduction": several * (2 * (root + block) + 4 * block)}
+    batch = make_batch(config, sizes.rows, sizes.length, sizes.targets, args.image)
+    kept = args.algo == "ppo" and args.image and policy.vision_frozen      # from the rollout to the update
+    features = features_of(module, batch) if kept else None
+    phases = {"rollout": (base | {"gathered weights": 2 * count(policy)},
+                          measure_rollout(policy, sizes.rollout_rows, sizes.rollout, args.image)),
+              "update": (update, measure_update(module, batch, features))}
+    shard.checkpoint_activations(module)
+    phases["update, recomputing"] = update, measure_update(module, batch, features)
+    phases["optimizer step"] = learning | {"temporaries of the step": max(step, several * 4 * root)}, {}
     return sizes, phases
 
 
@@ -380,31 +335,27 @@ def memory(config, args, gpus):
 
 def passed(config, conversations, image, encode=True):
     """Return the quantities (harness/flops.py) of conversations, [forced, drawn, ...] tokens each."""
-    tiles = {"tiles": config.vision.max_num_tiles, "before": 1} if image else {}
-    return sum((flops.quantities(config, sum(c) - 1, sum(c[1::2]), encode=encode, **tiles)
-                for c in conversations), Counter())
+    tiles = config.vision.max_num_tiles if image else 0
+    return sum((flops.quantities(config, sum(c) - 1, sum(c[1::2]), tiles, 1, encode) for c in conversations),
+               Counter())
 
 
-def ours(config, args, conversations):
-    """Return the FLOPs of (rollout, scoring, update) as this project does them, by part."""
-    module, values = make_module(config, args), sum(map(len, conversations)) // 2
-    seen = passed(config, conversations, args.image)
-    known = passed(config, conversations, args.image, encode=not module.policy.vision_frozen)
-    return flops.of_ppo(args, module, algorithm(args)[0], seen, known, values)
-
-
-def released(config, args, conversations):
-    """Return the same as the released code schedules it (PAPER's sections 4 and 8): every turn is a sequence
-    of its own, with all that went before and the image: prefilled to answer, passed again for log-probs and
-    value, and trained on in every epoch.
+def schedule(config, args, conversations, released=False):
+    """Return the FLOPs of (rollout, scoring, update), by part: as this project does them, or as the released
+    code does (PAPER's sections 4 and 8): every turn is a sequence of its own, with all that went before and
+    the image: prefilled to answer, passed again for log-probs and value, and trained on in every epoch.
 
     Same model code, same answers; its sixth, never judged answer and its logits of prompt tokens are left out
     in its favour.
     """
-    turns = [[sum(c[:k]), c[k]] for c in conversations for k in range(1, len(c), 2)]
-    module, done = make_module(config, replace(args, critic="shared")), passed(config, turns, args.image)
-    rollout, _, update = flops.of_ppo(args, module, ppo.Estimator(ppo.gae), done, done, len(turns))
-    return rollout, rollout, update
+    if released:
+        conversations = [[sum(c[:k]), c[k]] for c in conversations for k in range(1, len(c), 2)]
+        args = replace(args, critic="shared", advantage="gae")
+    module, turns = make_module(config, args), sum(map(len, conversations)) // 2
+    seen = passed(config, conversations, args.image)
+    known = passed(config, conversations, args.image, encode=released or not module.policy.vision_frozen)
+    rollout, scoring, update = flops.of_ppo(args, module, algorithm(args)[0], seen, known, turns)
+    return rollout, rollout if released else scoring, update
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,82 +364,61 @@ def released(config, args, conversations):
 def read_config(name, game):
     """Read a folder's config.json, or the built-in one of tiny or of Llama-3.2-11B-Vision, should no folder
     have that name."""
-    folder = HERE.parent / "docs" / "tiny" / game if name == "tiny" else Path(name)
-    if folder.name in BUILT_IN and not folder.is_dir():
-        return Config.from_dict(LLAMA_11B)
-    return Config.from_pretrained(folder)
+    folder = tiny.FOUNDATIONS / game if name == "tiny" else Path(name)
+    return LLAMA_11B if folder.name in BUILT_IN and not folder.is_dir() else Config.from_pretrained(folder)
 
 
-def table(columns):
-    """Write {column: {row: number}}; nothing where it is 0."""
-    rows = dict.fromkeys(row for column in columns.values() for row in column)
-    lines = [["", *columns]]
-    lines += [[row, *(column.get(row) for column in columns.values())] for row in rows]
-    lines.append(["total", *(sum(column.values()) for column in columns.values())])
-    text = lambda cell: cell if isinstance(cell, str) else f"{cell:.2f}" if cell else ""
-    return "\n".join(f"  {title:<30}" + "".join(f"{text(cell):>21}" for cell in cells)
-                     for title, *cells in lines)
-
-
-GROWS = {               # phase: the setting that it grows with, and what grows
-    "rollout": ("--rollout-batch", ("self KV cache", "cross KV cache", "prefill, growing caches, draws")),
-    "update": ("--token-budget", ("activations", "backward pass, log-probs")),
-    "optimizer step": ("", ())}
+def memory_table(phases):
+    """Lay out GB per phase; nothing where it is 0."""
+    held = [fixed | grows for fixed, grows in phases.values()]
+    rows = [[what, *(phase.get(what, 0) for phase in held)] for what in dict.fromkeys(chain(*held))]
+    rows.append(["total", *(sum(phase.values()) for phase in held)])
+    return markdown(["GB a rank", *phases], [
+        [what, *(f"{size / 1e9:.2f}" if size else "" for size in cells)] for what, *cells in rows])
 
 
 def advice(phases, sizes, args, room):
-    """Return the flag to give, the peak with it, and what to change if that is over `room`, in the unit of
-    the phases."""
-    total, changes = {name: sum(phase.values()) for name, phase in phases.items()}, []
-    recompute = total["update"] > room
-    used = {name: name for name in GROWS} | {"update": "update, recomputing" if recompute else "update"}
-    now = {"--rollout-batch": sizes.rollout_rows, "--token-budget": args.token_budget}
-    for name, (setting, grows) in GROWS.items():
-        over, growing = total[used[name]] - room, sum(phases[used[name]][what] for what in grows)
-        fits = int(now[setting] * (1 - over / growing)) if grows else 0
-        if over > 0:
-            changes.append(f"about {setting} {fits}" if fits > 0 else "more GPUs (--gpus)")
-    peak = max(total[name] for name in used.values())
-    return " with --checkpoint-activations" * recompute, peak, list(dict.fromkeys(changes))
+    """Return the flag to give, the peak with it, and what to change where that is over `room`, in bytes."""
+    total = {name: sum((fixed | grows).values()) for name, (fixed, grows) in phases.items()}
+    recompute, changes = total["update"] > room, {}
+    used = {"rollout": ("--rollout-batch", sizes.rollout_rows),        # phase: what it grows with
+            "update, recomputing" if recompute else "update": ("--token-budget", args.token_budget),
+            "optimizer step": ("", 0)}
+    for name, (setting, now) in used.items():
+        grows = sum(phases[name][1].values())
+        fits = int(now * (1 - (total[name] - room) / grows)) if grows else 0
+        if total[name] > room:
+            changes[f"about {setting} {fits}" if fits > 0 else "more GPUs (--gpus)"] = True
+    return " with --checkpoint-activations" * recompute, max(map(total.get, used)), list(changes)
 
 
 def show(config, args, gpus, gpu_memory):
     """Print the memory plan of a run with complete settings."""
     sizes, phases = memory(config, args, gpus)
-    phases = {name: {what: size / 1e9 for what, size in phase.items()} for name, phase in phases.items()}
-    flag, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM))
-    micro, verdict = sizes.micro, "does NOT fit" if changes else "fits"
-    print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs: GB a rank, bfloat16 compute\n\n"
-          f"{table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most "
+    flag, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM) * 1e9)
+    print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs, bfloat16 compute\n\n"
+          f"{memory_table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most "
           f"{sum(sizes.rollout)} tokens; update: "
-          f"micro-batches of at most {micro.rows} conversations{' with an image each' * args.image}, "
-          f"{micro.rows * micro.length} padded tokens")
-    if remembers(args):
-        features, = features_of(config, make_images(config, 1), torch.bfloat16).values()
-        size = sizes.images * features.nbytes / 1e9
-        print(f"host: {size:.1f} GB a rank for what the frozen vision encoder makes of at most "
-              f"{sizes.images} images")
-    print(f"{verdict} into {gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most "
-          f"{peak:.1f} GB{flag}", *(f"  change: {change}" for change in changes), sep="\n")
+          f"micro-batches of at most {sizes.rows} conversations{' with an image each' * args.image}, "
+          f"{sizes.rows * sizes.length} padded tokens\n{'does NOT fit' if changes else 'fits'} into "
+          f"{gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most {peak / 1e9:.1f} "
+          f"GB{flag}", *(f"  change: {change}" for change in changes), sep="\n")
 
 
-def show_flops(config, args):
-    """Print the FLOPs of one PPO update on each recorded set of the task, beside those of the released
+def flops_table(config, args):
+    """Write the FLOPs of one PPO update on each recorded set of the task, beside those of the released
     schedule."""
-    for tune in ("all", "no-vision") if args.image else ("all",):
-        for name, episodes in recorded().items():
-            if name.split()[0] != args.task:
-                continue
-            conversations = [c for episode in episodes for c in episode]
-            columns = {}
-            for schedule in (ours, released):
-                spent = schedule(config, replace(args, tune=tune), conversations)
-                phases = zip(("rollout", "values, log-probs", "epochs"), spent)
-                columns[schedule.__name__] = {phase: sum(parts.values()) / 1e15 for phase, parts in phases}
-            theirs, own = (sum(columns[which].values()) for which in ("released", "ours"))
-            turns = sum(map(len, conversations)) / 2 / len(conversations)
-            print(f"\nPFLOPs of one PPO update, {name}, --tune {tune}: {len(episodes)} episodes, {turns:.2f} "
-                  f"turns a conversation\n{table(columns)}\n  {theirs / own:.2f} times fewer than released")
+    rows, tunes = [], ["all", "no-vision"] if args.image else ["all"]
+    sets = [(name, episodes) for name, episodes in recorded().items() if name.split()[0] == args.task]
+    for tune, (name, episodes) in product(tunes, sets):
+        conversations, args = sum(episodes, []), replace(args, tune=tune)
+        turns = sum(map(len, conversations)) / 2 / len(conversations)
+        ours, theirs = (sum(part.total() for part in schedule(config, args, conversations, released)) / 1e15
+                        for released in (False, True))
+        numbers = [f"{number:.2f}" for number in (turns, ours, theirs, theirs / ours)]
+        rows.append([f"{name}, {len(episodes)} episodes", tune, *numbers])
+    return markdown(["PFLOPs of one PPO update on", "--tune", "turns a conversation", "ours", "released",
+                     "times fewer than released"], rows)
 
 
 def main(argv=None):
@@ -510,7 +440,7 @@ def main(argv=None):
         parser.error(str(error))
     show(config, args, own.gpus, own.gpu_memory)
     if args.algo == "ppo":
-        show_flops(config, args)
+        print(f"\n{flops_table(config, args)}")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_only_adapters_learn_and_are_remembered(model, processor):
 
 def test_numbers_of_the_lesson():
     """The table in the docstring is what the command prints; a row of it by hand."""
-    table = costs.lora_table(Config.from_dict(LLAMA_11B), 16).splitlines()
+    table = costs.lora_table(LLAMA_11B, 16).splitlines()
     assert "\n".join(f"    {line}" for line in table) in lora.__doc__
     # attention, r (in + out): 40 language layers with q, o (4096, 4096) and k, v (4096, 1024); 40 vision
     # layers with four of (1280, 1280)
