@@ -265,7 +265,7 @@ def turns_of(conversations, per="turn", device="cpu"):
             floats["old_logprobs"] += conversation.logprobs[turn.start:turn.end]
             turns.append(turn)
     floats |= {"advantages": flat(turns, "advantage"), "old_values": flat(turns, "value"),
-             "targets": flat(turns, "target")}
+               "targets": flat(turns, "target")}
     tensor = partial(torch.tensor, device=device)
     return Turns(*(tensor(ints[name], dtype=torch.int64) for name in ("rows", "positions", "turn", "row")),
                  *(tensor(floats[name], dtype=torch.float32) for name in (
@@ -287,14 +287,17 @@ class Units:
     """A map of sampled tokens to units (see Loss), and the weight of each unit in the mean."""
 
     def __init__(self, turns, batch, loss):
-        count = partial(torch.arange, device=turns.row.device)
-        self.of, row = {               # the unit of each sampled token (tokens,), the batch row of each unit
-            "turn": (turns.turn, turns.rows), "token": (count(len(turns.row)), turns.row),
-            "sequence": (turns.row, count(len(batch.lengths)))}[loss.unit]
+        tokens, sequences = (torch.arange(len(x), device=turns.row.device)
+                             for x in (turns.row, batch.lengths))
+        # the unit of each sampled token (tokens,), and the batch row of each unit (units,)
+        self.of, row = {"turn": (turns.turn, turns.rows),
+                        "token": (tokens, turns.row),
+                        "sequence": (turns.row, sequences)}[loss.unit]
         self.zeros, self.size = torch.zeros_like(row, dtype=torch.float32), 1
         if loss.unit == "sequence":
             self.size = torch.bincount(self.of, minlength=len(row)).clamp(min=1)
-        self.weight = 1 / torch.bincount(row)[row] if loss.mean == "sequences" else 1.0        # in the mean
+        # of each unit in the mean (units,)
+        self.weight = 1 / torch.bincount(row)[row] if loss.mean == "sequences" else 1.0
 
     def gather(self, x):
         """Sum numbers of tokens over turns, average them over sequences, or keep them: (tokens,) ->
