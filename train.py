@@ -20,7 +20,7 @@ import torch
 import ppo
 import sft
 from distributed import shard
-from distributed.processes import Interrupt
+from distributed.processes import interruptible
 from games.seeds import TRAINING, derive
 from harness import terminal, tiny
 from harness.environments import training_env, training_mixture
@@ -63,8 +63,8 @@ def train(args, processes, typed=frozenset()):
                     f"{args.steps}; log in {folder.path}")
     if start == 0 and not args.skip_first_eval:
         trainer.evaluate(folder, 0)
-    with Interrupt(processes) as interrupt:
-        done = loop(trainer, folder, start, interrupt)
+    with interruptible(processes) as interrupted:
+        done = loop(trainer, folder, start, interrupted)
         folder.checkpoints.finish()
     if done < args.steps:
         processes.print(f"stopped after step {done}; continue with --resume --out {folder.path}")
@@ -74,7 +74,7 @@ def train(args, processes, typed=frozenset()):
     return True
 
 
-def loop(trainer, folder, start, interrupt):
+def loop(trainer, folder, start, interrupted):
     """Make the steps from `start` to the last; print, log, evaluate and save on the way. Return how many are
     done."""
     args, processes, begun = trainer.args, trainer.processes, time.time()
@@ -93,7 +93,7 @@ def loop(trainer, folder, start, interrupt):
         folder.log(event="step", step=i, **trainer.ledger.summary(), lr=trainer.groups[0]["lr"], **metrics)
         if args.algo == "ppo" and i % args.transcript_every == 0:
             folder.transcript(i, trainer.sample)
-        last, stop = i == args.steps, interrupt.agreed()
+        last, stop = i == args.steps, interrupted()
         if last or (args.eval_every and i % args.eval_every == 0 and not stop):
             trainer.evaluate(folder, i)
         folder.checkpoints.poll()

@@ -11,6 +11,7 @@ killed when, and the sums tell later damage. There is JSON and safetensors in it
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -136,7 +137,8 @@ class Checkpoints:
 
     def __init__(self, folder, rank=0, world=1, keep=2):
         self.folder, self.rank, self.world, self.keep = Path(folder), rank, world, keep
-        self.thread, self.pending = ThreadPoolExecutor(1), None        # (folder aside, future of its files)
+        self.thread = ThreadPoolExecutor(1)
+        self.aside = self.writing = None       # of one that is not complete: its folder, this rank's part
 
     def complete(self):
         """List all complete checkpoints, the oldest first."""
@@ -154,7 +156,7 @@ class Checkpoints:
     def save(self, step, tensors, record, write_rest=lambda folder: None):
         """Begin to save, once the one before is finished. record: JSON; write_rest(folder): other files."""
         self.finish()
-        aside = self.folder / f".step_{step:06d}"
+        aside = self.aside = self.folder / f".step_{step:06d}"
 
         def begin():
             for left in self.folder.glob(".step_*"):                   # by a crash
@@ -166,59 +168,54 @@ class Checkpoints:
         try:
             first(begin)
         except OSError as error:
-            self.give_up(aside, error)
-        copies, places = own_slices(tensors, self.rank, self.world)
-        self.pending = aside, self.thread.submit(self.write, aside, copies, places)
+            self.give_up(error)
+        self.writing = self.thread.submit(self.write, *own_slices(tensors, self.rank, self.world))
 
-    def write(self, aside, copies, places):
+    def write(self, copies, places):
         """Write this rank's slices, in the background, and list its files; the first rank answers for those
         that are nobody's."""
-        mine = aside / f"rank_{self.rank}.safetensors"
+        mine = self.aside / f"rank_{self.rank}.safetensors"
         save_file(copies, mine, {"slices": json.dumps(places)})
         mine.chmod(0o644)                      # safetensors makes it readable by its owner only
         files = [mine]
         if self.rank == 0:                     # another rank's temporary file begins with a dot
-            files += [file for file in aside.iterdir()
-                      if file.is_file() and not file.name.startswith(("rank_", "."))]
+            files += [file for file in self.aside.iterdir() if not file.name.startswith(("rank_", "."))]
         known = {file.name: fingerprint(file) for file in files}
-        write_atomically(aside / f"rank_{self.rank}.json", json.dumps(known))
+        write_atomically(mine.with_suffix(".json"), json.dumps(known))
 
     def poll(self):
-        """Give the checkpoint its name if all ranks are done. Never waits."""
-        if self.rank or not self.pending:
+        """Give the checkpoint its name if all ranks are done, and remove all but the newest. Never waits."""
+        if self.rank:
             return
-        aside = self.pending[0]
-        if all((aside / f"rank_{k}.json").exists() for k in range(self.world)):
-            final = aside.with_name(aside.name[1:])
+        if self.writing and all((self.aside / f"rank_{k}.json").exists() for k in range(self.world)):
+            final = self.aside.with_name(self.aside.name[1:])
             remove(final)
-            aside.rename(final)
-            self.pending = None
-            self.prune()
-
-    def prune(self):
-        """Remove all but the newest, as far as a crash did not let it be done."""
-        for old in self.complete()[:-self.keep] if self.rank == 0 else ():
+            self.aside.rename(final)
+            self.writing = None
+        for old in self.complete()[:-self.keep]:               # a crash may have left some
             remove(old)
 
     def finish(self):
         """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not
         write its part."""
-        error = self.pending and self.pending[1].exception()           # waits
+        error = self.writing and self.writing.exception()              # waits
         errors = gather([str(error)] if error else [])                 # waits for the other ranks
         if errors:
-            self.give_up(self.pending[0], errors[0])
-        first(lambda: (self.poll(), self.prune()))
-        self.pending = None
+            self.give_up(errors[0])
+        first(self.poll)
+        self.writing = None
 
-    def give_up(self, aside, error):
-        self.pending = None
+    def give_up(self, error):
+        self.writing = None
         if self.rank == 0:
-            remove(aside)
+            remove(self.aside)
         raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume "
                       f"goes on from {self.last()}")
 
-    def last(self):
-        return str((self.complete() or ["the beginning"])[-1])
+    def last(self, before=math.inf):
+        """Say where --resume goes on from: the newest checkpoint of a step less than `before`."""
+        earlier = [path for path in self.complete() if number(path) < before]
+        return str((earlier or ["the beginning"])[-1])
 
     def load(self, path, module, optimizers):
         """Fill a module and fresh optimizers from a checkpoint that is verified -> its record. ValueError for
@@ -226,17 +223,14 @@ class Checkpoints:
         found = slices_in(path)
         make_room(found, module, optimizers)
         fill(found, path, tensors_of(module, optimizers))
-        return read_record(path)
+        return read_json(path, "record.json")
 
     def verify(self, path):
         """Raise a ValueError on all ranks if a file is not what was written; each reads its share."""
         problems = gather(damage(path, self.rank, self.world))
         if problems:
-            before = [other for other in self.complete() if number(other) < number(path)]
-            remedy = "there is none before it"
-            if before:
-                remedy = f"remove it, and --resume goes on from {before[-1]}"
-            raise ValueError(f"{path}: damaged: {'; '.join(problems)}; {remedy}")
+            raise ValueError(f"{path}: damaged: {'; '.join(problems)}; remove it, and --resume goes on from "
+                             f"{self.last(before=number(path))}")
 
 
 def number(path):
@@ -259,14 +253,6 @@ def is_checkpoint(path):
     return any(os.path.exists(Path(path) / name) for name in ("record.json", "rank_0.json"))
 
 
-def read_record(path):
-    """Read record.json of a checkpoint; ValueError if it is not one."""
-    try:
-        return read_json(path, "record.json")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this program: {error}") from None
-
-
 def damage(path, rank=0, world=1):
     """List what is wrong with a checkpoint's files, in this rank's share of them, as sentences."""
     path, known, bad = Path(path), {}, []
@@ -275,10 +261,8 @@ def damage(path, rank=0, world=1):
             known |= read_json(path, file.name)
         except (OSError, ValueError):
             bad.append(f"{file.name} cannot be read")
-    if not known and not bad:
-        bad.append("it has no list of its files")
     needed = ["record.json", *sorted(file.name for file in path.glob("rank_*.safetensors"))]
-    bad += [f"{name} is in no list" for name in needed if known and name not in known]
+    bad += [f"{name} is in no list" for name in needed if name not in known]
     faults = [fault(path, *item) for item in list(known.items())[rank::world]]
     return (bad if rank == 0 else []) + list(filter(None, faults))     # one is enough to say what all see
 

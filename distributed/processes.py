@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -187,28 +187,21 @@ def lost(error):
     return bool(re.search(words, str(error)))
 
 
-class Interrupt:
+@contextmanager
+def interruptible(processes):
     """Turn Ctrl-C and SIGTERM, while open, into a flag that the loop reads between steps; a second Ctrl-C
-    quits at once."""
+    quits at once. Yield a function that returns True on all ranks if it was raised on any."""
+    raised = []
 
-    def __init__(self, processes):
-        self.raised, self.processes = False, processes
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        if self.raised and number == signal.SIGINT:
+    def handle(number, frame):
+        if raised and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.raised = True
-        self.processes.print("\nstopping after this step, then saving (Ctrl-C again quits at once)")
+        raised.append(number)
+        processes.print("\nstopping after this step, then saving (Ctrl-C again quits at once)")
 
-    def agreed(self):
-        """Return True on all ranks if it was raised on any."""
-        return self.processes.largest(int(self.raised)) > 0
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: processes.largest(len(raised)) > 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -107,8 +107,7 @@ def aside(final, last=""):
     private.chmod(0o755)                                       # mkdtemp's are for the owner only
     handle = os.open(private, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        hold(handle)
         yield private
         try:
             private.rename(final)
@@ -118,6 +117,12 @@ def aside(final, last=""):
     finally:
         shutil.rmtree(private, ignore_errors=True)
         os.close(handle)
+
+
+def hold(file):
+    """Wait until no other process holds an open file or folder, where the file system has locks."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def sweep(folder, pattern):
@@ -140,14 +145,12 @@ def replace(path, write):
     handle, private = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)             # see `sweep`
+            hold(handle)                                       # see `sweep`
             write(file)
         os.chmod(private, 0o644)                               # mkstemp's are for the owner only
         os.replace(private, path)
-    except BaseException:
+    finally:
         Path(private).unlink(missing_ok=True)
-        raise
 
 
 def write_atomically(path, text):
@@ -194,8 +197,7 @@ def append_line(file, record):
     """Add a line; others may do so at the same time. What a crash left of a last one goes."""
     line = to_json(record, separators=(",", ":")).encode() + b"\n"
     with open(file, "a+b") as out:
-        with suppress(OSError):
-            fcntl.flock(out, fcntl.LOCK_EX)
+        hold(out)
         out.seek(0)
         *lines, last = out.read().split(b"\n")
         if last and parse(last, {}) is None:

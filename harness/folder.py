@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -43,17 +43,13 @@ def chosen(args, processes):
     It is runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the newest run
     there. Workers that torchrun starts again resume the run that they began.
     """
-    locks = []                                                 # of the first rank; the others go with it
-    try:
-        args.out, args.resume = first(lambda: choose(args, processes, locks))
+    with ExitStack() as held:                  # by the first rank; the others go with it
+        args.out, args.resume = first(lambda: choose(args, processes, held))
         yield
-    finally:
-        for lock in locks:
-            lock.release()
 
 
-def choose(args, processes, locks):
-    """Return the folder, as text, and whether a run is resumed there. Its lock goes to `locks`."""
+def choose(args, processes, held):
+    """Return the folder, as text, and whether a run is resumed there. Its lock is released with `held`."""
     base = Path(f"runs/{args.task}-{args.algo}")
     names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
     taken = [name for name in names if (name / LOG).exists()]
@@ -72,7 +68,7 @@ def choose(args, processes, locks):
                 raise
             continue
         if own or args.resume or not (name / LOG).exists():    # nobody can change that from now on
-            locks.append(lock)
+            held.callback(lock.release)
             return str(name), bool(own or args.resume)
         lock.release()
     raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with this "
@@ -94,7 +90,7 @@ def launch_of(run):
 
 def record_of(path):
     """Read record.json of a checkpoint of a run. ValueError for one that is not whole."""
-    record = checkpoint.read_record(path)
+    record = read_json(path, "record.json")
     for name, kind in RECORD.items():
         if not isinstance(record.get(name), kind):
             raise UserError(f"{path}: record.json lacks {name}; written by another version?")
@@ -182,16 +178,7 @@ class RunFolder:
         """Write final/ under a temporary name, then rename it. Adapters are merged into the weights, here and
         in `model`. A foundation is kept in bfloat16: it lies in git."""
         aside, final = self.path / ".final", self.path / "final"
-
-        def begin():
-            checkpoint.remove(aside)
-            processor.save_pretrained(aside)
-
-        def name():
-            checkpoint.remove(final)
-            aside.rename(final)
-
-        first(begin)
+        first(lambda: (checkpoint.remove(aside), processor.save_pretrained(aside)))
         if args.algo == "pretrain":
             model = model.to(torch.bfloat16)
         if args.shard == "on":
@@ -200,7 +187,7 @@ class RunFolder:
             lora.merge(model)
             model.save_pretrained(aside)
         self.processes.barrier()
-        first(name)
+        first(lambda: (checkpoint.remove(final), aside.rename(final)))
 
     def dump(self, step, batch):
         """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures

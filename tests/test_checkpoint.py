@@ -53,7 +53,7 @@ def test_poll_never_waits_and_old_ones_go(tmp_path):
     for step in range(4):
         checkpoints.save(step, tensors_of(module, optimizers), {})
         checkpoints.poll()
-        while checkpoints.pending:
+        while checkpoints.writing:
             checkpoints.poll()
     assert [path.name for path in checkpoints.complete()] == ["step_000002", "step_000003"]
     assert not list(tmp_path.glob(".*"))

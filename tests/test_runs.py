@@ -155,17 +155,17 @@ def starts_at_once(args, n):
     barrier = threading.Barrier(n)
 
     def choose(k):
-        own, locks, processes = Args(**vars(args)), [], SimpleNamespace(restarted=False, launch=None)
+        own, held, processes = Args(**vars(args)), contextlib.ExitStack(), SimpleNamespace(restarted=False, launch=None)
         barrier.wait()
         try:
-            return folder.choose(own, processes, locks)[0], locks
+            return folder.choose(own, processes, held)[0], held
         except ValueError as error:
-            return error, locks
+            return error, held
 
     with ThreadPoolExecutor(n) as pool:
         found = list(pool.map(choose, range(n)))
-    for lock in sum((locks for _, locks in found), []):
-        lock.release()
+    for _, held in found:
+        held.close()
     return [name for name, _ in found]
 
 
@@ -445,8 +445,8 @@ DAMAGE = """           # which files, what happened to them or is written there,
     config.json, tokenizer.json, record.json, rank_0.safetensors | cut, flipped, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
     rank_0.json | cut, a folder, [1], deep | rank_0.json cannot be read
-    rank_0.json | gone, {} | it has no list of its files
-    . | emptied | it has no list of its files
+    rank_0.json | gone, {} | record.json is in no list
+    . | emptied | record.json is in no list
     rank_1.safetensors | ? | rank_1.safetensors is in no list
     . | parent | ../../config.json is not a file of its own
     . | absolute | /etc/passwd is not a file of its own
@@ -486,7 +486,7 @@ def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
 def test_an_empty_folder_is_a_damaged_checkpoint(sft):
     (sft / "checkpoints/step_000099").mkdir()
     said = refused(f"resume --out {sft}")
-    assert re.search(f"step_000099: damaged: it has no list.*goes on from .*{LAST}", said)
+    assert re.search(f"step_000099: damaged: record.json is in no list.*goes on from .*{LAST}", said)
 
 
 @pytest.mark.parametrize("change, words", rows("""
@@ -497,7 +497,7 @@ def test_an_empty_folder_is_a_damaged_checkpoint(sft):
     {"config": {"algo": "ppo"}} | --algo ppo, and that in .* has --algo sft
 """))
 def test_a_record_of_another_kind(sft, change, words):
-    record = checkpoint.read_record(sft / LAST) | json.loads(change)
+    record = folder.record_of(sft / LAST) | json.loads(change)
     (sft / LAST / "record.json").write_text(json.dumps(record), encoding="utf-8")
     resummed(sft / LAST)
     assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
