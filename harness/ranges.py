@@ -74,6 +74,11 @@ def arg(default, kind, help, needs=""):
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "needs": needs})
 
 
+def optional(kind, help, needs=""):
+    """Declare a setting that may be left open, as None: the preset says it then, the game, or nobody."""
+    return arg(None, kind, help, needs)
+
+
 def flag(default, help, needs=""):
     """Declare a setting that is on if its flag is there."""
     return arg(default, Kind("true or false", str, lambda value: isinstance(value, bool)), help, needs)

@@ -5,6 +5,7 @@
 
 import dataclasses
 import inspect
+import re
 import runpy
 import sys
 from argparse import SUPPRESS
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 
 from envs import GAMES, TASKS, tasks
 from harness.ranges import (
-    SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of, real,
-    several, shown, text)
+    SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of,
+    optional, real, several, shown, text)
 from variants import ESTIMATORS, LOSSES, SFT_LOSSES
 from variants.advantages import AdvantageSettings
 from variants.lora import LoraSettings
@@ -45,7 +46,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     model: str = arg("tiny", text("a folder, or tiny"),
                      "tiny (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision, or a "
                      "checkpoint")
-    out: str = arg(None, text("a folder"), "folder of the run (default: runs/TASK-ALGO)")
+    out: str = optional(text("a folder"), "folder of the run (default: runs/TASK-ALGO)")
     seed: int = arg(0, integer(0, 2**63 - 1), "of hands, draws and shuffles in training",
                     LEARNING)
     preset: str = arg("auto", one_of(("auto", "tiny", "paper")),
@@ -53,96 +54,97 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     device: str = arg("auto", one_of(("auto", "cuda", "mps", "cpu")), "what to compute on")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint", LEARNING)
 
-    rule: str = arg(None, text("a rule"),
-                    "in training. gp: what J, Q, K count, 10, 11-12-13 or others; virl: directions, "
-                    "absolute or relative")
-    look: str = arg(None, text("a look"),
-                    "in training. gp: suits, black, red or all; virl: a city, others (nine cities) or broad "
-                    "(those of pre-training)")
-    attempts: int = arg(None, integer(1, 1000),
-                        "judged answers (default: 5 a hand, 2 a point of a route)")
-    target: int = arg(None, integer(1), "gp: the number to make (default: 24)")
-    routes: str = arg(None, text("a folder of routes"),
-                      "virl: folder of routes in the released format to train on")
+    rule: str = optional(text("a rule"),
+                         "in training. gp: what J, Q, K count, 10, 11-12-13 or others; virl: directions, "
+                         "absolute or relative")
+    look: str = optional(text("a look"),
+                         "in training. gp: suits, black, red or all; virl: a city, others (nine cities) "
+                         "or broad (those of pre-training)")
+    attempts: int = optional(integer(1, 1000),
+                             "judged answers (default: 5 a hand, 2 a point of a route)")
+    target: int = optional(integer(1), "gp: the number to make (default: 24)")
+    routes: str = optional(text("a folder of routes"),
+                           "virl: folder of routes in the released format to train on")
 
-    steps: int = arg(None, integer(1), "PPO updates or SFT optimizer steps", LEARNING)
-    lr: float = arg(None, above(0), "learning rate", LEARNING)
-    lr_schedule: str = arg(None, one_of(("constant", "cosine")), "after the warm-up; cosine falls to 0",
-                           LEARNING)
-    warmup: float = arg(None, between(0, 1), "share of the steps in which the rate rises from 0", LEARNING)
-    epochs: int = arg(None, integer(1), "passes over each rollout, or batch of SFT", LEARNING)
-    minibatches: int = arg(None, integer(1), "optimizer steps per pass", LEARNING)
+    steps: int = optional(integer(1), "PPO updates or SFT optimizer steps", LEARNING)
+    lr: float = optional(above(0), "learning rate", LEARNING)
+    lr_schedule: str = optional(one_of(("constant", "cosine")), "after the warm-up; cosine falls to 0",
+                                LEARNING)
+    warmup: float = optional(between(0, 1), "share of the steps in which the rate rises from 0", LEARNING)
+    epochs: int = optional(integer(1), "passes over each rollout, or batch of SFT", LEARNING)
+    minibatches: int = optional(integer(1), "optimizer steps per pass", LEARNING)
     tune: str = arg("all", one_of(tuple(TUNE)), "weights that learn; text: the language model", LEARNING)
 
-    batch_size: int = arg(None, integer(1, 10**6), "dialogues per step, over all ranks", SFT)
+    batch_size: int = optional(integer(1, 10**6), "dialogues per step, over all ranks", SFT)
     sft_loss: str = arg("nll", one_of(SFT_LOSSES), "see sft.py and variants/sft_losses.py", "--algo sft")
     sft_data: str = arg("expert", one_of(("expert", "own")),
                         "an expert's dialogues, or the model's own right answers (rejection sampling)",
                         "--algo sft")
-    mistakes: float = arg(None, between(0, 1), "share of dialogues with wrong answers before the right one",
-                          EXPERT + "; --attempts above 1")
+    mistakes: float = optional(between(0, 1), "share of dialogues with wrong answers before the right one",
+                               EXPERT + "; --attempts above 1")
 
-    hands: int = arg(None, integer(1, 10**6), "hands (or routes) per update, over all ranks", PPO)
-    samples: int = arg(None, integer(1, 10**6), "episodes played of each", PPO)
-    temperature: float = arg(None, TEMPERATURE, "of the rollout", PPO + " or --sft-data own")
-    max_new_tokens: int = arg(None, integer(1, 131072), "longest answer, in tokens")
-    advantage: str = arg(None, one_of(ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
+    hands: int = optional(integer(1, 10**6), "hands (or routes) per update, over all ranks", PPO)
+    samples: int = optional(integer(1, 10**6), "episodes played of each", PPO)
+    temperature: float = optional(TEMPERATURE, "of the rollout", PPO + " or --sft-data own")
+    max_new_tokens: int = optional(integer(1, 131072), "longest answer, in tokens")
+    advantage: str = optional(one_of(ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
     loss: str = arg("ppo", one_of(LOSSES), "see ppo.py and variants/losses.py", PPO)
-    unit: str = arg(None, one_of(("turn", "token")), "unit of a ratio, where --loss leaves it open",
-                    PPO + "; --loss ppo, clip-higher, dual-clip or reinforce")
-    clip: float = arg(None, inside(0, 1), "clip range of the ratio",
-                      f"{PPO} or --sft-loss psft or iw-sft; {CLIPS}")
+    unit: str = optional(one_of(("turn", "token")), "unit of a ratio, where --loss leaves it open",
+                         PPO + "; --loss ppo, clip-higher, dual-clip or reinforce")
+    clip: float = optional(inside(0, 1), "clip range of the ratio",
+                           f"{PPO} or --sft-loss psft or iw-sft; {CLIPS}")
     gamma: float = arg(0.9, between(0, 1), "discount from turn to turn",
                        f"{PPO}; --advantage gae, gae-loo, gae-two-level, monte-carlo, rloo, grpo or "
                        "grpo-no-std")
     lam: float = arg(0.95, between(0, 1), "lambda of GAE, from turn to turn",
                      PPO + "; --advantage gae, gae-loo or gae-two-level")
-    value_coef: float = arg(None, at_least(0), "weight of the value loss", CRITIC)
-    entropy_coef: float = arg(None, at_least(0), "weight of an entropy bonus", PPO)
-    critic: str = arg(None, one_of(("shared", "detached", "separate")),
-                      "what the value head reads (see ppo.ActorCritic)", CRITIC)
+    value_coef: float = optional(at_least(0), "weight of the value loss", CRITIC)
+    entropy_coef: float = optional(at_least(0), "weight of an entropy bonus", PPO)
+    critic: str = optional(one_of(("shared", "detached", "separate")),
+                           "what the value head reads (see ppo.ActorCritic)", CRITIC)
 
-    eval_every: int = arg(None, integer(0), "steps between evaluations; 0: only before and after", LEARNING)
-    eval_hands: int = arg(None, integer(0), "hands (or routes) per evaluation set")
-    eval_sets: str = arg(None, several(text("a set")),
-                         "id, rule-ood, visual-ood, or other `shifts` of the game in envs.py, by commas")
-    save_every: int = arg(None, integer(1), "steps between checkpoints; there is one at the end", LEARNING)
+    eval_every: int = optional(integer(0), "steps between evaluations; 0: only before and after", LEARNING)
+    eval_hands: int = optional(integer(0), "hands (or routes) per evaluation set")
+    eval_sets: str = optional(several(text("a set")),
+                              "id, rule-ood, visual-ood, or other `shifts` of the game in envs.py, by commas")
+    save_every: int = optional(integer(1), "steps between checkpoints; there is one at the end", LEARNING)
 
     # From here on --help-all alone shows them.
-    rules: str = arg(None, several(text("a rule")),
-                     "rules that training mixes, one per seed, in place of --rule, by commas: 10,11-12-13,5; "
-                     "--rule still says what the init checkpoint, id and rule-ood are about", POST_TRAINING)
-    ood_routes: str = arg(None, text("a folder of routes"),
-                          "virl: routes of the visual-ood set, instead of the nine built-in cities",
-                          "--eval-sets visual-ood")
+    rules: str = optional(several(text("a rule")),
+                          "rules that training mixes, one per seed, in place of --rule, by commas: "
+                          "10,11-12-13,5; --rule still says what the init checkpoint, id and rule-ood are "
+                          "about", POST_TRAINING)
+    ood_routes: str = optional(text("a folder of routes"),
+                               "virl: routes of the visual-ood set, instead of the nine built-in cities",
+                               "--eval-sets visual-ood")
     skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many")
     hide_landmarks: bool = flag(None,
                                 "virl: leave the landmarks' names out of the instructions, so that only what "
                                 "is seen tells them")
-    prompts: str = arg(None, text("a JSON file"),
-                       "JSON file of templates that replace the built-in prompts and verifier messages")
-    custom: str = arg(None, text("a Python file"),
-                      "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
-                      "--loss and --sft-loss (see README.md)")
+    prompts: str = optional(text("a JSON file"),
+                            "JSON file of templates that replace the built-in prompts and verifier messages")
+    custom: str = optional(text("a Python file"),
+                           "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
+                           "--loss and --sft-loss (see README.md)")
     override: bool = flag(False, "take settings from the command line that differ from the run's", "--resume")
 
-    weight_decay: float = arg(None, at_least(0), "AdamW's", LEARNING)
-    betas: tuple = arg(None, numbers("two numbers from 0 to below 1, joined by a comma", BETA, BETA),
-                       "AdamW's, as two numbers joined by a comma", LEARNING)
-    adam_eps: float = arg(None, above(0), "AdamW's", LEARNING)
-    max_grad_norm: float = arg(None, above(0), "gradient norm to clip to", LEARNING)
+    weight_decay: float = optional(at_least(0), "AdamW's", LEARNING)
+    betas: tuple = optional(numbers("two numbers from 0 to below 1, joined by a comma", BETA, BETA),
+                            "AdamW's, as two numbers joined by a comma", LEARNING)
+    adam_eps: float = optional(above(0), "AdamW's", LEARNING)
+    max_grad_norm: float = optional(above(0), "gradient norm to clip to", LEARNING)
     max_skipped: int = arg(5, integer(1),
                            "stop after so many steps in a row whose loss or gradient was not finite; such a "
                            "step changes nothing", LEARNING)
-    value_clip: float = arg(None, at_least(0), "clip range of the value's change, 0 for none", CRITIC)
-    critic_lr: float = arg(None, above(0), "learning rate of the value head (and of its own trunk)", CRITIC)
-    critic_warmup: int = arg(None, integer(0), "first updates that train the critic alone", CRITIC)
-    reward_scale: float = arg(None, above(0), "factor on rewards before advantages and value targets", PPO)
+    value_clip: float = optional(at_least(0), "clip range of the value's change, 0 for none", CRITIC)
+    critic_lr: float = optional(above(0), "learning rate of the value head (and of its own trunk)", CRITIC)
+    critic_warmup: int = optional(integer(0), "first updates that train the critic alone", CRITIC)
+    reward_scale: float = optional(above(0), "factor on rewards before advantages and value targets", PPO)
 
-    token_budget: int = arg(None, integer(1),
-                            "padded tokens of one forward and backward pass, an image as many as take its "
-                            "memory; gradients are accumulated over several", LEARNING)
-    rollout_batch: int = arg(None, integer(1), "episodes played at once by each rank")
+    token_budget: int = optional(integer(1),
+                                 "padded tokens of one forward and backward pass, an image as many as "
+                                 "take its memory; gradients are accumulated over several", LEARNING)
+    rollout_batch: int = optional(integer(1), "episodes played at once by each rank")
     checkpoint_activations: bool = flag(
         False, "compute a block's activations again in the backward pass instead of keeping them", LEARNING)
     shard: str = arg("auto", one_of(("auto", "on", "off")),
@@ -153,9 +155,9 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
         False, "leave out the evaluation before training, which is the same for all runs from one model",
         LEARNING)
     eval_temperature: float = arg(0.2, EVAL_TEMPERATURE, "sampling temperature of evaluations")
-    probe_hands: int = arg(None, integer(0),
-                           "with every evaluation, fixed hands (or routes) to measure KL to the run's start, "
-                           "pass@k, entropy and changed weights on; 0: do not", POST_TRAINING)
+    probe_hands: int = optional(integer(0),
+                                "with every evaluation, fixed hands (or routes) to measure KL to the run's "
+                                "start, pass@k, entropy and changed weights on; 0: do not", POST_TRAINING)
     probe_samples: int = arg(8, integer(1, 10**6), "episodes of each of them, at temperature 1",
                              "--probe-hands above 0")
     keep: int = arg(2, integer(1), "checkpoints to keep", LEARNING)
@@ -184,61 +186,59 @@ RARE = {"rules": "the game and files", "weight_decay": "optimizer and critic", "
         "kl_coef": "variants/reference.py", "lora_rank": "variants/lora.py",
         "compat": "variants/official.py: the released code"}
 # A resumed run may set these anew: they do not change what is computed (but for the order of sums).
-FREE = ("out", "resume", "override", "custom", "device", "shard", "checkpoint_activations", "save_every",
-        "keep", "max_skipped")
+FREE = "out resume override custom device shard checkpoint_activations save_every keep max_skipped".split()
 # Handed to the game, which knows some of them.
-GAME_SETTINGS = ("rule", "look", "attempts", "target", "skip_bad_routes", "hide_landmarks", "after_failure",
-                 "describe")
+GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_failure describe".split()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Presets are command lines. A line holds for the runs that all words before it name: preset, algorithm,
 # game, task. Of two the later wins. The paper's numbers are PAPER: section 4.
 
-PRESETS = {
-    "tiny": "--weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 4096 "
-            "--lr-schedule constant --rollout-batch 256",
-    "tiny gp": "--max-new-tokens 48 --eval-hands 500 --probe-hands 16",
-    "tiny virl": "--max-new-tokens 64 --eval-hands 200 --probe-hands 8",
+PRESETS = dict(re.findall(r"(\w[\w -]+): ([^:]+)\n", """
+    tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 4096
+        --lr-schedule constant --rollout-batch 256
+    tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16
+    tiny virl: --max-new-tokens 64 --eval-hands 200 --probe-hands 8
 
-    "tiny sft": "--lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1 "
-                "--temperature 1 --save-every 150",
-    "tiny sft gp": "--steps 450 --eval-every 150",
-    "tiny sft virl": "--steps 230 --eval-every 115",
-    "tiny sft virl-l": "--steps 221",
+    tiny sft: --lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1
+        --temperature 1 --save-every 150
+    tiny sft gp: --steps 450 --eval-every 150
+    tiny sft virl: --steps 230 --eval-every 115
+    tiny sft virl-l: --steps 221
 
-    "tiny ppo": "--lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo --unit "
-                "turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4 "
-                "--critic detached --critic-lr 3e-4 --critic-warmup 0",
-    "tiny ppo gp": "--steps 40 --hands 32 --samples 8 --reward-scale 0.2 --eval-every 20 --save-every 20",
-    "tiny ppo virl": "--steps 30 --hands 16 --samples 4 --reward-scale 0.5 --eval-every 15 --save-every 15",
+    tiny ppo: --lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo
+        --unit turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4
+        --critic detached --critic-lr 3e-4 --critic-warmup 0
+    tiny ppo gp: --steps 40 --hands 32 --samples 8 --reward-scale 0.2 --eval-every 20 --save-every 20
+    tiny ppo virl: --steps 30 --hands 16 --samples 4 --reward-scale 0.5 --eval-every 15 --save-every 15
 
-    "tiny pretrain": "--lr-schedule cosine --warmup 0.05 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1 "
-                     "--minibatches 1 --save-every 150 --probe-hands 0",
-    "tiny pretrain gp": "--steps 450 --lr 4e-3 --batch-size 64 --mistakes 0.3 --eval-every 150",
-    "tiny pretrain virl": "--steps 560 --lr 3e-3 --batch-size 40 --mistakes 0.2 --learn-prompts "
-                          "--eval-every 280",
+    tiny pretrain: --lr-schedule cosine --warmup 0.05 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1
+        --minibatches 1 --save-every 150 --probe-hands 0
+    tiny pretrain gp: --steps 450 --lr 4e-3 --batch-size 64 --mistakes 0.3 --eval-every 150
+    tiny pretrain virl: --steps 560 --lr 3e-3 --batch-size 40 --mistakes 0.2 --learn-prompts
+        --eval-every 280
 
-    "paper": "--weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512 "
-             "--probe-hands 0",
-    "paper gp": "--rollout-batch 64 --eval-hands 234",
-    "paper gp-vl": "--rollout-batch 32",
-    "paper virl": "--rollout-batch 40 --eval-hands 48",
+    paper: --weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512
+        --probe-hands 0
+    paper gp: --rollout-batch 64 --eval-hands 234
+    paper gp-vl: --rollout-batch 32
+    paper virl: --rollout-batch 40 --eval-hands 48
 
-    "paper sft": "--steps 400 --lr 1e-6 --warmup 0.03 --betas 0.9,0.98 --max-grad-norm 1 --batch-size 128 "
-                 "--mistakes 0 --epochs 1 --minibatches 1 --clip 0.1 --temperature 1 --eval-every 50 "
-                 "--save-every 100",
-    "paper sft gp-vl": "--lr 5e-7",
-    "paper sft virl-vl": "--lr 5e-7",
+    paper sft: --steps 400 --lr 1e-6 --warmup 0.03 --betas 0.9,0.98 --max-grad-norm 1 --batch-size 128
+        --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1 --temperature 1 --eval-every 50
+        --save-every 100
+    paper sft gp-vl: --lr 5e-7
+    paper sft virl-vl: --lr 5e-7
 
-    "paper ppo": "--lr 1e-6 --warmup 0 --betas 0.9,0.999 --max-grad-norm 0.01 --samples 1 --temperature 0.2 "
-                 "--advantage gae --unit turn --clip 0.1 --value-clip 0.1 --value-coef 0.5 --entropy-coef 0 "
-                 "--epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --critic-warmup 0 "
-                 "--reward-scale 1 --eval-every 5 --save-every 5",
-    "paper ppo gp": "--steps 20 --hands 512",
-    "paper ppo virl": "--steps 15 --hands 320",
-    "paper ppo virl-vl": "--lr 1e-7",
-}
+    paper ppo: --lr 1e-6 --warmup 0 --betas 0.9,0.999 --max-grad-norm 0.01 --samples 1 --temperature 0.2
+        --advantage gae --unit turn --clip 0.1 --value-clip 0.1 --value-coef 0.5 --entropy-coef 0
+        --epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --critic-warmup 0 --reward-scale 1
+        --eval-every 5 --save-every 5
+    paper ppo gp: --steps 20 --hands 512
+    paper ppo virl: --steps 15 --hands 320
+    paper ppo virl-vl: --lr 1e-7
+"""))
 
 
 def apply_preset(args, hidden_size):

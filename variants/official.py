@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from harness.ranges import arg, one_of, several
+from harness.ranges import arg, one_of, optional, several
 from ppo import clip, gae, normalize_advantages
 from rollout import Episode
 from variants.advantages import gae_loo
@@ -45,9 +45,9 @@ class OfficialSettings:
     compat: str = arg("", several(one_of(("official", *sorted(NAMES)))),
                       "behaviours of the released code, by name, joined by commas, or official: all (python "
                       "-m variants lists them)")
-    after_failure: str = arg(None, one_of(("end", "walk-on")),
-                             "virl: what follows a point that stays wrong, the end of the episode (default, "
-                             "the paper) or the next point")
+    after_failure: str = optional(one_of(("end", "walk-on")),
+                                  "virl: what follows a point that stays wrong, the end of the episode "
+                                  "(default, the paper) or the next point")
 
 
 @lru_cache
