@@ -93,7 +93,7 @@ def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
 @pytest.mark.parametrize("held", ['{"pid": 1}', "\0\xff", "[" * 100_000, "", "[1]"])
 def test_a_holder_that_did_not_say_who_it_is(tmp_path, held):
     lock = files.Lock(tmp_path)
-    (tmp_path / files.LOCK).write_text(held, encoding="utf-8")
+    (tmp_path / files.LOCK).write_text(held)
     with pytest.raises(files.Held, match="in use by another process"):
         files.Lock(tmp_path)
     lock.release()
@@ -155,10 +155,10 @@ def starts_at_once(args, n):
     barrier = threading.Barrier(n)
 
     def choose(k):
-        own, held, processes = Args(**vars(args)), contextlib.ExitStack(), SimpleNamespace(restarted=False, launch=None)
+        own, held = Args(**vars(args)), contextlib.ExitStack()
         barrier.wait()
         try:
-            return folder.choose(own, processes, held)[0], held
+            return folder.choose(own, SimpleNamespace(restarted=False, launch=None), held)[0], held
         except ValueError as error:
             return error, held
 
@@ -222,8 +222,8 @@ def test_a_linked_folder_of_runs(small, tmp_path, monkeypatch):
 def test_the_first_to_end_wins(tmp_path):
     with files.aside(tmp_path / "made") as slow:
         with files.aside(tmp_path / "made") as quick:
-            (quick / "who").write_text("quick", encoding="utf-8")
-        (slow / "who").write_text("slow", encoding="utf-8")
+            (quick / "who").write_text("quick")
+        (slow / "who").write_text("slow")
     assert content(tmp_path) == {Path("made"): False, Path("made/who"): b"quick"}
 
 
@@ -253,7 +253,7 @@ def test_what_a_crash_left_goes_and_what_others_make_stays(tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
-    (tmp_path / "victim").write_text("precious", encoding="utf-8")
+    (tmp_path / "victim").write_text("precious")
     (tmp_path / "file").symlink_to("victim")
 
     def write(file):
@@ -264,8 +264,8 @@ def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
         files.replace(tmp_path / "file", write)
     except OSError:
         assert fails
-    assert (tmp_path / "victim").read_text(encoding="utf-8") == "precious"
-    assert (tmp_path / "file").read_text(encoding="utf-8") == ("precious" if fails else "new")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "file").read_text() == ("precious" if fails else "new")
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -284,37 +284,42 @@ def test_two_studies_at_once(tmp_path):
 # Lines of JSON
 
 
-LOGS = {               # name: (content, how many lines are good; or less than 0: which one is foreign)
-    "whole": (b"GOOD\nGOOD\n", 2),
-    "nothing": (b"", 0),
-    "cut off": (b'GOOD\n{"event"', 1),
-    "cut off in a letter": (b'GOOD\n{"event": "\xc3', 1),
-    "without the last line break": (b"GOOD\nGOOD", 2),
-    "from Windows": (b"GOOD\r\nGOOD\r\n", 2),
-    "zeros, as after a power failure": (b"GOOD\n\0\0\0\0\0", 1),
-    "cut off and gone on": (b'{"event"\nGOOD\n', -1),
-    "two in one": (b'GOOD\n{"event"GOOD\n', -2),
-    "not JSON": (b"GOOD\nhello\nGOOD", -2),
-    "no object": (b"[1]\nGOOD", -1),
-    "a number": (b"7\n", -1),
-    "null": (b"GOOD\nnull\n", -2),
-    "empty": (b"GOOD\n\nGOOD", -2),
-    "without an event": (b'{"step": 1}\n', -1),
-    "without a step": (b'{"event": "step"}\n', -1),
-    "a step in words": (b'{"event": "step", "step": "one"}\n', -1),
-    "an event that is none": (b'{"event": null, "step": 1}\n', -1),
-    "not text": (b"GOOD\n\x00\xff\x1b[2J\n", -2),
-    "UTF-16": ('{"event": "step", "step": 1}'.encode("utf-16") + b"\n", -1),
-    "deep": (b"[" * 100_000 + b"\n", -1),
-}
+LOGS = rows(r"""        # content, and how many lines are good; or less than 0: which one is foreign
+    whole                             | GOOD\nGOOD\n                              | 2
+    nothing                           |                                           | 0
+    cut off                           | GOOD\n{"event"                            | 1
+    cut off in a letter               | GOOD\n{"event": "\xc3                     | 1
+    without the last line break       | GOOD\nGOOD                                | 2
+    from Windows                      | GOOD\r\nGOOD\r\n                          | 2
+    zeros, as after a power failure   | GOOD\n\0\0\0\0\0                          | 1
+    cut off and gone on               | {"event"\nGOOD\n                          | -1
+    two in one                        | GOOD\n{"event"GOOD\n                      | -2
+    not JSON                          | GOOD\nhello\nGOOD                         | -2
+    no object                         | [1]\nGOOD                                 | -1
+    a number                          | 7\n                                       | -1
+    null                              | GOOD\nnull\n                              | -2
+    empty                             | GOOD\n\nGOOD                              | -2
+    without an event                  | {"step": 1}\n                             | -1
+    without a step                    | {"event": "step"}\n                       | -1
+    a step in words                   | {"event": "step", "step": "one"}\n        | -1
+    an event that is none             | {"event": null, "step": 1}\n              | -1
+    not text                          | GOOD\n\x00\xff\x1b[2J\n                   | -2
+    UTF-16                            | UTF-16\n                                  | -1
+    deep                              | DEEP\n                                    | -1
+""")[1:]
 
 
 def log_named(name):
-    content, good = LOGS[name]
-    return content.replace(b"GOOD", b'{"event": "step", "step": 1}'), good
+    """Return the content of a log, and how many of its lines are good."""
+    [(text, good)] = [case for other, *case in LOGS if other == name]
+    line, content = b'{"event": "step", "step": 1}', text.encode().decode("unicode_escape").encode("latin-1")
+    for word, stands_for in ((b"GOOD", line), (b"DEEP", b"[" * 100_000),
+                             (b"UTF-16", line.decode().encode("utf-16"))):
+        content = content.replace(word, stands_for)
+    return content, int(good)
 
 
-@pytest.mark.parametrize("name", LOGS)
+@pytest.mark.parametrize("name", [name for name, *_ in LOGS])
 def test_lines(tmp_path, name):
     content, good = log_named(name)
     (tmp_path / "log").write_bytes(content)
@@ -424,7 +429,7 @@ def resummed(path, **changed):
     """Write the lists of a checkpoint's files anew, as somebody would who means ill."""
     listed = [file for file in path.iterdir() if file.name != "rank_0.json" and file.is_file()]
     known = {file.name: checkpoint.fingerprint(file) for file in listed}
-    (path / "rank_0.json").write_text(json.dumps(known | changed), encoding="utf-8")
+    (path / "rank_0.json").write_text(json.dumps(known | changed))
 
 
 HARM = {
@@ -435,31 +440,32 @@ HARM = {
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a fifo": lambda path: (path.unlink(), os.mkfifo(path)),
     "emptied": lambda path: [file.unlink() for file in path.iterdir()],
-    "parent": lambda path: resummed(path, **{"../../config.json": [1, "x"]}),
-    "absolute": lambda path: resummed(path, **{"/etc/passwd": [1, "x"]}),
-    "null": lambda path: resummed(path, **{"a\0b": [1, "x"]}),
 }
 
 
-DAMAGE = """           # which files, what happened to them or is written there, and words of the message
+DAMAGE = """           # which files; what happened to them, or is written there, for a folder in its list; words
     config.json, tokenizer.json, record.json, rank_0.safetensors | cut, flipped, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
     rank_0.json | cut, a folder, [1], deep | rank_0.json cannot be read
     rank_0.json | gone, {} | record.json is in no list
     . | emptied | record.json is in no list
     rank_1.safetensors | ? | rank_1.safetensors is in no list
-    . | parent | ../../config.json is not a file of its own
-    . | absolute | /etc/passwd is not a file of its own
-    . | null | a.*b
+    . | ../../config.json, /etc/passwd | HARM is not a file of its own
+    . | a\0b | a.*b
 """
-CASES = [(name, harm, words.replace("NAME", name)) for names, harms, words in rows(DAMAGE)[1:]
-         for name in names.split(", ") for harm in harms.split(", ")]
+CASES = [(name, harm, words.replace("NAME", name).replace("HARM", harm))
+         for names, harms, words in rows(DAMAGE)[1:] for name in names.split(", ") for harm in harms.split(", ")]
 
 
 @pytest.mark.parametrize("name, harm, words", CASES)
 def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, harm, words):
     path = sft / LAST / name
-    HARM[harm](path) if harm in HARM else path.write_text(harm.replace("deep", "[" * 10**5), encoding="utf-8")
+    if harm in HARM:
+        HARM[harm](path)
+    elif path.is_dir():
+        resummed(path, **{harm: [1, "x"]})
+    else:
+        path.write_text(harm.replace("deep", "[" * 10**5))
     said = refused(f"resume --out {sft}")
     assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
     if harm == "cut" and name != "rank_0.json":
@@ -469,14 +475,12 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, ha
         run(f"resume --out {sft}")
 
 
-@pytest.mark.parametrize("name, make", [
-    ("step_000099", Path.touch), ("step_000099", lambda path: path.symlink_to("nowhere")),
-    ("step_5", Path.touch), ("step_5", Path.mkdir), ("step_abc", Path.mkdir),
-    ("step_000002.bak", Path.mkdir), ("step_", Path.touch), ("step_-00001", Path.mkdir),
-    ("step_٠٠٠٠٠٩", Path.mkdir)])
-def test_what_is_called_like_a_checkpoint_and_is_none(sft, name, make):
-    other = sft / "checkpoints" / name
-    make(other)
+@pytest.mark.parametrize("name", (             # as `ls -F` shows folders and links
+    "step_000099 step_000099@ step_5 step_5/ step_abc/ step_000002.bak/ step_ step_-00001/ "
+    "step_٠٠٠٠٠٩/").split())
+def test_what_is_called_like_a_checkpoint_and_is_none(sft, name):
+    other = sft / "checkpoints" / name.strip("@/")
+    {"@": lambda path: path.symlink_to("nowhere"), "/": Path.mkdir}.get(name[-1], Path.touch)(other)
     said = refused(f"resume --out {sft}")
     assert re.search(f"{other}: not a checkpoint.* move it away, and --resume goes on from .*{LAST}", said)
     checkpoint.Checkpoints(sft / "checkpoints", keep=1).finish()           # it does not go with the old ones
@@ -498,7 +502,7 @@ def test_an_empty_folder_is_a_damaged_checkpoint(sft):
 """))
 def test_a_record_of_another_kind(sft, change, words):
     record = folder.record_of(sft / LAST) | json.loads(change)
-    (sft / LAST / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    (sft / LAST / "record.json").write_text(json.dumps(record))
     resummed(sft / LAST)
     assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
 
@@ -595,7 +599,7 @@ def test_a_folder_from_elsewhere_overwrites_nothing_outside(sft, tmp_path, plant
     """Links in a run's folder to files (or a folder) of the user's."""
     home = tmp_path / "home"
     home.mkdir()
-    (home / "precious").write_text("precious", encoding="utf-8")
+    (home / "precious").write_text("precious")
     link = sft / planted
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
@@ -614,7 +618,7 @@ def test_a_folder_from_elsewhere_overwrites_nothing_outside(sft, tmp_path, plant
 def test_resume_runs_no_file_that_the_record_names(small, tmp_path):
     mine, out = tmp_path / "mine.py", tmp_path / "run"
     mine.write_text("import variants, pathlib\npathlib.Path(__file__ + '.ran').touch()\n"
-                    "SFT_LOSSES = {'mine': variants.SFT_LOSSES['nll']}\n", encoding="utf-8")
+                    "SFT_LOSSES = {'mine': variants.SFT_LOSSES['nll']}\n")
     ran = Path(f"{mine}.ran")
     run(f"sft --model {small[0]} --steps 1 --custom {mine} --out {out}")
     ran.unlink()
