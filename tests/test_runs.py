@@ -443,7 +443,7 @@ HARM = {
 }
 
 
-DAMAGE = """           # which files; what happened to them, or is written there, for a folder in its list; words
+DAMAGE = """           # which files; what happened to them, or is written there (. its list); words
     config.json, tokenizer.json, record.json, rank_0.safetensors | cut, flipped, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
     rank_0.json | cut, a folder, [1], deep | rank_0.json cannot be read
@@ -454,7 +454,8 @@ DAMAGE = """           # which files; what happened to them, or is written there
     . | a\0b | a.*b
 """
 CASES = [(name, harm, words.replace("NAME", name).replace("HARM", harm))
-         for names, harms, words in rows(DAMAGE)[1:] for name in names.split(", ") for harm in harms.split(", ")]
+         for names, harms, words in rows(DAMAGE)[1:]
+         for name in names.split(", ") for harm in harms.split(", ")]
 
 
 @pytest.mark.parametrize("name, harm, words", CASES)
