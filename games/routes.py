@@ -2,13 +2,12 @@
 data, in which the built-in cities (games/cities.py) are written, too:
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
-    gps_pano_mapping.pkl    {(latitude, longitude): panorama id}; gps_pano_mapping.json is read instead if it
-                            is there
+    gps_pano_mapping.pkl    {(latitude, longitude): panorama id}
     street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
 
-The pickle comes from the internet: no function that it names is ever imported. To turn it into plain JSON:
+The pickle comes from the internet: no function that it names is ever imported.
 
-    python -m games.unpickle FOLDER/gps_pano_mapping.pkl
+    python -c "from games import routes; print(routes.load('FOLDER').routes[0])"
 """
 import io
 import json
@@ -19,7 +18,6 @@ import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +25,7 @@ from games import views
 from games.compass import COMPASS, SIDES
 from harness.ranges import HUGE, is_number
 
+MAPPING = "gps_pano_mapping.pkl"
 EARTH = 6_371_000.0     # metres
 RADIUS = 20.0           # metres: a point is moved to the nearest panorama if there is one as near as this
 APART = 8.0             # metres that a point on the way keeps from both ends of its leg
@@ -141,52 +140,31 @@ def _read(path, kind, parse=json.loads):
 
 
 def read_mapping(path):
-    """Return {(latitude, longitude): panorama id} of a gps_pano_mapping .pkl or .json ([[latitude, longitude,
-    id], ...]).
+    """Return {(latitude, longitude): panorama id} of a gps_pano_mapping.pkl.
 
     ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
-    path = Path(path)
-    if path.suffix == ".json":
-        table = _read(path, "a JSON file")
-    else:
-        table = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load())
-        table = isinstance(table, dict) and [
-            (*key, value) if isinstance(key, tuple) else key for key, value in table.items()]
-    if not isinstance(table, list):
+    table = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load())
+    if not isinstance(table, dict):
         raise ValueError(f"{path}: not a table of panoramas")
     mapping = {}
-    for row, entry in enumerate(table):
+    for row, (point, name) in enumerate(table.items()):
         what = f"{path}: entry {row}"
-        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-            raise ValueError(f"{what}: expected latitude, longitude and a panorama's id")
-        *geocode, name = entry
+        point = _geocode(point, what)
         if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[\w:.=-]{1,200}", name):
             raise ValueError(f"{what}: {_brief(name)} cannot be the id of a panorama")
-        mapping[_geocode(geocode, what)] = name
+        mapping[point] = name
     return mapping
 
 
-class _Known(NamedTuple):
-    """All panoramas of a folder."""
-    source: str                 # the name of the mapping's file
-    geocodes: np.ndarray        # (n, 2) degrees, sorted by latitude
-    places: list                # of Place, in that order
-
-
-def _known(folder):
-    source = folder / "gps_pano_mapping.json"
-    source = source if source.exists() else source.with_suffix(".pkl")
-    places = [Place(geocode, str(folder / "street_views" / f"{name}.jpg"))
-              for geocode, name in sorted(read_mapping(source).items())]
-    return _Known(source.name, np.reshape([place.geocode for place in places], (-1, 2)), places)
-
-
 def _snap(point, known):
-    """Return the Place nearest to a point, or None if there is none within RADIUS."""
+    """Return the Place nearest to a point, or None if there is none within RADIUS.
+
+    known: the points (n, 2) of all panoramas, sorted by latitude, and their Places in that order."""
+    geocodes, places = known
     reach = math.degrees(RADIUS / EARTH) * 1.001    # of latitude: what lies beyond is not worth measuring
-    first, last = np.searchsorted(known.geocodes[:, 0], (point[0] - reach, point[0] + reach))
-    metres = distance(np.array(point), known.geocodes[first:last])
-    return known.places[first + metres.argmin()] if metres.min(initial=math.inf) <= RADIUS else None
+    first, last = np.searchsorted(geocodes[:, 0], (point[0] - reach, point[0] + reach))
+    metres = distance(np.array(point), geocodes[first:last])
+    return places[first + metres.argmin()] if metres.min(initial=math.inf) <= RADIUS else None
 
 
 # ----------------------------------------------------------------------------------------------------- routes
@@ -257,7 +235,7 @@ def _route(raw, name, known):
     if None in places:
         i = places.index(None)
         point = f"turning point {i - 1}" if i else "the start"
-        raise ValueError(f"{point} has no panorama within {RADIUS:.0f} m in {known.source}")
+        raise ValueError(f"{point} has no panorama within {RADIUS:.0f} m in {MAPPING}")
     for i, (block, begin, end) in enumerate(zip(blocks, places, places[1:])):
         try:
             legs.append(Leg(*_read_block(block), _between(begin, end, known), end))
@@ -308,7 +286,10 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     raws = _read(infos, "a JSON file")
     if not isinstance(raws, list) or not raws or not isinstance(raws[0], list):
         raise ValueError(f"{infos}: expected [routes, count]")
-    known, check = _known(folder), cache(_check_picture)
+    places = [Place(point, str(folder / "street_views" / f"{name}.jpg"))
+              for point, name in sorted(read_mapping(folder / MAPPING).items())]
+    known = np.reshape([place.geocode for place in places], (-1, 2)), places
+    check = cache(_check_picture)
     look = pictures and not (folder / "city.json").exists()
     routes, skipped = [], []
     for i, raw in enumerate(raws[0]):

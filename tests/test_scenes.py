@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from games import cities, routes, unpickle, views
+from games import cities, routes, views
 from tables import cases, raises, rows
 
 METRE = 1 / (6_371_000 * math.pi / 180)     # degrees of latitude
@@ -374,7 +374,7 @@ HOSTILE = rows(r"""
     not a table of panoramas | ]K\x01a.
     not a table of panoramas | \x80\x04\x8f(K\x01K\x02\x90.
     not a table of panoramas | U\x08a string.
-    entry 0: expected latitude | }U\x03latK\x01s.
+    entry 0: expected [latitude, longitude], got lat | }U\x03latK\x01s.
     entry 0: int is not a finite number | }\x8a\x96{\x7f 150}K\x01\x86U\x01xs.""")
 
 
@@ -393,8 +393,8 @@ def test_a_hostile_table_is_refused_by_name(path, monkeypatch, message, data):
     entry 1: NoneType is not a finite number | [[1, 2, "x"], [1, null, "y"]]
     entry 0: nan is not a finite number | [[NaN, 1, "x"]]
     entry 1: no latitude and longitude on earth | [[1, 1, "x"], [-91, 1, "x"]]
-    entry 0: expected latitude, longitude and a panorama's id | [[1, 2, 3, "x"]]
-    entry 0: expected latitude, longitude and a panorama's id | [[1, 2]]
+    entry 0: expected [latitude, longitude], got | [[1, 2, 3, "x"]]
+    entry 0: expected [latitude, longitude], got | [[1, 2]]
     entry 0: NoneType cannot be the id | [[1, 2, null]]
     entry 0: ../../secret cannot be the id | [[1, 2, "../../secret"]]
     entry 0: a/b cannot be the id | [[1, 2, "a/b"]]
@@ -406,8 +406,7 @@ def test_a_hostile_table_is_refused_by_name(path, monkeypatch, message, data):
 def test_a_bad_entry_of_a_table_is_named(path, message, text):
     text = text.replace("LONG", "x" * 9999)
     table = {tuple(row[:-1]): row[-1] for row in json.loads(text)}
-    for file, content in ((path, table), (path.with_suffix(".json"), text.encode())):
-        assert raises(message, read, file, content).startswith(str(file))
+    assert raises(message, read, path, table).startswith(str(path))
 
 
 def test_a_memo_with_a_huge_index_takes_no_memory(path):
@@ -433,24 +432,10 @@ def test_damaged_tables_are_refused_or_read_but_never_crash(path):
             assert str(path) in str(error) and "\n" not in str(error)
 
 
-def test_json_is_read_instead_of_the_pickle(path, capsys):
-    table = {(float(lat), np.float64(lon)): name for (lat, lon), name in TABLE.items()}
-    folder, out = write_folder(path.parent, table=table), path.with_suffix(".json")
-    unpickle.main([str(path)])
-    assert f"{out}: {len(TABLE)} panoramas" in capsys.readouterr().out and routes.read_mapping(out) == TABLE
-    before = load(folder)
-    path.write_bytes(b"cos\nsystem\n.")
-    assert load(folder) == before
-    with pytest.raises(SystemExit) as caught:
-        unpickle.main([str(path)])
-    message = f"{path}: not a table of panoramas: refused to load os.system\n"
-    assert caught.value.code == 1 and capsys.readouterr().err == message
-    for content, message in ((b"{}", "not a table"), (b"[1]", "entry 0: expected"), (b"[", "not a JSON")):
-        out.write_bytes(content)
-        assert str(out) in raises(message, load, folder)
-    out.unlink()
+def test_a_missing_table_is_named(path):
+    write_folder(path.parent)
     path.unlink()
-    assert str(path) in raises("No such file or directory", load, folder)
+    assert str(path) in raises("No such file or directory", load, path.parent)
 
 
 # ------------------------------------------------------------------------------------------------------ views

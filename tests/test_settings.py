@@ -14,7 +14,7 @@ import pytest
 import train
 from benchmarks import kernels as bench
 from distributed.processes import Processes
-from games import cities, show, unpickle
+from games import cities, show
 from harness import ranges, terminal
 from harness.check import settle
 from harness.load import agree
@@ -465,8 +465,6 @@ OTHERS = {
         new-york --held-out | --route 200: expected an integer from 0 to 199
         milan | --held-out: expected with new-york
         milan | --out file: expected a folder that can be made""",
-    unpickle: """
-        nowhere.pkl | pickle nowhere.pkl: expected a file""",
     bench: """
         --json nowhere/x.json: expected a file that can be written
         --json .: expected a file
