@@ -18,7 +18,7 @@ from games import views
 from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
 from games.prompts import check_prompts
 from games.rails import LOOK, instructions, known_routes, rail, relative_turn
-from games.solver import miss, solvable, solve
+from games.solver import miss, solve
 from games.verifier import SPACES, judge, judge_step
 from harness.ranges import integer, numbers, one_of, text
 
@@ -185,7 +185,7 @@ class GeneralPoints:
             self.hand = self.draw()
             self.ranks, suits = map(list, zip(*self.hand))
             wanted = self.deal == "any" or set(FACES) & set(self.ranks)
-            if wanted and all(solvable([values[rank] for rank in self.ranks], self.target)
+            if wanted and all(solve([values[rank] for rank in self.ranks], self.target)
                               for values in (self.values, self.stated)):
                 break
         else:

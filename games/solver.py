@@ -91,16 +91,6 @@ def _last_steps(numbers, target):
                     yield others[w], op, ways
 
 
-@lru_cache(maxsize=1 << 16)
-def _solvable(numbers, target):
-    return numbers == (target,) or any(True for _ in _last_steps(numbers, target))
-
-
-def solvable(numbers, target=24):
-    """Tell whether there is any formula. Much faster than solve."""
-    return _solvable(tuple(sorted(numbers)), target)
-
-
 @lru_cache(maxsize=1 << 14)
 def _solve(numbers, target):
     found = {str(target)} if numbers == (target,) else set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from envs import EXHAUSTED, Observation, check_settings, dialogue
 from games.prompts import check_prompts
-from games.solver import miss, solvable, solve
+from games.solver import miss, solve
 from games.verifier import judge
 from harness.ranges import integer, one_of
 
@@ -51,7 +51,7 @@ class Countdown:
 
     def reset(self, seed):
         self.rng, self.numbers, self.attempt = random.Random(seed), [], 0
-        while not self.numbers or not solvable(self.numbers, self.target):
+        while not self.numbers or not solve(self.numbers, self.target):
             self.numbers = self.rng.choices(LOOKS[self.look], k=int(self.rule))
         text = PROMPT.format(target=self.target, numbers=", ".join(map(str, self.numbers)))
         return Observation([{"role": "user", "content": text}], fresh=True), {"numbers": self.numbers}
