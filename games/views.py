@@ -68,32 +68,27 @@ def _rays(size, fov, height, full):
     return np.degrees(np.arctan(middle)), *_resample((down / 180 + 0.5) * (full - 1), height, full)
 
 
-def _cut(pixels, full, lon, size, fov):
-    """Return a view (size, size, 3) uint8 of a panorama (h, w, 3) that was resized from `full` = (H, W), with
-    its middle at this longitude (degrees).
+def view(pixels, lon, size, fov=90, full=None):
+    """Return what a camera at a panorama sees: (h, w, 3) uint8 -> (size, size, 3) uint8, looking level towards
+    longitude `lon` (degrees).
+
+    full: (H, W) of the panorama before it was resized to `pixels`; fov: degrees between the left and the right
+    edge. Bicubic; nothing is done against aliasing where the panorama is much finer than the view (`grid`
+    does). The outermost columns (rows) of the panorama are at longitudes -180 and 180 (straight up and down),
+    as in the released code.
 
     All pixels in a column of an upright view have one longitude, so the bicubic filter separates: first the
     panorama's columns become the view's, then each column is resampled by its own rows."""
     height, width = pixels.shape[:2]
-    turn, above, down = _rays(size, fov, height, full[0])
-    left, across = _resample((lon + 180 + turn) % 360 / 360 * (full[1] - 1), width, full[1])
+    rows, columns = full or (height, width)
+    turn, above, down = _rays(size, fov, height, rows)
+    left, across = _resample((lon + 180 + turn) % 360 / 360 * (columns - 1), width, columns)
     first = above.min()
     band = pixels.take(range(first, above.max() + 4), 0, mode="clip").transpose(2, 0, 1).copy()
     strip = sum(across[k] * band.take((left + k) % width, 2) for k in range(4))     # (3, rows, size)
     start = (above - first) * size + np.arange(size)
-    view = sum(down[k] * strip.reshape(3, -1).take(start + k * size, 1) for k in range(4))
-    return (np.clip(view, 0, 255) + 0.5).astype(np.uint8).transpose(1, 2, 0)
-
-
-def view(pixels, rotation, heading, size, fov=90):
-    """Return what a camera at a panorama sees: (H, W, 3) uint8 -> (size, size, 3) uint8, looking level.
-
-    rotation: from the panorama's metadata; heading: compass direction of the view's middle; fov: angle
-    between the left and the right edge, all in degrees. Bicubic; nothing is done against aliasing where the
-    panorama is much finer than the view (`grid` does). Geometry as in the released code: compass heading h is
-    at longitude h - 180 + rotation, and the outermost columns (rows) of the panorama are at longitudes -180
-    and 180 (straight up and down)."""
-    return _cut(pixels, pixels.shape[:2], heading - 180 + rotation, size, fov)
+    pixels = sum(down[k] * strip.reshape(3, -1).take(start + k * size, 1) for k in range(4))
+    return (np.clip(pixels, 0, 255) + 0.5).astype(np.uint8).transpose(1, 2, 0)
 
 
 # ------------------------------------------------------------------------------------------- grids from files
@@ -128,8 +123,8 @@ def _cutter(size):
     @lru_cache(MEMORY // (3 * (side + size)**2))
     def make(panorama, heading):
         pixels, full, rotation = kept(panorama, finest)
-        lons = (heading - 180 + rotation + turn for turn in (0, 90, 180, 270))
-        squares = [_cut(pixels, full, lon, size, 90) for lon in lons]
+        lon = heading - 180 + rotation      # released code
+        squares = [view(pixels, lon + turn, size, full=full) for turn in (0, 90, 180, 270)]
         squares = np.pad(squares, ((0, 0), (0, CROSS), (0, CROSS), (0, 0)))
         whole = squares.reshape(2, 2, side, side, 3).swapaxes(1, 2).reshape(2 * side, 2 * side, 3)
         return Image.fromarray(whole[:-CROSS, :-CROSS])
