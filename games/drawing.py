@@ -33,10 +33,7 @@ DARK = "#1e1e22"
 
 # -------------------------------------------------------------------------------------------- signs and trees
 
-@lru_cache(maxsize=64)
-def font(size):
-    """Return Pillow's own font, so many pixels high."""
-    return ImageFont.load_default(size)
+font = lru_cache(maxsize=64)(ImageFont.load_default)        # Pillow's own, so many pixels high
 
 
 @cache
