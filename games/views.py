@@ -69,11 +69,11 @@ def _rays(size, fov, height, full):
 
 
 def view(pixels, lon, size, fov=90, full=None):
-    """Return what a camera at a panorama sees: (h, w, 3) uint8 -> (size, size, 3) uint8, looking level towards
-    longitude `lon` (degrees).
+    """Return what a camera at a panorama sees: (h, w, 3) uint8 -> (size, size, 3) uint8, looking level
+    towards longitude `lon` (degrees).
 
-    full: (H, W) of the panorama before it was resized to `pixels`; fov: degrees between the left and the right
-    edge. Bicubic; nothing is done against aliasing where the panorama is much finer than the view (`grid`
+    full: (H, W) of the panorama before it was resized to `pixels`; fov: degrees between the left and the
+    right edge. Bicubic; nothing is done against aliasing where the panorama is much finer than the view (`grid`
     does). The outermost columns (rows) of the panorama are at longitudes -180 and 180 (straight up and down),
     as in the released code.
 
