@@ -197,30 +197,30 @@ GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_
 
 PRESETS = dict(re.findall(r"(\w[\w -]+): ([^:]+)\n", """
     tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 4096
-        --lr-schedule constant --rollout-batch 256
+        --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100 --probe-hands 0
     tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16
     tiny virl: --max-new-tokens 64 --eval-hands 200 --probe-hands 8
 
     tiny sft: --lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1
-        --temperature 1 --save-every 150
+        --temperature 1 --save-every 150 --steps 200 --eval-every 100
     tiny sft gp: --steps 450 --eval-every 150
     tiny sft virl: --steps 230 --eval-every 115
     tiny sft virl-l: --steps 221
 
     tiny ppo: --lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo
         --unit turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4
-        --critic detached --critic-lr 3e-4 --critic-warmup 0
-    tiny ppo gp: --steps 40 --hands 32 --samples 8 --reward-scale 0.2 --eval-every 20 --save-every 20
+        --critic detached --critic-lr 3e-4 --critic-warmup 0 --steps 40 --hands 32 --samples 8
+        --reward-scale 0.2 --eval-every 20 --save-every 20
     tiny ppo virl: --steps 30 --hands 16 --samples 4 --reward-scale 0.5 --eval-every 15 --save-every 15
 
     tiny pretrain: --lr-schedule cosine --warmup 0.05 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1
-        --minibatches 1 --save-every 150 --probe-hands 0
-    tiny pretrain gp: --steps 450 --lr 4e-3 --batch-size 64 --mistakes 0.3 --eval-every 150
+        --minibatches 1 --save-every 150 --probe-hands 0 --steps 450 --lr 4e-3 --batch-size 64
+        --mistakes 0.3 --eval-every 150
     tiny pretrain virl: --steps 560 --lr 3e-3 --batch-size 40 --mistakes 0.2 --learn-prompts
         --eval-every 280
 
     paper: --weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512
-        --probe-hands 0
+        --probe-hands 0 --rollout-batch 40 --eval-hands 100
     paper gp: --rollout-batch 64 --eval-hands 234
     paper gp-vl: --rollout-batch 32
     paper virl: --rollout-batch 40 --eval-hands 48
@@ -234,8 +234,7 @@ PRESETS = dict(re.findall(r"(\w[\w -]+): ([^:]+)\n", """
     paper ppo: --lr 1e-6 --warmup 0 --betas 0.9,0.999 --max-grad-norm 0.01 --samples 1 --temperature 0.2
         --advantage gae --unit turn --clip 0.1 --value-clip 0.1 --value-coef 0.5 --entropy-coef 0
         --epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --critic-warmup 0 --reward-scale 1
-        --eval-every 5 --save-every 5
-    paper ppo gp: --steps 20 --hands 512
+        --eval-every 5 --save-every 5 --steps 20 --hands 512
     paper ppo virl: --steps 15 --hands 320
     paper ppo virl-vl: --lr 1e-7
 """))

@@ -33,9 +33,7 @@ class Countdown:
     kinds = {"rule": one_of(("2", "3", "4", "5", "6")), "look": one_of(LOOKS), "target": integer(1)}
     answer_key, headline, recognition = "formula", "success", "always true"
     sizes, looks, distinct, apart = {"tiny": 0, "paper": 0}, {False: "small"}, 10**9, r"\d+|[-+*/()=]"
-    presets = {"tiny countdown": "--steps 100 --max-new-tokens 32 --eval-hands 100 --probe-hands 0",
-               "tiny ppo countdown": "--hands 32 --samples 8 --reward-scale 0.2 --eval-every 50",
-               "tiny pretrain countdown": "--steps 400 --lr 4e-3 --batch-size 64 --mistakes 0.3"}
+    presets = {"tiny countdown": "--max-new-tokens 32"}
 
     @staticmethod
     def shifts(rule, look, image):
