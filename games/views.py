@@ -73,9 +73,9 @@ def view(pixels, lon, size, fov=90, full=None):
     towards longitude `lon` (degrees).
 
     full: (H, W) of the panorama before it was resized to `pixels`; fov: degrees between the left and the
-    right edge. Bicubic; nothing is done against aliasing where the panorama is much finer than the view (`grid`
-    does). The outermost columns (rows) of the panorama are at longitudes -180 and 180 (straight up and down),
-    as in the released code.
+    right edge. Bicubic; nothing is done against aliasing where the panorama is much finer than the view
+    (`grid` does). The outermost columns (rows) of the panorama are at longitudes -180 and 180 (straight up
+    and down), as in the released code.
 
     All pixels in a column of an upright view have one longitude, so the bicubic filter separates: first the
     panorama's columns become the view's, then each column is resampled by its own rows."""
