@@ -193,7 +193,7 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
         update += cost(policy, known, backward=True)
     elif estimator.values and module.critic == "shared":
         update += cost(policy, states, backward=True)
-    return cost(policy, seen), scoring, times(args.epochs, update)
+    return cost(policy, seen), scoring, sum([update] * args.epochs, Counter())
 
 
 def of_sft(args, llama, played, learnt):
@@ -202,11 +202,7 @@ def of_sft(args, llama, played, learnt):
     before, rate = SFT_LOSSES[args.sft_loss].before, rates(llama)
     scoring = cost(reference(llama) if before == "initial" else rate, learnt) if before else Counter()
     update = cost(rate, learnt) + cost(rate, learnt, backward=True)
-    return cost(rate, played), scoring, times(args.epochs, update)
-
-
-def times(n, costs):
-    return Counter({part: n * number for part, number in costs.items()})
+    return cost(rate, played), scoring, sum([update] * args.epochs, Counter())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -231,28 +227,25 @@ class Ledger:
         values = count(conversations)[estimator.per]
         seen = passed(llama.config, conversations)
         known = passed(llama.config, conversations, encode=not llama.vision_frozen)
-        self.add(*of_ppo(self.args, self.module, estimator, seen, known, values, train_policy))
+        spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
         passes = 1 + bool(self.args.kl_coef) + (estimator.per == "token" and estimator.values)
-        self.add_formula(passes * sum(len(c.ids) for c in conversations), trained_tokens)
+        self.add(spent, conversations * passes, trained_tokens)
 
     def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
         conversations = [c for episode in episodes for c in episode.conversations]
         played, learnt = (passed(self.llama.config, batch) for batch in (conversations, examples))
-        self.add(*of_sft(self.args, self.llama, played, learnt))
         scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
-        self.add_formula(sum(len(c.ids) for c in [*conversations, *scored]), trained_tokens)
+        self.add(of_sft(self.args, self.llama, played, learnt), conversations + scored, trained_tokens)
 
-    def add(self, *phases):
-        """Add what all ranks spent, {part: FLOPs} per phase."""
+    def add(self, phases, scored, trained_tokens):
+        """Add what all ranks spent, {part: FLOPs} per phase; to the formula 2 N per token of what this rank
+        played or scored, 6 N per one that all learnt from."""
         own = [costs[part] for costs in phases for part in PARTS]
-        for (phase, part), number in zip(product(PHASES, PARTS), self.ranks.total(own)):
+        *spent, tokens = self.ranks.total([*own, sum(len(c.ids) for c in scored)])
+        for (phase, part), number in zip(product(PHASES, PARTS), spent):
             self.total[phase][part] += number
-
-    def add_formula(self, own_scored, trained_tokens):
-        """Add 2 N per token that this rank played or scored, 6 N per one that all learnt from."""
-        scored, = self.ranks.total([own_scored])
-        self.formula += self.size * (2 * scored + 6 * trained_tokens)
+        self.formula += self.size * (2 * tokens + 6 * trained_tokens)
 
     @property
     def tflops(self):

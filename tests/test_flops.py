@@ -158,15 +158,6 @@ def test_pairs_are_what_the_masks_leave_open(model):
                      "vision pairs": 2 * done["vision pairs"]}
 
 
-def test_quantities_by_hand(model):
-    """Six tokens see 1 + 2 + ... + 6. An image of one tile: 68 features, seen by all but the first."""
-    assert flops.quantities(model.config, 6, 2) == {"tokens": 6, "pairs": 21, "targets": 2}
-    assert flops.quantities(model.config, 3, 1, tiles=1, before=1) == {
-        "tokens": 3, "pairs": 6, "targets": 1, "patches": 4 * 16, "vision tokens": 4 * 24,
-        "vision pairs": 17 * 96 + (96 - 17) * 17, "features": 68, "image keys": 68,
-        "looks": 2, "glances": 17 + 17}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Whole steps, by what is called
 
@@ -175,34 +166,23 @@ class Witness:
     decides whether there is a backward pass, when the gradient of its result arrives."""
 
     def __init__(self, patch):
-        self.spent, self.phase, self.known = {phase: Counter() for phase in flops.PHASES}, None, {}
-        self.within(patch, train, "rollout", "rollout")
-        self.within(patch, train.Trainer, "update", "update")
-        self.beside(patch, Llama, "forward", self.passed)
-        self.beside(patch, ppo.ActorCritic, "head", self.valued)
+        self.spent, self.phase = {phase: Counter() for phase in flops.PHASES}, None
+        for owner, name, phase, note in (
+                (train, "rollout", "rollout", None), (train.Trainer, "update", "update", None),
+                (Llama, "forward", None, self.passed), (ppo.ActorCritic, "head", None, self.valued)):
+            patch.setattr(owner, name, self.watched(getattr(owner, name), phase, note))
 
-    def within(self, patch, module, name, phase):
-        function = getattr(module, name)
-
-        def inside(*args, **kwargs):
-            outer, self.phase = self.phase, phase
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.phase = outer
-
-        patch.setattr(module, name, inside)
-
-    def beside(self, patch, owner, name, note):
-        function = getattr(owner, name)
-
-        def noted(network, *args, **kwargs):
-            result = function(network, *args, **kwargs)
-            if self.phase:
-                note(network, result, *args, **kwargs)
+    def watched(self, function, phase, note):
+        """Make a function whose calls are of a phase, or noted if they are within one."""
+        def watched(*args, **kwargs):
+            outer, self.phase = self.phase, phase or self.phase
+            result = function(*args, **kwargs)
+            if note and self.phase:
+                note(result, *args, **kwargs)
+            self.phase = outer
             return result
 
-        patch.setattr(owner, name, noted)
+        return watched
 
     def add(self, rate, done, result):
         scoring = self.phase == "update" and not torch.is_grad_enabled()
@@ -211,11 +191,9 @@ class Witness:
             backward = flops.cost(rate, done, backward=True)
             result.register_hook(lambda gradient: self.spent["update"].update(backward))
 
-    def passed(self, llama, output, input_ids, *, lengths=None, images=None, cache=None, targets=None,
+    def passed(self, output, llama, input_ids, *, lengths=None, images=None, cache=None, targets=None,
                logits=None, **_):
-        on = [part.on for part in llama.modules() if isinstance(part, lora.Adapted)]
-        rate = self.known[id(llama), *on] = self.known.get((id(llama), *on)) or flops.rates(llama)
-        B, T = input_ids.shape
+        rate, (B, T) = flops.rates(llama), input_ids.shape
         new = torch.full((B,), T) if lengths is None else lengths
         past = 0 if cache is None else cache.lengths - new
         done = {"tokens": new.sum(), "pairs": (new * past + new * (new + 1) // 2).sum()}
@@ -237,42 +215,41 @@ class Witness:
         asked = B if logits == "last" else int((targets >= 0).sum()) if targets is not None else 0
         self.add(rate, {"targets": asked}, output.logprobs)
 
-    def valued(self, actor_critic, values, hidden):
+    def valued(self, values, actor_critic, hidden):
         critic = actor_critic.trunk or actor_critic.policy
         rate = flops.rates(critic, actor_critic.value_head, detached=not hidden.requires_grad)
         self.add(rate, {"values": len(values)}, values)
 
 
-PPO = "--hands 3 --samples 2 --minibatches 2"
-SFT = "--algo sft --batch-size 4"
-STEPS = f"""
-    gp-l   {PPO}
-    gp-vl  {PPO}
-    virl-l {PPO} --advantage grpo --epochs 2
-    gp-l   {PPO} --advantage gae-token --unit token
-    gp-l   {PPO} --critic shared --steps 2 --critic-warmup 1
-    gp-l   {PPO} --critic detached --steps 2 --critic-warmup 1
-    gp-vl  {PPO} --critic separate --steps 2 --critic-warmup 1
-    gp-vl  {PPO} --critic separate --epochs 2 --tune no-vision
-    gp-vl  {PPO} --critic shared --tune vision
-    gp-vl  {PPO} --critic separate --advantage gae-two-level --unit token
-    gp-l   {PPO} --kl-coef 0.1 --lora-rank 2
-    gp-l   {PPO} --kl-coef 0.1 --tune attention
-    gp-l   {SFT}
-    virl-l {SFT} --mistakes 1
-    gp-vl  {SFT} --sft-loss iw-sft --tune no-vision
-    gp-vl  {SFT} --sft-loss iw-sft --lora-rank 2
-    gp-l   {SFT} --sft-loss psft --epochs 2 --minibatches 2
-    gp-l   {SFT} --sft-loss psft --sft-data own --temperature 1
+ALGOS = {"ppo": "--hands 3 --samples 2 --minibatches 2", "sft": "--batch-size 4"}
+STEPS = """
+    gp-l   ppo
+    gp-vl  ppo
+    virl-l ppo --advantage grpo --epochs 2
+    gp-l   ppo --advantage gae-token --unit token
+    gp-l   ppo --critic shared --steps 2 --critic-warmup 1
+    gp-l   ppo --critic detached --steps 2 --critic-warmup 1
+    gp-vl  ppo --critic separate --steps 2 --critic-warmup 1
+    gp-vl  ppo --critic separate --epochs 2 --tune no-vision
+    gp-vl  ppo --critic shared --tune vision
+    gp-vl  ppo --critic separate --advantage gae-two-level --unit token
+    gp-l   ppo --kl-coef 0.1 --lora-rank 2
+    gp-l   ppo --kl-coef 0.1 --tune attention
+    gp-l   sft
+    virl-l sft --mistakes 1
+    gp-vl  sft --sft-loss iw-sft --tune no-vision
+    gp-vl  sft --sft-loss iw-sft --lora-rank 2
+    gp-l   sft --sft-loss psft --epochs 2 --minibatches 2
+    gp-l   sft --sft-loss psft --sft-data own --temperature 1
 """
 
 
 @pytest.mark.parametrize("line", STEPS.strip().splitlines(), ids=str.split)
 def test_what_is_counted_afterwards_is_what_was_done(small, tmp_path, monkeypatch, line):
-    task, *more = line.split()
+    task, algo, *more = line.split()
     witness = Witness(monkeypatch)
-    train.main(quick("--task", task, "--model", small[0], "--out", tmp_path, "--steps", 1, "--eval-hands", 2,
-                     "--eval-sets", "id", *more))
+    train.main(quick("--task", task, "--algo", algo, "--model", small[0], "--out", tmp_path, "--steps", 1,
+                     "--eval-hands", 2, "--eval-sets", "id", *ALGOS[algo].split(), *more))
     before, *steps, after = (line for line in map(json.loads, open(tmp_path / "log.jsonl", encoding="utf-8"))
                              if line["event"] != "start")
     total = {phase: {part: spent[part] for part in flops.PARTS} for phase, spent in witness.spent.items()}
