@@ -87,8 +87,7 @@ class Probe:
                   for name in self.sets for k in self.ks[::len(self.ks) - 1 or 1]]
         self.processes.print(
             f"{progress}  probe       {'  '.join(passes)}   KL reverse {result['reverse_kl']:.4f} forward "
-            f"{result['forward_kl']:.4f} a token   entropy {result['id']['entropy']:.3f}   length "
-            f"{result['id']['length']:.1f}   changed {100 * result['weights']['changed']['all']:.1f} %")
+            f"{result['forward_kl']:.4f} a token   changed {100 * result['weights']['changed']['all']:.1f} %")
         return result
 
     def play(self, factory):

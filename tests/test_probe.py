@@ -6,16 +6,13 @@ import functools
 import itertools
 import math
 import sys
-from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import command, learnt, records, run, weights
-from torch import nn
 
 from distributed.processes import Processes
-from harness.probe import Probe, changed, kind, pass_at, rate
+from harness.probe import Probe, changed, pass_at, rate
 from harness.settings import Args, apply_preset
 from rollout import Conversation, Episode, Player, Turn
 from variants import lora, reference
@@ -161,44 +158,33 @@ def test_scores_are_those_of_all_logits(model, processor, task):
 # ------------------------------------------------------------------------------------------------------------
 # Weights
 
-class Toy(nn.Module):
-    """Ten weights, all 1: four of the embedding, two each of an MLP, a cross-attention layer and the head."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(cross_attention_layers=[1])
-        self.embed_tokens = nn.Embedding(2, 2)
-        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(2, 1, bias=False)}) for _ in range(2)])
-        self.lm_head = nn.Linear(2, 1, bias=False)
-        for parameter in self.parameters():
-            nn.init.ones_(parameter)
-
-
 @torch.no_grad()
-def test_changed_weights_by_hand():
-    """Between 1 and 2 bfloat16 has steps of 2^-7: 1 + 2^-9 is 1 there and 1 + 2^-6 is not."""
-    toy, small, large = Toy(), 2**-9, 2**-6
-    toy.lm_head.requires_grad_(False)
-    start = reference.initial(toy)
-    toy.embed_tokens.weight[0, 0] += small
-    toy.embed_tokens.weight[1] += large
-    toy.layers[1]["mlp"].weight[0, 0] -= 1
-    found, squares = changed(toy, start), small**2 + 2 * large**2
-    assert found["changed"] == {"all": 0.3, "embedding": 0.5, "mlp": 0.0, "cross-attention": 0.5, "head": 0.0}
-    assert found["distance"] == pytest.approx({
-        "all": math.sqrt((squares + 1) / 10), "embedding": math.sqrt(squares / 4), "mlp": 0.0,
-        "cross-attention": math.sqrt(1 / 2), "head": 0.0})
-
-
-def test_every_weight_is_of_a_kind(model):
-    counts, size = Counter(), lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
-    for name, parameter in model.named_parameters():
-        counts[kind(name, model.config)] += parameter.numel()
+def test_changed_weights_by_hand(model):
+    """All weights are 1 at first; some of a tensor of each kind are changed, but the head is frozen. Between
+    1 and 2 bfloat16 has steps of 2^-7: 1 + 2^-9 is 1 there and 1 + 2^-6 is not."""
+    size = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
     first, crossed, last = model.layers
-    assert counts == {
-        "attention": size(first.self_attn, last.self_attn), "mlp": size(first.mlp, last.mlp),
-        "cross-attention": size(crossed), "norm": 5 * 32, "embedding": 1032 * 32, "head": 1024 * 32,
-        "vision": size(model.vision_model, model.multi_modal_projector)}
+    sizes = {"embedding": 1032 * 32, "attention": size(first.self_attn, last.self_attn),
+             "mlp": size(first.mlp, last.mlp), "cross-attention": size(crossed), "norm": 5 * 32,
+             "vision": size(model.vision_model, model.multi_modal_projector), "head": 1024 * 32}
+    parts = [model.embed_tokens, last.self_attn.q_proj, first.mlp.down_proj, crossed.mlp.up_proj,
+             first.input_layernorm, model.multi_modal_projector]
+    for parameter in model.parameters():
+        parameter.fill_(1)
+    model.lm_head.requires_grad_(False)
+    start = reference.initial(model)
+    model.embed_tokens.weight[-1, -1] += 2**-9
+    other = {"head": 0}
+    for count, (name, part) in enumerate(zip(sizes, parts), start=1):
+        part.weight.view(-1)[:count] += 2**-6
+        other[name] = count
+    squares = {name: 2**-12 * count + 2**-18 * (name == "embedding") for name, count in other.items()}
+    for numbers in (sizes, other, squares):
+        numbers["all"] = sum(numbers.values())
+    found = changed(model, start)
+    assert found["changed"] == {name: other[name] / n for name, n in sizes.items()}
+    assert found["distance"] == pytest.approx({
+        name: math.sqrt(squares[name] / n) for name, n in sizes.items()})
 
 
 @torch.no_grad()
