@@ -1,14 +1,12 @@
 """Sharding: one rank, two ranks with copies and two ranks with slices compute the same. Two gloo ranks run
-all jobs in one go, as `python tests/test_shard.py FOLDER MODEL` (see `worker`); the tests compare what they
-left."""
+all jobs in one go, as `torchrun tests/test_shard.py FOLDER MODEL` (see `worker`); the tests compare what
+they left."""
 
 import contextlib
 import functools
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +62,8 @@ CASES = {              # name: settings, and behind a bar those of sharded runs
 SHARDED, WHOLE = "shared, tied, separate, sft in 7, own in 4, ppo in 7", "ppo in 4, ppo in 3"
 RUNS = [(name, way) for way, others in (("whole", SHARDED), ("sharded", WHOLE))
         for name in CASES if name not in others.split(", ")]
-MEASURED = ("seconds", "tokens_per_second", "rollout_seconds", "update_seconds", "rollout_tokens_per_second",
-            "memory_gb")
+MEASURED = ("seconds tokens_per_second rollout_seconds update_seconds rollout_tokens_per_second memory_gb "
+            "flops").split()
 
 
 def run(processes, *argv):
@@ -196,20 +194,10 @@ def tied(small):
 def two_ranks(small, tied, working_folder, tmp_path_factory):
     """Return the folder in which two ranks have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
-                               OMP_NUM_THREADS="1")
-    processes = [subprocess.Popen([sys.executable, __file__, folder, small[0]], cwd=working_folder,
-                                  env=common | {"RANK": str(rank)}, stdout=open(folder / f"log{rank}", "w"),
-                                  stderr=subprocess.STDOUT) for rank in range(2)]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(2))
+    words = f"-m torch.distributed.run --nproc-per-node 2 --standalone {__file__} {folder} {small[0]}".split()
+    done = subprocess.run([sys.executable, *words], cwd=working_folder, timeout=300, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-6000:]
     return folder
 
 
@@ -260,7 +248,7 @@ def test_two_ranks_equal_one(two_ranks, one_rank, small, name, way):
         # Empty passes, and what is passed again, are no one's.
         assert x["flops"] == y["flops"] and x["counted_tflops"] == y["counted_tflops"]
         assert x.keys() == y.keys()
-        x, y = ({n: value for n, value in step.items() if n not in (*MEASURED, "flops")} for step in (x, y))
+        x, y = ({n: value for n, value in step.items() if n not in MEASURED} for step in (x, y))
         assert x == pytest.approx(y, abs=1e-4)
     assert [record["eval"] for record in records(one, "eval")] == [
         record["eval"] for record in records(two, "eval")]
