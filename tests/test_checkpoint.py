@@ -59,16 +59,6 @@ def test_poll_never_waits_and_old_ones_go(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_a_crash_left_behind_does_not_count(tmp_path):
-    (tmp_path / ".step_000007").mkdir()
-    (tmp_path / ".step_000007" / "rank_0.safetensors").write_bytes(b"half")
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.complete() == []
-    checkpoints.save(8, tensors_of(*learner(1)), {})
-    checkpoints.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000008"]
-
-
 def test_one_of_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tensors_of(*learner(1)), {})

@@ -47,7 +47,8 @@ def equal(a, b):
 # Killed at any moment: a process kills itself at the n-th call of something, is started again with --resume,
 # and is compared
 
-MOMENTS = """           # what is called, and how often in the whole run of SFT, of PPO
+# What is called, and how often in the whole run of SFT, of PPO.
+MOMENTS = """
     rollout.generate                        | 0  | 20
     torch.optim.AdamW.step                  | 8  | 8
     torch.Tensor.backward                   | 8  | 8
@@ -113,7 +114,7 @@ def assert_same(a, b):
 
 
 RANDOM = random.Random(2501)
-KILLS = [(algo, moment, RANDOM.randint(1, int(calls))) for moment, *counts in rows(MOMENTS)[1:]
+KILLS = [(algo, moment, RANDOM.randint(1, int(calls))) for moment, *counts in rows(MOMENTS)
          for algo, calls in zip(COMMON, counts) for _ in range(1 + (int(calls) > 4)) if int(calls)]
 
 
@@ -153,8 +154,12 @@ def half(tmp_path, uninterrupted):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("typed, has", [("--lr 0.002", "--lr 0.001"), ("--task gp-vl", "--task gp-l"),
-                                        ("--steps 9", "--steps 4"), ("--gamma 0.5", "--gamma 0.9")])
+@pytest.mark.parametrize("typed, has", rows("""
+    --lr 0.002   | --lr 0.001
+    --task gp-vl | --task gp-l
+    --steps 9    | --steps 4
+    --gamma 0.5  | --gamma 0.9
+"""))
 def test_settings_that_contradict_the_run_are_refused(half, typed, has, capsys):
     with pytest.raises(SystemExit):
         train.main(words("--resume --out", half, typed))

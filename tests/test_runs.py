@@ -284,7 +284,8 @@ def test_two_studies_at_once(tmp_path):
 # Lines of JSON
 
 
-LOGS = rows(r"""        # content, and how many lines are good; or less than 0: which one is foreign
+# Content, and how many lines are good; or less than 0: which one is foreign.
+LOGS = rows(r"""
     whole                             | GOOD\nGOOD\n                              | 2
     nothing                           |                                           | 0
     cut off                           | GOOD\n{"event"                            | 1
@@ -306,7 +307,7 @@ LOGS = rows(r"""        # content, and how many lines are good; or less than 0: 
     not text                          | GOOD\n\x00\xff\x1b[2J\n                   | -2
     UTF-16                            | UTF-16\n                                  | -1
     deep                              | DEEP\n                                    | -1
-""")[1:]
+""")
 
 
 def log_named(name):
@@ -443,7 +444,8 @@ HARM = {
 }
 
 
-DAMAGE = """           # which files; what happened to them, or is written there (. its list); words
+# which files; what happened to them, or is written there (for a folder: in its list); words of the message
+DAMAGE = """
     config.json, tokenizer.json, record.json, rank_0.safetensors | cut, flipped, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
     rank_0.json | cut, a folder, [1], deep | rank_0.json cannot be read
@@ -454,7 +456,7 @@ DAMAGE = """           # which files; what happened to them, or is written there
     . | a\0b | a.*b
 """
 CASES = [(name, harm, words.replace("NAME", name).replace("HARM", harm))
-         for names, harms, words in rows(DAMAGE)[1:]
+         for names, harms, words in rows(DAMAGE)
          for name in names.split(", ") for harm in harms.split(", ")]
 
 
@@ -488,18 +490,12 @@ def test_what_is_called_like_a_checkpoint_and_is_none(sft, name):
     assert other.is_symlink() or other.exists()
 
 
-def test_an_empty_folder_is_a_damaged_checkpoint(sft):
-    (sft / "checkpoints/step_000099").mkdir()
-    said = refused(f"resume --out {sft}")
-    assert re.search(f"step_000099: damaged: record.json is in no list.*goes on from .*{LAST}", said)
-
-
 @pytest.mark.parametrize("change, words", rows("""
     {"config": null}            | record.json lacks config
     {"began": 5}                | record.json lacks began
     {"step": "2"}               | record.json lacks step
     {"config": {"algo": "sft"}} | another version
-    {"config": {"algo": "ppo"}} | --algo ppo, and that in .* has --algo sft
+    {"config": {"algo": "ppo"}} | --algo ppo, and that in .* has --algo sft; move it away
 """))
 def test_a_record_of_another_kind(sft, change, words):
     record = folder.record_of(sft / LAST) | json.loads(change)
@@ -508,13 +504,10 @@ def test_a_record_of_another_kind(sft, change, words):
     assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
 
 
-def test_a_checkpoint_of_another_algorithm(runs, sft):
+def test_another_algorithm_cannot_go_on(sft):
     said = refused(f"resume --algo ppo --out {sft}")
     assert re.search(f"--algo ppo cannot go on with a run of --algo sft; .* --model .*{LAST} and", said)
     assert "--algo ppo cannot go on" in refused(f"resume --algo ppo --override --out {sft}")
-    shutil.copytree(runs / "ppo" / LAST, sft / "checkpoints/step_000003")
-    said = refused(f"resume --out {sft}")
-    assert re.search("step_000003: .*--algo ppo, and that in .* has --algo sft; move it away", said)
 
 
 @pytest.mark.parametrize("begun, goes_on", [("sft", "ppo --steps 1"), ("ppo", "sft --steps 1"),
@@ -573,12 +566,11 @@ def test_slices_that_say_they_belong_elsewhere(tmp_path, places, words):
         checkpoint.fill(checkpoint.slices_in(tmp_path), tmp_path, {"w": torch.zeros(4, 2)})
 
 
-@pytest.mark.parametrize("cuts, whole", [((0, 4), True), ((0, 1, 4), True), ((0, 2, 3, 4), True),
-                                         ((0, 3), False), ((1, 4), False)])
-def test_slices_are_put_together(tmp_path, cuts, whole):
-    tensor, found = torch.arange(8.0).view(4, 2), torch.zeros(4, 2)
-    for k, (start, end) in enumerate(zip(cuts, cuts[1:])):
-        checkpoint.save_file({"w": tensor[start:end].clone()}, tmp_path / f"rank_{k}.safetensors",
+@pytest.mark.parametrize("cuts", ["04", "014", "0234", "03", "14"])
+def test_slices_are_put_together(tmp_path, cuts):
+    tensor, found, whole = torch.arange(8.0).view(4, 2), torch.zeros(4, 2), "0" in cuts and "4" in cuts
+    for start, end in zip(map(int, cuts), map(int, cuts[1:])):
+        checkpoint.save_file({"w": tensor[start:end].clone()}, tmp_path / f"rank_{start}.safetensors",
                              {"slices": json.dumps({"w": [[4, 2], start]})})
     with contextlib.nullcontext() if whole else pytest.raises(ValueError, match="not there as a whole"):
         checkpoint.fill(checkpoint.slices_in(tmp_path), tmp_path, {"w": found})

@@ -255,10 +255,11 @@ def test_folders_that_are_none(start):
     assert "expected a folder" in start(f"--out {300 * 'long'}")
     assert "File name too long" in start(f"--model {300 * 'long'}")
     assert r"--model '\x1b[2J': expected tiny" in start("--model \x1b[2J")
-    for name, text, words in (
-            ("text", json.dumps(TEXT), "--task gp-vl: expected gp-l, as text is a text-only model"),
-            ("torn", "{", "--model torn: expected tiny, a checkpoint or a folder"),
-            ("other", '{"model_type": "bert"}', "--model other: expected tiny, a checkpoint or a folder")):
+    for name, text, words in rows(f"""
+            text  | {json.dumps(TEXT)}     | --task gp-vl: expected gp-l, as text is a text-only model
+            torn  | {{                     | --model torn: expected tiny, a checkpoint or a folder
+            other | {{"model_type": "bert"}} | --model other: expected tiny, a checkpoint or a folder
+            """):
         Path(name).mkdir()
         Path(name, "config.json").write_text(text)
         assert words in start(f"--task gp-vl --model {name}")
@@ -267,8 +268,7 @@ def test_folders_that_are_none(start):
 
 
 def test_devices_that_are_none(start, monkeypatch):
-    for name in ("cuda", "mps"):
-        backend = "cuda" if name == "cuda" else "backends.mps"
+    for name, backend in (("cuda", "cuda"), ("mps", "backends.mps")):
         monkeypatch.setattr(f"torch.{backend}.is_available", lambda: False)
         assert f"--device {name}: expected cpu, as this PyTorch sees no" in start(f"--device {name}")
 
@@ -291,9 +291,8 @@ NUMBERS = [name for name, field in FIELDS.items() if field.type in (int, float, 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_have_a_range(start, name):
-    words = ["nan", "-nan", "inf", "-inf", "1e400", "x", "", " ", "0x10", "-1", "-1e-9", "1,", ",1", "1,2,3"]
-    words += ["1.5", "1e3", "9" * 30, "9" * 5000] if FIELDS[name].type is int else []
-    for word in words:
+    words = ["", " ", *"nan -nan inf -inf 1e400 x 0x10 -1 -1e-9 1, ,1 1,2,3".split()]
+    for word in [*words, "1.5", "1e3", "9" * 30, "9" * 5000] if FIELDS[name].type is int else words:
         with pytest.raises(SettingError) as refused:
             parse([flag_of(name), word])
         assert str(refused.value).startswith(f"{flag_of(name)} {word.strip() or repr(word)}: expected ")
@@ -332,13 +331,16 @@ def test_the_settings_of_a_resumed_run_are_checked(start):
     settle(args, TINY)
     Path("run").mkdir()
     Path("run/log.jsonl").write_text("")
-    for changes, words in (
-            ({}, None), ({"max_grad_norm": -1.0}, "--max-grad-norm -1.0: expected a number above 0"),
-            ({"lr": "fast"}, "--lr fast: expected"), ({"loss": "mse"}, "--loss mse: expected one of"),
-            ({"betas": [0.9]}, "--betas 0.9: expected two"), ({"eval_sets": "id,id"}, "--eval-sets id,id: ")):
-        Path("run/config.json").write_text(json.dumps(dataclasses.asdict(args) | changes))
-        said = start("--resume --out run")
-        assert said is None if words is None else words in said
+    for changes, words in rows("""
+            {}                      | None
+            {"max_grad_norm": -1.0} | --max-grad-norm -1.0: expected a number above 0
+            {"lr": "fast"}          | --lr fast: expected
+            {"loss": "mse"}         | --loss mse: expected one of
+            {"betas": [0.9]}        | --betas 0.9: expected two
+            {"eval_sets": "id,id"}  | --eval-sets id,id: expected
+            """):
+        Path("run/config.json").write_text(json.dumps(dataclasses.asdict(args) | json.loads(changes)))
+        assert words in str(start("--resume --out run"))
 
 
 def test_help_fits_two_screens_and_help_all_explains_every_setting(monkeypatch, capsys):
