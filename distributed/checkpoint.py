@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -63,7 +62,7 @@ def own_slices(tensors, rank, world):
 
 
 def slices_in(path):
-    """Read what a checkpoint holds -> {name: (shape of the whole, [(file, first row, end) per slice])}."""
+    """Read what a checkpoint holds -> {name: (shape of the whole, [(first row, end, file) per slice])}."""
     found = {}
     for file in sorted(Path(path).glob("rank_*.safetensors")):
         try:
@@ -72,7 +71,7 @@ def slices_in(path):
                 for name in source.keys():
                     shape, start = tuple(map(int, places[name][0])), int(places[name][1])
                     count, *_ = source.get_slice(name).get_shape() or [1]
-                    found.setdefault(name, (shape, []))[1].append((file, start, start + count))
+                    found.setdefault(name, (shape, []))[1].append((start, start + count, file))
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{file}: not slices of this program ({reason})") from None
@@ -98,28 +97,27 @@ def fill(found, path, tensors, whole=True):
     """Read tensors in place, all of them or ValueError. whole: the checkpoint must hold no others."""
     for name in sorted(set(tensors) | set(found) if whole else tensors):
         shape, parts = found.get(name, ((), []))
-        ends = [0, *(end for _, _, end in sorted(parts, key=lambda part: part[1]))]
+        ends = [0, *(end for _, end, _ in sorted(parts))]
         if name not in found or name not in tensors:
             what = f"is only in {'the checkpoint' if name in found else 'this run'}"
         elif shape != tensors[name].shape:
             what = f"has shape {list(shape)} there and {list(tensors[name].shape)} here"
-        elif sorted(start for _, start, _ in parts) != ends[:-1] or ends[-1] != (shape or [1])[0]:
+        elif sorted(start for start, *_ in parts) != ends[:-1] or ends[-1] != (shape or [1])[0]:
             what = "is not there as a whole"
         else:
             continue
         raise ValueError(f"{path}: of another model or optimizer: {name} {what}")
-    with ExitStack() as stack:
-        files = {part[0] for name in tensors for part in found[name][1]}
-        sources = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
-        for name, tensor in tensors.items():
-            for file, start, end in found[name][1]:
-                mine, content = rows(tensor), sources[file].get_slice(name)
-                low, high = max(start, mine.start), min(end, mine.stop)
-                if not tensor.ndim:
-                    tensor.copy_(content[...])
-                elif low < high:
-                    room = local(tensor)[low - mine.start:high - mine.start]
-                    room.copy_(content[low - start:high - start])
+    files = {file for name in tensors for *_, file in found[name][1]}
+    sources = {file: safe_open(file, "pt") for file in files}
+    for name, tensor in tensors.items():
+        for start, end, file in found[name][1]:
+            mine, content = rows(tensor), sources[file].get_slice(name)
+            low, high = max(start, mine.start), min(end, mine.stop)
+            if not tensor.ndim:
+                tensor.copy_(content[...])
+            elif low < high:
+                room = local(tensor)[low - mine.start:high - mine.start]
+                room.copy_(content[low - start:high - start])
 
 
 def load_policy(path, llama):

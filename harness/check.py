@@ -134,9 +134,7 @@ def conflicts_in_ppo(args):
 
 def check_files(args):
     """Read the files and folders that the run reads, and look at the folder that it writes."""
-    out = args.out or "runs"
-    if FOLDER.fit(out) is None:
-        raise SettingError(f"--out {FOLDER.refusal(out)}")
+    check_ranges(args, {"out": FOLDER})
     if args.prompts:
         attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
     size = envs.GAMES[args.game].sizes[args.preset]

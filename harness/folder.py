@@ -99,10 +99,10 @@ def record_of(path):
 
 def git_commit():
     """Return the commit of the code, with a + where files differ from it; None outside a git checkout."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     if not shutil.which("git"):
         return None
-    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True)
+    done = subprocess.run("git describe --always --dirty=+ --exclude=*".split(), cwd=Path(__file__).parent,
+                          capture_output=True)
     return done.stdout.decode("utf-8", "replace").strip() or None
 
 

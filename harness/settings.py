@@ -177,14 +177,32 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
         return self.task.endswith("vl")
 
 
+def entries(text):
+    """Read lines `name: text`, of which the text may go on over several."""
+    return dict(re.findall(r"(\w[\w -]+): ([^:]+)\n", text))
+
+
 # Titles in --help, by the first setting below each; those of RARE are in --help-all only.
-GROUPS = {"task": "the run", "rule": "the game", "steps": "learning", "batch_size": "SFT", "hands": "PPO",
-          "eval_every": "evaluation"}
-RARE = {"rules": "the game and files", "weight_decay": "optimizer and critic", "token_budget": "memory",
-        "skip_first_eval": "evaluation and logs", "describe": "pre-training (also of SFT)",
-        "clip_high": "variants/losses.py", "token_gamma": "variants/advantages.py",
-        "kl_coef": "variants/reference.py", "lora_rank": "variants/lora.py",
-        "compat": "variants/official.py: the released code"}
+GROUPS = entries("""
+    task: the run
+    rule: the game
+    steps: learning
+    batch_size: SFT
+    hands: PPO
+    eval_every: evaluation
+""")
+RARE = entries("""
+    rules: the game and files
+    weight_decay: optimizer and critic
+    token_budget: memory
+    skip_first_eval: evaluation and logs
+    describe: pre-training (also of SFT)
+    clip_high: variants/losses.py
+    token_gamma: variants/advantages.py
+    kl_coef: variants/reference.py
+    lora_rank: variants/lora.py
+    compat: variants/official.py (the released code)
+""")
 # A resumed run may set these anew: they do not change what is computed (but for the order of sums).
 FREE = "out resume override custom device shard checkpoint_activations save_every keep max_skipped".split()
 # Handed to the game, which knows some of them.
@@ -195,7 +213,7 @@ GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_
 # Presets are command lines. A line holds for the runs that all words before it name: preset, algorithm,
 # game, task. Of two the later wins. The paper's numbers are PAPER: section 4.
 
-PRESETS = dict(re.findall(r"(\w[\w -]+): ([^:]+)\n", """
+PRESETS = entries("""
     tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 4096
         --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100 --probe-hands 0
     tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16
@@ -237,7 +255,7 @@ PRESETS = dict(re.findall(r"(\w[\w -]+): ([^:]+)\n", """
         --eval-every 5 --save-every 5 --steps 20 --hands 512
     paper ppo virl: --steps 15 --hands 320
     paper ppo virl-vl: --lr 1e-7
-"""))
+""")
 
 
 def apply_preset(args, hidden_size):
