@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 
 
 def routes_of(root, name, file="route_infos.json"):
-    routes, count = json.loads((cities.build(name, root) / file).read_text(encoding="utf-8"))
+    routes, count = json.loads((cities.build(name, root) / file).read_bytes())
     assert count == len(routes)
     return routes
 
@@ -224,7 +224,7 @@ def test_a_sign_is_where_the_geometry_says_and_not_hidden(root, name):
     for mark in town.landmarks[::6]:
         path = panorama_of(folder, name, mark.at)
         cities.draw(path)
-        metadata = json.loads(path.with_suffix(".metadata.json").read_text(encoding="utf-8"))
+        metadata = json.loads(path.with_suffix(".metadata.json").read_bytes())
         image, eye = np.asarray(Image.open(path)).astype(int), town.panoramas[mark.at]
         right, middle = streets.axes(eye, np.array(mark.xy))[1], (drawing.STRIP + drawing.TOP) / 2
         # on the board and on the disc; left, right and above the emblem

@@ -196,26 +196,28 @@ def test_nothing_may_follow_a_formula_but_a_full_stop(formula, joint, more):
         assert (code_of(text) == "correct") == nothing
 
 
-LIKE = dict(line.split() for line in """3 ３𝟑𝟹
-7 ７𝟳𝟩
-8 ８𝟾
-* ×·∗＊﹡x✖
-- −－﹣–
-+ ＋﹢➕
-/ ÷／∕➗
-( （﹙
-) ）﹚
-= ＝﹦""".split("\n"))
-UNLIKE = dict(line.split() for line in """3 ³₃③⒊⑶٣३
-7 ⁷₇⑦⒎⑺٧
-8 ⁸⑧⒏٨
-2 ²②٢
-4 ⁴④⒋⒈
-= ⁼≠≈⩵
-+ ⁺₊
-- ⁻¯~
-( ⁽[{
-* ^#""".split("\n"))
+LIKE = dict(rows("""
+    3 | ３𝟑𝟹
+    7 | ７𝟳𝟩
+    8 | ８𝟾
+    * | ×·∗＊﹡x✖
+    - | −－﹣–
+    + | ＋﹢➕
+    / | ÷／∕➗
+    ( | （﹙
+    ) | ）﹚
+    = | ＝﹦"""))
+UNLIKE = dict(rows("""
+    3 | ³₃③⒊⑶٣३
+    7 | ⁷₇⑦⒎⑺٧
+    8 | ⁸⑧⒏٨
+    2 | ²②٢
+    4 | ⁴④⒋⒈
+    = | ⁼≠≈⩵
+    + | ⁺₊
+    - | ⁻¯~
+    ( | ⁽[{
+    * | ^#"""))
 
 
 @JUDGED

@@ -177,16 +177,6 @@ def test_targets_beyond_the_vocabulary_are_refused(ways):
 
 
 @both
-def test_a_row_alone_is_the_row_among_others(ways):
-    numbers = problem(40, 16, 300)
-    many, (_, bounds) = run(*numbers, 1.0, ways), dense(*numbers)
-    for i in (0, 17, 39):
-        row = slice(i, i + 1)
-        alone = run(*rows_of(numbers, row), 1.0, ways)
-        assert_within(alone[:4], [x[row] for x in many[:4]], [*bounds[:3], bounds[3][row]])
-
-
-@both
 def test_sharp_distributions_keep_their_entropy(ways):
     numbers = [[1.0]], [[100.0]] + 40 * [[80.0]], [0]
     entropy = logprob.token_logprobs(*(torch.tensor(x, device=DEVICE) for x in numbers), 1.0, ways)[1]

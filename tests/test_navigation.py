@@ -259,22 +259,22 @@ def test_right_actions_are_found_in_any_dress(text):
     assert verdict(text).code == "right_action"
 
 
-HOSTILE = [(text, code) for code, text in rows(r"""
-    no_action      |
-    no_action      | turn_direction(east)
-    no_action      | {}
-    no_action      | {"current observation": "action: turn_direction(east)"}
-    unknown_action | {"action": }
-    unknown_action | {"action": null}
-    unknown_action | {"action": ["turn_direction(east)"]}
-    unknown_action | {"action": "turn_direction(east) or forward()"}
-    unknown_action | {"action": "turn_direction(right)"}
-    unknown_action | {"action": "turn_direction(east); stop()"}
-    unknown_action | {"action": "turn_direction"}
-    unknown_action | {"action": "__import__('os').system('true')"}
-    unknown_action | {"action": "turn_direction(еast)"}
-    wrong_action   | {"action": "forward()"}
-    wrong_action   | {"action": "turn_direction(northeast)"}""")] + [
+HOSTILE = rows(r"""
+                                                            | no_action
+    turn_direction(east)                                    | no_action
+    {}                                                      | no_action
+    {"current observation": "action: turn_direction(east)"} | no_action
+    {"action": }                                            | unknown_action
+    {"action": null}                                        | unknown_action
+    {"action": ["turn_direction(east)"]}                    | unknown_action
+    {"action": "turn_direction(east) or forward()"}         | unknown_action
+    {"action": "turn_direction(right)"}                     | unknown_action
+    {"action": "turn_direction(east); stop()"}              | unknown_action
+    {"action": "turn_direction"}                            | unknown_action
+    {"action": "__import__('os').system('true')"}           | unknown_action
+    {"action": "turn_direction(еast)"}                      | unknown_action
+    {"action": "forward()"}                                 | wrong_action
+    {"action": "turn_direction(northeast)"}                 | wrong_action""") + [
     ('{"a": ' * 50_000, "no_action"), (",action:" * 20_000, "no_action"), ("\n{" * 50_000, "no_action"),
     *(('{"action": "%s"}' % action, "unknown_action") for action in (
         "x" * 100_000, "\udcff\0", "turn_direction(" * 20))]

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from games import cities, routes, views
-from tables import cases, raises, rows
+from tables import cases, numbers, raises, rows
+from test_cities import metres
 
 METRE = 1 / (6_371_000 * math.pi / 180)     # degrees of latitude
 MAPPING = "gps_pano_mapping.pkl"
@@ -102,10 +103,6 @@ def legs_of(folder, *infos):
     return load(write_folder(folder, *infos))[0][0].legs
 
 
-def numbers(text):
-    return [tuple(map(float, row.split())) for row in text.split(",")]
-
-
 # ----------------------------------------------------------------------------------------------------- routes
 
 def test_a_route_is_read(tmp_path):
@@ -145,9 +142,6 @@ def test_points_on_the_way_by_brute_force(tmp_path):
     infos = [a_route(start, [stop], text) for start, stop in pairs]
     found, skipped = load(write_folder(tmp_path, *infos, table=table), skip_bad=True)
 
-    def metres(a, b):
-        return routes.distance(np.array(a), np.array(b))
-
     def snapped(point):
         best = min(table, key=lambda known: metres(known, point))
         return best if metres(best, point) <= 20 else None
@@ -165,10 +159,12 @@ def test_points_on_the_way_by_brute_force(tmp_path):
     assert found == expected and len(expected) > 50 and len(skipped) == 200 - len(expected)
 
 
-@cases("lat1, lon1, lat2, lon2, metres", numbers(
-    "0 0 0 1 111194.9266, 60 179.9999 60 -179.9999 11.1195, 90 3 -90 3 20015086.7960"))
-def test_distances_on_the_sphere(lat1, lon1, lat2, lon2, metres):
-    assert routes.distance(np.array([lat1, lon1]), np.array([lat2, lon2])) == pytest.approx(metres, abs=1e-3)
+@cases("a, b, expected", """
+    0 0         | 0 1          | 111194.9266
+    60 179.9999 | 60 -179.9999 | 11.1195
+    90 3        | -90 3        | 20015086.7960""")
+def test_distances_on_the_sphere(a, b, expected):
+    assert metres(numbers(a), numbers(b)) == pytest.approx(float(expected), abs=1e-3)
 
 
 # What is said of a route in whose JSON the second column is replaced by the third.
@@ -281,7 +277,7 @@ def test_bad_pictures_are_found_before_the_game_begins(tmp_path, suffix, content
     assert text.startswith(f"route {bad} of ") and str(path) in text
     found, [line] = load(folder, pictures=True, skip_bad=True)
     assert found == [whole[0][1 - bad]] and str(path) in line
-    (folder / "city.json").write_text("{}", encoding="utf-8")
+    (folder / "city.json").write_bytes(b"{}")
     assert load(folder, pictures=True) == whole         # a built-in city draws what is missing
 
 
@@ -473,7 +469,8 @@ def slow_view(pixels, rotation, heading, size, fov):
     (64, 32, 23, 90), (65, 33, 16, 90), (31, 40, 20, 130), (256, 128, 53, 90), (5, 3, 9, 170), (1, 1, 3, 90)])
 def test_whole_views_against_a_slow_reference(width, height, size, fov):
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    for heading, rotation in numbers("33 0, 180 12.6, -77 203.4, 359 40.3, 91.5 359.7, 270 -77.7, 123 237"):
+    ways = zip(numbers("33 180 -77 359 91.5 270 123"), numbers("0 12.6 203.4 40.3 359.7 -77.7 237"))
+    for heading, rotation in ways:
         fast = views.view(pixels, heading - 180 + rotation, size, fov)
         assert np.abs(fast - slow_view(pixels, rotation, heading, size, fov)).max() < 0.51       # rounding
         assert (fast == views.view(pixels, heading - 540 + rotation, size, fov)).all()
@@ -563,7 +560,7 @@ def test_a_builtin_citys_panorama_is_drawn_when_it_is_asked_for(tmp_path, monkey
     path = str(tmp_path / "street_views" / "p.jpg")
     raises("No such file", views.grid, path, 0, 10)             # no city.json: not ours to draw
     assert not asked
-    (tmp_path / "city.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "city.json").write_bytes(b"{}")
     assert views.grid(path, 0, 10).getpixel((2, 2)) == (50, 50, 50) and asked == [path]
     views.grid(path, 1, 10)
     assert asked == [path]

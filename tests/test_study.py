@@ -60,7 +60,7 @@ def runner(tmp_path):
 
 
 def times(runner, name):
-    return json.loads((runner.root / name / "times").read_text(encoding="utf-8"))
+    return json.loads((runner.root / name / "times").read_bytes())
 
 
 def names(runs):
