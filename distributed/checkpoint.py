@@ -177,7 +177,8 @@ class Checkpoints:
         mine.chmod(0o644)                      # safetensors makes it readable by its owner only
         files = [mine]
         if self.rank == 0:                     # another rank's temporary file begins with a dot
-            files += [file for file in self.aside.iterdir() if not file.name.startswith(("rank_", "."))]
+            files += [file for file in self.aside.iterdir()
+                      if file.is_file() and not file.name.startswith(("rank_", "."))]
         known = {file.name: fingerprint(file) for file in files}
         write_atomically(mine.with_suffix(".json"), json.dumps(known))
 
