@@ -1,27 +1,17 @@
 """Rules for values that come out of files, and the one line that says what is wrong with one.
 
-    check("m/config.json", {"vocab_size": whole(1, 2**18)}, {"vocab_size": "9"})
-    ValueError: m/config.json: vocab_size = '9': expected a whole number from 1 to 262144
+    check("m/config.json", {"vocab_size": integer(1, 2**18)}, {"vocab_size": "9"})
+    ValueError: m/config.json: vocab_size = '9': expected an integer from 1 to 262144
 """
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from harness.ranges import integer
 
-class Rule(NamedTuple):
+
+class Rule(NamedTuple):                     # a ranges.Kind serves as one, too
     expected: str
     holds: Callable                         # value -> bool, for any value that JSON can hold
-
-
-def whole(low, high):
-    """Ask for an int. JSON's true is none, though Python says so."""
-    return Rule(f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high)
-
-
-def number(low, high=math.inf):
-    """Ask for low < value < high, so that NaN and infinity do not pass."""
-    return Rule(f"a number above {low} and below {high}",
-                lambda v: type(v) in (int, float) and low < v < high)
 
 
 def multiple(of, name):
@@ -53,21 +43,17 @@ def several(rule, count=None):
 
 SWITCH = only(True, False)
 OBJECT = Rule("an object, {...}", lambda v: type(v) is dict)
-TOKEN = whole(0, 2**31)
+TOKEN = integer(0, 2**31)
 TOKENS = Rule(TOKEN.expected + ", or a list of them", lambda v: TOKEN.holds(v) or several(TOKEN).holds(v))
 SPECIAL = {"bos_token_id": TOKEN, "eos_token_id": TOKENS, "pad_token_id": TOKEN}
 
 
 def check(file, table, values, prefix="", needed=()):
-    """Hold a JSON object to a table, {name: Rule}; ValueError. null counts as absent; other names pass."""
+    """Hold a JSON object to a table, {name: Rule}; ValueError, one line however long a value is. null counts
+    as absent; other names pass."""
     for name, rule in table.items():
         value = values.get(name)
         if value is None and name in needed:
             raise ValueError(f"{file}: {prefix}{name} is missing: expected {rule.expected}")
         if value is not None and not rule.holds(value):
-            raise wrong(file, prefix + name, value, rule.expected)
-
-
-def wrong(file, name, value, expected):
-    """Make the error: one line, however long the value is."""
-    return ValueError(f"{file}: {name:.80} = {value!r:.80}: expected {expected}")
+            raise ValueError(f"{file}: {prefix + name:.80} = {value!r:.80}: expected {rule.expected}")

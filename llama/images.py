@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llama.checks import SWITCH, Rule, number, only, several, whole
+from harness.ranges import above, inside, integer
+from llama.checks import SWITCH, Rule, only, several
 from llama.config import tile_layouts
 
 # preprocessor_config.json: what is not said there, and what may be.
@@ -15,13 +16,13 @@ DEFAULTS = {"image_processor_type": "MllamaImageProcessor",
             "size": {"height": 224, "width": 224}, "max_image_tiles": 4, "resample": 2,
             "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-PIXELS = whole(1, 4096)
+PIXELS = integer(1, 4096)
 SQUARE = Rule('{"height": n, "width": n}, n from 1 to 4096',
               lambda v: type(v) is dict and PIXELS.holds(v.get("height")) and v["height"] == v.get("width"))
-RULES = {"size": SQUARE, "max_image_tiles": whole(1, 64), "resample": whole(0, 5),
+RULES = {"size": SQUARE, "max_image_tiles": integer(1, 64), "resample": integer(0, 5),
          "do_resize": only(True), "do_pad": only(True), "do_rescale": SWITCH, "do_normalize": SWITCH,
-         "rescale_factor": number(0), "image_std": several(number(0), 3),
-         "image_mean": several(number(-1e6, 1e6), 3)}
+         "rescale_factor": above(0), "image_std": several(above(0), 3),
+         "image_mean": several(inside(-1e6, 1e6), 3)}
 
 
 @dataclass
