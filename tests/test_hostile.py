@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 import train
 from distributed.processes import Processes
@@ -167,12 +166,18 @@ def test_targets(target):
     assert f"to make {target}." in text and f"={target}" in text
 
 
-@cases("make, name, value", [
-    *((GeneralPoints, "cards", n) for n in (2, 6, "5")), (GeneralPoints, "style", "upside-down"),
-    (GeneralPoints, "style", "mirrored"), (GeneralPoints, "judged_rule", "ten"),
-    (Navigation, "judged_rule", "10"), (Navigation, "wording", "5")])
-def test_bad_settings_are_named(make, name, value):
-    assert str(value) in raises("expected", make, **{name: value})
+@cases("game, settings", """
+    gp   | {"cards": 2}
+    gp   | {"cards": 6}
+    gp   | {"cards": "5"}
+    gp   | {"style": "upside-down"}
+    gp   | {"style": "mirrored"}
+    gp   | {"judged_rule": "ten"}
+    virl | {"judged_rule": "10"}
+    virl | {"wording": "5"}""")
+def test_bad_settings_are_named(game, settings):
+    settings = json.loads(settings)
+    assert str(*settings.values()) in raises("expected", GAMES[game], **settings)
 
 
 # --------------------------------------------------------------------------------------------------- pictures
