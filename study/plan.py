@@ -42,24 +42,21 @@ from study.tables import markdown
 from variants import algorithm
 from variants.tune import freeze, vision_frozen
 
+aten = torch.ops.aten
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
-BUILT_IN = ("Llama-3.2-11B-Vision", "Llama-3.2-11B-Vision-Instruct")
 LLAMA_11B = Config.from_pretrained(HERE / "llama-11b")        # as far as config.json is read here
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A device without memory
 
-INDICES = 2**20         # integers up to this many keep their values
-
-
 class Bytes(TorchDispatchMode):
     """Runs code on the meta device and adds up the bytes that are `live`, and their `peak`: of all tensors
     made inside, views once.
 
-    Masks and positions decide what the model does next, so small integer and bool tensors keep their values:
-    they stay on the CPU when the code believes them on the device.
+    Masks and positions decide what the model does next, so integer and bool tensors keep their values: they
+    stay on the CPU when the code believes them on the device.
     """
 
     def __init__(self):
@@ -88,21 +85,14 @@ def tensors(values):
 
 
 def without_memory(op, args, kwargs):
-    """Do one operator, on the meta device if an argument is there or the result is large, else as it
-    comes."""
-    given, packet = tensors(args), op.overloadpacket
-    if any(t.is_meta for t in given) or is_large(op, given):
-        if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+    """Do one operator, on the meta device if an argument is there, else as it comes."""
+    if any(t.is_meta for t in tensors(args)):
+        if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
             args = (args[0], [i for x in args[1] for i in positions(x)], *args[2:])
         return op(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, args), **kwargs)
     out = op(*args, **kwargs)
-    small = isinstance(out, torch.Tensor) and not out.is_floating_point() and out.numel() <= INDICES
-    return op(*args, **kwargs | {"device": "cpu"}) if small and out.is_meta else out
-
-
-def is_large(op, given):
-    shape = torch.broadcast_shapes(*(t.shape for t in given)) if torch.Tag.pointwise in op.tags else ()
-    return math.prod(shape) > INDICES
+    decides = isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point()
+    return op(*args, **kwargs | {"device": "cpu"}) if decides else out
 
 
 def positions(index):
@@ -114,8 +104,8 @@ def positions(index):
 def fused_attention(q, k, v, visible=None, scale=None):
     """Keep what our kernel keeps for the backward pass: its inputs, its result and a number per query and
     head. It needs no mask."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(q.transpose(1, 2), k, v, 0.0, False)[0].transpose(1, 2)
+    out, *_ = aten._scaled_dot_product_flash_attention(q.transpose(1, 2), k, v, 0.0, False)
+    return out.transpose(1, 2)
 
 
 def fused_norm(norm, x):
@@ -362,10 +352,11 @@ def schedule(config, args, conversations, released=False):
 # What is printed
 
 def read_config(name, game):
-    """Read a folder's config.json, or the built-in one of tiny or of Llama-3.2-11B-Vision, should no folder
-    have that name."""
+    """Read a folder's config.json, or the built-in one of tiny or of Llama-3.2-11B-Vision and -Instruct,
+    should no folder have that name."""
     folder = tiny.FOUNDATIONS / game if name == "tiny" else Path(name)
-    return LLAMA_11B if folder.name in BUILT_IN and not folder.is_dir() else Config.from_pretrained(folder)
+    built_in = folder.name.removesuffix("-Instruct") == "Llama-3.2-11B-Vision" and not folder.is_dir()
+    return LLAMA_11B if built_in else Config.from_pretrained(folder)
 
 
 def memory_table(phases):
@@ -433,7 +424,7 @@ def main(argv=None):
             if unplanned:
                 raise SettingError(f"{spelled(args, name)}: expected with train.py; planned are --algo sft "
                                    "and ppo, from the start and without adapters (python -m study.costs)")
-        expected = f"tiny, {', '.join(BUILT_IN)} or a folder with a config.json"
+        expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.game)
         settle(args, config, typed, own.gpus)
     except SettingError as error:
