@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from harness.ranges import above, inside, integer
-from llama.checks import SWITCH, Rule, only, several
+from llama.checks import Rule, only, several
 from llama.config import tile_layouts
 
 # preprocessor_config.json: what is not said there, and what may be.
@@ -20,7 +20,7 @@ PIXELS = integer(1, 4096)
 SQUARE = Rule('{"height": n, "width": n}, n from 1 to 4096',
               lambda v: type(v) is dict and PIXELS.holds(v.get("height")) and v["height"] == v.get("width"))
 RULES = {"size": SQUARE, "max_image_tiles": integer(1, 64), "resample": integer(0, 5),
-         "do_resize": only(True), "do_pad": only(True), "do_rescale": SWITCH, "do_normalize": SWITCH,
+         **dict.fromkeys(["do_resize", "do_pad", "do_rescale", "do_normalize"], only(True)),
          "rescale_factor": above(0), "image_std": several(above(0), 3),
          "image_mean": several(inside(-1e6, 1e6), 3)}
 
@@ -48,10 +48,8 @@ def cut(image, config):
     image = image.resize(target, config["resample"])
     canvas = np.zeros((rows * size, columns * size, 3), np.float32)
     canvas[:image.height, :image.width] = np.asarray(image)
-    if config["do_rescale"]:
-        canvas *= np.float32(config["rescale_factor"])
-    if config["do_normalize"]:
-        canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
+    canvas *= np.float32(config["rescale_factor"])
+    canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
     tiles = torch.zeros(max_tiles, 3, size, size)
     canvas = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
     tiles[:rows * columns] = torch.from_numpy(canvas.reshape(-1, 3, size, size))
