@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from games import drawing, views
-from games.cities import WIDTH, build, marks_of, milestones, paths_of
+from games.cities import build, marks_of, milestones, paths_of
 from games.streets import CITIES, bearing, town
 from harness.ranges import FOLDER, command_line, integer, one_of
 from harness.terminal import command
@@ -57,26 +57,23 @@ def main(arguments=None):
     parser.add_argument("city", type=one_of(tuple(CITIES)), help=", ".join(CITIES))
     parser.add_argument("--route", type=integer(0), default=0, metavar="N",
                         help="which of the city's routes (0)")
-    parser.add_argument("--held-out", action="store_true", help="one of new-york's held-out routes")
     parser.add_argument("--out", type=FOLDER, default="city", metavar="FOLDER",
                         help="where to, the city's data included (city)")
-    parser.add_argument("--width", type=WIDTH, default=2560, help="pixels of a panorama (2560)")
-    parser.add_argument("--size", type=integer(1, 8192), default=640, help="pixels of one view (640)")
+    parser.add_argument("--size", type=integer(1, 2048), default=640, help="pixels of one view (640)")
     args = parser.parse_args(arguments)
     plan = town(args.city)
-    paths = paths_of(plan)[args.held_out]
+    paths, _ = paths_of(plan)       # the second: of held-out routes
     if args.route >= len(paths):
         parser.error(f"--route {args.route}: expected one of {len(paths)} routes, counted from 0")
     path = paths[args.route]
     headings = [bearing(*plan.panoramas[[a, b]]) for a, b in zip(path, path[1:])]
     try:
-        views_folder = build(args.city, args.out, width=args.width) / "street_views"
+        views_folder = build(args.city, args.out, width=max(256, 4 * args.size)) / "street_views"
         pictures = {"map": draw_map(plan, path)}
         for i, (number, heading) in enumerate(zip(path, headings[:1] + headings)):     # as one arrives
             panorama = views_folder / f"{plan.ids[number]}.jpg"
             pictures[i] = views.grid(panorama, round(heading), args.size)
-        stem = f"{args.city}-route-{args.route}{'-held-out' * args.held_out}"
-        files = [Path(args.out, f"{stem}-{what}.png") for what in pictures]
+        files = [Path(args.out, f"{args.city}-route-{args.route}-{what}.png") for what in pictures]
         for file, picture in zip(files, pictures.values()):
             picture.save(file)
     except (OSError, ValueError) as error:

@@ -168,7 +168,7 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
 
 
 def test_the_command_line_saves_a_map_and_views(tmp_path, capsys):
-    show.main(["milan", "--route", "2", "--out", str(tmp_path), "--width", "128", "--size", "20"])
+    show.main(["milan", "--route", "2", "--out", str(tmp_path), "--size", "20"])
     said, route = capsys.readouterr().out, routes_of(tmp_path, "milan")[2]
     sizes = [Image.open(file).size for file in re.search("saved (.*)", said)[1].split(", ")]
     assert sizes == [(900, 900)] + [(45, 45)] * len(points_of(route))

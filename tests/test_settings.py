@@ -460,12 +460,9 @@ OTHERS = {
         --nonsense | unrecognized arguments: --nonsense""",
     show: """
         atlantis | city atlantis: expected one of new-york, milan
-        milan | --size 0: expected an integer from 1 to 8192
-        milan | --width 65: expected an integer from 64 to 8192 in steps of 2
+        milan | --size 0: expected an integer from 1 to 2048
         milan | --route 99999: expected one of 100 routes, counted from 0
         milan | --route -1: expected an integer
-        new-york --held-out | --route 200: expected one of 200 routes, counted from 0
-        milan --held-out | --route 0: expected one of 0 routes, counted from 0
         milan | --out file: expected a folder that can be made""",
     bench: """
         --json nowhere/x.json: expected a file that can be written
