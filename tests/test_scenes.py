@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from games import cities, routes, views
-from tables import cases, numbers, raises, rows
+from tables import cases, numbers, raises
 from test_cities import metres
 
 METRE = 1 / (6_371_000 * math.pi / 180)     # degrees of latitude
@@ -169,7 +169,7 @@ def test_distances_on_the_sphere(a, b, expected):
 
 # What is said of a route in whose JSON the second column is replaced by the third.
 JSON = {"ALL": a_route(), "START": START, "A": A, "B": B, "C": C, "TEXT": TEXT, "HUGE": 10**400}
-BAD = rows(r"""
+@cases("message, old, new", r"""
     missing key start_place | "start_place" | "x"
     missing key start_place.relocated_geocode | "relocated_geocode" | "x"
     missing key route_results.geocode_list | "geocode_list" | "x"
@@ -203,9 +203,6 @@ BAD = rows(r"""
     init_heading: north is not a finite number | "init_heading": 0 | "init_heading": "north"
     init_heading: NoneType is not a finite number | "init_heading": 0 | "init_heading": null
     init_heading: nan is not a finite number | "init_heading": 0 | "init_heading": NaN""")
-
-
-@cases("message, old, new", BAD)
 def test_a_bad_route_is_named_and_can_be_skipped(tmp_path, message, old, new):
     names = {name: json.dumps(value) for name, value in JSON.items()}
     old, new = (Template(part).substitute(names) for part in (old, new))
@@ -337,7 +334,7 @@ def test_a_pickle_calls_nothing(path, monkeypatch, call, name):
 
 
 # Pickles as bytes; {x n} stands for n times x.
-HOSTILE = rows(r"""
+@cases("message, data", r"""
     refused to load os.system | cos\nsystem\n(S'touch CANARY'\ntR.
     refused to load os.system | (S'touch CANARY'\nios\nsystem\n.
     refused to load numpy.core.multiarray.fromfile | cnumpy.core.multiarray\nfromfile\n.
@@ -372,9 +369,6 @@ HOSTILE = rows(r"""
     not a table of panoramas | U\x08a string.
     entry 0: expected [latitude, longitude], got lat | }U\x03latK\x01s.
     entry 0: int is not a finite number | }\x8a\x96{\x7f 150}K\x01\x86U\x01xs.""")
-
-
-@cases("message, data", HOSTILE)
 def test_a_hostile_table_is_refused_by_name(path, monkeypatch, message, data):
     monkeypatch.chdir(path.parent)
     data = re.sub(r"{(\S+) (\d+)}", lambda found: found[1] * int(found[2]), data)
@@ -465,9 +459,9 @@ def slow_view(pixels, rotation, heading, size, fov):
     return np.clip(out, 0, 255)
 
 
-@cases("width, height, size, fov", [
-    (64, 32, 23, 90), (65, 33, 16, 90), (31, 40, 20, 130), (256, 128, 53, 90), (5, 3, 9, 170), (1, 1, 3, 90)])
-def test_whole_views_against_a_slow_reference(width, height, size, fov):
+@cases("sizes", ["64 32 23 90", "65 33 16 90", "31 40 20 130", "256 128 53 90", "5 3 9 170", "1 1 3 90"])
+def test_whole_views_against_a_slow_reference(sizes):
+    width, height, size, fov = map(int, sizes.split())
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     ways = zip(numbers("33 180 -77 359 91.5 270 123"), numbers("0 12.6 203.4 40.3 359.7 -77.7 237"))
     for heading, rotation in ways:
