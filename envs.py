@@ -20,7 +20,7 @@ from games.prompts import check_prompts
 from games.rails import LOOK, instructions, known_routes, rail, relative_turn
 from games.solver import miss, solve
 from games.verifier import SPACES, judge, judge_step
-from harness.ranges import integer, numbers, one_of, text
+from harness.ranges import integer, one_of, pair, text
 
 EXHAUSTED = -1.0    # on top, when the last attempt fails
 COUNTS = {3: "three", 4: "four", 5: "five"}      # {count} of cards, in words
@@ -128,7 +128,7 @@ class GeneralPoints:
         "rule": text("one positive integer for J, Q and K, as 10, or three, as 11-12-13", card_values),
         "look": one_of(LOOKS), "style": one_of(STYLES), "deal": one_of(("any", "face")),
         "cards": integer(min(COUNTS), max(COUNTS)), "target": integer(1), "attempts": integer(1),
-        "size": numbers("two positive integers", integer(1), integer(1))}
+        "size": pair("two positive integers", integer(1))}
     keys = ("cards", "number", "formula")       # of an answer, a JSON object
     answer_key = keys[-1]
     headline, recognition = "success", "cards read"

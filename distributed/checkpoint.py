@@ -234,7 +234,7 @@ class Checkpoints:
 
 def number(path):
     """Return the step of a checkpoint, from its name; -1 for a folder that is called otherwise."""
-    match = re.fullmatch("step_([0-9]{6,})", Path(path).name)
+    match = re.fullmatch("step_([0-9]{6,})", path.name)
     return int(match[1]) if match else -1
 
 
@@ -254,7 +254,7 @@ def is_checkpoint(path):
 
 def damage(path, rank=0, world=1):
     """List what is wrong with a checkpoint's files, in this rank's share of them, as sentences."""
-    path, known, bad = Path(path), {}, []
+    known, bad = {}, []
     for file in sorted(path.glob("rank_*.json")):
         try:
             known |= read_json(path, file.name)

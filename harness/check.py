@@ -33,7 +33,7 @@ def settle(args, config, typed=frozenset(), world=1):
         load_custom(args.custom)
     check_ranges(args)
     apply_preset(args, config.hidden_size)
-    check_games_words(args)
+    check_words(args)
     check_needs(args, typed)
     for name, expected in conflicts(args, config, world):
         raise SettingError(f"{spelled(args, name)}: expected {expected}")
@@ -55,12 +55,12 @@ def check_ranges(args, kinds=None):
         setattr(args, name, kind.fit(value))
 
 
-def check_games_words(args):
-    """Do the same for settings of which the game says what they may be."""
+def check_words(args):
+    """Do the same for settings of which the game or the disk says what they may be."""
     game = envs.GAMES[args.game]
-    rule, look = game.kinds["rule"], game.kinds["look"]
-    look = ROUTES if args.routes else look     # as `apply_preset` has left them, they are the same
-    check_ranges(args, {"routes": ROUTES, "ood_routes": ROUTES, "look": look,
+    rule = game.kinds["rule"]
+    look = ROUTES if args.routes else game.kinds["look"]       # `apply_preset` has left them the same
+    check_ranges(args, {"out": FOLDER, "routes": ROUTES, "ood_routes": ROUTES, "look": look,
                         "rule": rule, "rules": several(rule)})
     sets = game.shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
@@ -133,8 +133,7 @@ def conflicts_in_ppo(args):
 # Files, the model's parts, the game
 
 def check_files(args):
-    """Read the files and folders that the run reads, and look at the folder that it writes."""
-    check_ranges(args, {"out": FOLDER})
+    """Read the files and folders that the run reads."""
     if args.prompts:
         attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
     size = envs.GAMES[args.game].sizes[args.preset]

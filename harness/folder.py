@@ -56,7 +56,8 @@ def choose(args, processes, held):
     own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
     if args.resume and not taken:
         raise SettingError(f"--resume: expected a run in {shown(names[0])}")
-    if own or args.resume:
+    resume = args.resume or bool(own)
+    if resume:
         names = [*taken, *own][-1:]
     elif not args.out:
         names = [name for name in names if name not in taken]
@@ -67,9 +68,9 @@ def choose(args, processes, held):
             if name == names[-1]:
                 raise
             continue
-        if own or args.resume or not (name / LOG).exists():    # nobody can change that from now on
+        if resume or not (name / LOG).exists():    # nobody can change that from now on
             held.callback(lock.release)
-            return str(name), bool(own or args.resume)
+            return str(name), resume
         lock.release()
     raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with this "
                        "one")

@@ -164,13 +164,10 @@ def several(kind):
                 lambda words: isinstance(words, str) and words)
 
 
-def numbers(expected, *kinds):
-    """Take as many numbers as there are kinds, joined by commas; the value is a tuple."""
-    def holds(values):
-        return isinstance(values, tuple) and len(values) == len(kinds) and all(
-            kind.holds(value) for kind, value in zip(kinds, values))
-
-    return Kind(expected, lambda words: tuple(map(written(float), words.split(","))), holds)
+def pair(expected, kind):
+    """Take two numbers of a kind, joined by a comma; the value is a tuple."""
+    return Kind(expected, lambda words: tuple(map(written(float), words.split(","))),
+                lambda two: isinstance(two, tuple) and len(two) == 2 and all(map(kind.holds, two)))
 
 
 def text(expected, holds=bool):

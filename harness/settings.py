@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from envs import GAMES, TASKS, tasks
 from harness.ranges import (
-    SettingError, above, arg, at_least, between, command_line, flag, inside, integer, numbers, one_of,
-    optional, real, several, shown, text)
+    SettingError, above, arg, at_least, between, command_line, flag, inside, integer, one_of, optional,
+    pair, real, several, shown, text)
 from variants import ESTIMATORS, LOSSES, SFT_LOSSES
 from variants.advantages import AdvantageSettings
 from variants.lora import LoraSettings
@@ -44,8 +44,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     algo: str = arg("ppo", one_of(("ppo", "sft", "eval", "pretrain")),
                     "how to learn; eval: only evaluate; pretrain: make the tiny model's foundation")
     model: str = arg("tiny", text("a folder, or tiny"),
-                     "tiny (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision, or a "
-                     "checkpoint")
+                     "tiny (built in), a Hugging Face folder of a Llama or Llama-3.2-Vision, or a checkpoint")
     out: str = optional(text("a folder"), "folder of the run (default: runs/TASK-ALGO)")
     seed: int = arg(0, integer(0, 2**63 - 1), "of hands, draws and shuffles in training",
                     LEARNING)
@@ -129,7 +128,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     override: bool = flag(False, "take settings from the command line that differ from the run's", "--resume")
 
     weight_decay: float = optional(at_least(0), "AdamW's", LEARNING)
-    betas: tuple = optional(numbers("two numbers from 0 to below 1, joined by a comma", BETA, BETA),
+    betas: tuple = optional(pair("two numbers from 0 to below 1, joined by a comma", BETA),
                             "AdamW's, as two numbers joined by a comma", LEARNING)
     adam_eps: float = optional(above(0), "AdamW's", LEARNING)
     max_grad_norm: float = optional(above(0), "gradient norm to clip to", LEARNING)

@@ -435,7 +435,7 @@ def resummed(path, **changed):
 
 HARM = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "reversed": lambda path: path.write_bytes(path.read_bytes()[::-1]),
     "gone": Path.unlink,
     "a link": lambda path: path.rename(path.with_name("elsewhere")) and path.symlink_to("elsewhere"),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
@@ -446,7 +446,7 @@ HARM = {
 
 # which files; what happened to them, or is written there (for a folder: in its list); words of the message
 DAMAGE = """
-    config.json, tokenizer.json, record.json, rank_0.safetensors | cut, flipped, a link, gone | NAME[ :]
+    config.json, tokenizer.json, record.json, rank_0.safetensors | cut, reversed, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
     rank_0.json | cut, a folder, [1], deep | rank_0.json cannot be read
     rank_0.json | gone, {} | record.json is in no list

@@ -509,7 +509,7 @@ def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
     (ranges.inside(0, 1), "0.5", "0/1"),
     (ranges.several(ranges.one_of(("a", "b"))), "a/a,b/ b , a ", "/,/a,/a,a/a,c"),
     (ranges.several(ranges.integer(0, 9)), "0/0, 1", "0,00/0,10/a"),
-    (ranges.numbers("two", *2 * [ranges.above(0)]), "1,2/1, 1", "1/1,0/1,2,3/a,b/"),
+    (ranges.pair("two", ranges.above(0)), "1,2/1, 1", "1/1,0/1,2,3/a,b/"),
 ])
 def test_kinds(kind, right, wrong):
     for word in right.split("/"):
