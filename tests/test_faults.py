@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import train  # noqa: E402
 from distributed.checkpoint import Checkpoints  # noqa: E402

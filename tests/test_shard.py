@@ -32,6 +32,7 @@ from llama.config import Config  # noqa: E402
 from llama.processor import Processor  # noqa: E402
 from model import Llama  # noqa: E402
 from rollout import rollout  # noqa: E402
+from test_train import records  # noqa: E402
 from variants.own_answers import own_answers  # noqa: E402
 
 GAME = "--attempts 2 --max-new-tokens 4 --eval-sets id --device cpu"
@@ -216,11 +217,6 @@ def one_rank(small, tmp_path_factory):
         run(Processes("cpu"), settings(name, small[0]), "--out", folder)
         return folder
     return once
-
-
-def records(folder, event):
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record for record in lines if record["event"] == event]
 
 
 def saved_tensors(path):
