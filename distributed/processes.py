@@ -68,7 +68,7 @@ class Processes:
 
     def sum_gradients(self, parameters):
         """Sum gradients over ranks, in one message. Return the parameters that have one on any rank."""
-        present = self.all_reduce(torch.tensor([float(p.grad is not None) for p in parameters])).tolist()
+        present = self.total([p.grad is not None for p in parameters])
         parameters = [p for p, ranks in zip(parameters, present) if ranks]
         if parameters and self.world > 1:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()

@@ -15,6 +15,7 @@ import torch
 import envs
 from games import rails
 from games.prompts import load_prompts
+from harness.environments import make_env
 from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
@@ -175,9 +176,7 @@ def check_deals(args):
     sets = {f"training by rule {rule}": {"rule": rule} for rule in (args.rules or args.rule).split(",")}
     sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
     for name, changes in sets.items():
-        own = dict(rule=args.rule, look=args.look, target=args.target)
-        env = official.wrap(envs.GeneralPoints(**own | changes | NO_PICTURE), args.compat)
-        if not dealt_often(env):
+        if not dealt_often(make_env(args, **changes | NO_PICTURE)()):
             culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
             raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can "
                                f"be solved; there are fewer of {name}")

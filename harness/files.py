@@ -189,8 +189,8 @@ def parse(line, needs):
     """Return what a line says, None for one that is foreign."""
     with suppress(ValueError, RecursionError):
         record = json.loads(line.decode("utf-8"))
-        known = isinstance(record, dict)
-        return record if known and all(isinstance(record.get(name), needs[name]) for name in needs) else None
+        if isinstance(record, dict) and all(isinstance(record.get(name), needs[name]) for name in needs):
+            return record
 
 
 def append_line(file, record):
