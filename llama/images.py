@@ -58,14 +58,37 @@ def cut(image, config):
 
 
 def to_rgb(image):
-    """Turn any mode into RGB, and transparency into white. ValueError for grey of 16 or 32 bits: no mode says
-    what is white, and Pillow clips at 255."""
+    """Turn any mode into RGB: transparency into white, grey of more than 8 bits scaled (Pillow clips it)."""
     if image.mode[0] in "IF":
-        raise ValueError(f"an image of mode {image.mode}: expected 8 bits per channel")
-    if image.has_transparency_data:
+        image = to_8_bits(image)
+    if image.mode in ("La", "RGBa"):                           # premultiplied; Pillow knows this way only
+        image = image.convert(image.mode.upper())
+    if image.getbands()[-1] == "A" or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(image):
+    """Turn grey of mode I;16 (in any byte order), I or F into L. Below 0 is black. ValueError for NaN.
+
+    16 bits keep their high byte, v >> 8: that is exact for 8 bits widened either way, to 256 v or to 257 v;
+    v / 257 is not. I and F do not say what is white. By the largest value it is 1 (F alone), 255, 65535, or
+    that value itself. A PNG or PGM file that Pillow opens as I holds 16 bits, however dark it is.
+    """
+    grey = np.asarray(image).astype(np.float64)
+    top, sixteen = grey.max(), image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    if not np.isfinite(grey).all():
+        raise ValueError(f"an image of mode {image.mode} holds NaN or infinity")
+    if image.mode == "F" and top <= 1:
+        levels = np.rint(grey * 255)                           # k / 255 is not exact
+    elif top <= 255 and not sixteen:
+        levels = grey
+    else:
+        levels = grey / 256 if top <= 65535 else grey / top * 255
+    if "transparency" in image.info:                           # a level of grey
+        levels = np.where(grey == image.info["transparency"], 255, levels)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def best_canvas(width, height, size, max_tiles):
