@@ -1,12 +1,11 @@
 """What a run will take before it takes it: memory per rank, and the FLOPs of a PPO update against the
 released code's schedule.
 
-    python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision       # no weights, no
-    GPU
+    python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision
 
-The model's own code runs on PyTorch's meta device, where a tensor has a shape and no values, under a mode
-that adds up the bytes of what is alive. Nothing is multiplied out by hand but what FSDP does around the
-layers. GB are 10^9 bytes.
+It needs no weights and no GPU: the model's own code runs on PyTorch's meta device, where a tensor has a shape
+and no values, under a mode that adds up the bytes of what is alive. Nothing is multiplied out by hand but
+what FSDP does around the layers. GB are 10^9 bytes.
 """
 import json
 import math
@@ -394,6 +393,16 @@ def show(config, args, gpus, gpu_memory):
           f"{sizes.rows * sizes.length} padded tokens\n{'does NOT fit' if changes else 'fits'} into "
           f"{gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most {peak / 1e9:.1f} "
           f"GB{flag}", *(f"  change: {change}" for change in changes), sep="\n")
+    if args.image and args.algo == "ppo":
+        print(f"host: {per_picture(config.vision, args.tune) / 1e6:.0f} MB per picture of a rollout, until "
+              "its update is done")
+
+
+def per_picture(vision, tune):
+    """Count the bytes of a picture's tiles in float32 and of a frozen encoder's features in bfloat16."""
+    pixels = vision.max_num_tiles * vision.num_channels * vision.image_size**2
+    features = vision.max_num_tiles * vision.num_patches * vision.output_size
+    return 4 * pixels + 2 * features * vision_frozen(tune)
 
 
 def flops_table(config, args):
