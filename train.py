@@ -227,7 +227,7 @@ class Trainer:
             learning = group["params"]
             if self.args.shard == "off":
                 learning = self.processes.sum_gradients(learning)
-            norms.append(float(shard.clip(learning, self.args.max_grad_norm)))
+            norms.append(float(shard.clip_gradients(learning, self.args.max_grad_norm)))
         finite = all(math.isfinite(x) for x in [loss, *norms])
         for optimizer in self.optimizers:
             if finite:

@@ -105,7 +105,7 @@ def checkpoint_activations(module):
 # ------------------------------------------------------------------------------------------------------------
 # Training and rollout
 
-def clip(parameters, max_norm):
+def clip_gradients(parameters, max_norm):
     """Clip the gradients of whole or of sharded parameters to a global norm, and return that: the same on all
     ranks."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

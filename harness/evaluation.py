@@ -16,7 +16,7 @@ from harness.environments import evaluation_sets
 from harness.files import to_json, write_atomically
 from harness.folder import git_commit
 from harness.load import autocast, load
-from llama.metrics import error_of_mean, ratio
+from llama.metrics import error_of_mean, ratio_of_sums
 from rollout import rollout
 
 
@@ -79,7 +79,7 @@ def summarize(episodes, processes):
     """
     turns = [turn for episode in episodes for turn in judged(episode)]
     right = [right_answers(episode) for episode in episodes]
-    p, scores = ratio(*torch.tensor(gather(right), dtype=torch.float64).T)
+    p, scores = ratio_of_sums(*torch.tensor(gather(right), dtype=torch.float64).T)
 
     def sums(width, rows):
         return [sum(column) for column in zip([0.0] * width, *rows)]       # a rank may have no episode

@@ -22,7 +22,7 @@ from distributed.processes import gather
 from harness.environments import evaluation_sets
 from harness.load import compares_with_start
 from llama.batches import passes
-from llama.metrics import error_of_mean, ratio
+from llama.metrics import error_of_mean, ratio_of_sums
 from rollout import rollout
 from sft import make_example
 from variants import lora
@@ -41,7 +41,7 @@ def pass_at(k, n, c):
 
 def rate(name, above, below):
     """Return the ratio of two sums over hands as NAME, and its standard error as NAME_se."""
-    p, scores = ratio(above, below)
+    p, scores = ratio_of_sums(above, below)
     return {name: p.item(), f"{name}_se": float(error_of_mean(scores))}
 
 

@@ -13,7 +13,7 @@ def averages(steps):
     return means | {"empty_minibatches": len(steps) - len(made)}
 
 
-def ratio(above, below):
+def ratio_of_sums(above, below):
     """Return p, sum over sum of samples (arrays or tensors alike), and scores whose mean errs as p does: by
     linearisation, p is off by the mean of (above - p below) / mean(below)."""
     p = above.sum() / below.sum()

@@ -167,7 +167,7 @@ def make_module(config, args, dtype=torch.bfloat16):
         return ppo.ActorCritic(llama, args.critic) if args.algo == "ppo" else llama
 
 
-def make_batch(config, rows, length, targets=0, image=False):
+def blank_batch(config, rows, length, targets=0, image=False):
     """Make a Batch of conversations of which the last `targets` tokens are scored, with an image each of
     which all tiles are real."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -217,7 +217,7 @@ def measure_rollout(llama, rows, lengths, image):
         cache = KVCache(config, rows, "meta", llama.embed_tokens.weight.dtype)
         for turn, (forced, drawn) in enumerate(zip(lengths[::2], lengths[1::2])):
             cache.reserve(int(cache.lengths.max()) + forced + max(drawn, forced))      # as generate does
-            prompt = make_batch(config, rows, forced, image=image and turn == 0)
+            prompt = blank_batch(config, rows, forced, image=image and turn == 0)
             llama(**prompt.inputs(), cache=cache, logits="last")
             cache.lengths += drawn - 1                         # all steps but the last, which is the longest
             last = llama(prompt.input_ids[:, -1:], cache=cache, logits="last").logits
@@ -307,7 +307,7 @@ def memory(config, args, gpus):
     update = learning | {                                      # one GPU: autocast's copies
         "gathered weights": 2 * (root + 2 * block) if several else 2 * count(module),  # one is being reduced
         "gradients before reduction": several * (2 * (root + block) + 4 * block)}
-    batch = make_batch(config, sizes.rows, sizes.length, sizes.targets, args.image)
+    batch = blank_batch(config, sizes.rows, sizes.length, sizes.targets, args.image)
     kept = args.algo == "ppo" and args.image and policy.vision_frozen      # from the rollout to the update
     features = features_of(module, batch) if kept else None
     phases = {"rollout": (base | {"gathered weights": 2 * count(policy)},

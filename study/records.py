@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.files import append_line, read_lines
-from llama.metrics import ratio
+from llama.metrics import ratio_of_sums
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
@@ -113,7 +113,7 @@ def outcomes(results, metric):
 def linearised(evaluations, metric):
     """Return the rate over several seeds on the same hands, and (seeds, hands) scores whose mean has the
     error of that rate, a ratio of two sums."""
-    return ratio(*np.stack([outcomes(results, metric) for results in evaluations], axis=1))
+    return ratio_of_sums(*np.stack([outcomes(results, metric) for results in evaluations], axis=1))
 
 
 def rate(evaluations, metric):

@@ -106,7 +106,7 @@ def test_ppo_micro_batch(medium, processor, twins, task, tune):
 
     learn()
     most, left = real_bytes(learn)
-    batch = plan.make_batch(medium.config, *shape.shape, int((shape >= 0).sum()) // BATCH, args.image)
+    batch = plan.blank_batch(medium.config, *shape.shape, int((shape >= 0).sum()) // BATCH, args.image)
     planned = plan.make_module(medium.config, args, torch.float32)
     known = None if features is None else plan.features_of(planned, batch)
     peak = sum(plan.measure_update(planned, batch, known).values())
@@ -122,7 +122,7 @@ def test_sft_steps(medium, processor, twins, task):
     most, left = real_bytes(lambda: [learn(), learn()])
     used = [p for p in model.parameters() if p.grad is not None]
     length, targets = max(len(e.ids) for e in examples) - 1, sum(sum(e.sampled) for e in examples)
-    batch = plan.make_batch(medium.config, BATCH, length, targets // BATCH, args.image)
+    batch = plan.blank_batch(medium.config, BATCH, length, targets // BATCH, args.image)
     peak = sum(plan.measure_update(plan.make_module(medium.config, args, torch.float32), batch).values())
     state, step = plan.measure_optimizer(plan.shards(used, 1))
     kept = sum(p.nbytes for p in used) + state
@@ -193,7 +193,7 @@ def test_bytes_are_of_what_lives():
 
 def test_what_saves_memory_saves_it(medium, monkeypatch):
     module = plan.make_module(medium.config, settings("gp-vl", "ppo"))
-    batch = plan.make_batch(medium.config, 4, 256, 40, True)
+    batch = plan.blank_batch(medium.config, 4, 256, 40, True)
     kept = lambda: plan.measure_update(module, batch)["activations"]
     fused = kept()
     with monkeypatch.context() as patch:

@@ -169,7 +169,7 @@ def broken_norm(folder, processes):
     """Return what each rank finds when the gradients of one are not finite."""
     model, tokens = sharded(folder, processes), torch.full((1, 4), 7)
     (model(tokens, targets=tokens).logprobs.sum() * (torch.nan if processes.rank else 1.0)).backward()
-    return float(shard.clip(list(model.parameters()), 1.0))
+    return float(shard.clip_gradients(list(model.parameters()), 1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------
