@@ -58,7 +58,7 @@ class Conversation:
 
 @dataclass
 class Episode:
-    """What flows from the rollout to the advantages to the loss."""
+    """One game played to its end: the record that flows from the rollout to the advantages to the loss."""
     seed: int
     conversations: list[Conversation] = field(default_factory=list)
     success: bool = False
@@ -68,7 +68,7 @@ class Episode:
 
     @property
     def turns(self):
-        """The turns of all its conversations, in order."""
+        """Return the turns of all its conversations, in order."""
         return [turn for conversation in self.conversations for turn in conversation.turns]
 
 

@@ -99,12 +99,17 @@ def record_of(path):
 
 
 def git_commit():
-    """Return the commit of the code, with a + where files differ from it; None outside a git checkout."""
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run("git describe --always --dirty=+ --exclude=*".split(), cwd=Path(__file__).parent,
-                          capture_output=True)
-    return done.stdout.decode("utf-8", "replace").strip() or None
+    """Return the commit of the code, with a + where its Python differs; None outside a git checkout.
+
+    Other files say nothing of the code: the study appends its records to some that git tracks.
+    """
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
+        return done.stdout.decode("utf-8", "replace").strip()
+
+    commit = shutil.which("git") and git("rev-parse", "--short", "HEAD")
+    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return commit + "+" * bool(changed) if commit else None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, masks, scale):
-        (B, T, H, D), (K, S), tile = q.shape, k.shape[1:3], tiles(q, "forward")
+        (B, T, H, _), (K, S), tile = q.shape, k.shape[1:3], tiles(q, "forward")
         T_pad = triton.cdiv(T, 128) * 128      # whole tiles of lse and delta: a mask would take registers
         out, lse = torch.empty_like(q), q.new_empty(B, H, T_pad, dtype=torch.float32)
         grid = triton.cdiv(T, tile["M"]), H, B

@@ -27,7 +27,7 @@ class Batch:
 
 
 class OneProcess:
-    """What distributed.processes.Processes does among several ranks, for a process by itself."""
+    """A process by itself, with the methods of distributed.processes.Processes that an update calls."""
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)

@@ -245,7 +245,7 @@ def measure_optimizer(sizes):
 
 @dataclass
 class Sizes:
-    """What the settings and the recorded lengths of a task say of its batches, per rank: the worst case."""
+    """The largest batches of a rank, by the settings and by the recorded lengths of the task."""
     rollout_rows: int
     rollout: list           # [forced, drawn, ...] tokens: the longest prompt and replies, and answers of
                             # --max-new-tokens

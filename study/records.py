@@ -83,7 +83,7 @@ def unpack(numbers):
     return [DIGITS.index(digit) for digit in numbers] if isinstance(numbers, str) else numbers
 
 
-def error_of_mean(scores):
+def crossed_error(scores):
     """Return the standard error of the mean of scores, (seeds, hands), where each seed is one training run
     and all of them play the same hands.
 
@@ -119,11 +119,11 @@ def linearised(evaluations, metric):
 def rate(evaluations, metric):
     """Return (rate, standard error) in %."""
     rate, scores = linearised(evaluations, metric)
-    return 100 * rate, 100 * error_of_mean(scores)
+    return 100 * rate, 100 * crossed_error(scores)
 
 
 def change(evaluations, others, metric):
     """Return (difference of the rates, its standard error) in points, of two groups of evaluations on the
     same hands, hand by hand. `others` are as many (seed by seed), or one that all are compared with."""
     (rate, scores), (other, their) = (linearised(group, metric) for group in (evaluations, others))
-    return 100 * (rate - other), 100 * error_of_mean(scores - their)
+    return 100 * (rate - other), 100 * crossed_error(scores - their)

@@ -156,9 +156,9 @@ def explained(groups):
 
     rows = []
     for task, known in by_task(groups).items():
-        points = {name: [record["curve"][-1] for record in group.records] for name, group in known.items()}
+        finals = {name: [record["curve"][-1] for record in group.records] for name, group in known.items()}
         first = next(iter(known.values())).records[0]["curve"][0]
-        for name, points in ({"init": [first]} | points).items():
+        for name, points in ({"init": [first]} | finals).items():
             rows.append([task, name, *(spread(points, where) for where in MEASURED.values())])
     return markdown(["task", "", *MEASURED], rows)
 

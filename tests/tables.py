@@ -18,10 +18,11 @@ def numbers(text):
     return [float(x) for x in text.split()]
 
 
-def raises(message, function, *args, error=ValueError, **kwargs):
-    """Return what is said by the error that must come: one line, with `message` in it."""
+def raises(message, function, *args, error=ValueError, longest=500, **kwargs):
+    """Return what is said by the error that must come: one line of fewer characters than `longest`, with
+    `message` in it."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     text = str(caught.value)
-    assert message in text and "\n" not in text and len(text) < 1000, text
+    assert message in text and "\n" not in text and len(text) < longest, text
     return text

@@ -716,3 +716,22 @@ def test_every_command_says_it_so():
         source = file.read_text(encoding="utf-8")
         if "__main__\"" in source and file.parent.name not in ("tests", "build"):
             assert "command(" in source.split('"__main__"')[1], file
+
+
+def test_a_commit_is_marked_where_its_python_differs(tmp_path, monkeypatch):
+    """The study appends its records to files that git tracks: they leave the mark of the code alone."""
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "harness/folder.py"))
+    for name in ("code.py", "records.jsonl"):
+        (tmp_path / name).write_text("1\n", encoding="utf-8")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "Begin")
+    commit = folder.git_commit()
+    assert commit and "+" not in commit
+    (tmp_path / "records.jsonl").write_text("2\n", encoding="utf-8")
+    assert folder.git_commit() == commit
+    (tmp_path / "code.py").write_text("2\n", encoding="utf-8")
+    assert folder.git_commit() == commit + "+"

@@ -143,11 +143,11 @@ def test_error_of_a_mean_over_seeds_and_hands():
     for of_seed, of_hand in ((0.0, 1.0), (0.3, 1.0), (0.3, 0.0)):
         drawn = [scores(8, 60, of_seed, of_hand) for _ in range(400)]
         true = np.std([x.mean() for x in drawn])
-        squares = [records.error_of_mean(x) ** 2 for x in drawn]
+        squares = [records.crossed_error(x) ** 2 for x in drawn]
         assert np.sqrt(np.mean(squares)) == pytest.approx(true, rel=0.12)
     one = scores(1, 60, 0, 1)
-    assert records.error_of_mean(one) == pytest.approx(one.std(ddof=1) / 60**0.5)
-    assert records.error_of_mean(np.ones((3, 5))) == 0
+    assert records.crossed_error(one) == pytest.approx(one.std(ddof=1) / 60**0.5)
+    assert records.crossed_error(np.ones((3, 5))) == 0
 
 
 def results(solved, right, answers):

@@ -80,6 +80,8 @@ LEAKING = {gae: leaking, gae_loo: partial(gae_loo, base=leaking)}
 
 def change_estimator(estimator, names):
     """Return the ppo.Estimator with what is among `names`. The record of an episode is changed first."""
+    if not names:
+        return estimator
     f = LEAKING.get(estimator.f, estimator.f) if "leaking-gae" in names else estimator.f
     own = estimator.normalize and "rank-advantages" in names
 

@@ -59,7 +59,7 @@ class Snapshot:
 
 
 def local(parameter):
-    """What this rank holds of a parameter."""
+    """Return what this rank holds of a parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
