@@ -108,7 +108,7 @@ def test_the_11b_model_costs_what_its_operators_sum_up_to(monkeypatch):
     both = [flops.cost(rate, every_pair, backward) for backward in (False, True)]
     monkeypatch.setattr(plan, "STAND_INS", plan.STAND_INS[:1])         # log-probs alone
     with plan.Bytes(), plan.as_kernels(), FlopCounterMode(display=False) as counter:
-        plan.micro_loss(llama, plan.make_batch(config, 1, T, answers, image=True)).backward()
+        plan.micro_loss(llama, plan.blank_batch(config, 1, T, answers, image=True)).backward()
     assert counter.get_total_flops() == sum(part.total() for part in both)
     row = costs.flops_table(config, T, answers).splitlines()[-1].split()
     assert row[:4] == ["update,", "with", "an", "image"]
