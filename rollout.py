@@ -47,6 +47,12 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)       # log-probs by another policy, if asked for
 
+    @property
+    def prompt(self):
+        """Return what it begins with, which samples of a hand share: ids up to an answer, and its picture."""
+        end = self.turns[0].start if self.turns else len(self.ids)
+        return tuple(self.ids[:end]), id(self.image)
+
     def append(self, ids, sampled, logprobs=None, weights=None):
         """Append tokens that the model sampled, or that it was forced to read."""
         zeros = [0.0] * len(ids)
@@ -144,7 +150,7 @@ def readable(content):
 
 @torch.inference_mode()
 def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int], *, temperature: float,
-            max_new_tokens: int, samples: int = 1, batch: int = 256, device="cpu") -> list[Episode]:
+            max_new_tokens: int, samples: int = 1, batch: int = 256) -> list[Episode]:
     """Play `samples` episodes per seed with the current policy, `batch` at a time. Return them in the order
     of `seeds`.
 
@@ -168,7 +174,7 @@ def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int],
         while groups:
             fresh, continuing = [], []
             for cache, group in groups:
-                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens, device)
+                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens)
                 fresh += [group[i] for i in stay if group[i].fresh]
                 stay = [i for i in stay if not group[i].fresh]
                 if stay:
@@ -179,14 +185,16 @@ def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int],
     return episodes
 
 
-def play_turn(model, processor, cache, players, temperature, max_new_tokens, device):
+def play_turn(model, processor, cache, players, temperature, max_new_tokens):
     """Let every player answer once. Return the cache and the indices of the players whose episodes go on."""
-    images = None
-    if cache is None:
-        images = processor.images([player.conversation.image for player in players])
-        images = images and images.to(device)
+    asked, source, images = [player.conversation for player in players], None, None
+    if cache is None:                                          # what several begin with is read once
+        prompts = [c.prompt for c in asked]
+        alike = dict(zip(prompts, asked))
+        source, asked = [*map(list(alike).index, prompts)], list(alike.values())
+        images = processor.images([c.image for c in asked])
     samples, cache = generate(
-        model, [player.conversation.ids for player in players], cache=cache, images=images,
+        model, [c.ids for c in asked], source=source, cache=cache, images=images,
         max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=processor.stop_ids,
         seeds=[derive("draws", p.episode.seed, p.sample, len(p.episode.turns)) for p in players])
     return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]

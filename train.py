@@ -174,10 +174,10 @@ class Trainer:
     def play(self, seeds, samples=1, features=None):
         """Return a rollout of the training game. features: collects what a frozen encoder
         makes, see llama/frozen.py."""
-        args, device, self.batch = self.args, self.processes.device, None      # two would be much memory
-        with (autocast(args, device), shard.for_rollout(self.model) as player,
+        args, self.batch = self.args, None                     # two would be much memory
+        with (autocast(args, self.processes.device), shard.for_rollout(self.model) as player,
               remember(player, features)):
-            return rollout(player, self.processor, self.env, seeds, samples=samples, device=device,
+            return rollout(player, self.processor, self.env, seeds, samples=samples,
                            temperature=args.temperature, batch=args.rollout_batch,
                            max_new_tokens=args.max_new_tokens)
 

@@ -29,8 +29,7 @@ def evaluate(model, processor, args, processes, progress=""):
         seeds = processes.share(range(min(args.eval_hands, factory().distinct)))
         with autocast(args, processes.device), shard.for_rollout(model) as player:
             episodes = rollout(player, processor, factory, seeds, temperature=args.eval_temperature,
-                               batch=args.rollout_batch, max_new_tokens=args.max_new_tokens,
-                               device=processes.device)
+                               batch=args.rollout_batch, max_new_tokens=args.max_new_tokens)
         r = summarize(episodes, processes)
         hands = sorted(gather([(e.seed, int(e.success), *right_answers(e)) for e in episodes]))
         results[name] = r | dict(zip(("solved", "right", "answers"), list(zip(*hands))[1:]))

@@ -23,8 +23,8 @@ what the maths asks for:
 - Backward, a product has two more, of which one is asked if the weight learns and one if a gradient goes on
   to the input. So all that learns costs twice its forward pass, what is frozen between that and the loss
   once, and what is frozen below it (--tune, the base of LoRA) nothing. Features of an image that a frozen
-  encoder left in the rollout cost nothing in the update. In a rollout each conversation's image counts,
-  though equal ones are encoded once.
+  encoder left in the rollout cost nothing in the update. In a rollout a prompt with its image counts once,
+  whatever the number of samples that it is read for.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
   is counted once: the settings that a resumed run may change do not bend the axis.
 - Passes that a rank makes only because another has more to do are not counted. So ranks do not change the
@@ -33,6 +33,7 @@ what the maths asks for:
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import product
 
 from torch import nn
@@ -83,6 +84,17 @@ def passed(config, conversations, encode=True):
         image = (real_tiles(config, c.image), c.ids.index(config.image_token_id)) if c.image else ()
         total += quantities(config, len(c.ids) - 1, sum(c.sampled[1:]), *image, encode=encode)
     return total
+
+
+def played(config, conversations):
+    """Return the quantities of a rollout of conversations: a prompt that several begin with is read once."""
+    done, known = passed(config, conversations), set()
+    for c in conversations:
+        end = len(c.prompt[0]) + 1                             # reading gives the first token drawn, too
+        if c.prompt in known:
+            done -= passed(config, [replace(c, ids=c.ids[:end], sampled=c.sampled[:end])])
+        known.add(c.prompt)
+    return done
 
 
 def real_tiles(config, image):
@@ -196,13 +208,13 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
     return cost(policy, seen), scoring, sum([update] * args.epochs, Counter())
 
 
-def of_sft(args, llama, played, learnt):
-    """Return the same of a step of SFT. played: quantities of the conversations that it played to learn from
+def of_sft(args, llama, seen, learnt):
+    """Return the same of a step of SFT. seen: quantities of the conversations that it played to learn from
     its own right answers; learnt: of its examples."""
     before, rate = SFT_LOSSES[args.sft_loss].before, rates(llama)
     scoring = cost(reference(llama) if before == "initial" else rate, learnt) if before else Counter()
     update = cost(rate, learnt) + cost(rate, learnt, backward=True)
-    return cost(rate, played), scoring, sum([update] * args.epochs, Counter())
+    return cost(rate, seen), scoring, sum([update] * args.epochs, Counter())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,7 +237,7 @@ class Ledger:
         """Add a step that learnt from episodes."""
         llama, conversations = self.llama, [c for e in episodes for c in e.conversations]
         values = count(conversations)[estimator.per]
-        seen = passed(llama.config, conversations)
+        seen = played(llama.config, conversations)
         known = passed(llama.config, conversations, encode=not llama.vision_frozen)
         spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
         passes = 1 + bool(self.args.kl_coef) + (estimator.per == "token" and estimator.values)
@@ -234,9 +246,9 @@ class Ledger:
     def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
         conversations = [c for episode in episodes for c in episode.conversations]
-        played, learnt = (passed(self.llama.config, batch) for batch in (conversations, examples))
+        seen, learnt = played(self.llama.config, conversations), passed(self.llama.config, examples)
         scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
-        self.add(of_sft(self.args, self.llama, played, learnt), conversations + scored, trained_tokens)
+        self.add(of_sft(self.args, self.llama, seen, learnt), conversations + scored, trained_tokens)
 
     def add(self, phases, scored, trained_tokens):
         """Add what all ranks spent, {part: FLOPs} per phase; to the formula 2 N per token of what this rank

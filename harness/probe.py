@@ -96,8 +96,7 @@ class Probe:
         hands = processes.share(range(min(args.probe_hands, factory().distinct)))
         with shard.for_rollout(self.model) as player:
             return rollout(player, self.processor, factory, hands, samples=args.probe_samples,
-                           temperature=1.0, batch=args.rollout_batch, max_new_tokens=args.max_new_tokens,
-                           device=processes.device)
+                           temperature=1.0, batch=args.rollout_batch, max_new_tokens=args.max_new_tokens)
 
     @torch.no_grad()
     def score(self, name, episodes):

@@ -55,6 +55,15 @@ class KVCache:
         self.move(list(range(len(rows))), list(rows))
         vars(self).update(vars(self.first(len(rows))))
 
+    def repeat(self, source):
+        """Let row i be what row source[i] was (a list), layer by layer: it takes the memory of one beside."""
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                for i in range(len(value)):
+                    value[i] = value[i][source]
+            elif value is not None:
+                setattr(self, name, value[source])
+
     def first(self, n):
         """Return a cache of the first n rows that shares this one's memory."""
         view = copy.copy(self)

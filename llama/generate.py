@@ -28,29 +28,35 @@ class Sample:
 
 
 @torch.no_grad()
-def generate(model, conversations, *, cache=None, images=None, max_new_tokens, temperature=1.0, stop_ids,
-             seeds=None):
+def generate(model, conversations, *, source=None, cache=None, images=None, max_new_tokens, temperature=1.0,
+             stop_ids, seeds=None):
     """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
 
     conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
-    and only the rest is fed. images: with the first call only. temperature 0 is greedy, with the log-probs of
-    temperature 1. seeds: one per row, whose draws then depend on no other row (default: torch's generator).
-    To go on: append sample.ids and the next forced tokens to each list, call cache.keep(rows that go on),
-    then this again.
+    and only the rest is fed. With the first call only: images, and source, [0, 0, 1] for two answers to the
+    first conversation, which is read once, and one to the second (default: one to each). temperature 0 is
+    greedy, with the log-probs of temperature 1. seeds: one per row, whose draws then depend on no other row
+    (default: torch's generator). To go on: append sample.ids and the next forced tokens to each list, call
+    cache.keep(rows that go on), then this again.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    weight, B, stop_ids = model.embed_tokens.weight, len(conversations), set(stop_ids)
-    cache = KVCache(model.config, B, weight.device, product_type(weight)) if cache is None else cache
+    weight, each, stop_ids = model.embed_tokens.weight, list(range(len(conversations))), set(stop_ids)
+    source = each if source is None else source
+    cache = KVCache(model.config, len(each), weight.device, product_type(weight)) if cache is None else cache
     ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
     cache.reserve(int((cache.lengths + lengths).max()) + max(max_new_tokens, ids.shape[1]))
-    uniform = draw_uniform(seeds, B, max_new_tokens).to(weight.device)
+    uniform = draw_uniform(seeds, len(source), max_new_tokens).to(weight.device)
 
     out = model(ids.to(weight.device), lengths=lengths, images=images, cache=cache, logits="last")
-    samples = [Sample([], [], hidden=hidden) for hidden in out.hidden[torch.arange(B), lengths - 1]]
-    logits, out = out.logits, None                             # frees the rest
+    hidden, logits = out.hidden[each, lengths - 1], out.logits
+    out = None                                                 # frees the rest
+    if source != each:
+        cache.repeat(source)
+        hidden, logits = hidden[source], logits[source]
+    samples = [Sample([], [], hidden=state) for state in hidden]
 
-    rows, drawn, view = list(range(B)), [], cache              # rows[slot]: the row that computes there
+    rows, drawn, view = list(range(len(source))), [], cache    # rows[slot]: the row that computes there
     for t in range(max_new_tokens):
         tokens, logprobs = draw_tokens(logits, uniform[:, t], temperature)
         drawn.append((rows[:len(tokens)], logprobs))

@@ -47,7 +47,7 @@ def row(args, processes, hands):
     model, processor, _ = load(args, processes, first_weights(args, processes, learn))
     episodes = rollout(model, processor, evaluation_sets(args)["rule-ood"], range(hands),
                        batch=args.rollout_batch, temperature=args.eval_temperature,
-                       max_new_tokens=args.max_new_tokens, device=processes.device)
+                       max_new_tokens=args.max_new_tokens)
     infos = [episode.turns[0].info for episode in episodes]
     said = [dict(reversed(episode.transcript))["assistant"] for episode in episodes]           # its first
     used = [uses for uses in map(uses_them, said) if uses is not None]
