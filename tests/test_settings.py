@@ -22,7 +22,7 @@ from harness.settings import PRESETS, Args, SettingError, flag_of, parse
 from harness.tiny import CONFIG
 from llama.config import Config
 from study import __main__ as study
-from study import faces, plan
+from study import plan
 from tables import rows
 
 HERE = Path(train.__file__).parent
@@ -467,11 +467,7 @@ OTHERS = {
     bench: """
         --json nowhere/x.json: expected a file that can be written
         --json .: expected a file
-        --only nonsense: expected one of logprob""",
-    faces: """
-        nowhere | model nowhere: expected tiny
-        tiny | --hands 0: expected an integer from 1
-        tiny | --task virl-l: expected one of gp-l, gp-vl"""}
+        --only nonsense: expected one of logprob"""}
 
 
 @pytest.mark.parametrize("module, line", [(module, line) for module, table in OTHERS.items()

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from study import faces, records, tables
+from study import records, tables
 from study.__main__ import at_scale, chosen, page
 from study.experiments import EXPERIMENTS
 from study.runner import Run, Runner
@@ -291,18 +291,3 @@ def test_a_real_model_stands_in_for_the_tiny_one():
 def test_what_chosen_runs_need_is_chosen_too():
     found = chosen(EXPERIMENTS["no-sft"].runs([0, 1]), "from-young-1")
     assert names(found) == "gp-l-init-0 gp-l-young-1 gp-l-ppo-from-young-1"
-
-
-@cases("number, formula, uses", """
-    13 | (13-7)*8/2 | True
-    13 | (10-7)*8/2 | False
-    13 | 13*13-7    | True
-    13 | 113-7      | False
-    13 |            | False
-    10 | 7*8-2      | None""")
-def test_faces_tell_a_formula_without_the_values_that_its_answer_lists(number, formula, uses):
-    """Answers that list none over 10 are not counted."""
-    said = {"cards": ["K", "7", "8", "2"], "number": [int(number), 7, 8, 2]}
-    said |= {"formula": f"{formula}=24"} if formula else {}
-    assert str(faces.uses_them(json.dumps(said))) == uses
-    assert faces.uses_them("no JSON") is None
