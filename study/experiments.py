@@ -244,7 +244,7 @@ def switched(task, switch):
 # ------------------------------------------------------------------------------------------------------------
 
 def in_full(groups):
-    return "\n\n".join([tables.headline(groups), tables.verdict(groups), tables.explained(groups)])
+    return "\n\n".join([tables.headline(groups), tables.explained(groups)])
 
 
 CAUSES = {"-recognition": partial(figures.scatter, label="cards or observations read right (%)",
@@ -255,7 +255,7 @@ EXPERIMENTS = {
     "main": Experiment(
         "Figures 5 to 8: SFT and PPO from one init checkpoint, tested on the rule and look of training and "
         "on others.", MAIN, in_full,
-        {"": figures.draw, "-tradeoff": figures.tradeoff, "-final": figures.finals} | CAUSES),
+        {"": figures.draw, "-tradeoff": figures.tradeoff} | CAUSES),
     "no-sft": Experiment(
         "Figure 9: RL without SFT before it. The tiny foundation knows the game's format already; beside it "
         "one that has hardly begun to learn.", NO_SFT),
@@ -271,7 +271,7 @@ EXPERIMENTS = {
         "embedding and head left alone.", BEST_SFT),
     "shifts": Experiment(
         "More shifts than the paper's: does what holds there hold on others, and does a model that fails a "
-        "rule ignore it?", SHIFTS, tables.headline, {"": figures.finals}),
+        "rule ignore it?", SHIFTS, tables.headline, {}),
     "variants": Experiment(
         "Every variant on both games: what it does to success, and what it costs. Presets and variants at "
         "equal compute, half of main's.",

@@ -6,11 +6,11 @@
 from statistics import fmean
 
 from study import records
-from study.tables import PAPER, TITLES, algo_of, by_task
+from study.tables import TITLES, algo_of, by_task
 
 # Okabe and Ito's, which the colour-blind tell apart.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
-COLOR = {"sft": COLORS[0], "ppo": COLORS[1], "init": COLORS[8]}
+COLOR = {"sft": COLORS[0], "ppo": COLORS[1]}
 
 
 def pyplot():
@@ -21,9 +21,9 @@ def pyplot():
     return plt
 
 
-def save(figure, file, dpi=130, **how):
+def save(figure, file, **how):
     figure.tight_layout()
-    figure.savefig(file, dpi=dpi, **how)
+    figure.savefig(file, dpi=150, **how)
     pyplot().close(figure)
 
 
@@ -108,43 +108,11 @@ def panels(groups, file, label, fill, leave_out=""):
         legends.append(last.legend(*row[0].get_legend_handles_labels(), fontsize=7, loc="upper left",
                                    bbox_to_anchor=(1.02, 1.0)))
         legends[-1].set_in_layout(False)                       # beside the panels, none of which moves for it
-    save(figure, file, 150, bbox_inches="tight", bbox_extra_artists=legends)
+    save(figure, file, bbox_inches="tight", bbox_extra_artists=legends)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What runs end with
-
-def finals(groups, file):
-    """Draw bars, a panel per task: init, SFT and PPO at the end on each set, with standard errors, each seed
-    as a point, and as a line what the paper has."""
-    tasks = by_task(groups)
-    height = 0.5 + 0.6 * max(len(group.sets) for group in groups)
-    figure, axes = pyplot().subplots(1, len(tasks), figsize=(3.4 * len(tasks), height), squeeze=False)
-    for (task, known), axis in zip(tasks.items(), axes[0]):
-        one = next(iter(known.values()))
-        bars = {"init": [one.at(0, name)[:1] for name in one.sets]}
-        bars |= {algo: [known[algo].at(-1, name) for name in one.sets]
-                 for algo in ("sft", "ppo") if algo in known}
-        for label, evaluations in bars.items():
-            k = ("init", "sft", "ppo").index(label)
-            rows = [row + 0.27 * (k - 1) for row in range(len(evaluations))]
-            rates, errors = zip(*[records.rate(of_set, one.metric) for of_set in evaluations])
-            axis.barh(rows, rates, 0.25, xerr=errors, color=COLOR[label], label=label,
-                      error_kw={"lw": 1, "capsize": 2})
-            for row, name, of_set in zip(rows, one.sets, evaluations):
-                seeds = seeds_of(of_set, one.metric)
-                axis.plot(seeds, [row] * len(seeds), ".", color="black", ms=3, alpha=0.6)
-                if (task, name) in PAPER:
-                    paper, = axis.plot(2 * [PAPER[task, name][k]], [row - 0.12, row + 0.12], color="black",
-                                       ls=":", lw=1.5)
-                    paper.set_label("the paper's" if label == list(bars)[-1] else None)
-        axis.set_yticks(range(len(one.sets)), one.sets, fontsize=8)
-        axis.set(title=task, xlabel=spelled(one.metric), xlim=(0, 100), ylim=(len(one.sets) - 0.5, -0.5))
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-    axes[0][0].legend(fontsize=7)
-    save(figure, file)
-
+# What variants end with
 
 def variants(groups, file):
     """Draw a row per variant, a column per game and set."""

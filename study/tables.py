@@ -108,22 +108,6 @@ def headline(groups):
     return markdown(head[:width], [row[:width] for row in rows])
 
 
-def verdict(groups):
-    """Say on how many of the paper's shifts SFT falls and PPO rises, as the paper's do, beyond two standard
-    errors of the change."""
-    found = {"as in the paper": [], "within two standard errors of no change": [], "the other way": []}
-    for group in groups:
-        for name in group.sets:
-            if (group.task, name) in PAPER and group.name in ("sft", "ppo"):
-                change, error = records.change(group.at(-1, name), group.at(0, name), group.metric)
-                along = change * (1 if group.name == "ppo" else -1) / error
-                how = list(found)[1 if abs(along) <= 2 else 0 if along > 0 else 2]
-                found[how].append(f"{group.name.upper()} on {group.task} {name}")
-    total = sum(map(len, found.values()))
-    told = (f"{len(which)} {how}" + f" ({', '.join(which)})" * bool(which) for how, which in found.items())
-    return f"Of the paper's {total} directions (SFT falls, RL rises), {'; '.join(told)}."
-
-
 # Columns of `explained`: factor, and where a probe tells the number.
 MEASURED = {
     "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"),

@@ -252,20 +252,6 @@ def test_page_holds_what_was_begun(tmp_path, commit):
     assert f"*Seeds 0, 2; a laptop; commit {commit or 'unknown'}.*" in text   # outside of git nobody knows
 
 
-def test_verdict_counts_directions_by_their_errors():
-    def verdict(sft, ppo):
-        """Return what is said of 50 right hands of 100 before and so many after."""
-        hands = lambda right: results([1] * right + [0] * (100 - right), [1] * 100, [1] * 100)
-        curve = lambda after: [{"eval": {"id": hands(50), "rule-ood": hands(of)}} for of in (50, after)]
-        return tables.verdict([tables.Group("gp-l", name, [{"curve": curve(after)}])
-                               for name, after in (("sft", sft), ("ppo", ppo))])
-
-    assert verdict(30, 70).startswith("Of the paper's 2 directions (SFT falls, RL rises), 2 as in the paper "
-                                      "(SFT on gp-l rule-ood, PPO on gp-l rule-ood); 0 within")
-    assert ("1 within two standard errors of no change (PPO on gp-l rule-ood); 1 the other way (SFT on gp-l "
-            "rule-ood)") in verdict(70, 51)
-
-
 def test_what_explains_it_is_averaged_over_seeds():
     curves = ([{"probe": probe(0)}, {"probe": probe(k)}] for k in (1, 2))
     group = tables.Group("gp-l", "ppo", [{"curve": curve} for curve in curves])
