@@ -15,6 +15,7 @@ import dataclasses
 import math
 import time
 
+import harness  # noqa: F401, before torch: see there
 import torch
 
 import ppo

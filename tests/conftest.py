@@ -4,6 +4,8 @@ import copy
 import os
 
 import pytest
+
+import harness  # noqa: F401, before torch: see there
 import torch
 
 if not torch.cuda.is_available():

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+import harness
 import train
 from distributed import checkpoint
 from envs import GAMES
@@ -101,6 +102,16 @@ def on_two_ranks(folder, cwd, model, *argv, two=""):
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
     for x, y in zip(*(json.loads(learnt(folder / name, "step")) for name in ("one", "two")), strict=True):
         assert x.pop("flops") == y.pop("flops") and x == pytest.approx(y, abs=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU OpenMP, which says what it has read")
+@pytest.mark.parametrize("typed, spins", [({}, 10000), ({"GOMP_SPINCOUNT": "7"}, 7),
+                                          ({"OMP_WAIT_POLICY": "active"}, 30000000000)])
+def test_threads_spin_briefly_unless_the_user_says_otherwise(typed, spins):
+    env = {name: value for name, value in os.environ.items() if name not in harness.WAITING}
+    read = subprocess.run([sys.executable, HERE / "train.py", "--help"], capture_output=True, text=True,
+                          env=env | typed | {"OMP_DISPLAY_ENV": "VERBOSE"}).stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in read
 
 
 CASES = list(itertools.product(("gp-l", "gp-vl", "virl-l", "virl-vl"), ("sft", "ppo")))
