@@ -3,9 +3,9 @@ for each.
 
 The street views of the paper are not ours to give away, so these cities are made up: a seeded street plan
 with signs for landmarks (games/streets.py), routes along the streets, and panoramas that are drawn when first
-asked for (games/drawing.py). Look at a route:
+asked for (games/drawing.py). Make one:
 
-    python -m games.show new-york --route 3 --out /tmp/new-york
+    python -c "from games import cities; print(cities.build('lagos', '/tmp'))"
 """
 import hashlib
 import json

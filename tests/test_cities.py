@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from games import cities, drawing, show, streets
+from games import cities, drawing, streets
 from games.compass import COMPASS, SIDES
 from games.routes import distance
 from tables import cases, raises
@@ -165,14 +165,6 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
         (tmp_path / "city.json").write_text(text, encoding="utf-8")
         what = "another version of this program" if text == old else "not a built-in city's file"
         raises(f"{what}; build the city again", cities.draw, tmp_path / "street_views" / own.name)
-
-
-def test_the_command_line_saves_a_map_and_views(tmp_path, capsys):
-    show.main(["milan", "--route", "2", "--out", str(tmp_path), "--size", "20"])
-    said, route = capsys.readouterr().out, routes_of(tmp_path, "milan")[2]
-    sizes = [Image.open(file).size for file in re.search("saved (.*)", said)[1].split(", ")]
-    assert sizes == [(900, 900)] + [(45, 45)] * len(points_of(route))
-    assert said.startswith(route["milestone_info"])
 
 
 # ------------------------------------------------------------------------------------------------ the streets

@@ -14,7 +14,7 @@ import pytest
 import train
 from benchmarks import kernels as bench
 from distributed.processes import Processes
-from games import cities, show
+from games import cities
 from harness import ranges, terminal
 from harness.check import settle
 from harness.load import agree
@@ -458,12 +458,6 @@ OTHERS = {
         --algo sft | --hands 3: expected with --algo ppo
         --gpus 33 | --hands 32: expected at least 33
         --nonsense | unrecognized arguments: --nonsense""",
-    show: """
-        atlantis | city atlantis: expected one of new-york, milan
-        milan | --size 0: expected an integer from 1 to 2048
-        milan | --route 99999: expected one of 100 routes, counted from 0
-        milan | --route -1: expected an integer
-        milan | --out file: expected a folder that can be made""",
     bench: """
         --json nowhere/x.json: expected a file that can be written
         --json .: expected a file
