@@ -1,7 +1,7 @@
 """FLOPs that training takes, by part and phase, beside the paper's 6 N D: the x axis that is fair to both
 algorithms.
 
-    python -m study.costs                    # what 6 N D says and what is counted, for Llama-3.2-11B-Vision
+    torchrun train.py --task gp-l --algo sft        # log.jsonl: tflops (6 N D), counted_tflops, flops
 
 6 N D (and 2 N D where nothing is learnt) takes every parameter to work once on every text token. The
 embedding table does no products at all, the head works where a log-prob is asked, the vision tower once on

@@ -26,6 +26,7 @@ import ppo
 from distributed import shard
 from harness import flops, ranges, tiny
 from harness.check import attempt, settle
+from harness.load import choose_what_learns
 from harness.ranges import SettingError
 from harness.settings import parse, spelled
 from harness.terminal import command
@@ -39,7 +40,7 @@ from llama.images import Images
 from model import Llama
 from study.tables import markdown
 from variants import algorithm
-from variants.tune import freeze, vision_frozen
+from variants.tune import vision_frozen
 
 aten = torch.ops.aten
 HERE = Path(__file__).resolve().parent
@@ -163,7 +164,7 @@ def make_module(config, args, dtype=torch.bfloat16):
     """Make what is trained, without memory. The value head is float32, as it computes."""
     with torch.device("meta"):
         llama = Llama(config).to(dtype)
-        freeze(llama, args.tune)
+        choose_what_learns(llama, args)
         return ppo.ActorCritic(llama, args.critic) if args.algo == "ppo" else llama
 
 
@@ -295,6 +296,7 @@ def memory(config, args, gpus):
     bytes})}."""
     module, sizes = make_module(config, args), sizes_of(config, args, gpus)
     policy, all_weights = getattr(module, "policy", module), list(module.parameters())
+    gpus = 1 if args.lora_rank else gpus                       # each keeps whole weights beside its adapters
     count = lambda part: sum(p.numel() for p in part.parameters())
     own = lambda parameters: 4 * sum(map(math.prod, shards(parameters, gpus)))
     trained = [p for p in all_weights if p.requires_grad]
@@ -428,11 +430,10 @@ def main(argv=None):
     own, rest = parser.parse_known_args(argv)
     try:
         args, typed = parse(rest)
-        for name, unplanned in (("algo", args.algo not in ("sft", "ppo")), ("lora_rank", args.lora_rank),
-                                ("resume", args.resume)):
+        for name, unplanned in (("algo", args.algo not in ("sft", "ppo")), ("resume", args.resume)):
             if unplanned:
                 raise SettingError(f"{spelled(args, name)}: expected with train.py; planned are --algo sft "
-                                   "and ppo, from the start and without adapters (python -m study.costs)")
+                                   "and ppo, from the start")
         expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.game)
         settle(args, config, typed, own.gpus)

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppo
 import train
 from harness import flops
+from harness.load import count_parameters
 from kernels.visible import dense_mask
 from llama.cache import KVCache
 from llama.frozen import remember
 from llama.images import Images
 from model import Llama
-from study import costs, plan
+from study import plan
 from variants import lora
 from variants.tune import TUNE, freeze, vision_frozen
 
@@ -98,7 +99,7 @@ def test_products_are_those_that_pytorch_counts(model, tune, seen, adapters):
 
 
 def test_the_11b_model_costs_what_its_operators_sum_up_to(monkeypatch):
-    """On the meta device, with an image of four tiles; and so says the table that is printed."""
+    """On the meta device, with an image of four tiles. And the README's shares of 6 N D."""
     config, T, answers = plan.LLAMA_11B, 32, 8
     with torch.device("meta"):
         llama = Llama(config)
@@ -110,11 +111,9 @@ def test_the_11b_model_costs_what_its_operators_sum_up_to(monkeypatch):
     with plan.Bytes(), plan.as_kernels(), FlopCounterMode(display=False) as counter:
         plan.micro_loss(llama, plan.blank_batch(config, 1, T, answers, image=True)).backward()
     assert counter.get_total_flops() == sum(part.total() for part in both)
-    row = costs.flops_table(config, T, answers).splitlines()[-1].split()
-    assert row[:4] == ["update,", "with", "an", "image"]
-    both = flops.cost(rate, done) + flops.cost(rate, done, backward=True)
-    paper = 6 * sum(p.numel() for p in llama.parameters()) * T
-    assert [row[4], *row[-2:]] == [f"{x / T / 1e9:.2f}" for x in (both["text"], both.total(), paper)]
+    for task, tiles, share in (("gp-l", 0, "0.89"), ("gp-vl", 4, "2.69")):
+        forward = flops.cost(rate, flops.quantities(config, 512, 128, tiles, 1)).total()
+        assert f"{forward / (2 * count_parameters(llama, task) * 512):.2f}" == share
 
 
 def test_adapters_that_are_off_cost_nothing(model):

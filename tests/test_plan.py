@@ -18,6 +18,7 @@ import sft
 from distributed import shard
 from harness import tiny
 from harness.environments import make_env
+from harness.load import choose_what_learns
 from harness.settings import Args, apply_preset
 from kernels.attention import attention_reference
 from kernels.logprob import PIECE
@@ -31,7 +32,6 @@ from model import Llama
 from rollout import rollout
 from study import plan
 from variants import algorithm
-from variants.tune import freeze
 
 BATCH = 3
 
@@ -89,13 +89,15 @@ def played(args, model, processor, max_new_tokens, features=None):
     return [c for episode in episodes for c in episode.conversations]
 
 
-@pytest.mark.parametrize("task, tune", [("gp-l", "all"), ("gp-vl", "all"), ("gp-vl", "no-vision")])
-def test_ppo_micro_batch(medium, processor, twins, task, tune):
+@pytest.mark.parametrize("task, tune, rank", [
+    ("gp-l", "all", 0), ("gp-l", "all", 8), ("gp-vl", "all", 0), ("gp-vl", "no-vision", 0)])
+def test_ppo_micro_batch(medium, processor, twins, task, tune, rank):
     """What the forward pass keeps and the backward pass needs, where gradients are there from the micro-batch
     before."""
-    args, features = settings(task, "ppo", attempts=2, tune=tune), {} if tune == "no-vision" else None
+    args = settings(task, "ppo", attempts=2, tune=tune, lora_rank=rank)
+    features = {} if tune == "no-vision" else None
     conversations, policy = played(args, medium, processor, 12, features), copy.deepcopy(medium)
-    freeze(policy, tune)
+    choose_what_learns(policy, args)
     module = ppo.ActorCritic(policy, args.critic)
     shape = collate(processor, conversations).targets
 

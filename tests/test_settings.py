@@ -4,9 +4,7 @@ import ast
 import dataclasses
 import json
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import train
 from benchmarks import kernels as bench
 from distributed.processes import Processes
 from games import cities
-from harness import ranges, terminal
+from harness import ranges
 from harness.check import settle
 from harness.load import agree
 from harness.settings import PRESETS, Args, SettingError, flag_of, parse
@@ -24,6 +22,7 @@ from llama.config import Config
 from study import __main__ as study
 from study import plan
 from tables import rows
+from variants import __main__ as variants
 
 HERE = Path(train.__file__).parent
 TINY = Config.from_dict(CONFIG)
@@ -453,7 +452,6 @@ OTHERS = {
         --model Llama-3.2-11B-Vision-Instructt | expected tiny
         --model . | or a folder with a config.json; config.json: not found
         --algo eval: expected with train.py; planned are --algo sft and ppo
-        --lora-rank 4: expected with train.py
         --resume: expected with train.py
         --algo sft | --hands 3: expected with --algo ppo
         --gpus 33 | --hands 32: expected at least 33
@@ -461,7 +459,8 @@ OTHERS = {
     bench: """
         --json nowhere/x.json: expected a file that can be written
         --json .: expected a file
-        --only nonsense: expected one of logprob"""}
+        --only nonsense: expected one of logprob""",
+    variants: "--nonsense | unrecognized arguments: --nonsense"}
 
 
 @pytest.mark.parametrize("module, line", [(module, line) for module, table in OTHERS.items()
@@ -475,18 +474,6 @@ def test_other_commands_refuse(tmp_path, monkeypatch, capsys, module, line):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("module", ["variants", "study.costs"])
-def test_commands_that_print_a_table_have_help(module, monkeypatch, capsys):
-    for word, code in (("--help", 0), ("--nonsense", 2)):
-        monkeypatch.setattr(sys, "argv", [module, word])
-        monkeypatch.setattr(terminal, "command", lambda main: main())      # it would keep pytest's streams
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module(module, run_name="__main__")
-        assert stop.value.code == code
-    assert f"usage: python -m {module}" in (said := capsys.readouterr()).out and said.err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from variants import ESTIMATORS, LOSSES, SFT_LOSSES
 from variants.official import OF_GAME, PPO
 
 
-def main():
-    command_line("python -m variants", "List the variants of the algorithms.").parse_args()
+def main(argv=None):
+    command_line("python -m variants", "List the variants of the algorithms.").parse_args(argv)
     for flag, table in {"--advantage": ESTIMATORS, "--loss": LOSSES, "--sft-loss": SFT_LOSSES}.items():
         print(flag)
         for name, entry in table.items():

@@ -2,7 +2,7 @@
 product of two thin matrices.
 
     torchrun train.py --task gp-l --algo ppo --lora-rank 16    # --tune says where
-    python -m study.costs --rank 16                            # what it saves at 11B: the table below
+    python -m study.plan --task gp-l --algo sft --lora-rank 16 --model Llama-3.2-11B-Vision    # all memory
 
 A linear layer with weight W (out, in) becomes
 
