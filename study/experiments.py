@@ -276,7 +276,7 @@ EXPERIMENTS = {
         "Every variant on both games: what it does to success, and what it costs. Presets and variants at "
         "equal compute, half of main's.",
         [variant(line, task) for task in ("gp-l", "virl-l") for line in VARIANTS.strip().splitlines()],
-        tables.variants, {"": figures.variants}),
+        tables.variants, {}),
     "compat": Experiment(
         "What each behaviour of the released code does to PPO with GAE, as its own judge reports it and in "
         "the default game.",

@@ -1,4 +1,5 @@
-"""Figures of groups of runs: what one way to learn made of one task, a record per seed.
+"""Figures of groups of runs: what one way to learn made of one task, a record per seed. Each is a row of
+panels per task, a panel per set.
 
     python -m study plot runs/gp-l-sft runs/gp-l-ppo
 """
@@ -6,38 +7,17 @@
 from statistics import fmean
 
 from study import records
-from study.tables import TITLES, algo_of, by_task
+from study.tables import by_task
 
 # Okabe and Ito's, which the colour-blind tell apart.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
 COLOR = {"sft": COLORS[0], "ppo": COLORS[1]}
 
 
-def pyplot():
-    """Return matplotlib's, drawing into files."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def save(figure, file, **how):
-    figure.tight_layout()
-    figure.savefig(file, dpi=150, **how)
-    pyplot().close(figure)
-
-
-def spelled(metric):
-    return f"{metric.replace('_', '-')} (%)"
-
-
 def seeds_of(evaluations, metric):
     """Return the rate of each seed."""
     return [records.rate([one], metric)[0] for one in evaluations]
 
-
-# ------------------------------------------------------------------------------------------------------------
-# A row of panels per task, a panel per set
 
 def draw(groups, file):
     """Draw the headline metric against training compute: seeds thin, their mean thick with its standard
@@ -89,11 +69,13 @@ def steps_of(group):
 def panels(groups, file, label, fill, leave_out=""):
     """Draw a row per task, a column per set but the one to leave out, each filled by fill(axis, group, set,
     color)."""
+    from matplotlib.figure import Figure                       # not all have it
+
     tasks, others = by_task(groups), [group.name for group in groups if group.name not in COLOR]
     sets = list(dict.fromkeys(name for group in groups for name in group.sets if name != leave_out))
     color = COLOR | dict(zip(dict.fromkeys(others), COLORS[2:] + COLORS[:2]))
-    figure, axes = pyplot().subplots(len(tasks), len(sets), figsize=(3.6 * len(sets), 2.3 * len(tasks)),
-                                     squeeze=False, sharey="row")
+    figure = Figure((3.6 * len(sets), 2.3 * len(tasks)))
+    axes = figure.subplots(len(tasks), len(sets), squeeze=False, sharey="row")
     legends = []
     for (task, known), row in zip(tasks.items(), axes):
         for axis, name in zip(row, sets):
@@ -103,36 +85,10 @@ def panels(groups, file, label, fill, leave_out=""):
                 axis.set(title=f"{task}: {name}", xlabel=label)
                 axis.grid(alpha=0.3)
                 fill(axis, group, name, color[group.name])
-        row[0].set_ylabel(spelled(group.metric))
+        row[0].set_ylabel(f"{group.metric.replace('_', '-')} (%)")
         last = [axis for axis in row if axis.get_visible()][-1]
         legends.append(last.legend(*row[0].get_legend_handles_labels(), fontsize=7, loc="upper left",
                                    bbox_to_anchor=(1.02, 1.0)))
         legends[-1].set_in_layout(False)                       # beside the panels, none of which moves for it
-    save(figure, file, bbox_inches="tight", bbox_extra_artists=legends)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What variants end with
-
-def variants(groups, file):
-    """Draw a row per variant, a column per game and set."""
-    names, tasks = list(dict.fromkeys(group.name for group in groups)), by_task(groups)
-    columns = [(task, name) for task in tasks for name in TITLES]
-    figure, axes = pyplot().subplots(1, len(columns), figsize=(3 * len(columns), 0.24 * len(names) + 1),
-                                     sharey=True, squeeze=False)
-    for axis, (task, name) in zip(axes[0], columns):
-        one = next(iter(tasks[task].values()))
-        axis.axvline(one.rate(0, name)[0], color="#666666", ls=":", lw=1)
-        for group in tasks[task].values():
-            k, color = names.index(group.name), COLOR[algo_of(group.name)]
-            seeds = seeds_of(group.at(-1, name), one.metric)
-            axis.plot(seeds, [k + 0.3] * len(seeds), "o", color=color, ms=3.5, alpha=0.6, mew=0)
-            mean, error = group.rate(-1, name)
-            axis.errorbar(mean, k, xerr=error, color=color, marker="D", ms=4, capsize=2, lw=1.2)
-        axis.set(title=f"{task}: {TITLES[name]}", xlabel=spelled(one.metric))
-        axis.grid(axis="x", alpha=0.3)
-    labels = [f"{name.split(': ')[1]}  {algo_of(name).upper()}" for name in names]
-    axes[0][0].set_yticks(range(len(names)), labels, fontsize=7)
-    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel("mean and standard error, below it a point a seed; dotted: init", fontsize=8)
-    save(figure, file)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150, bbox_inches="tight", bbox_extra_artists=legends)
