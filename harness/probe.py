@@ -129,27 +129,25 @@ class Probe:
     def behaviour(self, episodes, scored):
         """Return rates, each with its error as NAME_se: pass@k, where a sample is an episode with its
         revisions, and first@k, where an episode counts that has no wrong answer; length, tokens per answer;
-        cut, share of answers that --max-new-tokens ended; entropy, nats per token. And per hand, in lists:
-        solved and first, how many of its samples."""
+        cut, share of answers that --max-new-tokens ended; entropy, nats per token."""
         hands, n = self.of_hands(episodes, scored), self.args.probe_samples
-        counts = {name: hands[name].long().tolist() for name in ("solved", "first")}
         result = {"n": len(hands["solved"])}
-        for name, of_each in zip(("pass", "first"), counts.values()):
+        for name, column in (("pass", "solved"), ("first", "first")):
             for k in self.ks:
-                found = torch.tensor([pass_at(k, n, c) for c in of_each], dtype=torch.float64)
+                found = torch.tensor([pass_at(k, n, c) for c in hands[column].long().tolist()],
+                                     dtype=torch.float64)
                 result |= rate(f"{name}@{k}", found, torch.ones_like(found))
         for name, above, below in (("length", "tokens", "answers"), ("cut", "cut", "answers"),
                                    ("entropy", "entropy", "tokens")):
             result |= rate(name, hands[above], hands[below])
-        return result | counts
+        return result
 
     def divergence(self, name, episodes, scored, others):
         """Return KL(who played || other), the mean of log p - log q over sampled tokens, in nats, as NAME;
-        summed over an answer as NAME_answer. And per hand, in a dict of lists, what these are ratios of."""
+        summed over an answer as NAME_answer."""
         hands = self.of_hands(episodes, scored, others)
-        per_hand = {column: hands[column].tolist() for column in ("log_ratio", "tokens", "answers")}
         return rate(name, hands["log_ratio"], hands["tokens"]) | rate(
-            f"{name}_answer", hands["log_ratio"], hands["answers"]) | {f"{name}_hands": per_hand}
+            f"{name}_answer", hands["log_ratio"], hands["answers"])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from llama.metrics import ratio_of_sums
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
 OF_ALL = ("config", "commit", "hardware")
+KEPT = ("step", "tflops", "counted_tflops", "eval", "probe")       # of a log's line of an evaluation
 
 
 def read(folder):
@@ -48,21 +49,7 @@ def of_log(lines):
     told |= {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
     return told | {"seconds": sum(line["seconds"] for line in steps),
                    "memory_gb": max(line["memory_gb"] for line in steps),
-                   "curve": [point(line) for line in curve]}
-
-
-def point(line):
-    """Return what is kept of an evaluation: of its probe only what is not told hand by hand."""
-    def brief(told):
-        if not isinstance(told, dict):
-            return told
-        return {key: x for key, x in told.items() if not isinstance(x, list)}
-
-    kept = {key: line[key] for key in ("step", "tflops", "counted_tflops", "eval") if key in line}
-    if "probe" in line:
-        kept["probe"] = {name: brief(told) for name, told in line["probe"].items()
-                         if not name.endswith("_hands")}
-    return kept
+                   "curve": [{key: line[key] for key in KEPT if key in line} for line in curve]}
 
 
 def append(file, record):

@@ -58,8 +58,7 @@ def test_behaviour_by_hand(model, processor):
     scored = [torch.tensor([[0.0] * n, [entropy] * n], dtype=torch.float64)
               for n, entropy in ((1, 3), (4, 1), (2, 1), (3, 3))]
     found = probe.behaviour(episodes, scored)
-    assert found["solved"] == [2, 1] and found["first"] == [1, 0] and found["n"] == 2
-    assert "pass@4" not in found
+    assert found["n"] == 2 and "pass@4" not in found
     expected = {"pass@1": 0.75, "pass@2": 1.0, "first@1": 0.25, "first@2": 0.5, "length": 10 / 7,
                 "cut": 2 / 7, "entropy": 18 / 10, "pass@1_se": 0.25, "first@1_se": 0.25, "length_se": 4 / 49}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
@@ -197,8 +196,6 @@ def test_resumed_equals_uninterrupted(small, tmp_path, line):
     assert last == resumed
     for name in ("forward_kl", "reverse_kl"):
         assert first[name] == first[f"{name}_se"] == first[f"{name}_answer"] == 0.0 != last[name]
-        hands = first[f"{name}_hands"]
-        assert hands["log_ratio"] == [0.0] * 3 and min(hands["tokens"]) > 0
     assert {number for numbers in first["weights"].values() for number in numbers.values()} == {0.0}
     assert 0 < last["weights"]["changed"]["all"] < 1
 
