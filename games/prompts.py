@@ -7,6 +7,7 @@ and an attribute or an index would look into objects.
 """
 import json
 import string
+from pathlib import Path
 
 _ANSWER = ('Answer with one JSON object: {{"cards": [the {count} ranks, as in "A", "10", "Q"], '
            '"number": [their values], "formula": "an equation that ends in ={target}"}}')
@@ -49,24 +50,16 @@ PROMPTS = {
     "missed_intersection": "This is an intersection.",
     "false_intersection": "This is no intersection.",
 }
-MAX_TEMPLATE = 20_000       # characters: a prompt has to fit into a context
-MAX_FIELDS = 50             # of a template
-MAX_FILE = 1 << 20          # bytes
 
 
 def _fields(template):
-    """Return the fields of a template, with repeats. ValueError if one is more than a plain {name}."""
-    if len(template) > MAX_TEMPLATE:
-        raise ValueError(f"{len(template)} characters are over {MAX_TEMPLATE}")
+    """Return the set of a template's fields. ValueError if one is more than a plain {name}."""
     template.encode()               # ValueError: half a surrogate pair, which no tokenizer takes
-    found = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if spec or conversion or name is not None and not name.isidentifier():
+    fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
+    for name, spec, conversion in fields:
+        if spec or conversion or not name.isidentifier():
             raise ValueError("a field is a plain {name}: no format, no conversion, no index, no attribute")
-        found += [] if name is None else [name]
-    if len(found) > MAX_FIELDS:
-        raise ValueError(f"{len(found)} fields are over {MAX_FIELDS}")
-    return found
+    return {name for name, *_ in fields}
 
 
 def check_prompts(prompts, source="prompts"):
@@ -79,9 +72,9 @@ def check_prompts(prompts, source="prompts"):
             raise ValueError(f"{source}: unknown key {key!r:.80}, expected one of {', '.join(PROMPTS)}")
         if not isinstance(template, str):
             raise ValueError(f"{source}: {key!r}: expected a string, got {type(template).__name__}")
-        known = set(_fields(PROMPTS[key]))
+        known = _fields(PROMPTS[key])
         try:
-            used = set(_fields(template))
+            used = _fields(template)
         except ValueError as error:
             braces = "{{ and }} stand for braces"
             raise ValueError(f"{source}: {key!r} is not a template ({braces}): {error}") from None
@@ -95,12 +88,8 @@ def check_prompts(prompts, source="prompts"):
 
 def load_prompts(path):
     """Read templates from a JSON file {key: template}; the rest are the defaults. ValueError if it is bad."""
-    with open(path, "rb") as file:
-        text = file.read(MAX_FILE + 1)
-    if len(text) > MAX_FILE:
-        raise ValueError(f"{path}: over {MAX_FILE} bytes, expected a JSON object of templates")
     try:
-        prompts = json.loads(text.decode("utf-8"))
+        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:       # not JSON, not UTF-8, or [[[[[...
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(prompts, dict):

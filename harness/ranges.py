@@ -107,26 +107,16 @@ def is_number(value, *types):
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-def written(kind):
-    """Return a reader of numbers as people write them: int() also takes 1_0 and digits of other scripts."""
-    def read(word):
-        if "_" in word or not word.isascii():
-            raise ValueError(word)
-        return kind(word)
-
-    return read
-
-
 def integer(low, high=LARGEST, step=1):
     """Take integers from low to high, every step-th."""
     steps, end = f" in steps of {step}" * (step > 1), "10^9" if high == LARGEST else high
-    return Kind(f"an integer from {low} to {end}{steps}", written(int),
+    return Kind(f"an integer from {low} to {end}{steps}", int,
                 lambda n: is_number(n, int) and low <= n <= high and (n - low) % step == 0)
 
 
 def real(expected, holds):
     """Take finite numbers for which `holds`."""
-    return Kind(expected, written(float), lambda x: is_number(x, int, float) and abs(x) < HUGE and holds(x))
+    return Kind(expected, float, lambda x: is_number(x, int, float) and abs(x) < HUGE and holds(x))
 
 
 def above(low):
@@ -166,7 +156,7 @@ def several(kind):
 
 def pair(expected, kind):
     """Take two numbers of a kind, joined by a comma; the value is a tuple."""
-    return Kind(expected, lambda words: tuple(map(written(float), words.split(","))),
+    return Kind(expected, lambda words: tuple(map(float, words.split(","))),
                 lambda two: isinstance(two, tuple) and len(two) == 2 and all(map(kind.holds, two)))
 
 

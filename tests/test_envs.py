@@ -447,9 +447,7 @@ def test_load_prompts_replaces_what_it_names(tmp_path):
     {"wrong_value": "{ number }"} | a plain {name}
     {"describe": "{target:{target:999999999}}"} | 'describe'
     {"correct": "\\ud800"} | 'correct'"""),
-    ('{"correct": "%s"}' % ("x" * 20_001), "20001 characters"), ("[" * 100_000, "JSON"),
-    ('{"wrong_value": "%s"}' % ("{number}" * 51), "51 fields"),
-    ('{"correct": "%s"}' % ("x" * 2 ** 20), "1048576 bytes"),
+    ("[" * 100_000, "JSON"),
     ('{"%s": "x"}' % ("k" * 900), "unknown key 'kkk")])
 def test_bad_templates_are_named_in_one_line(tmp_path, content, key):
     path = tmp_path / "prompts.json"
