@@ -1,6 +1,7 @@
 """Measure the parts of this project against the clock. Only tests import it.
 
     python -m benchmarks.kernels               attention and log-probs, next to all their rivals (rivals.py)
+    python -m benchmarks.speed --against HEAD  updates of PPO, next to an older commit; and sampling:
     python -m benchmarks.generate              sampling, next to transformers
     python -m benchmarks.soak --minutes 30     two ranks, one of which is killed every minute or so
 """

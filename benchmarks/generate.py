@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine, milliseconds, take_turns
+from benchmarks.measure import head, machine, milliseconds, show, take_turns
 from envs import GeneralPoints
 from harness.ranges import command_line, integer, text
 from harness.terminal import command
@@ -22,6 +22,7 @@ from llama.processor import Processor
 from model import Llama
 
 TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp"
+COLUMNS = {"prompts": "7", "batch": "5", "ours": "7.0f", "transformers": "12.0f", "ratio": "5.2f"}
 
 
 def reference_inputs(processor, conversations, images):
@@ -56,6 +57,8 @@ def main(argv=None):
     print(f"{parameters:,} parameters, {args.new_tokens} new tokens; {machine()}")
     sampling = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0,
                     top_p=1.0, temperature=1.0, pad_token_id=processor.pad_id)
+    head(COLUMNS)
+    rows = []
     for image, batch in itertools.product((False, True), (1, 64)):
         env = GeneralPoints(image=image, size=(224, 56))
         prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
@@ -70,9 +73,10 @@ def main(argv=None):
         }, args.repeats)
         rates = {name: 1000 * batch * args.new_tokens / statistics.median(found)
                  for name, found in times.items()}
-        print(f"{'image' if image else 'text':<5}  batch {batch:>2}  ours {rates['ours']:>7,.0f} tok/s  "
-              f"transformers {rates['transformers']:>7,.0f} tok/s  "
-              f"ratio {rates['ours'] / rates['transformers']:.2f}", flush=True)
+        rows.append(rates | {"prompts": "image" if image else "text", "batch": batch,
+                             "ratio": rates["ours"] / rates["transformers"]})
+        show(rows[-1], COLUMNS)
+    return rows
 
 
 if __name__ == "__main__":

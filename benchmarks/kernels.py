@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import DEVICE, GPU, machine, milliseconds, take_turns
+from benchmarks.measure import DEVICE, GPU, head, machine, milliseconds, show, take_turns
 from benchmarks.rivals import LARGE, SMALL, attention_cases, logprob_cases
 from harness.files import to_json
 from harness.ranges import FILE, command_line
@@ -145,7 +145,7 @@ def bench(case, ceilings, rounds, seconds):
         if "ours" in times:
             rows[name]["ratio"] = ms / statistics.median(times["ours"])
     for row in rows.values():
-        show(row)
+        show(row, COLUMNS)
     return list(rows.values())
 
 
@@ -165,17 +165,6 @@ def measure_ceilings(dtype, quick):
 
 COLUMNS = {"case": "15", "part": "8", "implementation": "32", "ms": "8.4g", "rate": "8.3g", "unit": "7",
            "ceiling": "7.0%", "MiB": "8.1f", "error": "7.1e", "ratio": "5.2f"}
-
-
-def show(row):
-    """Print a line of the table. A column that is not in the row stays empty."""
-    if "no" in row:
-        row = row | {"ms": f"no: {row['no']}"}
-    cells = []
-    for name, form in COLUMNS.items():
-        value = "" if row.get(name) is None else row[name]
-        cells.append(f"{value:<{form.split('.')[0] if isinstance(value, str) else form}}")
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(argv=None):
@@ -198,8 +187,7 @@ def main(argv=None):
     result = {"machine": machine() | {"type": str(dtype), "sizes": "large" if sizes is LARGE else "small"},
               "ceilings": measure_ceilings(dtype, args.quick), "rows": []}
     print(f"{result['machine']}\n{result['ceilings']}\n")
-    show({name: name for name in COLUMNS})
-    show({name: "-" * int(form.split(".")[0]) for name, form in COLUMNS.items()})
+    head(COLUMNS)
     for name, names in called.items():
         if names & set(args.only) or not args.only and name != "vocabulary-128k":
             build = logprob_cases if len(sizes[name]) == 3 else attention_cases

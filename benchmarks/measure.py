@@ -61,3 +61,20 @@ def machine():
             "torch": torch.__version__,
             "CUDA": torch.version.cuda,
             "HIP": torch.version.hip} | {name: versions.get(name) for name in sorted(PACKAGES)}
+
+
+def head(columns):
+    """Print the head of a table. columns: {name: the format of its numbers}."""
+    show({name: name for name in columns}, columns)
+    show({name: "-" * int(form.split(".")[0]) for name, form in columns.items()}, columns)
+
+
+def show(row, columns):
+    """Print a line of the table. A column that is not in the row stays empty."""
+    if "no" in row:
+        row = row | {"ms": f"no: {row['no']}"}
+    cells = []
+    for name, form in columns.items():
+        value = "" if row.get(name) is None else row[name]
+        cells.append(f"{value:<{form.split('.')[0] if isinstance(value, str) else form}}")
+    print(f"| {' | '.join(cells)} |", flush=True)

@@ -27,11 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def start(out, steps):
     """Start torchrun with two ranks of a small gp-vl PPO run, each on one thread."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1000]
-    argv = ["--task", "gp-vl", "--algo", "ppo", "--model", ROOT / "docs/tiny/gp", "--shard", "on",
-            "--hands", 8, "--samples", 2, "--eval-hands", 0, "--save-every", 5, "--steps", steps,
-            "--out", out]
-    return subprocess.Popen(list(map(str, [sys.executable, *torchrun, ROOT / "train.py", *argv])),
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1000".split()
+    argv = "--task gp-vl --algo ppo --shard on --hands 8 --samples 2 --eval-hands 0 --save-every 5"
+    return subprocess.Popen([sys.executable, *torchrun, ROOT / "train.py", *argv.split(),
+                             "--model", ROOT / "docs/tiny/gp", "--steps", str(steps), "--out", out],
                             stdout=open(f"{out}.output", "a", encoding="utf-8"), stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -6,7 +6,7 @@ import torch
 
 import kernels
 from benchmarks import kernels as bench
-from benchmarks import measure, rivals
+from benchmarks import measure, rivals, speed
 from kernels import attention
 from kernels.visible import Visible
 from tables import cases
@@ -167,3 +167,11 @@ def test_main_fails_where_ours_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(rivals, "attention", lambda *qkv, **masks: attention.attention(*qkv, **masks) * 1.01)
     with pytest.raises(SystemExit, match="decode-1 forward"):
         bench.main(["--quick", "--only", "decode-1"])
+
+
+def test_updates_are_timed_and_weighed(small):
+    settings = f"--task gp-vl --model {small[0]} --hands 4 --samples 1 --minibatches 1 --token-budget 9999"
+    found = speed.measure({"a": speed.ROOT, "b": speed.ROOT}, 1, "1", "+1", settings)
+    assert found["a"]["padding"] == found["b"]["padding"] and 0 < found["a"]["padding"] < 0.5
+    for row in found.values():
+        assert row["both"] == row["rollout_seconds"] + row["update_seconds"] > 0 < row["GB"]

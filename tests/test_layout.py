@@ -28,7 +28,8 @@ MAP = {
     "train": "harness variants distributed ppo sft rollout llama games torch",
     "study": "train harness variants distributed ppo sft rollout model llama kernels envs games torch numpy "
              "matplotlib",
-    "benchmarks": "harness model llama kernels envs games torch transformers liger_kernel cut_cross_entropy",
+    "benchmarks": "train harness model llama kernels envs games torch transformers liger_kernel "
+                  "cut_cross_entropy",
 }
 # They need the standard library alone, and all may import them.
 LEAVES = {"games.seeds", "harness.files", "harness.ranges", "harness.terminal"}
@@ -77,7 +78,7 @@ def test_no_import_circle():
 # more into a line changes nothing.
 
 BUDGETS = {"envs": 3500, "model": 5000, "rollout": 1800, "ppo": 3000, "sft": 900, "train": 2800}
-SOURCE, TESTS = 97_000, 93_700         # of all source without tests, of the tests: they may only fall
+SOURCE, TESTS = 97_000, 93_500         # of all source without tests, of the tests: they may only fall
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
 
