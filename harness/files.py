@@ -194,10 +194,9 @@ def parse(line, needs):
 
 
 def append_line(file, record):
-    """Add a line; others may do so at the same time. What a crash left of a last one goes."""
+    """Add a line, under the lock of the file's folder. What a crash left of a last one goes."""
     line = to_json(record, separators=(",", ":")).encode() + b"\n"
     with open(file, "a+b") as out:
-        hold(out)
         out.seek(0)
         *lines, last = out.read().split(b"\n")
         if last and parse(last, {}) is None:

@@ -390,18 +390,6 @@ def test_records(tmp_path):
         records.read(tmp_path)
 
 
-def test_records_that_many_write_at_once(tmp_path):
-    """Each longer than what a file keeps back: no line ends within another."""
-    def write(k):
-        for _ in range(10):
-            files.append_line(tmp_path / "a", {"k": k, "x": "y" * 20_000})
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(4)))
-    found = files.read_lines(tmp_path / "a", {"k": int})
-    assert sorted(line["k"] for line in found) == sorted(10 * [0, 1, 2, 3])
-
-
 @pytest.mark.parametrize("where", ["start", "step"])
 def test_a_log_that_cannot_be_written(small, tmp_path, monkeypatch, where):
     out, real = tmp_path / "run", folder.RunFolder.log
