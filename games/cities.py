@@ -59,14 +59,14 @@ def _walk(plan, rng):
     return tuple(path)
 
 
-def marks_of(plan, path):
+def _marks(plan, path):
     """Return the landmark (or None) where each leg of a path ends."""
     at = {mark.at: mark for mark in plan.landmarks}
     return [at.get(point) for point in path[1:]]
 
 
 @cache
-def paths_of(plan):
+def _paths(plan):
     """Return the paths of all routes of a town and of its held-out ones, two lists without repeats; on one
     path, no two legs end at the same name."""
     rng = random.Random(f"routes of {plan.name} {VERSION}")
@@ -74,16 +74,16 @@ def paths_of(plan):
     paths = {}      # in order, unlike a set
     while len(paths) < own + held_out:
         path = _walk(plan, rng)
-        names = [mark.name for mark in marks_of(plan, path) if mark] if path else [""] * 2
+        names = [mark.name for mark in _marks(plan, path) if mark] if path else [""] * 2
         if len(set(names)) == len(names):
             paths[path] = None
     return list(paths)[:own], list(paths)[own:]
 
 
-def milestones(plan, path):
+def _milestones(plan, path):
     """Return milestone_info of a path: one block per leg."""
     blocks = []
-    for i, (a, b, mark) in enumerate(zip(path, path[1:], marks_of(plan, path)), 1):
+    for i, (a, b, mark) in enumerate(zip(path, path[1:], _marks(plan, path)), 1):
         a, b = plan.panoramas[a], plan.panoramas[b]
         heading, remark = bearing(a, b), "No landmark nearby"
         if mark:
@@ -96,11 +96,11 @@ def milestones(plan, path):
 def _route(plan, path):
     """Return one entry of route_infos.json."""
     *marks, last = (mark and {"name": mark.name, "geocode": geocode(plan.city, mark.xy)}
-                    for mark in marks_of(plan, path))
+                    for mark in _marks(plan, path))
     start, *points = (geocode(plan.city, plan.panoramas[point]) for point in path)
     return {"start_place": {"relocated_geocode": start}, "init_heading": 0, "dest_place": last,
             "route_results": {"geocode_list": points, "landmark_list": marks},
-            "milestone_info": milestones(plan, path)}
+            "milestone_info": _milestones(plan, path)}
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -123,7 +123,7 @@ def build(name, root, *, width=256):
         sweep(folder / "street_views", ".*-*")
         return folder
     files = {"city.json": {"city": name, "width": width, "version": VERSION, "digest": _digest(plan)}}
-    for file, paths in zip(("route_infos.json", "held_out_infos.json"), paths_of(plan)):
+    for file, paths in zip(("route_infos.json", "held_out_infos.json"), _paths(plan)):
         if paths:
             files[file] = [_route(plan, path) for path in paths], len(paths)
     mapping = {tuple(geocode(plan.city, xy)): identity for identity, xy in zip(plan.ids, plan.panoramas)}
