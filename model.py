@@ -15,6 +15,7 @@ from torch import nn
 
 from kernels.attention import Visible, attention
 from kernels.logprob import token_logprobs
+from kernels.visible import branch_starts
 from llama.config import Config
 from llama.folders import load_weights, save_model
 
@@ -357,18 +358,19 @@ class Llama(nn.Module):
             else:
                 weight.normal_(0, std, generator=generator)
 
-    def forward(self, input_ids, *, lengths=None, images=None, cache=None, targets=None, temperature=1.0,
-                logits=None):
+    def forward(self, input_ids, *, lengths=None, images=None, trees=None, cache=None, targets=None,
+                temperature=1.0, logits=None):
         """Pass right-padded tokens through -> Output. All of it happens in here, so that FSDP's hooks see it.
 
         input_ids (B, T) int64; lengths (B,): real tokens per row, default T. images: llama.images.Images of
-        the rows with an <|image|> token; the others have none (else ValueError). cache: row b's tokens follow
-        the cache.lengths[b] that it holds, and are added; an image comes with the first ones, and is kept.
+        the rows with an <|image|> token; the others have none (else ValueError). trees: where rows hold
+        several conversations that begin alike, see llama/batches.py. cache: row b's tokens follow the
+        cache.lengths[b] that it holds, and are added; an image comes with the first ones, and is kept.
         targets (B, T): the token after each input, -100 where not asked -> logprobs and entropy of
         softmax(logits / temperature). logits: "all", "last" (of each row's last real token) or None.
         """
         x = self.embed_tokens(input_ids)
-        step = self.locate_tokens(x, cache, lengths)
+        step = self.locate_tokens(x, cache, lengths, trees)
         if images is not None:
             self.encode_images(step, input_ids, images.to(x.device), x)
         elif cache is not None and cache.has_image.any():
@@ -396,12 +398,17 @@ class Llama(nn.Module):
             return False
         return not any(weight.requires_grad for weight in self.vision_model.parameters())
 
-    def locate_tokens(self, x, cache, lengths):
+    def locate_tokens(self, x, cache, lengths, trees=None):
         """Begin a Step: positions of new tokens, their places in the cache (which grows), what they see."""
         B, T, _ = x.shape
         real = None if lengths is None else lengths.to(x.device)
         if cache is None:
-            return Step(*self.rope(T, x)[:, None, :T], text=Visible(causal=True, lengths=real))
+            positions = torch.arange(T)[None]                  # (1 or B, T)
+            if trees is not None:
+                stems, begins = torch.tensor([[stem] for stem, _ in trees]), branch_starts(trees, T)[0]
+                positions = positions - begins + begins.minimum(stems)
+            text = Visible(causal=True, lengths=real, trees=trees)
+            return Step(*self.rope(T, x)[:, positions.to(x.device)], text=text)
         ends = cache.lengths.tolist()
         fresh, longest = max(ends) == 0, max(ends) + T
         cache.reserve(longest)

@@ -11,7 +11,7 @@ estimators and losses (over tokens, against groups of samples, with a KL penalty
 
 import copy
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
@@ -21,7 +21,7 @@ from torch import nn
 
 from llama.batches import OneProcess, parts, passes
 from llama.metrics import averages
-from rollout import Episode
+from rollout import Episode, trees_of_hands
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class ActorCritic(nn.Module):
 
     def values(self, batch, turns):
         """Make a forward pass for the values (turns,) alone."""
-        network = self.policy if self.trunk is None else self.trunk
-        return self.head(network(**batch.inputs()).hidden[turns.rows, turns.positions])
+        network = self.trunk or self.policy
+        return self.head(network(**batch.inputs()).hidden.flatten(0, 1)[turns.places])
 
     def head(self, hidden):
         """Return values (turns,) of states at last prompt tokens (turns, D)."""
@@ -230,7 +230,7 @@ class ActorCritic(nn.Module):
             values = self.values(batch, turns)
         elif with_values:
             hidden = out.hidden.detach() if self.critic == "detached" else out.hidden
-            values = self.head(hidden[turns.rows, turns.positions])
+            values = self.head(hidden.flatten(0, 1)[turns.places])
         drawn = batch.targets >= 0
         return out.logprobs[drawn], out.entropy[drawn], values
 
@@ -239,10 +239,10 @@ class ActorCritic(nn.Module):
 class Turns:
     """The turns of a batch of conversations as tensors. With an estimator over tokens read (tokens,) for
     (turns,): an entry per sampled token, whose value is read one place before it."""
-    rows: torch.Tensor                         # (turns,) batch row
-    positions: torch.Tensor                    # (turns,) last prompt token, where the value is read
+    places: torch.Tensor                       # (turns,) last prompt token, where the value is read, of B * T
+    conversation: torch.Tensor                 # (turns,) which one of the batch
     turn: torch.Tensor                         # (tokens,) the turn of each sampled token
-    row: torch.Tensor                          # (tokens,) its batch row
+    sequence: torch.Tensor                     # (tokens,) its conversation
     weights: torch.Tensor                      # (tokens,) its weight in the turn's log-prob
     old_logprobs: torch.Tensor                 # (tokens,)
     advantages: torch.Tensor                   # (turns,)
@@ -250,26 +250,27 @@ class Turns:
     targets: torch.Tensor                      # (turns,)
 
 
-def turns_of(conversations, per="turn", device="cpu"):
-    """Return the Turns of conversations. per: what has an advantage, a "turn" or a "token"."""
+def turns_of(conversations, batch, per="turn"):
+    """Return the Turns of the conversations in a batch. per: what has an advantage, a "turn" or a "token"."""
     ints, floats, turns = defaultdict(list), defaultdict(list), []
-    for row, conversation in enumerate(conversations):
+    for i, (conversation, start) in enumerate(zip(conversations, batch.starts)):
         for turn in conversation.turns:
             drawn = range(turn.start, turn.end)
             read = drawn if per == "token" else drawn[:1]
-            ints["rows"] += [row] * len(read)
-            ints["positions"] += [t - 1 for t in read]        # a token is predicted one place before it
+            ints["places"] += [start + t - 1 for t in read]   # a token is predicted one place before it
+            ints["conversation"] += [i] * len(read)
             ints["turn"] += [len(turns)] * len(drawn)
-            ints["row"] += [row] * len(drawn)
+            ints["sequence"] += [i] * len(drawn)
             floats["weights"] += conversation.weights[turn.start:turn.end]
             floats["old_logprobs"] += conversation.logprobs[turn.start:turn.end]
             turns.append(turn)
     floats |= {"advantages": flat(turns, "advantage"), "old_values": flat(turns, "value"),
                "targets": flat(turns, "target")}
-    tensor = partial(torch.tensor, device=device)
-    return Turns(*(tensor(ints[name], dtype=torch.int64) for name in ("rows", "positions", "turn", "row")),
-                 *(tensor(floats[name], dtype=torch.float32) for name in (
-                     "weights", "old_logprobs", "advantages", "old_values", "targets")))
+    tensor = partial(torch.tensor, device=batch.targets.device)
+    return Turns(*(tensor(ints[name], dtype=torch.int64)
+                   for name in "places conversation turn sequence".split()),
+                 *(tensor(floats[name], dtype=torch.float32)
+                   for name in "weights old_logprobs advantages old_values targets".split()))
 
 
 @torch.no_grad()
@@ -287,12 +288,12 @@ class Units:
     """A map of sampled tokens to units (see Loss), and the weight of each unit in the mean."""
 
     def __init__(self, turns, batch, loss):
-        tokens, sequences = (torch.arange(len(x), device=turns.row.device)
-                             for x in (turns.row, batch.lengths))
-        # the unit of each sampled token (tokens,), and the batch row of each unit (units,)
-        self.of, row = {"turn": (turns.turn, turns.rows),
-                        "token": (tokens, turns.row),
-                        "sequence": (turns.row, sequences)}[loss.unit]
+        tokens, sequences = (torch.arange(len(x), device=turns.turn.device)
+                             for x in (turns.turn, batch.starts))
+        # the unit of each sampled token (tokens,), and the conversation of each unit (units,)
+        self.of, row = {"turn": (turns.turn, turns.conversation),
+                        "token": (tokens, turns.sequence),
+                        "sequence": (turns.sequence, sequences)}[loss.unit]
         self.zeros, self.size = torch.zeros_like(row, dtype=torch.float32), 1
         if loss.unit == "sequence":
             self.size = torch.bincount(self.of, minlength=len(row)).clamp(min=1)
@@ -315,7 +316,7 @@ def count(conversations):
 def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, train_policy=True):
     """Return the loss of a batch and its metrics. Each term is divided by its count over the whole minibatch
     and all ranks (n, see `count`), so that losses and gradients of batches just add up."""
-    turns = turns_of(conversations, estimator.per, batch.targets.device)
+    turns = turns_of(conversations, batch, estimator.per)
     logprobs, entropy, values = actor_critic(batch, turns, args.temperature, estimator.values)
     units, over = Units(turns, batch, loss), n[loss.over]
     weights = turns.weights if loss.unit == "turn" else 1.0
@@ -358,15 +359,16 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
     explained = explained_variance(turns, ranks)
     if estimator.normalize:
         normalize_advantages(turns, args, ranks)
-    own = [len(conversations), sum(len(c.ids) for c in conversations), count(conversations)["token"]]
-    total, tokens, drawn = ranks.total(own)
-    places = ranks.positions(list(Counter(e.seed for e in episodes for _ in e.conversations).values()))
+    hands = trees_of_hands(episodes)
+    trees, places = sum(hands, []), ranks.positions(map(len, hands))
+    total, tokens, drawn = ranks.total(
+        [len(trees), sum(len(c.ids) for c in conversations), count(conversations)["token"]])
     generator, steps = torch.Generator().manual_seed(seed), []
     for _ in range(args.epochs):
         order = torch.randperm(int(total), generator=generator).tolist()
         for part in parts(places, order, args.minibatches):
-            steps.append(one_step(actor_critic, processor, [conversations[i] for i in part], args, estimator,
-                                  loss, step, train_policy, ranks, conversations[0]))
+            steps.append(one_step(actor_critic, processor, [trees[i] for i in part], args, estimator, loss,
+                                  step, train_policy, ranks, conversations[0]))
     first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)
     return averages(steps) | {
         "drawn_vs_scored": first,              # of the first step: afterwards the policy has moved
@@ -374,20 +376,19 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
         "trained_tokens": args.epochs * tokens}
 
 
-def one_step(actor_critic, processor, conversations, args, estimator, loss, step, train_policy, ranks,
-             filler):
+def one_step(actor_critic, processor, trees, args, estimator, loss, step, train_policy, ranks, filler):
     """Make one optimizer step on this rank's part of a minibatch.
 
     Return {metric: (mean, how many it is a mean over)}; nothing where no rank has a conversation, and then no
     step is made. filler: see llama.batches.passes.
     """
-    own = count(conversations)
+    own = count(sum(trees, []))
     n = dict(zip(own, ranks.total(list(own.values()))))
     if not n["token"]:
         return {}
     sums = defaultdict(float)
-    for group, batch, weight in passes(actor_critic.policy, processor, conversations, args.token_budget,
-                                       ranks, filler):
+    for group, batch, weight in passes(actor_critic.policy, processor, trees, args.token_budget, ranks,
+                                       filler):
         total, numbers = batch_loss(actor_critic, group, batch, args, estimator, loss, n, train_policy)
         (weight * total).backward()
         for name, value in numbers.items():

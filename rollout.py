@@ -8,6 +8,7 @@ right or the attempts are used up. In navigation every point of a route is a con
 whole route is one episode.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable
 
@@ -15,6 +16,7 @@ import torch
 
 from envs import Env
 from games.seeds import derive
+from llama.batches import trees_of
 from llama.generate import generate
 
 
@@ -47,12 +49,6 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)       # log-probs by another policy, if asked for
 
-    @property
-    def prompt(self):
-        """Return what it begins with, which samples of a hand share: ids up to an answer, and its picture."""
-        end = self.turns[0].start if self.turns else len(self.ids)
-        return tuple(self.ids[:end]), id(self.image)
-
     def append(self, ids, sampled, logprobs=None, weights=None):
         """Append tokens that the model sampled, or that it was forced to read."""
         zeros = [0.0] * len(ids)
@@ -76,6 +72,15 @@ class Episode:
     def turns(self):
         """Return the turns of all its conversations, in order."""
         return [turn for conversation in self.conversations for turn in conversation.turns]
+
+
+def trees_of_hands(episodes):
+    """Return per hand the conversations that begin alike, which learn together: lists of trees, see
+    llama/batches.py."""
+    hands = defaultdict(list)
+    for episode in episodes:
+        hands[episode.seed] += episode.conversations
+    return [trees_of(hand) for hand in hands.values()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def play_turn(model, processor, cache, players, temperature, max_new_tokens):
     """Let every player answer once. Return the cache and the indices of the players whose episodes go on."""
     asked, source, images = [player.conversation for player in players], None, None
     if cache is None:                                          # what several begin with is read once
-        prompts = [c.prompt for c in asked]
+        prompts = [(tuple(c.ids), id(c.image)) for c in asked]
         alike = dict(zip(prompts, asked))
         source, asked = [*map(list(alike).index, prompts)], list(alike.values())
         images = processor.images([c.image for c in asked])

@@ -77,7 +77,8 @@ def one_step(model, processor, examples, args, loss, step, filler, ranks):
     if not n:
         return {}
     sums = torch.zeros(3, dtype=torch.float64)
-    for group, batch, weight in passes(model, processor, examples, args.token_budget, ranks, filler):
+    trees = [[example] for example in examples]
+    for group, batch, weight in passes(model, processor, trees, args.token_budget, ranks, filler):
         out, asked = model(**batch.inputs(), targets=batch.targets), batch.targets >= 0
         logprobs, rows = out.logprobs[asked], asked.nonzero()[:, 0]
         total = weight * loss(logprobs, rows, group, args).sum() / n

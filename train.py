@@ -165,8 +165,8 @@ class Trainer:
         with autocast(args, processes.device):
             if loss.before:
                 with self.reference() if loss.before == "initial" else contextlib.nullcontext():
-                    score(self.model, self.processor, examples, args.token_budget, ranks=processes,
-                          filler=filler)
+                    score(self.model, self.processor, [[example] for example in examples], args.token_budget,
+                          ranks=processes, filler=filler)
             metrics = sft.update(self.model, self.processor, examples, args, loss=loss.f, step=self.step,
                                  places=places, filler=filler, ranks=processes)
         self.ledger.add_sft(episodes, examples, metrics["trained_tokens"])

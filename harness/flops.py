@@ -23,8 +23,8 @@ what the maths asks for:
 - Backward, a product has two more, of which one is asked if the weight learns and one if a gradient goes on
   to the input. So all that learns costs twice its forward pass, what is frozen between that and the loss
   once, and what is frozen below it (--tune, the base of LoRA) nothing. Features of an image that a frozen
-  encoder left in the rollout cost nothing in the update. In a rollout a prompt with its image counts once,
-  whatever the number of samples that it is read for.
+  encoder left in the rollout cost nothing in the update.
+- What the samples of a hand have in common, prompt and image, counts once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
   is counted once: the settings that a resumed run may change do not bend the axis.
 - Passes that a rank makes only because another has more to do are not counted. So ranks do not change the
@@ -33,15 +33,16 @@ what the maths asks for:
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import replace
 from itertools import product
 
 from torch import nn
 
 from harness.load import count_parameters
+from llama.batches import tokens_of
 from llama.images import Images, best_canvas
 from model import CrossLayer
 from ppo import count
+from rollout import trees_of_hands
 from variants import SFT_LOSSES, lora
 
 PHASES = "rollout", "scoring", "update"
@@ -55,8 +56,10 @@ PARTS = tuple(dict.fromkeys(PART.values()))
 # ------------------------------------------------------------------------------------------------------------
 # How often
 
-def quantities(config, tokens, targets, tiles=0, before=0, encode=True):
-    """Return how much of what a forward pass of a conversation does, {quantity: number}.
+def quantities(config, stem, targets, tiles=0, before=0, encode=True, branches=(), cached=False):
+    """Return how much of what a forward pass of a tree does, {quantity: number}. stem, branches: its tokens
+    (see llama/batches.py); a conversation by itself is a stem. cached: in a rollout, whose branches continue
+    the stem's cache: the last token of the prompt is passed, and the first drawn scored, once for all.
 
     tokens, pairs: in self-attention layers, and the keys that each of them sees
     targets: tokens whose log-prob is asked
@@ -66,7 +69,11 @@ def quantities(config, tokens, targets, tiles=0, before=0, encode=True):
     features, image keys: what is projected, and made into keys and values
     looks, glances: in cross-attention layers, tokens from <|image|> on, and what each sees of it
     """
-    done = Counter({"tokens": tokens, "pairs": tokens * (tokens + 1) // 2, "targets": targets})
+    if cached and branches:
+        stem, branches, targets = stem + 1, [n - 1 for n in branches], targets + 1 - len(branches)
+    tokens, causal = stem + sum(branches), lambda n: n * (n + 1) // 2
+    pairs = causal(stem) + sum(n * stem + causal(n) for n in branches)
+    done = Counter({"tokens": tokens, "pairs": pairs, "targets": targets})
     if tiles:
         P, N, looks = config.vision.num_patches, config.vision.max_num_tiles, tokens - before
         real, S = P * tiles, N * (P + -P % 8)
@@ -76,25 +83,16 @@ def quantities(config, tokens, targets, tiles=0, before=0, encode=True):
     return done
 
 
-def passed(config, conversations, encode=True):
-    """Return the quantities of a forward pass of conversations (or examples), of which the last token is not
-    passed."""
+def passed(config, trees, encode=True, cached=False):
+    """Return the quantities of a forward pass of trees."""
     total = Counter()
-    for c in conversations:
-        image = (real_tiles(config, c.image), c.ids.index(config.image_token_id)) if c.image else ()
-        total += quantities(config, len(c.ids) - 1, sum(c.sampled[1:]), *image, encode=encode)
+    for tree in trees:
+        first, (stem, branches), targets = tree[0], tokens_of(tree), sum(sum(c.sampled) for c in tree)
+        tiles = before = 0
+        if first.image:
+            tiles, before = real_tiles(config, first.image), first.ids.index(config.image_token_id)
+        total += quantities(config, stem, targets, tiles, before, encode, branches, cached)
     return total
-
-
-def played(config, conversations):
-    """Return the quantities of a rollout of conversations: a prompt that several begin with is read once."""
-    done, known = passed(config, conversations), set()
-    for c in conversations:
-        end = len(c.prompt[0]) + 1                             # reading gives the first token drawn, too
-        if c.prompt in known:
-            done -= passed(config, [replace(c, ids=c.ids[:end], sampled=c.sampled[:end])])
-        known.add(c.prompt)
-    return done
 
 
 def real_tiles(config, image):
@@ -237,8 +235,9 @@ class Ledger:
         """Add a step that learnt from episodes."""
         llama, conversations = self.llama, [c for e in episodes for c in e.conversations]
         values = count(conversations)[estimator.per]
-        seen = played(llama.config, conversations)
-        known = passed(llama.config, conversations, encode=not llama.vision_frozen)
+        trees = sum(trees_of_hands(episodes), [])
+        seen = passed(llama.config, trees, cached=True)
+        known = passed(llama.config, trees, encode=not llama.vision_frozen)
         spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
         passes = 1 + bool(self.args.kl_coef) + (estimator.per == "token" and estimator.values)
         self.add(spent, conversations * passes, trained_tokens)
@@ -246,7 +245,8 @@ class Ledger:
     def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
         conversations = [c for episode in episodes for c in episode.conversations]
-        seen, learnt = played(self.llama.config, conversations), passed(self.llama.config, examples)
+        seen = passed(self.llama.config, sum(trees_of_hands(episodes), []), cached=True)
+        learnt = passed(self.llama.config, [[example] for example in examples])
         scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
         self.add(of_sft(self.args, self.llama, seen, learnt), conversations + scored, trained_tokens)
 

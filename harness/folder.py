@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -68,25 +68,20 @@ def choose(args, processes, held):
             if name == names[-1]:
                 raise
             continue
-        if resume or not (name / LOG).exists():    # nobody can change that from now on
-            held.callback(lock.release)
+        # A new run would drop its checkpoints as older than those of a run whose log is gone.
+        if resume or not any((name / left).exists() for left in (LOG, "checkpoints")):
+            held.callback(lock.release)        # nobody can change that from now on
             return str(name), resume
         lock.release()
-    raise SettingError(f"--out {shown(name)}: expected a folder without a run; --resume goes on with this "
-                       "one")
-
-
-def starts(run):
-    """Read the lines of a run's log that say how it began and was resumed."""
-    return [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
+    raise SettingError(f"--out {shown(name)}: expected a folder without a run or its checkpoints; --resume "
+                       "goes on with a run")
 
 
 def launch_of(run):
     """Return which launch of torchrun began or resumed a run last; None for a log that does not tell."""
-    try:
-        return ([{}] + starts(run))[-1].get("launch")
-    except ValueError:
-        return None
+    with suppress(ValueError):
+        starts = [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
+        return starts[-1].get("launch") if starts else None
 
 
 def record_of(path):
@@ -135,14 +130,7 @@ class RunFolder:
                                 "begin anew with another --out")
             return None, resumed(args, typed, read_json(self.path, file.name), file)
         self.checkpoints.verify(newest)
-        record = record_of(newest)
-        logged = [line["config"] for line in starts(self.path) if isinstance(line.get("config"), dict)]
-        its = record["config"].get("algo")
-        here = [record["config"], *logged][-1].get("algo")
-        if here != its:
-            raise UserError(f"{newest}: of a run with --algo {its}, and that in {self.path} has "
-                            f"--algo {here}; move it away")
-        return newest, resumed(args, typed, record["config"], newest)
+        return newest, resumed(args, typed, record_of(newest)["config"], newest)
 
     def start(self, args, step):
         """Open the log; on resuming, drop what was logged after the checkpoint."""

@@ -23,7 +23,7 @@ from harness.environments import evaluation_sets
 from harness.load import compares_with_start
 from llama.batches import passes
 from llama.metrics import error_of_mean, ratio_of_sums
-from rollout import rollout
+from rollout import rollout, trees_of_hands
 from sft import make_example
 from variants import lora
 from variants.reference import initial, local, reshard
@@ -102,14 +102,14 @@ class Probe:
     def score(self, name, episodes):
         """Return log-probs and entropies by the model as it is now of each episode's sampled tokens, a list
         of (2, tokens) float64 on the host."""
-        conversations = [c for episode in episodes for c in episode.conversations]
         filler = make_example(self.processor, self.sets[name](), seed=0)       # a rank may have no hand
-        found = {}
-        for group, batch, weight in passes(self.model, self.processor, conversations, self.args.token_budget,
+        found, trees = {}, sum(trees_of_hands(episodes), [])
+        for group, batch, weight in passes(self.model, self.processor, trees, self.args.token_budget,
                                            self.processes, filler):
-            out, asked = self.model(**batch.inputs(), targets=batch.targets), (batch.targets >= 0).cpu()
-            both = torch.stack([out.logprobs, out.entropy]).cpu().double()             # (2, B, T)
-            found |= {id(c): both[:, row, asked[row]] for row, c in enumerate(group if weight else [])}
+            out = self.model(**batch.inputs(), targets=batch.targets)
+            both = torch.stack([out.logprobs, out.entropy])[:, batch.targets >= 0].cpu().double()
+            parts = both.split([sum(c.sampled) for c in group], 1)                     # (2, tokens) each
+            found |= dict(zip(map(id, group), parts)) if weight else {}
         return [torch.cat([found[id(c)] for c in episode.conversations], 1) for episode in episodes]
 
     def of_hands(self, episodes, scored, others=None):

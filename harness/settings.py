@@ -71,7 +71,8 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                                 LEARNING)
     warmup: float = optional(between(0, 1), "share of the steps in which the rate rises from 0", LEARNING)
     epochs: int = optional(integer(1), "passes over each rollout, or batch of SFT", LEARNING)
-    minibatches: int = optional(integer(1), "optimizer steps per pass", LEARNING)
+    minibatches: int = optional(integer(1), "optimizer steps per pass; samples with one prompt share a step",
+                                LEARNING)
     tune: str = arg("all", one_of(tuple(TUNE)), "weights that learn; text: the language model", LEARNING)
 
     batch_size: int = optional(integer(1, 10**6), "dialogues per step, over all ranks", SFT)
@@ -213,7 +214,7 @@ GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_
 # game, task. Of two the later wins. The paper's numbers are PAPER: section 4.
 
 PRESETS = entries("""
-    tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 4096
+    tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 2048
         --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100 --probe-hands 0
     tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16
     tiny virl: --max-new-tokens 64 --eval-hands 200 --probe-hands 8

@@ -61,6 +61,8 @@ def attention_reference(q, k, v, visible, scale=None):
     """Compute the same in plain torch. Heads that share a key head are folded into T: no key is repeated."""
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
+    if visible.trees is not None:
+        return attend_trees(q, k, v, visible, scale)
     fused = F.scaled_dot_product_attention
     if visible.causal and visible.starts is None and visible.key_mask is None:
         # needs no mask, but the true number of queries
@@ -74,3 +76,38 @@ def attention_reference(q, k, v, visible, scale=None):
         return out
     padding = torch.arange(T, device=q.device) >= visible.lengths[:, None]     # (B, T)
     return out.masked_fill(padding[:, :, None, None], 0)
+
+
+def attend_trees(q, k, v, visible, scale):
+    """Compute the same for rows that are trees, branch by branch: nothing is computed that is hidden."""
+    T = q.shape[1]
+    sizes = [n for stem, branches in visible.trees for n in (stem, *branches, T - stem - sum(branches))]
+    parts = zip(*(x.flatten(0, 1).split(sizes) for x in (q, k.transpose(1, 2), v.transpose(1, 2))))
+    if visible.dense is None:                                  # of the longest conversation
+        longest = max(stem + max(branches) for stem, branches in visible.trees)
+        visible.dense = q.new_full((longest, longest), -math.inf).triu(1)
+    out = []
+    for _, branches in visible.trees:
+        # (tokens, H, D); keys and values (tokens, K, D)
+        queries, *stem = next(parts)
+        out.append(attend_last(queries, *stem, visible.dense, scale))
+        for _ in branches:
+            queries, *own = next(parts)
+            seen = [torch.cat(pair) for pair in zip(stem, own)]
+            out.append(attend_last(queries, *seen, visible.dense, scale))
+        out.append(torch.zeros_like(next(parts)[0]))           # padding
+    return torch.cat(out).view(q.shape)
+
+
+def attend_last(q, k, v, mask, scale):
+    """Let queries (T, H, D) that stand at the last of the keys (S, K, D) see these causally -> (T, H, D).
+
+    mask: what a causal mask adds to scores, for at least S tokens.
+    """
+    (T, H, _), (S, K, _) = q.shape, k.shape
+    if not T:
+        return q
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    mask = mask[S - T:S, :S] if T < S else None                # without one the fused kernel skips half
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=scale, enable_gqa=H != K)
+    return out[0].transpose(0, 1)

@@ -27,20 +27,22 @@ import torch
 
 from kernels import tl, triton
 from kernels.tiles import dot, read, tiles, write
-from kernels.visible import hide, keys_of, queries_of, unmasked
+from kernels.visible import hide, keys_of, own_keys, queries_of
 
 
 @triton.jit
-def walk(q, k, v, k_s, S, masks, row, t, free, first, full, end, scale, D, N):
-    """Let queries q (M, D) meet keys first .. end -> (log-sum-exp in the units of q k, mean of v)."""
+def walk(q, k, v, k_s, S, masks, row, t, own, first, full, end, gap, scale, D, N):
+    """Let queries q (M, D) meet keys first .. end, but for a gap -> (log-sum-exp in the units of q k, mean of
+    v)."""
     top = tl.full([q.shape[0]], -1e30, tl.float32)             # finite: -inf less -inf would be NaN
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
-    for n0 in range(first, end, N):
+    for step in range(first, end - gap[1], N):
+        n0 = tl.where(step < gap[0], step, step + gap[1])
         n = n0 + tl.arange(0, N)
         s = dot(q, tl.trans(read(k, n, k_s, S, D)))
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], free[:, None], masks, row)
+            s = hide(s, t[:, None], n[None, :], own[:, None], masks, row)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -67,10 +69,10 @@ def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
                    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute M queries of a head."""
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
-    row, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
+    row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
     queries = read(q + here, t, H * D, length, D)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, masks, row, t, free,
-                        0, full, end, scale, D, N)
+    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, masks, row, t, own,
+                        0, full, end, gap, scale, D, N)
     write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
     seeing = (t < length) & (logsum > float("-inf"))
     logsum = tl.where(seeing, logsum, float("inf"))            # for the others P is exp2(-inf) = 0
@@ -82,7 +84,7 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, s
               G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Compute dQ of M queries of a head, and delta for dkdv_kernel."""
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
-    row, length, free, full, end = keys_of(masks, b, t0, t, T, S, N)
+    row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
     queries = read(q + here, t, H * D, length, D)
     do = read(grad + here, t, H * D, length, D)
     o = read(out + here, t, H * D, length, D)
@@ -90,13 +92,14 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, s
     tl.store(delta + at + t, dots)
     logsum = tl.load(lse + at + t)
     acc = tl.zeros(queries.shape, tl.float32)
-    for n0 in range(0, end, N):
+    for step in range(0, end - gap[1], N):
+        n0 = tl.where(step < gap[0], step, step + gap[1])
         n = n0 + tl.arange(0, N)
         keys = read(k + keys_here, n, strides[2], S, D)
         zeros = tl.zeros([M, N], tl.float32)
         s = dot(queries, tl.trans(keys), zeros - logsum[:, None])
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], free[:, None], masks, row)
+            s = hide(s, t[:, None], n[None, :], own[:, None], masks, row)
         values = read(v + keys_here, n, strides[2], S, D)
         dp = dot(do, tl.trans(values), zeros - dots[:, None])
         acc = dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc)
@@ -130,7 +133,7 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, 
         zeros = tl.zeros([N, M], tl.float32)
         s = dot(keys, tl.trans(queries), zeros - logsum[None, :])
         if t0 < full:
-            s = hide(s, t[None, :], n[:, None], unmasked(masks, b, t, length, T)[None, :], masks, row)
+            s = hide(s, t[None, :], n[:, None], own_keys(masks, b, t, length, T)[None, :], masks, row)
         p = tl.exp2(s * scale)
         do = read(grad + h * D, t, H * D, length, D)
         dots = tl.load(delta + h * T_pad + t)

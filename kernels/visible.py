@@ -29,9 +29,11 @@ FAR = 2**30    # the start of rows that are not causal: every key lies before it
 class Visible:
     """Describe what query t of row b sees of the keys.
 
-    causal: it stands at position starts[b] + t (starts (B,), default 0) and sees no key after that.
-    lengths (B,): it is padding from lengths[b] on: it gives zeros, has no gradient and costs nothing.
-    key_mask (B, S) and see_all (B, T), bool: it sees key s if see_all[b, t] or key_mask[b, s].
+    causal: it stands at position starts[b] + t (starts (B,), default 0) and sees no key after that. lengths
+    (B,): it is padding from lengths[b] on: it gives zeros, has no gradient and costs nothing. key_mask (B, S)
+    and see_all (B, T), bool: it sees key s if see_all[b, t] or key_mask[b, s]. trees: per row (stem, [branch,
+    ...]), numbers of tokens. The first `stem` of a row are what its branches have in common, as answers have
+    their prompt. They follow one after the other, and each sees the stem and itself. Causal, from position 0.
 
     A query that sees nothing gives zeros and has no gradient. One object serves all layers of one forward
     pass: the first makes `table` (for kernels) or `dense` (for twins), the others find it.
@@ -41,8 +43,25 @@ class Visible:
     lengths: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
     see_all: torch.Tensor | None = None
+    trees: list | None = None
     table: tuple = None
     dense: tuple = None
+
+
+def branch_starts(trees, T):
+    """Return where in its row the branch of each token begins, 0 for the stem, (B, T) int64; and where it
+    ends.
+
+    A stem ends with its row: that far it is seen.
+    """
+    starts, ends = torch.zeros(2, len(trees), T, dtype=torch.int64)
+    for row, (stem, branches) in enumerate(trees):
+        begin = ends[row, :stem] = stem
+        for tokens in branches:
+            here, begin = slice(begin, begin + tokens), begin + tokens
+            starts[row, here], ends[row, here] = here.start, begin
+        ends[row, :stem] = begin
+    return starts, ends
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,24 +69,27 @@ class Visible:
 
 
 def kernel_masks(visible, q, S):
-    """Return rows (B, 5) int32, and key_mask and see_all as bytes, None if no key is masked.
+    """Return rows (B, 5) int32; key_mask and see_all as bytes, None if no key is masked; and `branch_starts`
+    as int32, None if there are no trees.
 
     A row: the position of its first query; how many queries are no padding; how many keys are open from the
     first on; where the last open key ends; where the last query that sees all ends.
     """
     if visible.table is None:
-        B, T, mask, free = *q.shape[:2], visible.key_mask, visible.see_all
+        B, T, mask, free, branches = *q.shape[:2], visible.key_mask, visible.see_all, (None, None)
         rows = torch.empty(B, 5, dtype=torch.int32, device=q.device)
         rows[:, 0] = FAR if not visible.causal else 0 if visible.starts is None else visible.starts
         rows[:, 1] = T if visible.lengths is None else visible.lengths.clamp(max=T)
-        if mask is None:
-            rows[:, 2:4], rows[:, 4] = S, 0
-        else:
+        rows[:, 2:4], rows[:, 4] = S, 0
+        if visible.trees is not None:
+            rows[:, 2] = torch.tensor([stem for stem, _ in visible.trees])
+            branches = (x.to(q.device, torch.int32) for x in branch_starts(visible.trees, T))
+        if mask is not None:
             free = mask.new_zeros(B, T) if free is None else free
             rows[:, 2] = mask.cumprod(1).sum(1)
             rows[:, 3], rows[:, 4] = last_end(mask), last_end(free)
             mask, free = (x.contiguous().view(torch.uint8) for x in (mask, free))
-        visible.table = rows, mask, free
+        visible.table = rows, mask, free, *branches
     return visible.table
 
 
@@ -77,50 +99,62 @@ def last_end(flags):
 
 
 @triton.jit
-def unmasked(masks, b, t, length, T):
-    """Tell which of the queries t of row b see all keys."""
-    free = t < 0
+def own_keys(masks, b, t, length, T):
+    """Tell which of the queries t of row b see all keys; with trees: where their branches begin."""
+    own = t < 0
     if masks[2] is not None:
-        free = tl.load(masks[2] + b * T + t, mask=t < length, other=0) != 0
-    return free
+        own = tl.load(masks[2] + b * T + t, mask=t < length, other=0) != 0
+    if masks[3] is not None:
+        own = tl.load(masks[3] + b * T + t, mask=t < length, other=T)
+    return own
 
 
 @triton.jit
 def keys_of(masks, b, t0, t, T, S, N):
-    """Find the keys of queries t from t0 on in row b -> `row` for `hide`, length, who sees all, full, end."""
+    """Find the keys of queries t from t0 on in row b -> `row` for `hide`, length, their own keys, full, end,
+    and (from, gap): so many keys no query sees from there on."""
     rows = masks[0] + b * 5
-    start, length, full, end = tl.load(rows), tl.load(rows + 1), S, S
-    free = unmasked(masks, b, t, length, T)
+    start, length, full, end, stem, gap = tl.load(rows), tl.load(rows + 1), S, S, S, 0
+    own = own_keys(masks, b, t, length, T)
+    if masks[3] is not None:
+        full, stem = tl.load(rows + 2), tl.load(rows + 2)
+        gap = tl.maximum(tl.min(own, 0) // N - tl.cdiv(stem, N), 0) * N
     if masks[2] is not None:
-        full = tl.where(tl.min((free | (t >= length)).to(tl.int32), 0) > 0, S, tl.load(rows + 2))
-        end = tl.where(tl.max(free.to(tl.int32), 0) > 0, S, tl.load(rows + 3))
+        full = tl.where(tl.min((own | (t >= length)).to(tl.int32), 0) > 0, S, tl.load(rows + 2))
+        end = tl.where(tl.max(own.to(tl.int32), 0) > 0, S, tl.load(rows + 3))
     end = tl.minimum(end, start + tl.minimum(t0 + t.shape[0], length))
     end = tl.where(t0 < length, end, 0)
     full = tl.minimum(tl.minimum(full, start + t0 + 1), end) // N * N
-    return (start, b, S), length, free, full, end
+    return (start, b, S, stem), length, own, full, end, (tl.cdiv(stem, N) * N, gap)
 
 
 @triton.jit
 def queries_of(masks, b, n0, S, M, N):
     """Find the queries of N keys from n0 on in row b -> `row` for `hide`, length, first, full, end."""
     rows = masks[0] + b * 5
-    start, length = tl.load(rows), tl.load(rows + 1)
+    start, length, stem = tl.load(rows), tl.load(rows + 1), S
     first, full, end = tl.maximum(n0 - start, 0) // M * M, n0 + N - 1 - start, length
     if masks[1] is not None:
         n = n0 + tl.arange(0, N)
         opened = tl.sum(tl.load(masks[1] + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
         end = tl.where(opened > 0, end, tl.minimum(end, tl.load(rows + 4)))
         full = tl.where(opened >= tl.minimum(N, S - n0), full, end)
-    return (start, b, S), length, first, full, end
+    if masks[4] is not None:
+        n, stem = n0 + tl.arange(0, N), tl.load(rows + 2)
+        end = tl.max(tl.load(masks[4] + b * S + n, mask=n < S, other=0), 0)
+        full = tl.where(n0 + N <= stem, full, end)
+    return (start, b, S, stem), length, first, full, end
 
 
 @triton.jit
-def hide(s, t, n, free, masks, row):
+def hide(s, t, n, own, masks, row):
     """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
-    start, b, S = row
+    start, b, S, stem = row
     visible = (n < S) & (n - start <= t)
     if masks[1] is not None:
-        visible = visible & (free | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
+        visible = visible & (own | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
+    if masks[3] is not None:
+        visible = visible & ((n < stem) | (n >= own))
     return tl.where(visible, s, float("-inf"))
 
 

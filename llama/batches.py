@@ -2,7 +2,17 @@
 
 A conversation is anything with `ids` (token ids), `sampled` (is the model to produce this token?) and `image`
 (a picture, what Processor.cut made of one, or None); see rollout.Conversation.
+
+Conversations that begin alike are one row of a batch, a *tree*. Its stem is their common prompt, which is so
+read and learnt once, with its image; their branches follow one after the other:
+
+    tokens       prompt         | answers of the 1st | answers of the 2nd | ...
+    positions    0 1 2 ... P-2  | P-1 P P+1 ...      | P-1 P P+1 ...      |
+    sees         the stem before it, and its own branch before it
+
+A branch begins with the prompt's last token, the one that predicts the first token of the answer.
 """
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,18 +22,21 @@ from llama.images import Images
 
 @dataclass
 class Batch:
+    """B trees of C conversations, in the order of the rows."""
     input_ids: torch.Tensor                 # (B, T)
     lengths: torch.Tensor                   # (B,)
     targets: torch.Tensor                   # (B, T) the token after each position if sampled, else -100
-    images: Images | None
+    starts: list                            # (C,) token t of a branch stands at starts + t of all B * T
+    images: Images | None                   # at most one per row
+    trees: list | None                      # per row (tokens of the stem, [tokens of each branch])
 
     def to(self, device):
         tensors = (tensor.to(device) for tensor in (self.input_ids, self.lengths, self.targets))
-        return Batch(*tensors, self.images and self.images.to(device))
+        return Batch(*tensors, self.starts, self.images and self.images.to(device), self.trees)
 
     def inputs(self):
         """Return what `Llama.forward` takes of a batch, but for the targets."""
-        return {"input_ids": self.input_ids, "lengths": self.lengths, "images": self.images}
+        return {name: getattr(self, name) for name in ("input_ids", "lengths", "images", "trees")}
 
 
 class OneProcess:
@@ -45,17 +58,45 @@ class OneProcess:
         return range(sum(counts))
 
 
-def collate(processor, conversations):
-    """Pad conversations to a Batch. The last token of each is a target only."""
-    width = max(len(c.ids) for c in conversations) - 1
-    input_ids = torch.full((len(conversations), width), processor.pad_id)
-    targets = torch.full((len(conversations), width), -100)
-    for row, c in enumerate(conversations):
-        input_ids[row, :len(c.ids) - 1] = torch.tensor(c.ids[:-1])
-        following = torch.tensor(c.ids[1:])
-        targets[row, :len(c.ids) - 1] = torch.where(torch.tensor(c.sampled[1:]), following, -100)
-    lengths = torch.tensor([len(c.ids) - 1 for c in conversations])
-    return Batch(input_ids, lengths, targets, processor.images([c.image for c in conversations]))
+def prompt_of(conversation):
+    """Return the number of tokens before the first that is sampled: at least 1, and one is left to
+    predict."""
+    return max(1, (conversation.sampled[:-1] + [True]).index(True))
+
+
+def trees_of(conversations):
+    """Group conversations of one prompt and image, in their order -> list of lists."""
+    trees = defaultdict(list)
+    for c in conversations:
+        trees[tuple(c.ids[:prompt_of(c)]), id(c.image)].append(c)
+    return list(trees.values())
+
+
+def tokens_of(tree):
+    """Return the numbers of tokens of a row: (of its stem, [of each branch]). The last token of a
+    conversation is a target only."""
+    stem = prompt_of(tree[0]) - 1
+    return stem, [len(c.ids) - 1 - stem for c in tree]
+
+
+def collate(processor, trees):
+    """Pad trees, lists of conversations with one prompt and image, to a Batch."""
+    shapes = [tokens_of(tree) for tree in trees]
+    lengths = torch.tensor([stem + sum(branches) for stem, branches in shapes])
+    input_ids = torch.full((len(trees), int(lengths.max())), processor.pad_id)
+    targets, starts = torch.full_like(input_ids, -100), []
+    for row, (tree, (stem, branches)) in enumerate(zip(trees, shapes)):
+        input_ids[row, :stem] = torch.tensor(tree[0].ids[:stem], dtype=torch.int64)
+        at = stem
+        for c, tokens in zip(tree, branches):
+            input_ids[row, at:at + tokens] = torch.tensor(c.ids[stem:-1])
+            following = torch.tensor(c.ids[stem + 1:])
+            targets[row, at:at + tokens] = following.where(torch.tensor(c.sampled[stem + 1:]), -100)
+            starts.append(row * input_ids.shape[1] + at - stem)
+            at += tokens
+    images = processor.images([tree[0].image for tree in trees])
+    shapes = shapes if len(starts) > len(trees) else None      # rows of one conversation need no more masks
+    return Batch(input_ids, lengths, targets, starts, images, shapes)
 
 
 def bucket(lengths, token_budget, extra=None):
@@ -74,20 +115,35 @@ def bucket(lengths, token_budget, extra=None):
     return groups
 
 
-def passes(model, processor, conversations, token_budget, ranks, filler=None):
-    """Yield (conversations, their Batch on the device, weight) until all have been passed, alike in length
-    together.
+def prune(tree, room):
+    """Cut a tree into trees of at most `room` tokens, or of one conversation."""
+    stem, branches = tokens_of(tree)
+    cut, left = [], 0
+    for conversation, tokens in zip(tree, branches):
+        if tokens > left:
+            cut.append([])
+            left = room - stem
+        cut[-1].append(conversation)
+        left -= tokens
+    return cut
+
+
+def passes(model, processor, trees, token_budget, ranks, filler=None):
+    """Yield (conversations, their Batch on the device, weight) until all trees have been passed, those alike
+    in size together.
 
     filler: a conversation for passes that only other ranks need (weight 0); default: the first. Nothing in it
     counts as sampled, so that its loss is 0 by itself: 0 times a loss that is not finite would be NaN.
     """
     tokens = model.config.vision and model.config.image_tokens(model.vision_frozen)            # of an image
-    beside = [tokens if c.image else 0 for c in conversations]
-    groups = bucket([len(c.ids) for c in conversations], token_budget, beside)
-    filler = filler or conversations[0]
+    beside = lambda tree: tokens if tree[0].image else 0
+    filler = filler or trees[0][0]
     filler = replace(filler, sampled=[False] * len(filler.ids), turns=[])
-    for group, weight in ranks.lockstep([[conversations[i] for i in group] for group in groups], [filler]):
-        yield group, collate(processor, group).to(ranks.device), weight
+    trees = [part for tree in trees for part in prune(tree, token_budget - beside(tree))]
+    sizes = [stem + sum(branches) for stem, branches in map(tokens_of, trees)]
+    groups = bucket(sizes, token_budget, [beside(tree) for tree in trees])
+    for group, weight in ranks.lockstep([[trees[i] for i in group] for group in groups], [[filler]]):
+        yield sum(group, []), collate(processor, group).to(ranks.device), weight
 
 
 def parts(places, order, n):

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import chain, product, zip_longest
 from pathlib import Path
 
 import torch
@@ -169,8 +169,8 @@ def make_module(config, args, dtype=torch.bfloat16):
 
 
 def blank_batch(config, rows, length, targets=0, image=False):
-    """Make a Batch of conversations of which the last `targets` tokens are scored, with an image each of
-    which all tiles are real."""
+    """Make a Batch of rows of one conversation, of which the last `targets` tokens are scored, with an image
+    each of which all tiles are real."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
     scored = torch.where(torch.arange(length) >= length - targets, 0, -100).repeat(rows, 1)
     images, vision = None, config.vision
@@ -179,7 +179,7 @@ def blank_batch(config, rows, length, targets=0, image=False):
         tiles = torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
         shape = rows, vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size
         images = Images([*torch.empty(shape, device="meta")], tiles[:, 0], tiles, torch.arange(rows))
-    return Batch(ids, torch.full((rows,), length), scored, images)
+    return Batch(ids, torch.full((rows,), length), scored, None, images, None)
 
 
 def features_of(module, batch):
@@ -206,8 +206,8 @@ def micro_loss(module, batch):
     """Compute a loss that needs what the real ones need (ppo.batch_loss, sft.update)."""
     if not isinstance(module, ppo.ActorCritic):
         return module(**batch.inputs(), targets=batch.targets).logprobs.sum()
-    rows = torch.arange(len(batch.input_ids))
-    return sum(x.sum() for x in module(batch, ppo.Turns(rows, rows, *[None] * 7), 1.0))
+    places = torch.arange(len(batch.input_ids))                # of values: any, one per conversation
+    return sum(x.sum() for x in module(batch, ppo.Turns(places, *[None] * 8), 1.0))
 
 
 def measure_rollout(llama, rows, lengths, image):
@@ -324,14 +324,24 @@ def memory(config, args, gpus):
 # ------------------------------------------------------------------------------------------------------------
 # FLOPs of a PPO update
 
-def passed(config, conversations, image, encode=True):
-    """Return the quantities (harness/flops.py) of conversations, [forced, drawn, ...] tokens each."""
-    tiles = config.vision.max_num_tiles if image else 0
-    return sum((flops.quantities(config, sum(c) - 1, sum(c[1::2]), tiles, 1, encode) for c in conversations),
-               Counter())
+def trees_of(episodes, samples):
+    """Take every `samples` episodes in a row for those of a hand -> lists of the conversations that they have
+    at the same place: trees (llama/batches.py), with the prompt of the first."""
+    hands = [episodes[i:i + samples] for i in range(0, len(episodes), samples)]
+    return [list(filter(None, tree)) for hand in hands for tree in zip_longest(*hand)]
 
 
-def schedule(config, args, conversations, released=False):
+def passed(config, trees, image, **how):
+    """Return the quantities (harness/flops.py) of trees of conversations, [forced, drawn, ...] tokens
+    each."""
+    tiles, total = config.vision.max_num_tiles if image else 0, Counter()
+    for tree in trees:
+        total += flops.quantities(config, tree[0][0] - 1, sum(sum(c[1::2]) for c in tree), tiles, 1,
+                                  branches=[sum(c[1:]) for c in tree], **how)
+    return total
+
+
+def schedule(config, args, trees, released=False):
     """Return the FLOPs of (rollout, scoring, update), by part: as this project does them, or as the released
     code does (PAPER's sections 4 and 8): every turn is a sequence of its own, with all that went before and
     the image: prefilled to answer, passed again for log-probs and value, and trained on in every epoch.
@@ -340,11 +350,11 @@ def schedule(config, args, conversations, released=False):
     in its favour.
     """
     if released:
-        conversations = [[sum(c[:k]), c[k]] for c in conversations for k in range(1, len(c), 2)]
+        trees = [[[sum(c[:k]), c[k]]] for c in sum(trees, []) for k in range(1, len(c), 2)]
         args = replace(args, critic="shared", advantage="gae")
-    module, turns = make_module(config, args), sum(map(len, conversations)) // 2
-    seen = passed(config, conversations, args.image)
-    known = passed(config, conversations, args.image, encode=released or not module.policy.vision_frozen)
+    module, turns = make_module(config, args), sum(map(len, sum(trees, []))) // 2
+    seen = passed(config, trees, args.image, cached=True)
+    known = passed(config, trees, args.image, encode=released or not module.policy.vision_frozen)
     rollout, scoring, update = flops.of_ppo(args, module, algorithm(args)[0], seen, known, turns)
     return rollout, rollout if released else scoring, update
 
@@ -415,7 +425,8 @@ def flops_table(config, args):
     for tune, (name, episodes) in product(tunes, sets):
         conversations, args = sum(episodes, []), replace(args, tune=tune)
         turns = sum(map(len, conversations)) / 2 / len(conversations)
-        ours, theirs = (sum(part.total() for part in schedule(config, args, conversations, released)) / 1e15
+        trees = trees_of(episodes, args.samples)
+        ours, theirs = (sum(part.total() for part in schedule(config, args, trees, released)) / 1e15
                         for released in (False, True))
         numbers = [f"{number:.2f}" for number in (turns, ours, theirs, theirs / ours)]
         rows.append([f"{name}, {len(episodes)} episodes", tune, *numbers])

@@ -5,6 +5,7 @@ The kernels run on a GPU, elsewhere in Triton's interpreter: see conftest.py.
 
 import os
 from functools import partial
+from itertools import product
 
 import aot
 import pytest
@@ -63,12 +64,13 @@ def masks(kind, B, T, S):
     return {name: x for word in KINDS[kind].split() for name, x in forms[word].items()}
 
 
-def dense(inputs, grad, scale=None, **seen):
+def dense(inputs, grad, scale=None, mask=None, **seen):
     """Compute the benchmark's naive form in float64, every score at once -> [out, dq, dk, dv]."""
     q, k, v = (x.detach().double().requires_grad_() for x in inputs)
     (B, T, _, D), S = q.shape, k.shape[2]
-    b, t, s = (torch.arange(n, device=DEVICE) for n in (B, T, S))
-    mask = rivals.sees(seen, b[:, None, None], t[:, None], s).expand(B, T, S)
+    if mask is None:
+        b, t, s = (torch.arange(n, device=DEVICE) for n in (B, T, S))
+        mask = rivals.sees(seen, b[:, None, None], t[:, None], s).expand(B, T, S)
     real = mask.any(2, keepdim=True)           # queries that see nothing: they are to give zeros
     factor = 1 if scale is None else scale * D**0.5
     out = rivals.naive_attention(q * factor, k, v, (mask | ~real)[:, None]) * real[..., None]
@@ -198,6 +200,26 @@ def test_decoding_splits_the_keys(backend, monkeypatch):
     assert_near([found], dense(inputs, grad)[:1])
 
 
+# ----------------------------------------------------------------------------------------------------- trees
+
+
+@both
+@cases("case", ["4 2 16 100 | 5 3 9 1 | 0 7 4 | 40 20 1 33", "2 2 32 80 | 17 16 31 16", "4 1 16 5 | 3 2",
+                "4 2 16 40 | 2 1 | 0 33"])
+def test_a_branch_sees_its_stem_and_itself(backend, case):
+    """Against float64, by a mask made token by token: H K D T, then per row the stem and its branches."""
+    (H, K, D, T), *shapes = [list(map(int, part.split())) for part in case.split("|")]
+    inputs, grad = problem(len(shapes), T, T, H, K, D)
+    mask = torch.zeros(len(shapes), T, T, dtype=torch.bool, device=DEVICE)
+    for seen, shape in zip(mask, shapes):
+        branch = [i for i, n in enumerate(shape) for _ in range(n)]        # 0: the stem
+        for t, s in product(range(len(branch)), repeat=2):
+            seen[t, s] = s <= t and branch[s] in (0, branch[t])
+    lengths = torch.tensor([sum(shape) for shape in shapes], device=DEVICE)
+    found = run(inputs, grad, causal=True, lengths=lengths, trees=[(stem, rest) for stem, *rest in shapes])
+    assert_near(found, dense(inputs, grad, mask=mask))
+
+
 # --------------------------------------------------------------------------------------------------- the rest
 
 
@@ -222,6 +244,9 @@ def test_wrong_shapes_are_refused(sizes):
 
 LAUNCHES = """
     text   |  4 2048 2048 32  8 128 | bfloat16 | causal lengths
+    trees  |  1 4096 4096 32  8 128 | bfloat16 | causal lengths trees
+    trees  |  1 4096 4096 32  8  64 | bfloat16 | causal lengths trees
+    trees  |  1 1024 1024  8  8 128 | float32  | causal lengths trees
     narrow |  4 2048 2048 32  8  64 | bfloat16 | causal
     cross  |  4 2047 6404 32  8 128 | bfloat16 | key_mask
     vision |  4 6432 6432 16 16  80 | bfloat16 | key_mask see_all
@@ -244,7 +269,8 @@ def launches():
     for name, sizes, dtype, words in rows(LAUNCHES):
         B, T, S, H, K, D = map(int, sizes.split())
         given = {"causal": True, "starts": empty(B), "lengths": empty(B),
-                 "key_mask": empty(B, S, dtype=torch.bool), "see_all": empty(B, T, dtype=torch.bool)}
+                 "key_mask": empty(B, S, dtype=torch.bool), "see_all": empty(B, T, dtype=torch.bool),
+                 "trees": [(T // 2, [T // 4, T // 4])] * B}
         visible = Visible(**{word: given[word] for word in words.split()})
         draw = partial(empty, dtype=getattr(torch, dtype), requires_grad=name != "cached")
         q, kv = draw(B, T, H, D), draw(2, B, S, K, D).transpose(2, 3)

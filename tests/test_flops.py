@@ -190,12 +190,14 @@ class Witness:
             backward = flops.cost(rate, done, backward=True)
             result.register_hook(lambda gradient: self.spent["update"].update(backward))
 
-    def passed(self, output, llama, input_ids, *, lengths=None, images=None, cache=None, targets=None,
-               logits=None, **_):
+    def passed(self, output, llama, input_ids, *, lengths=None, images=None, trees=None, cache=None,
+               targets=None, logits=None, **_):
         rate, (B, T) = flops.rates(llama), input_ids.shape
         new = torch.full((B,), T) if lengths is None else lengths
         past = 0 if cache is None else cache.lengths - new
         done = {"tokens": new.sum(), "pairs": (new * past + new * (new + 1) // 2).sum()}
+        for stem, branches in trees or []:                     # no branch sees those before it
+            done["pairs"] -= sum(n * sum(branches[:i]) for i, n in enumerate(branches))
         if images is not None:
             N, S, look = len(images.rows), TILES * PADDED, new[images.rows]
             look = look - (input_ids[images.rows] == llama.config.image_token_id).int().argmax(1)

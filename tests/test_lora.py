@@ -47,7 +47,7 @@ def moved(model, before):
 
 def batch_of(processor, task):
     env = GeneralPoints(image=True, size=(224, 56)) if task == "gp-vl" else GeneralPoints()
-    return collate(processor, sft.make_batch(processor, [(env, 1.0)], range(3), mistakes=0.5))
+    return collate(processor, [[e] for e in sft.make_batch(processor, [(env, 1.0)], range(3), mistakes=0.5)])
 
 
 @torch.no_grad()

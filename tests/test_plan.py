@@ -99,11 +99,12 @@ def test_ppo_micro_batch(medium, processor, twins, task, tune, rank):
     conversations, policy = played(args, medium, processor, 12, features), copy.deepcopy(medium)
     choose_what_learns(policy, args)
     module = ppo.ActorCritic(policy, args.critic)
-    shape = collate(processor, conversations).targets
+    alone = [[c] for c in conversations]
+    shape = collate(processor, alone).targets
 
     def learn():
         with remember(module, features):
-            ppo.batch_loss(module, conversations, collate(processor, conversations), args, *algorithm(args),
+            ppo.batch_loss(module, conversations, collate(processor, alone), args, *algorithm(args),
                            ppo.count(conversations))[0].backward()
 
     learn()
@@ -208,7 +209,7 @@ def test_what_saves_memory_saves_it(medium, monkeypatch):
 def test_shared_prefixes_cost_once(medium):
     """Of one turn the released schedule costs as much as ours, but for the pass that scores."""
     args = settings("gp-vl", "ppo", critic="shared")
-    one, four = [[100, 45]], [[100, 45, 20, 45, 20, 45, 20, 45]]
+    one, four = [[[100, 45]]], [[[100, 45, 20, 45, 20, 45, 20, 45]]]
     (rollout, scored, update), released, *longer = (
         plan.schedule(medium.config, args, turns, released)
         for turns in (one, four) for released in (False, True))
@@ -219,6 +220,11 @@ def test_shared_prefixes_cost_once(medium):
     again = plan.schedule(medium.config, args, one)
     assert again[1]["text"] == rollout["text"] and again[2]["text"] == 2 * update["text"]
     assert again[1]["head"] == 0 and again[2]["head"] == update["head"]
+    # eight samples of a hand: its picture costs once, the text less
+    args.critic = "shared"
+    eight = plan.schedule(medium.config, args, plan.trees_of([[[100, 45]]] * 8, 8))
+    assert eight[2]["vision"] == update["vision"] and eight[2]["head"] == 8 * update["head"]
+    assert 0.39 < eight[2]["text"] / (8 * update["text"]) < 0.42
 
 
 def test_a_growing_cache_takes_one_layer_beside(medium):

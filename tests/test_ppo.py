@@ -324,7 +324,8 @@ def test_buckets_count_images(model, processor):
     #   token: 32 channels in 3 layers. 34 = 68 (32 + 16) / 96, 11 = 68 * 16 / 96
     for tune, tokens, rows in (("all", 34, 2), ("no-vision", 11, 3)):
         freeze(model, tune)
-        groups = passes(model, processor, conversations, rows * (longest + tokens), OneProcess())
+        alone = [[c] for c in conversations]
+        groups = passes(model, processor, alone, rows * (longest + tokens), OneProcess())
         assert [len(group) for group, _, _ in groups] == [rows] * (6 // rows)
 
 

@@ -480,13 +480,18 @@ def test_what_is_called_like_a_checkpoint_and_is_none(sft, name):
     {"began": 5}                | record.json lacks began
     {"step": "2"}               | record.json lacks step
     {"config": {"algo": "sft"}} | another version
-    {"config": {"algo": "ppo"}} | --algo ppo, and that in .* has --algo sft; move it away
 """))
 def test_a_record_of_another_kind(sft, change, words):
     record = folder.record_of(sft / LAST) | json.loads(change)
     (sft / LAST / "record.json").write_text(json.dumps(record))
     resummed(sft / LAST)
     assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
+
+
+def test_checkpoints_of_a_run_without_its_log(small, sft):
+    """A new run there would drop its own as older than these, and be resumed from one of these."""
+    (sft / "log.jsonl").unlink()
+    assert "expected a folder without a run" in refused(f"sft --model {small[0]} --out {sft}")
 
 
 def test_another_algorithm_cannot_go_on(sft):

@@ -61,8 +61,8 @@ def test_mixture_and_mistakes_follow_the_seed(processor):
 
 
 def test_collate_aligns_targets(processor):
-    batch = collate(processor, [Conversation([5, 6, 7, 8], [False, False, True, True]),
-                                Conversation([5, 9], [False, True])])
+    batch = collate(processor, [[Conversation([5, 6, 7, 8], [False, False, True, True])],
+                                [Conversation([5, 9], [False, True])]])
     assert batch.input_ids.tolist() == [[5, 6, 7], [5] + [processor.pad_id] * 2]
     assert batch.targets.tolist() == [[-100, 7, 8], [9, -100, -100]] and batch.lengths.tolist() == [3, 1]
 
@@ -82,13 +82,13 @@ def test_loss_is_the_mean_over_target_tokens(model, processor, task):
     """Against torch's cross_entropy on full logits, whatever shares a micro-batch. In a first minibatch
     ratios are 1: what is scored is what the next pass finds, and PSFT's gradient that of plain SFT."""
     examples = dialogues(processor, 6, mistakes=0.5, task=task)
-    batch = collate(processor, examples)
+    batch = collate(processor, [[e] for e in examples])
     logits = model(**batch.inputs(), logits="all").logits.flatten(0, 1).double()
     expected = torch.nn.functional.cross_entropy(logits, batch.targets.flatten())    # but for those of -100
     found = []
     for name, budget in (("nll", 1), ("nll", 10**6), ("psft", 100)):
         copied = copy.deepcopy(model)
-        score(copied, processor, examples, budget)
+        score(copied, processor, [[e] for e in examples], budget)
         metrics = update(copied, processor, examples, sft_loss=name, token_budget=budget)
         assert metrics["nll"] == pytest.approx(expected.item(), abs=1e-5)
         found.append(gradients_of(copied))
@@ -108,7 +108,7 @@ def test_minibatches_and_epochs(model, processor, loss):
     """Means are over all target tokens: a minibatch of two dialogues counts twice as much as one of one. The
     fourth has nothing to learn from, and makes no step."""
     examples, losses = dialogues(processor, 5), []
-    score(model, processor, examples, 10**6)
+    score(model, processor, [[e] for e in examples], 10**6)
     learn = partial(update, model, processor, step=lambda loss: losses.append(loss) or len(losses),
                     sft_loss=loss, filler=examples[0], epochs=2, minibatches=4)
     examples[3] = replace(examples[3], sampled=[False] * len(examples[3].ids))

@@ -23,14 +23,14 @@ from variants.reference import score
 
 
 def ragged():
-    """Five episodes of two hands, with turns of so many sampled tokens between forced ones, and rewards that
-    differ."""
+    """Five episodes of two hands, each hand with its prompt, with turns of so many sampled tokens between
+    forced ones, and rewards that differ."""
     draw, episodes = random.Random(0).choices, []
     for hand, lengths in zip((0, 0, 0, 1, 1), ("30 2", "2", "7 1 12", "30 2", "2")):
         c = Conversation()
         for attempt, n in enumerate(map(int, lengths.split())):
             ids, nats = draw(range(6, 900), k=n + 5), (-8.0, -7.0, -6.0, -5.0)
-            c.append(ids[n:], False)
+            c.append(ids[n:] if attempt else [6 + hand] * 5, False)
             c.append(ids[:n], True, draw(nats, k=n), draw((0.5, 1.0), k=n))
             c.reference += [0.0] * 5 + draw(nats, k=n)
             [reward], hidden = draw((-1.0, 5.0, -2.0)), torch.tensor(draw((-1.0, 1.0), k=32))
@@ -48,8 +48,8 @@ COMBINATIONS = [(loss, unit, "gae") for loss, entry in LOSSES.items() for unit i
 @pytest.mark.parametrize("names, critic", list(
     zip(COMBINATIONS, cycle(("shared", "detached", "separate")))))
 def test_the_token_budget_changes_nothing(model, processor, names, critic):
-    """Turns of 30 and of 2 tokens apart and together. Sums in another order differ by some 1e-7 of what they
-    add up."""
+    """Turns of 30 and of 2 tokens apart and together, samples of a hand behind one prompt, some of them, or
+    alone. Sums in another order differ by some 1e-7 of what they add up."""
     changes = dict(zip(("loss", "unit", "advantage"), names), entropy_coef=0.5)
     changes |= dict(kl_coef=0.1, kl_estimator="k2") if "dual-clip" in names else {}
     (whole, a), *others = [gradients(model, processor, ragged(), critic, token_budget=budget, **changes)
@@ -63,8 +63,9 @@ def test_the_token_budget_changes_nothing(model, processor, names, critic):
 def test_entropy_and_drawn_vs_scored_are_means_over_tokens(model, processor):
     """Against one pass over all conversations, token by token."""
     conversations = conversations_of(ragged())
-    turns = ppo.turns_of(conversations)
-    logprobs, entropy, _ = critic_of(model)(collate(processor, conversations), turns, 1.0)
+    batch = collate(processor, [[c] for c in conversations])
+    turns = ppo.turns_of(conversations, batch)
+    logprobs, entropy, _ = critic_of(model)(batch, turns, 1.0)
     off = (logprobs - turns.old_logprobs).abs()
     _, metrics = gradients(model, processor, ragged(), token_budget=60)
     assert metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
@@ -73,15 +74,15 @@ def test_entropy_and_drawn_vs_scored_are_means_over_tokens(model, processor):
 
 
 def test_metrics_of_an_update_are_means_over_all_of_it(model, processor):
-    """Five conversations in one minibatch, two, three or nine: the same, where no step is made in between.
-    Minibatches without a conversation are no steps."""
+    """Two hands in one minibatch, two, three or nine: the same, where no step is made in between. Minibatches
+    without a conversation are no steps."""
     steps, metrics = [], []
     for n in (1, 2, 3, 9):
         found = update(critic_of(copy.deepcopy(model)), processor, ragged(),
                        settings(epochs=2, minibatches=n), lambda loss: steps.append(n) or 1.0)
         assert found.pop("drawn_vs_scored") > 0 and found.pop("empty_minibatches") == 2 * n - steps.count(n)
         metrics.append(found)
-    assert steps.count(9) == 2 * 5 and metrics[0]["trained_tokens"] == 2 * metrics[0]["rollout_tokens"]
+    assert steps.count(9) == 2 * 2 and metrics[0]["trained_tokens"] == 2 * metrics[0]["rollout_tokens"]
     assert metrics == [pytest.approx(metrics[0], rel=1e-5, abs=1e-7)] * 4
 
 
@@ -232,7 +233,7 @@ def test_a_pass_for_others_sake_adds_nothing(model, processor, loss, advantage, 
 @pytest.mark.parametrize("name", SFT_LOSSES)
 def test_a_pass_for_others_sake_teaches_nothing(model, processor, name):
     filler, *examples = dialogues(processor, 3)
-    score(model, processor, examples, 10**6)
+    score(model, processor, [[e] for e in examples], 10**6)
     filler.reference = [math.nan] * len(filler.ids)
     assert_waiting_adds_nothing(model, partial(
         sft.update, processor=processor, examples=examples, args=settings("sft"), loss=SFT_LOSSES[name].f,

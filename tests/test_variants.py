@@ -172,10 +172,11 @@ def test_a_longer_verifier_message_changes_no_advantage_and_no_unit(processor, n
         for told in ((3, 2, 2), (3, 9, 2), (30, 0, 1)):
             estimate(name, episodes := example(name, told=told))
             conversations = conversations_of(episodes)
-            turns = ppo.turns_of(conversations, per)
-            units = ppo.Units(turns, collate(processor, conversations), loss)
+            batch = collate(processor, [[c] for c in conversations])
+            turns = ppo.turns_of(conversations, batch, per)
+            units = ppo.Units(turns, batch, loss)
             penalty = loss.penalty(conversations, turns.old_logprobs, units.gather)
-            seen.append(vars(turns) | vars(units) | {"penalty": penalty, "positions": None})
+            seen.append(vars(turns) | vars(units) | {"penalty": penalty, "places": None})
         assert penalty.min() > 0 and len(penalty) == ppo.count(conversations)[unit]
         for other in seen[1:]:
             torch.testing.assert_close(other, seen[0], rtol=0, atol=0)
@@ -231,7 +232,7 @@ def test_units_and_means_by_hand(processor, unit, mean, name, new, old, worth, l
     scored = lambda *batch: (torch.tensor([-1.0, -2, -3, -4, -5, -6, -8]), torch.zeros(7), None)
     seen, conversations = [], conversations_of(example(name, [REWARDS[0], (0,)]))
     _, metrics = ppo.batch_loss(
-        scored, conversations, collate(processor, conversations), settings(),
+        scored, conversations, collate(processor, [[c] for c in conversations]), settings(),
         replace(ESTIMATORS[name], values=False), ppo.Loss(f, unit, mean), ppo.count(conversations))
     assert seen == [pytest.approx(numbers(x)) for x in (new, old, worth)]
     assert metrics["policy_loss"].item() == pytest.approx(float(loss))
@@ -322,7 +323,7 @@ def moved(model):
 
 def score(model, processor, conversations):
     """The log-probs of all that was sampled, (tokens,)."""
-    batch = collate(processor, conversations)
+    batch = collate(processor, [[c] for c in conversations])
     return model(**batch.inputs(), targets=batch.targets).logprobs[batch.targets >= 0]
 
 
@@ -358,7 +359,8 @@ def test_reference_logprobs_and_penalties(model, processor, estimator):
     metrics = reference.score_reference(policy, processor, episodes, args, swap, OneProcess())
     conversations = conversations_of(episodes)
     theirs = score(moved(model), processor, conversations)
-    expected = KL[estimator](ppo.turns_of(conversations).old_logprobs, theirs)
+    drawn = [x for c in conversations for x, sampled in zip(c.logprobs, c.sampled) if sampled]
+    expected = KL[estimator](torch.tensor(drawn), theirs)
     assert flat(episodes, "penalties") == pytest.approx((0.5 * expected).tolist(), abs=1e-4)
     assert all(len(turn.penalties) == turn.end - turn.start for c in conversations for turn in c.turns)
     assert metrics == {"kl_reference": pytest.approx(expected.mean().item(), abs=1e-4)}
@@ -371,7 +373,7 @@ def test_kl_in_the_loss_adds_its_gradient(model, processor, loss, unit):
     """Against autograd on one padded batch, written out anew."""
     episodes, other = play(model, processor, hands=4), moved(model)
     conversations = conversations_of(episodes)
-    reference.score(other, processor, conversations, 300)
+    reference.score(other, processor, [[c] for c in conversations], 300)
     args = dict(loss=loss, unit=unit.replace("sequence", "turn"), token_budget=300)
     with_it, without = (gradients(model, processor, episodes, kl_coef=coef, **args)[0] for coef in (0.5, 0.0))
     found = with_it["policy.lm_head.weight"] - without["policy.lm_head.weight"]

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 from harness.ranges import arg, between
-from llama.batches import passes
+from llama.batches import passes, trees_of
 from ppo import ROUNDING, Estimator, chain, earned, fill_in, gae, size, turns_of
 
 
@@ -79,11 +79,12 @@ def give(episode, per_token):
 @torch.no_grad()
 def score_values(per, actor_critic, processor, conversations, args, ranks):
     """Fill in `turn.value`, or a list with the values of its tokens, in a pass over all conversations."""
-    for group, batch, _ in passes(actor_critic.policy, processor, conversations, args.token_budget, ranks):
+    for group, batch, _ in passes(actor_critic.policy, processor, trees_of(conversations), args.token_budget,
+                                  ranks):
         turns = [turn for c in group for turn in c.turns]
         for turn in turns if per == "token" else []:
             turn.value = [0.0] * (turn.end - turn.start)
-        fill_in(turns, "value", actor_critic.values(batch, turns_of(group, per, ranks.device)).tolist())
+        fill_in(turns, "value", actor_critic.values(batch, turns_of(group, batch, per)).tolist())
 
 
 def gae_loo(episodes, args, base=gae):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.ranges import arg, at_least, one_of
 from llama.batches import OneProcess, passes
+from rollout import trees_of_hands
 from variants.losses import KL
 
 
@@ -88,13 +89,14 @@ def reshard(policy):
 # What it is for
 
 @torch.no_grad()
-def score(model, processor, conversations, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
+def score(model, processor, trees, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
     """Note in each conversation, as `reference`, the log-probs that its sampled tokens have by the model as
-    it is now."""
-    for group, batch, weight in passes(model, processor, conversations, token_budget, ranks, filler):
+    it is now; 0 for the others."""
+    for group, batch, weight in passes(model, processor, trees, token_budget, ranks, filler):
         out = model(**batch.inputs(), targets=batch.targets, temperature=temperature)
-        for conversation, row in zip(group if weight else [], out.logprobs.tolist()):
-            conversation.reference = [0.0] + row[:len(conversation.ids) - 1]
+        found = iter(out.logprobs[batch.targets >= 0].tolist())
+        for conversation in group if weight else []:
+            conversation.reference = [next(found) if drawn else 0.0 for drawn in conversation.sampled]
 
 
 def penalize(conversations, args):
@@ -117,7 +119,7 @@ def score_reference(model, processor, episodes, args, reference, ranks):
     sampled, of all ranks}."""
     conversations = [c for episode in episodes for c in episode.conversations]
     with reference():
-        score(model, processor, conversations, args.token_budget, args.temperature, ranks)
+        score(model, processor, sum(trees_of_hands(episodes), []), args.token_budget, args.temperature, ranks)
     drawn = sum(sum(c.sampled) for c in conversations)
     kl, drawn = ranks.total([penalize(conversations, args), drawn])
     return {"kl_reference": kl / drawn}
