@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import product_type
 from kernels.attention import Visible, attention
 from kernels.logprob import token_logprobs
 from kernels.visible import branch_starts
@@ -47,6 +48,7 @@ class Step:
     vision: torch.Tensor | None = None      # (N, S, D) projected features of images, only when they are given
     image: Visible = field(default_factory=Visible)            # what the new tokens see of their row's image
     after_image: torch.Tensor | None = None                    # (N, T, 1) 0 for tokens before it, else 1
+    qkv: list | None = None                 # joined weights, see `Llama.join_weights`
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -91,9 +93,13 @@ class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.shape, self.eps = nn.Parameter(torch.ones(size)), (size,), eps
+        self.least = torch.tensor(eps, device="cpu")           # eps for the CPU's way
 
     def __call__(self, x):
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        if torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        squares = torch.linalg.vecdot(x, x)[..., None]         # the same in half of the operations of a CPU
+        return (x * torch.add(self.least, squares, alpha=1 / self.shape[0]).rsqrt_()).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -102,6 +108,7 @@ class Attention(nn.Module):
     def __init__(self, config, index, cross):
         super().__init__()
         self.index, self.cross, self.head_dim = index, cross, config.head_dim      # index: place in the cache
+        self.key_heads = config.num_key_value_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size)
@@ -115,18 +122,23 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.view(*x.shape[:2], -1, self.head_dim)
 
-    def forward(self, x, step):
-        q = self.heads(self.q_proj(x))                         # (B, T, H, D)
+    def __call__(self, x, step):
         if self.cross:
-            k, v = self.image_keys(step)
-            return self.o_proj(attention(self.q_norm(q), k, v, step.image).flatten(2))
-        k, v = self.text_keys(x, step)
-        return self.o_proj(attention(rotate(q, step.cos, step.sin), k, v, step.text).flatten(2))
+            q, (k, v) = self.q_norm(self.heads(self.q_proj(x))), self.image_keys(step)      # q (B, T, H, D)
+            return self.o_proj(attention(q, k, v, step.image).flatten(2))
+        if step.qkv is None:
+            q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        else:
+            x, K = self.heads(F.linear(x, step.qkv[self.index])), self.key_heads   # (B, T, H + 2 K, D)
+            qk, v = rotate(x[:, :, :-K], step.cos, step.sin), x[:, :, -K:]
+            q, k = qk[:, :, :-K], qk[:, :, -K:]
+        k, v = self.text_keys(k, v, step)
+        return self.o_proj(attention(q, k, v, step.text).flatten(2))
 
-    def text_keys(self, x, step):
-        """Return the keys and values to attend to, (B, K, length, D), and put new ones into the cache."""
-        k = rotate(self.heads(self.k_proj(x)), step.cos, step.sin)                          # (B, T, K, D)
-        v = self.heads(self.v_proj(x))
+    def text_keys(self, k, v, step):
+        """Return the keys and values to attend to, (B, K, length, D), and put new ones (B, T, K, D) into the
+        cache."""
         if step.cache is not None:
             cached = step.cache.kv[self.index]                 # (B, 2, K, capacity, D)
             new = torch.stack([k, v], 2).detach().view(-1, self.head_dim).to(cached.dtype)
@@ -155,7 +167,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
+    def __call__(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -359,7 +371,7 @@ class Llama(nn.Module):
                 weight.normal_(0, std, generator=generator)
 
     def forward(self, input_ids, *, lengths=None, images=None, trees=None, cache=None, targets=None,
-                temperature=1.0, logits=None):
+                temperature=1.0, logits=None, qkv=None):
         """Pass right-padded tokens through -> Output. All of it happens in here, so that FSDP's hooks see it.
 
         input_ids (B, T) int64; lengths (B,): real tokens per row, default T. images: llama.images.Images of
@@ -367,10 +379,12 @@ class Llama(nn.Module):
         several conversations that begin alike, see llama/batches.py. cache: row b's tokens follow the
         cache.lengths[b] that it holds, and are added; an image comes with the first ones, and is kept.
         targets (B, T): the token after each input, -100 where not asked -> logprobs and entropy of
-        softmax(logits / temperature). logits: "all", "last" (of each row's last real token) or None.
+        softmax(logits / temperature). logits: "all", "last" (of each row's last real token) or None. qkv:
+        what `join_weights` returned, with a cache only.
         """
         x = self.embed_tokens(input_ids)
         step = self.locate_tokens(x, cache, lengths, trees)
+        step.qkv = qkv
         if images is not None:
             self.encode_images(step, input_ids, images.to(x.device), x)
         elif cache is not None and cache.has_image.any():
@@ -418,7 +432,19 @@ class Llama(nn.Module):
         write = begins + positions[:, :, None, None]           # (B, T, 2, K)
         cache.lengths += T if lengths is None else lengths.cpu()
         text = Visible(causal=True, lengths=real, starts=None if fresh else positions[:, 0])
+        if T == 1 and min(ends) == max(ends):                  # after all keys it sees them all
+            text = Visible()
         return Step(*self.rope(longest, x)[:, positions], cache, write.flatten(), longest, fresh, text)
+
+    def join_weights(self):
+        """Join the weights of q, k and v, for one product in place of three as long as they stay -> one
+        ((H + 2 K) * D, inputs) per self-attention layer; None if an adapter is beside one of them."""
+        attentions = [layer.self_attn for layer in self.layers if isinstance(layer, SelfLayer)]
+        parts = [(attn.q_proj, attn.k_proj, attn.v_proj) for attn in attentions]
+        if not all(isinstance(part, Linear) for part in sum(parts, ())):
+            return None
+        kind = product_type(self.embed_tokens.weight)
+        return [torch.cat([part.weight for part in three]).to(kind) for three in parts]
 
     def rope(self, length, x):
         """Return cos and sin (2, at least `length` positions, 1, D) of x's kind; see `rotate`."""

@@ -69,7 +69,7 @@ def attention_reference(q, k, v, visible, scale=None):
         out = fused(q.transpose(1, 2), k, v, is_causal=S > 1, scale=scale, enable_gqa=H != K).transpose(1, 2)
     else:
         mask = dense_mask(visible, q, S, H // K)
-        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
+        q = q.transpose(1, 2).reshape(B, K, H // K * T, D)
         out = fused(q, k, v, attn_mask=mask, scale=scale)
         out = out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
     if visible.lengths is None:

@@ -174,9 +174,8 @@ def dense_mask(visible, q, S, groups):
             position = torch.arange(T, device=q.device)[None]                  # (1 or B, T)
             if visible.starts is not None:
                 position = position + visible.starts[:, None]
-            if T > 1 or (position < S - 1).any():      # else a last query, after all keys, sees them all
-                within = torch.arange(S, device=q.device) <= position[:, :, None]
-                seen = within if seen is None else seen & within
+            within = torch.arange(S, device=q.device) <= position[:, :, None]
+            seen = within if seen is None else seen & within
         if seen is not None:
             added = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
             seen = added.repeat(1, groups if added.shape[1] > 1 else 1, 1)[:, None]

@@ -41,6 +41,7 @@ class KVCache:
             nothing = torch.zeros(B, S, dtype=torch.bool, device=real.device)
             self.cross_mask = nothing.index_copy_(0, rows, real[:, :S])
 
+    @torch.inference_mode()                # what `generate` made can be changed in there only
     def move(self, to, source):
         """Make row to[i] what row source[i] was (lists). In place, layer by layer: it takes little memory."""
         to, source = torch.tensor(to, dtype=torch.int64), torch.tensor(source, dtype=torch.int64)

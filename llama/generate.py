@@ -27,7 +27,7 @@ class Sample:
     hidden: torch.Tensor | None = None      # (D,) at the last token before them, normed: what a critic reads
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, conversations, *, source=None, cache=None, images=None, max_new_tokens, temperature=1.0,
              stop_ids, seeds=None):
     """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
@@ -56,6 +56,7 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
         hidden, logits = hidden[source], logits[source]
     samples = [Sample([], [], hidden=state) for state in hidden]
 
+    qkv = None if weight.is_cuda else model.join_weights()     # a GPU waits for bytes, not for products
     rows, drawn, view = list(range(len(source))), [], cache    # rows[slot]: the row that computes there
     for t in range(max_new_tokens):
         tokens, logprobs = draw_tokens(logits, uniform[:, t], temperature)
@@ -76,7 +77,7 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
             for slot, row in zip(to, [rows[s] for s in source]):
                 rows[slot] = row
             tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
-        logits = model(tokens[:, None], cache=view, logits="last").logits
+        logits = model(tokens[:, None], cache=view, logits="last", qkv=qkv).logits
 
     values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())
     for slots, _ in drawn:
