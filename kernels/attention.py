@@ -80,34 +80,29 @@ def attention_reference(q, k, v, visible, scale=None):
 
 def attend_trees(q, k, v, visible, scale):
     """Compute the same for rows that are trees, branch by branch: nothing is computed that is hidden."""
-    T = q.shape[1]
-    sizes = [n for stem, branches in visible.trees for n in (stem, *branches, T - stem - sum(branches))]
-    parts = zip(*(x.flatten(0, 1).split(sizes) for x in (q, k.transpose(1, 2), v.transpose(1, 2))))
+    T, q, rows = q.shape[1], q.transpose(1, 2), []             # (B, H, T, D)
     if visible.dense is None:                                  # of the longest conversation
         longest = max(stem + max(branches) for stem, branches in visible.trees)
         visible.dense = q.new_full((longest, longest), -math.inf).triu(1)
-    out = []
-    for _, branches in visible.trees:
-        # (tokens, H, D); keys and values (tokens, K, D)
-        queries, *stem = next(parts)
-        out.append(attend_last(queries, *stem, visible.dense, scale))
-        for _ in branches:
-            queries, *own = next(parts)
-            seen = [torch.cat(pair) for pair in zip(stem, own)]
+    for row, (stem, branches) in enumerate(visible.trees):
+        sizes = stem, *branches, T - stem - sum(branches)
+        parts = [x[row:row + 1].split(sizes, 2) for x in (q, k, v)]
+        (first, *begin), *others, (padding, *_) = zip(*parts)
+        out = [attend_last(first, *begin, visible.dense, scale)]
+        for queries, *own in others:
+            seen = [torch.cat(pair, 2) for pair in zip(begin, own)]
             out.append(attend_last(queries, *seen, visible.dense, scale))
-        out.append(torch.zeros_like(next(parts)[0]))           # padding
-    return torch.cat(out).view(q.shape)
+        rows.append(torch.cat([*out, torch.zeros_like(padding)], 2))
+    return torch.cat(rows).transpose(1, 2)
 
 
 def attend_last(q, k, v, mask, scale):
-    """Let queries (T, H, D) that stand at the last of the keys (S, K, D) see these causally -> (T, H, D).
+    """Let queries (1, H, T, D), the last of the places of keys (1, K, S, D), see these causally -> as q.
 
     mask: what a causal mask adds to scores, for at least S tokens.
     """
-    (T, H, _), (S, K, _) = q.shape, k.shape
+    (_, H, T, _), (_, K, S, _) = q.shape, k.shape
     if not T:
         return q
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     mask = mask[S - T:S, :S] if T < S else None                # without one the fused kernel skips half
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=scale, enable_gqa=H != K)
-    return out[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=scale, enable_gqa=H != K)
