@@ -3,7 +3,7 @@ of GNU OpenMP spin.
 
 At the end of each small operation they wait for each other, by default in a loop of milliseconds, as long as
 a core's turn: beside another busy process, which has the core that the last thread needs, a rollout on two
-cores gets 50 times slower. After a tenth of a millisecond they now sleep. libgomp reads this once, when torch
+cores gets dozens of times slower. After some 40 microseconds they now sleep. libgomp reads this once, when torch
 loads it; what the user has set stands.
 """
 
@@ -12,4 +12,4 @@ import os
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 if not any(name in os.environ for name in WAITING):
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "3000"
