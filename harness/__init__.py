@@ -3,8 +3,8 @@ of GNU OpenMP spin.
 
 At the end of each small operation they wait for each other, by default in a loop of milliseconds, as long as
 a core's turn: beside another busy process, which has the core that the last thread needs, a rollout on two
-cores gets dozens of times slower. After some 40 microseconds they now sleep. libgomp reads this once, when torch
-loads it; what the user has set stands.
+cores gets dozens of times slower. After some 40 microseconds they now sleep. libgomp reads this once, when
+torch loads it; what the user has set stands.
 """
 
 import os
