@@ -43,8 +43,7 @@ class Step:
     length: int = 0                         # cached positions to attend to
     fresh: bool = True                      # none is cached: the new tokens attend to one another alone
     text: Visible = None                    # what the new tokens see of the text
-    has_images: bool = False                # does any row have one?
-    rows: torch.Tensor | None = None        # (N,) the rows that have, when not all do
+    rows: object = None                     # with an image: (N,), slice(None) if all have, None if none
     vision: torch.Tensor | None = None      # (N, S, D) projected features of images, only when they are given
     image: Visible = field(default_factory=Visible)            # what the new tokens see of their row's image
     after_image: torch.Tensor | None = None                    # (N, T, 1) 0 for tokens before it, else 1
@@ -149,14 +148,13 @@ class Attention(nn.Module):
 
     def image_keys(self, step):
         """Return the keys and values of images, (N, K, S, D), and put those of real tiles into the cache."""
-        rows = slice(None) if step.rows is None else step.rows
         if step.vision is None:
-            return step.cache.cross[self.index][rows].unbind(1)
+            return step.cache.cross[self.index][step.rows].unbind(1)
         k = self.k_norm(self.heads(self.k_proj(step.vision))).transpose(1, 2)
         v = self.heads(self.v_proj(step.vision)).transpose(1, 2)
         if step.cache is not None:
             kept = step.cache.cross[self.index]                # (B, 2, K, S of real tiles, D)
-            kept[rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach().to(kept.dtype)
+            kept[step.rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach().to(kept.dtype)
         return k, v
 
 
@@ -201,9 +199,9 @@ class CrossLayer(nn.Module):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, step):
-        if not step.has_images:
-            return x
         if step.rows is None:
+            return x
+        if isinstance(step.rows, slice):
             return self.add_image(x, step)
         return x.index_copy(0, step.rows, self.add_image(x[step.rows], step))
 
@@ -371,7 +369,7 @@ class Llama(nn.Module):
                 weight.normal_(0, std, generator=generator)
 
     def forward(self, input_ids, *, lengths=None, images=None, trees=None, cache=None, targets=None,
-                temperature=1.0, logits=None, qkv=None):
+                temperature=1.0, logits=None, qkv=None, at=None):
         """Pass right-padded tokens through -> Output. All of it happens in here, so that FSDP's hooks see it.
 
         input_ids (B, T) int64; lengths (B,): real tokens per row, default T. images: llama.images.Images of
@@ -380,15 +378,18 @@ class Llama(nn.Module):
         cache.lengths[b] that it holds, and are added; an image comes with the first ones, and is kept.
         targets (B, T): the token after each input, -100 where not asked -> logprobs and entropy of
         softmax(logits / temperature). logits: "all", "last" (of each row's last real token) or None. qkv:
-        what `join_weights` returned, with a cache only.
+        what `join_weights` returned, with a cache only. at (B,): where one token per row goes in the cache,
+        in place of cache.lengths, which stay. Then shapes are fixed and no value is read on the host.
         """
         x = self.embed_tokens(input_ids)
-        step = self.locate_tokens(x, cache, lengths, trees)
+        step = self.locate_tokens(x, cache, lengths, trees, at)
         step.qkv = qkv
         if images is not None:
             self.encode_images(step, input_ids, images.to(x.device), x)
-        elif cache is not None and cache.has_image.any():
-            self.recall_images(step, cache)
+        elif cache is not None and cache.image_rows is not None:           # new tokens see what it remembers
+            step.rows = cache.image_rows
+            if cache.cross_mask is not None:
+                step.image = Visible(key_mask=cache.cross_mask[step.rows])
         for layer in self.layers:
             x = layer(x, step)
         output = Output(self.norm(x))
@@ -412,7 +413,7 @@ class Llama(nn.Module):
             return False
         return not any(weight.requires_grad for weight in self.vision_model.parameters())
 
-    def locate_tokens(self, x, cache, lengths, trees=None):
+    def locate_tokens(self, x, cache, lengths, trees=None, at=None):
         """Begin a Step: positions of new tokens, their places in the cache (which grows), what they see."""
         B, T, _ = x.shape
         real = None if lengths is None else lengths.to(x.device)
@@ -423,14 +424,16 @@ class Llama(nn.Module):
                 positions = positions - begins + begins.minimum(stems)
             text = Visible(causal=True, lengths=real, trees=trees)
             return Step(*self.rope(T, x)[:, positions.to(x.device)], text=text)
-        ends = cache.lengths.tolist()
+        ends = cache.lengths.tolist() if at is None else [0, cache.kv[0].shape[3] - T]
         fresh, longest = max(ends) == 0, max(ends) + T
         cache.reserve(longest)
         K, capacity = cache.kv[0].shape[2:4]                   # (B, 2, K, capacity, D)
-        positions = cache.lengths.to(x.device)[:, None] + torch.arange(T, device=x.device)           # (B, T)
+        begin = cache.lengths.to(x.device) if at is None else at
+        positions = begin[:, None] + torch.arange(T, device=x.device)                       # (B, T)
         begins = torch.arange(0, B * 2 * K * capacity, capacity, device=x.device).view(B, 1, 2, K)
         write = begins + positions[:, :, None, None]           # (B, T, 2, K)
-        cache.lengths += T if lengths is None else lengths.cpu()
+        if at is None:
+            cache.lengths += T if lengths is None else lengths.cpu()
         text = Visible(causal=True, lengths=real, starts=None if fresh else positions[:, 0])
         if T == 1 and min(ends) == max(ends):                  # after all keys it sees them all
             text = Visible()
@@ -470,7 +473,7 @@ class Llama(nn.Module):
         if not torch.equal(tokens, count) or int(count.max()) > 1:
             raise ValueError("a conversation has one image and one <|image|> token, or none: "
                              f"found images {count.tolist()}, tokens {tokens.tolist()}")
-        step.has_images, step.rows = True, None if len(images.rows) == len(here) else images.rows
+        step.rows = slice(None) if len(images.rows) == len(here) else images.rows
         features = self.vision_model(images).to(x.device)      # (N, S, F); on the host if remembered
         step.vision = self.multi_modal_projector(features)     # (N, S, D)
         step.after_image = here[images.rows].cumsum(1)[:, :, None].to(x.dtype)              # (N, T, 1)
@@ -479,14 +482,6 @@ class Llama(nn.Module):
             step.image = Visible(key_mask=real)                # an image has a real tile, so no row is empty
         if step.cache is not None:
             step.cache.reserve_images(len(self.config.cross_attention_layers), images.rows, real)
-
-    def recall_images(self, step, cache):
-        """Let new tokens see the images that the cache remembers."""
-        step.has_images, mask = True, cache.cross_mask         # (B, S)
-        if not cache.has_image.all():
-            step.rows = cache.has_image.nonzero()[:, 0].to(step.cos.device)
-            mask = None if mask is None else mask[step.rows]
-        step.image = Visible(key_mask=mask)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None):

@@ -17,6 +17,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.has_image = torch.zeros(rows, dtype=torch.bool)
         shape = rows, 2, config.num_key_value_heads, 0, config.head_dim      # (B, 2, K, capacity, D)
+        self.image_rows = None              # those that have one: (N,) on the device, slice(None) if all
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(self_layers)]
         self.cross = []                     # (B, 2, K, S, D) per cross-attention layer, once an image came
         self.cross_mask = None              # (B, S) bool: vision tokens of real tiles; None when all are
@@ -40,6 +41,12 @@ class KVCache:
         if not real[:, :S].all():
             nothing = torch.zeros(B, S, dtype=torch.bool, device=real.device)
             self.cross_mask = nothing.index_copy_(0, rows, real[:, :S])
+        self.list_images()
+
+    def list_images(self):
+        """Set image_rows, so that steps read nothing on the host and copy nothing to the device."""
+        rows = self.has_image.nonzero()[:, 0].to(self.kv[0].device)
+        self.image_rows = slice(None) if self.has_image.all() else rows if len(rows) else None
 
     @torch.inference_mode()                # what `generate` made can be changed in there only
     def move(self, to, source):
@@ -50,25 +57,30 @@ class KVCache:
         for tensor in (*kv, *self.cross, self.lengths, self.has_image, self.cross_mask):
             if tensor is not None:
                 tensor[to] = tensor[source]
+        self.list_images()
 
     def keep(self, rows):
         """Forget all conversations but `rows`, which become rows 0, 1, ... in that order."""
         self.move(list(range(len(rows))), list(rows))
-        vars(self).update(vars(self.first(len(rows))))
+        self.change(lambda tensor: tensor[:len(rows)])
 
     def repeat(self, source):
-        """Let row i be what row source[i] was (a list), layer by layer: it takes the memory of one beside."""
-        for name, value in vars(self).items():
-            if isinstance(value, list):
-                for i in range(len(value)):
-                    value[i] = value[i][source]
-            elif value is not None:
-                setattr(self, name, value[source])
+        """Let row i be what row source[i] was (a list)."""
+        self.change(lambda tensor: tensor[source])
 
     def first(self, n):
         """Return a cache of the first n rows that shares this one's memory."""
         view = copy.copy(self)
-        for name, value in vars(self).items():
-            if value is not None:
-                setattr(view, name, [x[:n] for x in value] if isinstance(value, list) else value[:n])
+        view.kv, view.cross = [*self.kv], [*self.cross]
+        view.change(lambda tensor: tensor[:n])
         return view
+
+    def change(self, pick):
+        """Put pick(tensor) in place of each, layer by layer: it takes the memory of one beside."""
+        for layers in (self.kv, self.cross):
+            for i in range(len(layers)):
+                layers[i] = pick(layers[i])
+        self.lengths, self.has_image = pick(self.lengths), pick(self.has_image)
+        if self.cross_mask is not None:
+            self.cross_mask = pick(self.cross_mask)
+        self.list_images()

@@ -29,7 +29,7 @@ class Sample:
 
 @torch.inference_mode()
 def generate(model, conversations, *, source=None, cache=None, images=None, max_new_tokens, temperature=1.0,
-             stop_ids, seeds=None):
+             stop_ids, seeds=None, fixed=False):
     """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
 
     conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
@@ -37,7 +37,8 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     first conversation, which is read once, and one to the second (default: one to each). temperature 0 is
     greedy, with the log-probs of temperature 1. seeds: one per row, whose draws then depend on no other row
     (default: torch's generator). To go on: append sample.ids and the next forced tokens to each list, call
-    cache.keep(rows that go on), then this again.
+    cache.keep(rows that go on), then this again. fixed: keep the shapes of a step, also for rows that ended,
+    so that a GPU can record it as one CUDA graph and replay that. This has never run on a GPU.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -58,17 +59,31 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
 
     qkv = None if weight.is_cuda else model.join_weights()     # a GPU waits for bytes, not for products
     rows, drawn, view = list(range(len(source))), [], cache    # rows[slot]: the row that computes there
-    for t in range(max_new_tokens):
-        tokens, logprobs = draw_tokens(logits, uniform[:, t], temperature)
+
+    def step(tokens, uniform, at=None):
+        logits = model(tokens[:, None], cache=view, logits="last", qkv=qkv, at=at).logits
+        return draw_tokens(logits, uniform, temperature)
+
+    tokens, logprobs = draw_tokens(logits, uniform[:, 0], temperature)
+    if fixed:
+        replay = record(step, tokens, uniform[:, 0], cache.lengths.to(weight.device))
+    for t in range(1, max_new_tokens + 1):
         drawn.append((rows[:len(tokens)], logprobs))
         done = []
         for slot, token in enumerate(tokens.tolist()):         # the one wait for the device per token
-            samples[rows[slot]].ids.append(token)
-            if token in stop_ids:
-                samples[rows[slot]].ended = True
+            sample = samples[rows[slot]]
+            if not sample.ended:                               # else it goes on for its shape alone
+                sample.ids.append(token)
+                sample.ended = token in stop_ids
+            if sample.ended:
                 done.append(slot)
-        if len(done) == len(tokens) or t == max_new_tokens - 1:
+        if len(done) == len(tokens) or t == max_new_tokens:
             break
+        if fixed:
+            tokens, logprobs = replay(tokens, uniform[:, t], cache.lengths.to(weight.device))
+            # anew, not in place: what a step recorded of them would be noticed
+            cache.lengths = cache.lengths + torch.tensor([not sample.ended for sample in samples])
+            continue
         if done:                                               # finished rows go to the end, and cost no more
             n = len(tokens) - len(done)
             to, source = swaps(done, n)
@@ -77,12 +92,14 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
             for slot, row in zip(to, [rows[s] for s in source]):
                 rows[slot] = row
             tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
-        logits = model(tokens[:, None], cache=view, logits="last", qkv=qkv).logits
+        tokens, logprobs = step(tokens, uniform[:, t])
 
     values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())
     for slots, _ in drawn:
         for row in slots:
             samples[row].logprobs.append(next(values))
+    for sample in samples:
+        del sample.logprobs[len(sample.ids):]                  # of draws after its end
     moved = [slot for slot, row in enumerate(rows) if slot != row]
     cache.move([rows[slot] for slot in moved], moved)          # every row back to its place
     return samples, cache
@@ -120,6 +137,27 @@ def draw_tokens(logits, uniform, temperature):
         cdf = logprobs.exp().cumsum(-1)
         tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def record(step, *inputs):
+    """Return what does the same as step(*inputs), on a GPU by replaying one CUDA graph.
+
+    What else step() reads stays where it is, as the weights and the cache, and it must not wait for the GPU.
+    """
+    if not inputs[0].is_cuda:
+        return step
+    held, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    step(*held)                                                # compiles and loads what it needs
+    with torch.cuda.graph(graph):
+        out = step(*held)
+
+    def replay(*inputs):
+        for tensor, now in zip(held, inputs):
+            tensor.copy_(now)
+        graph.replay()
+        return [tensor.clone() for tensor in out]
+
+    return replay
 
 
 def swaps(done, n):

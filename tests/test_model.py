@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels.attention import Visible
 from llama import folders
@@ -171,7 +172,7 @@ def test_a_cross_layer_by_hand(tiny):
     layer, random = copy.deepcopy(tiny.layers[1]).double(), torch.Generator().manual_seed(0)
     x, vision = (torch.randn(1, n, 32, dtype=torch.float64, generator=random) for n in (5, 20))
     real = torch.arange(20) < 15
-    step = Step(None, None, vision=vision, has_images=True, image=Visible(key_mask=real[None]),
+    step = Step(None, None, rows=slice(None), vision=vision, image=Visible(key_mask=real[None]),
                 after_image=torch.tensor([0.0, 0, 1, 1, 1]).double()[None, :, None])
     attn, after, seen = layer.cross_attn, x[:, 2:], vision[:, real]
     heads = lambda y: y.unflatten(-1, (-1, 8))
@@ -321,11 +322,11 @@ def test_kernels_compute_the_same_model(tiny, monkeypatch):
 
 @cases("temperature", [0, 0.7, 1.0])
 def test_a_row_does_not_depend_on_its_batch(tiny, temperature):
-    """Nor on its prompt's being read once for several."""
+    """Nor on its prompt's being read once for several, nor on steps of fixed shapes."""
     source = [2, 0, 1, 3, 0, 2]
     together, _ = start(tiny, temperature=temperature, source=source, seeds=range(6))
     for seed, (row, sample) in enumerate(zip(source, together)):
-        alone = start(tiny, [row], temperature=temperature, seeds=[seed])[0][0]
+        alone = start(tiny, [row], temperature=temperature, seeds=[seed], fixed=row < 2)[0][0]
         assert (alone.ids, alone.ended) == (sample.ids, sample.ended)
         assert alone.logprobs == pytest.approx(sample.logprobs, abs=1e-4)
 
@@ -371,29 +372,32 @@ def test_the_largest_random_number_draws_a_possible_token(monkeypatch):
     assert not draw_tokens(logits, torch.zeros(500), 1.0)[0].any()
 
 
-def test_turns_continue_and_prefix_is_fed_once(tiny, fed):
-    """Three turns, with rows that drop out: the samples are as from scratch, and no token is fed again."""
-    live, lists, held, cache = [0, 1, 2, 3], copy.deepcopy(CONVERSATIONS), [0] * 4, None
+@cases("fixed", [False, True])
+def test_turns_continue_and_prefix_is_fed_once(tiny, fed, fixed, monkeypatch):
+    """Three turns, with rows that drop out: the samples are as from scratch, and no token is fed again.
+
+    fixed: by a step that was recorded once a turn, without values: so nothing in it is read on the host.
+    """
+    monkeypatch.setattr("llama.generate.record", lambda step, *inputs: make_fx(
+        step, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs))
+    live, lists, held, cache = range(4), copy.deepcopy(CONVERSATIONS), [0] * 4, None
     for turn, stay in enumerate([[0, 2, 3], [2, 0], []]):
-        options = dict(max_new_tokens=9, seeds=[1000 * turn + row for row in live])
-        scratch, _ = start(tiny, live, lists, **options)
+        seeds = [1000 * turn + row for row in live]
+        scratch, _ = start(tiny, live, lists, seeds=seeds)
         fed.clear()
-        samples, cache = start(tiny, live, lists, cache, **options)
-        for a, b in zip(scratch, samples):
-            assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+        samples, cache = start(tiny, live, lists, cache, seeds=seeds, fixed=fixed)
         assert fed.pop(0) == (len(live), max(len(lists[row]) - n for row, n in zip(live, held)))
         assert turn or fed.pop(0) == "images"
-        steps = max(len(s.ids) for s in samples)               # a row that has ended is not fed
-        assert fed == [(sum(len(s.ids) > step for s in samples), 1) for step in range(1, steps)]
-        for row, sample in zip(live, samples):
-            lists[row] += sample.ids
-        held = [len(lists[row]) - 1 for row in live]           # all but the last one drawn
-        assert cache.lengths.tolist() == held
-        places = [live.index(row) for row in stay]
-        cache.keep(places)
-        live, held = stay, [held[place] for place in places]
+        # a row that has ended is not fed
+        assert fixed or sum(map(math.prod, fed)) == sum(len(s.ids) - 1 for s in samples)
+        for row, a, b in zip(live, scratch, samples):
+            assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+            lists[row] += b.ids
+        assert cache.lengths.tolist() == [len(lists[row]) - 1 for row in live]     # all but the last drawn
+        cache.keep([live.index(row) for row in stay])
+        live, held = stay, cache.lengths.tolist()
         for row in live:
-            lists[row] += [30 + turn, 40 + turn, 50][:1 + row]
+            lists[row] += [30, 40, 50][:1 + row]
 
 
 def test_a_cache_grows_around_what_it_holds(tiny):
