@@ -13,10 +13,10 @@ import torch
 import ppo
 import sft
 from distributed.processes import Processes
-from llama.batches import OneProcess, collate, parts
-from rollout import Conversation, Episode, Turn
+from llama.batches import OneProcess, collate, parts, passes
+from rollout import Conversation, Episode, Turn, trees_of_hands
 from tables import numbers
-from test_ppo import conversations_of, critic_of, episode, gradients, settings, update
+from test_ppo import conversations_of, critic_of, episode, gradients, play, settings, update
 from test_sft import dialogues
 from variants import ESTIMATORS, LOSSES, SFT_LOSSES
 from variants.reference import score
@@ -58,6 +58,18 @@ def test_the_token_budget_changes_nothing(model, processor, names, critic):
     for found, b in others:
         assert (vector(found) - vector(whole)).norm() < 1e-5 * vector(whole).norm()
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_a_picture_is_learnt_from_once_a_hand(model, processor):
+    """Three samples of two hands, behind one prompt and picture each, and alone."""
+    episodes = play(model, processor, "gp-vl", hands=2, samples=3)
+    trees = sum(trees_of_hands(episodes), [])
+    [(_, batch, _)] = passes(model, processor, trees, 10**6, OneProcess())
+    assert len(batch.images.rows) == len(batch.input_ids) == 2 and len(batch.starts) == 6
+    found = [gradients(model, processor, episodes, token_budget=budget)[0] for budget in (10**6, 1)]
+    together, alone = (torch.cat([gradient.flatten() for gradient in each.values()]) for each in found)
+    assert (together - alone).norm() < 1e-5 * together.norm()
+    assert found[0]["policy.multi_modal_projector.weight"].any()
 
 
 def test_entropy_and_drawn_vs_scored_are_means_over_tokens(model, processor):
