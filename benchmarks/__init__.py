@@ -3,7 +3,6 @@
     python -m benchmarks.kernels               attention and log-probs, next to all their rivals (rivals.py)
     python -m benchmarks.speed --against HEAD  updates of PPO, next to an older commit; and sampling:
     python -m benchmarks.generate              sampling, next to transformers
-    python -m benchmarks.soak --minutes 30     two ranks, one of which is killed every minute or so
 """
 
 import harness  # noqa: F401, before torch: see there
