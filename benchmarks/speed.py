@@ -75,7 +75,7 @@ def main(argv=None):
     rows, one = [], {}
     with tempfile.TemporaryDirectory() as old:
         archive = subprocess.check_output(["git", "-C", ROOT, "archive", args.against])
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(old, filter="data")
+        tarfile.TarFile(fileobj=io.BytesIO(archive)).extractall(old, filter="data")
         head(COLUMNS)
         for task, busy, threads in itertools.product(("gp-l", "gp-vl"), ("", "+1"), "12"):
             found = measure({"now": ROOT, args.against: old}, args.updates, threads, busy, f"--task {task}")
