@@ -105,7 +105,7 @@ def on_two_ranks(folder, cwd, model, *argv, two=""):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs GNU OpenMP, which says what it has read")
-@pytest.mark.parametrize("typed, spins", [({}, 3000), ({"GOMP_SPINCOUNT": "7"}, 7),
+@pytest.mark.parametrize("typed, spins", [({}, 10000), ({"GOMP_SPINCOUNT": "7"}, 7),
                                           ({"OMP_WAIT_POLICY": "active"}, 30000000000)])
 def test_threads_spin_briefly_unless_the_user_says_otherwise(typed, spins):
     env = {name: value for name, value in os.environ.items() if name not in harness.WAITING}
