@@ -87,7 +87,11 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root of the mean square. Called directly, as `Linear`."""
+    """Divide by the root of the mean square. Called directly, as `Linear`.
+
+    A CPU takes half of the operations where nothing learns: the same bits for sizes that are powers of two,
+    so that what is drawn is what is scored; for others within rounding.
+    """
 
     def __init__(self, size, eps):
         super().__init__()

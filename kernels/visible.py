@@ -29,11 +29,12 @@ FAR = 2**30    # the start of rows that are not causal: every key lies before it
 class Visible:
     """Describe what query t of row b sees of the keys.
 
-    causal: it stands at position starts[b] + t (starts (B,), default 0) and sees no key after that. lengths
-    (B,): it is padding from lengths[b] on: it gives zeros, has no gradient and costs nothing. key_mask (B, S)
-    and see_all (B, T), bool: it sees key s if see_all[b, t] or key_mask[b, s]. trees: per row (stem, [branch,
-    ...]), numbers of tokens. The first `stem` of a row are what its branches have in common, as answers have
-    their prompt. They follow one after the other, and each sees the stem and itself. Causal, from position 0.
+    causal: it stands at position starts[b] + t (starts (B,), default 0) and sees no key after that.
+    lengths (B,): it is padding from lengths[b] on: it gives zeros, has no gradient and costs nothing.
+    key_mask (B, S) and see_all (B, T), bool: it sees key s if see_all[b, t] or key_mask[b, s].
+    trees: per row (stem, [branch, ...]), numbers of tokens, with causal and without starts. The first `stem`
+        tokens are what the branches have in common, as answers have their prompt; the branches follow one
+        after the other, and each sees the stem and itself.
 
     A query that sees nothing gives zeros and has no gradient. One object serves all layers of one forward
     pass: the first makes `table` (for kernels) or `dense` (for twins), the others find it.

@@ -94,15 +94,20 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
             tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
         tokens, logprobs = step(tokens, uniform[:, t])
 
-    values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())
-    for slots, _ in drawn:
-        for row in slots:
-            samples[row].logprobs.append(next(values))
-    for sample in samples:
-        del sample.logprobs[len(sample.ids):]                  # of draws after its end
+    note_logprobs(samples, drawn)
     moved = [slot for slot, row in enumerate(rows) if slot != row]
     cache.move([rows[slot] for slot in moved], moved)          # every row back to its place
     return samples, cache
+
+
+def note_logprobs(samples, drawn):
+    """Give each sample the log-probs of its ids. drawn: per step the rows that drew, and these (n,)."""
+    values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())       # one wait for the device
+    for rows, _ in drawn:
+        for row in rows:
+            samples[row].logprobs.append(next(values))
+    for sample in samples:
+        del sample.logprobs[len(sample.ids):]                  # of draws after its end
 
 
 def pad(rows):

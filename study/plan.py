@@ -324,7 +324,7 @@ def memory(config, args, gpus):
 # ------------------------------------------------------------------------------------------------------------
 # FLOPs of a PPO update
 
-def trees_of(episodes, samples):
+def recorded_trees(episodes, samples):
     """Take every `samples` episodes in a row for those of a hand -> lists of the conversations that they have
     at the same place: trees (llama/batches.py), with the prompt of the first."""
     hands = [episodes[i:i + samples] for i in range(0, len(episodes), samples)]
@@ -425,7 +425,7 @@ def flops_table(config, args):
     for tune, (name, episodes) in product(tunes, sets):
         conversations, args = sum(episodes, []), replace(args, tune=tune)
         turns = sum(map(len, conversations)) / 2 / len(conversations)
-        trees = trees_of(episodes, args.samples)
+        trees = recorded_trees(episodes, args.samples)
         ours, theirs = (sum(part.total() for part in schedule(config, args, trees, released)) / 1e15
                         for released in (False, True))
         numbers = [f"{number:.2f}" for number in (turns, ours, theirs, theirs / ours)]

@@ -222,7 +222,7 @@ def test_shared_prefixes_cost_once(medium):
     assert again[1]["head"] == 0 and again[2]["head"] == update["head"]
     # eight samples of a hand: its picture costs once, the text less
     args.critic = "shared"
-    eight = plan.schedule(medium.config, args, plan.trees_of([[[100, 45]]] * 8, 8))
+    eight = plan.schedule(medium.config, args, plan.recorded_trees([[[100, 45]]] * 8, 8))
     assert eight[2]["vision"] == update["vision"] and eight[2]["head"] == 8 * update["head"]
     assert 0.39 < eight[2]["text"] / (8 * update["text"]) < 0.42
 
