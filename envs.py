@@ -18,6 +18,7 @@ from games import views
 from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
 from games.prompts import check_prompts
 from games.rails import LOOK, instructions, known_routes, rail, relative_turn
+from games.seeds import derive
 from games.solver import miss, solve
 from games.verifier import SPACES, judge, judge_step
 from harness.ranges import integer, one_of, pair, text
@@ -119,7 +120,9 @@ class GeneralPoints:
     style: str = "plain"        # how the cards are drawn (cards.STYLES)
     target: int = 24
     deal: str = "any"           # any hand, or those with a "face" card (the paper's rule-OOD)
+    held_out: bool = False      # hands whose numbers training never deals; None: those and all others
     cards: int = 4              # how many, of COUNTS
+    describe: bool = False      # demonstrations tell the cards in the picture, and no formula
     attempts: int = 5           # answers judged per episode
     size: tuple = (1200, 1200)  # width and height of the image, pixels
     prompts: dict = None        # see prompts.load_prompts
@@ -148,29 +151,39 @@ class GeneralPoints:
         first try, as the verifier's messages speak of the numbers by which it judges. The rest are shifts
         beyond the paper's; the tiny model's pre-training knows face-5, face-7, target-12 and target-20 (see
         `broad`), the others are new to it."""
-        other = {"rule": "10" if rule == "11-12-13" else "11-12-13", "deal": "face"}
-        sets = {"id": {}, "id-face": {"deal": "face"}, "rule-ood": other,
-                "visual-ood": {"look": "black" if look == "red" else "red"},
-                "fake-rule": {**other, "judged_rule": rule}, "five-cards": {"cards": 5},
+        other = {"rule": "10" if rule == "11-12-13" else "11-12-13", "deal": "face", "held_out": None}
+        seen = {"look": "black" if look == "red" else "red"}
+        sets = {"id": {}, "id-unseen": {"held_out": True}, "id-face": {"deal": "face"}, "rule-ood": other,
+                "visual-ood": seen, "visual-ood-unseen": {**seen, "held_out": True},
+                "fake-rule": {**other, "judged_rule": rule}, "five-cards": {"cards": 5, "held_out": None},
                 **{f"face-{value}": {"rule": value, "deal": "face"} for value in ("5", "7")},
                 **{f"target-{target}": {"target": target} for target in (12, 20, 36)}}
         return sets | ({style: {"style": style} for style in STYLES[1:]} if image else {})
 
     @staticmethod
     def broad():
-        """Return what a foundation model brings along, as (weight, settings): both rules and others, many
-        targets, all suits."""
-        games = [(0.4, dict(rule="10")), (0.4, dict(rule="11-12-13", deal="face"))]
-        games += [(0.02, dict(rule=rule, target=target))
-                  for target in (12, 20, 30) for rule in ("10", "11-12-13")]
-        games += [(0.04, dict(rule=rule, deal="face")) for rule in ("5", "7")]
-        return [(weight, dict(game, image=image, look="all"))
-                for weight, game in games for image in (False, True)]
+        """Return what a foundation model brings along, as (weight, settings): many rules and targets, all
+        suits; of the other rules and targets in `shifts` none. The weights of the two rules that are compared
+        make the same deal about as hard under either."""
+        rng = random.Random("rules of the foundation")
+        draw = lambda: "-".join(str(rng.randint(1, 20)) for _ in range(rng.choice((1, 3))))
+        rules = dict.fromkeys(draw() for _ in range(300))
+        rules = [rule for rule in rules if rule not in ("5", "7", "10", "11-12-13")][:100]
+        games = [(0.15, dict(rule="10")), (0.25, dict(rule="11-12-13", deal="face"))]
+        games += [(0.4 / 60, dict(rule=rule, deal="face")) for rule in rules[:60]]
+        targets = [target for target in range(10, 37) if target not in (12, 20, 24, 36)]
+        games += [(0.2 / 40, dict(rule=rule, target=rng.choice(targets))) for rule in rules[60:]]
+        ways = [(1, dict(image=False)), (1, dict(image=True, style="varied"))]
+        return [(2, dict(image=True, style="varied", look="all", describe=True, held_out=None))] + [
+            (weight * share, dict(game, **way, look="all", held_out=None))
+            for weight, game in games for share, way in ways]
 
     def __post_init__(self):
         check_settings(self)
         if self.style != "plain" and not self.image:
             raise ValueError(f"style {self.style}: no card is drawn for a text task; expected image=True")
+        if self.describe and not self.image:
+            raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.prompts = check_prompts(self.prompts or {})
         self.stated, self.values = card_values(self.rule), card_values(self.judged_rule or self.rule)
         self.deck = [(rank, suit) for suit in LOOKS[self.look] for rank in RANKS]
@@ -184,8 +197,7 @@ class GeneralPoints:
         for self.drawn in range(1, 10_001):
             self.hand = self.draw()
             self.ranks, suits = map(list, zip(*self.hand))
-            wanted = self.deal == "any" or set(FACES) & set(self.ranks)
-            if wanted and all(solve([values[rank] for rank in self.ranks], self.target)
+            if self.wanted() and all(solve([values[rank] for rank in self.ranks], self.target)
                               for values in (self.values, self.stated)):
                 break
         else:
@@ -195,6 +207,12 @@ class GeneralPoints:
         self.pick, self.attempt = self.rng.random(), 0
         info = {"cards": self.ranks, "suits": suits, "numbers": self.numbers}
         return Observation([{"role": "user", "content": self._prompt()}], fresh=True), info
+
+    def wanted(self):
+        """Tell whether the hand is one of those to deal. A fifth of all sets of numbers is held out."""
+        held_out = derive("held out", *sorted(self.values[rank] for rank in self.ranks)) % 5 == 0
+        return (self.held_out in (None, held_out)
+                and (self.deal == "any" or set(FACES) & set(self.ranks)))
 
     def draw(self):
         """Return a hand from one deck, solvable or not."""
@@ -210,7 +228,11 @@ class GeneralPoints:
         text = self.prompts["gp-vl" if self.image else "gp-l"].format(
             target=self.target, rule=rule.format(**faces, target=self.target), cards=self.ranks,
             count=COUNTS[self.cards])
-        return _shown(draw_hand(self.hand, self.size, self.style), text) if self.image else text
+        return self._show(text) if self.image else text
+
+    def _show(self, text):
+        """Return the picture of the hand, and a text."""
+        return _shown(draw_hand(self.hand, self.size, self.style), text)
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. A right
@@ -235,8 +257,13 @@ class GeneralPoints:
         return _answer(self, self.ranks, self.numbers, formulas[int(self.pick * len(formulas))])
 
     def demonstrate(self, seed, mistakes=0):
-        """Return an expert's dialogue; see `dialogue`."""
-        return dialogue(self, self.reset(seed)[0].messages, mistakes)
+        """Return an expert's dialogue, see `dialogue`; with `describe` it tells what is seen."""
+        messages = self.reset(seed)[0].messages
+        if self.describe:
+            asked = self.prompts["describe_cards"].format(count=COUNTS[self.cards])
+            return [{"role": "user", "content": self._show(asked)},
+                    {"role": "assistant", "content": _answer(self, self.ranks), "train": True}]
+        return dialogue(self, messages, mistakes)
 
     def _mistake(self):
         """Return a plausible wrong answer: mostly arithmetic that misses the target, at times other numbers

@@ -1,6 +1,6 @@
 """Measure the tokens per second of `generate`, next to those of transformers with the same weights.
 
-    python -m benchmarks.generate --model docs/tiny/gp --new-tokens 64 --repeats 5 --threads 2
+    python -m benchmarks.generate --model docs/tiny/gp-vl --new-tokens 64 --repeats 5 --threads 2
 
 Both sample at temperature 1 from real prompts of the game, text and image, batch 1 and 64, and must draw
 exactly `new-tokens` tokens per row. Medians of interleaved repeats after one that warms up; prefill and
@@ -21,7 +21,7 @@ from llama.generate import generate
 from llama.processor import Processor
 from model import Llama
 
-TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp"
+TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp-vl"
 COLUMNS = {"prompts": "7", "batch": "5", "ours": "7.0f", "transformers": "12.0f", "ratio": "5.2f"}
 
 

@@ -2,6 +2,8 @@
 
     python -c "from games import cards; cards.draw_hand([('K', 'hearts')], (600, 400)).save('hand.png')"
 """
+import colorsys
+import random
 import re
 from functools import lru_cache
 
@@ -54,9 +56,19 @@ COLORS = _colors("""
     table #35654d  paper #fdfdfa  line #28283c  edge #969696  gold #f4c448  skin #f8dabc  steel #c4ced8
     wood #96643c  leaf #468250  lip #be3c3c  J #ce9642  Q #7c4622  K #6e645e""")
 BLACK, RED = _colors("ink #101014  robe #304c96"), _colors("ink #ce1220  robe #b2262e")
-# how a card is drawn: left and right exchanged; rank and suit in colours no deck has
-STYLES = ("plain", "mirrored", "recoloured")
+# how a card is drawn: left and right exchanged; rank and suit in colours no deck has; each hand in an ink and on
+# a table of its own, for eyes that have seen many
+STYLES = ("plain", "mirrored", "recoloured", "varied")
 RECOLOURED = _colors("spades #143ccd  clubs #00823c  hearts #eb7800  diamonds #9628b4")
+
+
+def _shades(hues, *shades):
+    """Return [(red, green, blue)] of hues around the circle, each in shades (saturation, brightness)."""
+    return [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(k / hues, *shade))
+            for k in range(hues) for shade in shades]
+
+
+INKS, TABLES = _shades(12, (1, 0.75), (0.9, 0.45), (0.6, 0.2)), _shades(8, (0.5, 0.3), (0.5, 0.5), (0.5, 0.8))
 # rank, rows of the two side columns, rows of the middle column, in sixths, from -6, the highest, to 6
 PIPS = {rank.strip(): [[int(row) / 6 for row in column.split()] for column in columns]
         for rank, *columns in (line.split("|") for line in """
@@ -177,13 +189,15 @@ def _draw_face(card, rank, mark, colors):
             _fill(draw, mark, colors, x, 700 + 470 * row, (size, size if row <= 0 else -size))
 
 
-@lru_cache(maxsize=256)
-def draw_card(rank, suit, height, style="plain"):
+@lru_cache(maxsize=8192)
+def draw_card(rank, suit, height, style="plain", ink=None):
     """Return one card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round
-    corners. style: of STYLES."""
+    corners. style: of STYLES; ink: a color (red, green, blue) in place of black and red."""
     colors, mark = COLORS | (RED if suit in LOOKS["red"] else BLACK), MARKS[suit]
     if style == "recoloured":
         colors["ink"] = RECOLOURED[suit]
+    if ink:
+        colors["ink"] = ink
     card, corners = Image.new("RGB", (1000, 1400), colors["paper"]), Image.new("L", (1000, 1400))
     if height < INDEX_ONLY:
         _glyph(card, rank, colors["ink"], 500, 90, 860, 660)
@@ -205,9 +219,12 @@ def draw_hand(hand, size, style="plain"):
     keeps its order, each card is mirrored where it lies."""
     width, height = size
     card_height = max(7, int(min(0.96 * height, 1.4 * 0.9 * width / len(hand))))
-    canvas = Image.new("RGB", (width, height), COLORS["table"])
+    rng, table, ink = random.Random(str(hand)), COLORS["table"], None
+    if style == "varied":
+        table, ink = rng.choice(TABLES), rng.choice(INKS)
+    canvas = Image.new("RGB", (width, height), table)
     for i, (rank, suit) in enumerate(hand):
-        card = draw_card(rank, suit, card_height, style)
+        card = draw_card(rank, suit, card_height, style, ink)
         left = round((i + 0.5) * width / len(hand) - card.width / 2)
         canvas.paste(card, (left, (height - card.height) // 2), card)
     return canvas

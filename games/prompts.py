@@ -36,6 +36,7 @@ PROMPTS = {
     "virl-l": "Find the way by these instructions:\n{instructions}\n" + _ACTIONS + _STEP,
     "virl-vl": "Find the way by these instructions:\n{instructions}\n"
                "The image shows four street views: front, right / back, left.\n" + _ACTIONS + _STEP,
+    "describe_cards": "The image shows {count} playing cards. What are they?",
     "describe": "The image shows four street views: front, right / back, left. What is seen here?",
     "absolute": "turn_direction(x), where x is north, northeast, east, southeast, south, southwest, west or "
                 "northwest",

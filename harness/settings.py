@@ -216,26 +216,28 @@ GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_
 PRESETS = entries("""
     tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 2048
         --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100 --probe-hands 0
-    tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16
+    tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16 --eval-sets id,id-unseen,rule-ood
+    tiny gp-vl: --eval-sets id,id-unseen,rule-ood,visual-ood,visual-ood-unseen
     tiny virl: --max-new-tokens 64 --eval-hands 200 --probe-hands 8
 
     tiny sft: --lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1
         --temperature 1 --save-every 150 --steps 200 --eval-every 100
-    tiny sft gp: --steps 450 --eval-every 150
+    tiny sft gp: --steps 525 --eval-every 175
     tiny sft virl: --steps 230 --eval-every 115
     tiny sft virl-l: --steps 221
 
     tiny ppo: --lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo
         --unit turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4
-        --critic detached --critic-lr 3e-4 --critic-warmup 0 --steps 40 --hands 32 --samples 8
-        --reward-scale 0.2 --eval-every 20 --save-every 20
+        --critic detached --critic-lr 3e-4 --critic-warmup 0 --steps 40 --hands 64 --samples 4
+        --reward-scale 0.2 --eval-every 10 --save-every 20
     tiny ppo virl: --steps 30 --hands 16 --samples 4 --reward-scale 0.5 --eval-every 15 --save-every 15
 
-    tiny pretrain: --lr-schedule cosine --warmup 0.05 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1
-        --minibatches 1 --save-every 150 --probe-hands 0 --steps 450 --lr 4e-3 --batch-size 64
+    tiny pretrain: --lr-schedule constant --warmup 0.065 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1
+        --minibatches 1 --save-every 150 --probe-hands 0 --steps 300 --lr 3e-3 --batch-size 64
         --mistakes 0.3 --eval-every 150
-    tiny pretrain virl: --steps 560 --lr 3e-3 --batch-size 40 --mistakes 0.2 --learn-prompts
-        --eval-every 280
+    tiny pretrain gp-vl: --steps 225 --warmup 0.08889 --save-every 75
+    tiny pretrain virl: --steps 560 --lr-schedule cosine --warmup 0.05 --batch-size 40 --mistakes 0.2
+        --learn-prompts --eval-every 280
 
     paper: --weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512
         --probe-hands 0 --rollout-batch 40 --eval-hands 100

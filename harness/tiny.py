@@ -1,10 +1,11 @@
 """The built-in tiny model: a Llama-Vision of a million weights, in ordinary Hugging Face folders.
 
-    python -m study.tiny gp                    # make its foundation anew
+    python -m study.tiny gp-l                  # make its foundation anew
 
 The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
-game in docs/tiny, stands for that: it has seen the game under all rules and many looks. From it `prepare`
-makes the paper's *init* on first use, by a brief SFT on the training rule.
+task or game in docs/tiny, stands for that: it has seen the game under many rules and looks. From it `prepare`
+makes the paper's *init* on first use, by a brief SFT on the training rule. How long both take is chosen so
+that init stands where the paper's does (docs/lab-book.md).
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from model import Llama
 from rollout import readable
 
 FOUNDATIONS = Path(__file__).parents[1] / "docs" / "tiny"
-INIT_STEPS = 60                                # SFT steps from the foundation to init
+INIT_STEPS = {"gp": 12}                        # SFT steps from the foundation to init, of other games 60
 
 CONFIG = json.loads((FOUNDATIONS / "config.json").read_text(encoding="utf-8"))          # its shape
 IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
@@ -53,22 +54,23 @@ def prepare(args, processes, learn):
 
     It is kept in runs/, by a name that follows from the foundation's weights and the game.
     """
-    foundation = FOUNDATIONS / args.game
+    foundation = foundation_of(args.task)
     if not (foundation / "model.safetensors").exists():
         raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the "
                         "README.md there says")
     game = {name: getattr(args, name) for name in (
         "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
     game["seed"] = derive("init")              # no run's own: what init has learnt from, none begins with
+    game["steps"] = steps = INIT_STEPS.get(args.game, 60)
     weights = (foundation / "model.safetensors").read_bytes()
     digest = hashlib.sha256(weights + repr(game).encode()).hexdigest()[:8]
     ready = Path("runs") / f"init-{args.task}-{digest}"
     if not first((ready / "final").exists):
-        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {INIT_STEPS} SFT "
+        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {steps} SFT "
                         f"steps, in {ready}")
         with contextlib.ExitStack() as stack:  # another run may be making it, too: the first to end wins
             private = first(lambda: stack.enter_context(files.aside(ready, "final")))
-            init = Args(algo="sft", model=str(foundation), out=str(private), steps=INIT_STEPS, eval_every=0,
+            init = Args(algo="sft", model=str(foundation), out=str(private), eval_every=0,
                         eval_hands=0, device=args.device, **game)
             if not learn(init, processes):
                 raise UserError("interrupted before the init checkpoint was ready; the next run makes it "
@@ -77,10 +79,16 @@ def prepare(args, processes, learn):
     return ready / "final"
 
 
+def foundation_of(task):
+    """Return the folder of the foundation of a task, or of its game."""
+    own = FOUNDATIONS / task
+    return own if own.exists() else FOUNDATIONS / task.split("-")[0]
+
+
 def from_scratch(args, device):
     """Return a model with random weights and a processor with a tokenizer for the game of `args`."""
     config = Config.from_dict(CONFIG)
-    everything = training_mixture(dataclasses.replace(args, describe=None))
+    everything = training_mixture(dataclasses.replace(args, task=f"{args.game}-vl", describe=None))
     tokenizer = train_tokenizer(everything, config.vocab_size, GAMES[args.game].apart)
     model = Llama(config)
     model.init_weights(seed=derive("weights", args.seed))

@@ -106,7 +106,7 @@ MAIN = arms("\n".join(f"{task} {algo} --algo {algo}" for task in TASKS for algo 
 
 NO_SFT = hidden(arms("gp-l young --algo pretrain --steps 60 --eval-hands 0")) + arms("""
     gp-l ppo                  --algo ppo
-    gp-l ppo-from-foundation  --algo ppo --model docs/tiny/gp
+    gp-l ppo-from-foundation  --algo ppo --model docs/tiny/gp-l
     gp-l ppo-from-young       --algo ppo --model {gp-l-young}
 """)
 # As many updates as take the compute of 40 with five attempts (80, 119, 146 and 198 tokens an episode).

@@ -362,10 +362,10 @@ def schedule(config, args, trees, released=False):
 # ------------------------------------------------------------------------------------------------------------
 # What is printed
 
-def read_config(name, game):
+def read_config(name, task):
     """Read a folder's config.json, or the built-in one of tiny or of Llama-3.2-11B-Vision and -Instruct,
     should no folder have that name."""
-    folder = tiny.FOUNDATIONS / game if name == "tiny" else Path(name)
+    folder = tiny.foundation_of(task) if name == "tiny" else Path(name)
     built_in = folder.name.removesuffix("-Instruct") == "Llama-3.2-11B-Vision" and not folder.is_dir()
     return LLAMA_11B if built_in else Config.from_pretrained(folder)
 
@@ -446,7 +446,7 @@ def main(argv=None):
                 raise SettingError(f"{spelled(args, name)}: expected with train.py; planned are --algo sft "
                                    "and ppo, from the start")
         expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
-        config = attempt(args, "model", expected, read_config, args.model, args.game)
+        config = attempt(args, "model", expected, read_config, args.model, args.task)
         settle(args, config, typed, own.gpus)
     except SettingError as error:
         parser.error(str(error))

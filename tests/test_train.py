@@ -208,7 +208,7 @@ def test_eval_of_a_checkpoint(small, tmp_path):
 
 def test_tiny_makes_its_init_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiny, "INIT_STEPS", 1)
+    monkeypatch.setattr(tiny, "INIT_STEPS", {"gp": 1})
     for repeat, rule in enumerate(["10", "10", "11-12-13"]):   # a rule of its own has an init of its own
         run("--task gp-vl --algo sft --steps 1 --rule", rule)
         assert ("making its init checkpoint" in capsys.readouterr().out) == (repeat != 1)
