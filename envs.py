@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from games import views
+from games import foundation, views
 from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
 from games.prompts import check_prompts
 from games.rails import LOOK, instructions, known_routes, rail, relative_turn
@@ -139,6 +139,7 @@ class GeneralPoints:
     looks = {False: "all", True: "black"}
     apart = r"\d+|[-+*/()=]|(?<![A-Za-z])[AJQK](?![A-Za-z])"    # numbers, operators and card letters
     distinct = 10**9
+    broad = staticmethod(foundation.cards)
 
     @staticmethod
     def shifts(rule, look, image):
@@ -149,8 +150,8 @@ class GeneralPoints:
         fake-rule says what rule-ood says and judges by the training rule: a model that fails rule-ood ignores
         the new rule where it succeeds here, and fails at its arithmetic where it fails here, too. Look at the
         first try, as the verifier's messages speak of the numbers by which it judges. The rest are shifts
-        beyond the paper's; the tiny model's pre-training knows face-5, face-7, target-12 and target-20 (see
-        `broad`), the others are new to it."""
+        beyond the paper's, and but for varied pictures new to the tiny model. id deals what training deals;
+        id-unseen and visual-ood-unseen deal the fifth of all sets of numbers that training never does."""
         other = {"rule": "10" if rule == "11-12-13" else "11-12-13", "deal": "face", "held_out": None}
         seen = {"look": "black" if look == "red" else "red"}
         sets = {"id": {}, "id-unseen": {"held_out": True}, "id-face": {"deal": "face"}, "rule-ood": other,
@@ -159,24 +160,6 @@ class GeneralPoints:
                 **{f"face-{value}": {"rule": value, "deal": "face"} for value in ("5", "7")},
                 **{f"target-{target}": {"target": target} for target in (12, 20, 36)}}
         return sets | ({style: {"style": style} for style in STYLES[1:]} if image else {})
-
-    @staticmethod
-    def broad():
-        """Return what a foundation model brings along, as (weight, settings): many rules and targets, all
-        suits; of the other rules and targets in `shifts` none. The weights of the two rules that are compared
-        make the same deal about as hard under either."""
-        rng = random.Random("rules of the foundation")
-        draw = lambda: "-".join(str(rng.randint(1, 20)) for _ in range(rng.choice((1, 3))))
-        rules = dict.fromkeys(draw() for _ in range(300))
-        rules = [rule for rule in rules if rule not in ("5", "7", "10", "11-12-13")][:100]
-        games = [(0.15, dict(rule="10")), (0.25, dict(rule="11-12-13", deal="face"))]
-        games += [(0.4 / 60, dict(rule=rule, deal="face")) for rule in rules[:60]]
-        targets = [target for target in range(10, 37) if target not in (12, 20, 24, 36)]
-        games += [(0.2 / 40, dict(rule=rule, target=rng.choice(targets))) for rule in rules[60:]]
-        ways = [(1, dict(image=False)), (1, dict(image=True, style="varied"))]
-        return [(2, dict(image=True, style="varied", look="all", describe=True, held_out=None))] + [
-            (weight * share, dict(game, **way, look="all", held_out=None))
-            for weight, game in games for share, way in ways]
 
     def __post_init__(self):
         check_settings(self)
@@ -315,6 +298,7 @@ class Navigation:
     # the words that differ from route to route: of names, directions and sides
     apart = (r"\d+| [A-Z][a-z]+(?= is on)| [A-Z][a-z]+(?= [A-Z][a-z]+ is on)|[A-Z][a-z]+(?= [A-Z])"
              r"|\b(?:north|south)?(?:east|west|north|south)\b|\b(?:slightly|left|right|front|behind)\b")
+    broad = staticmethod(foundation.navigation)
     turn = staticmethod(relative_turn)      # from one heading to another, in words
 
     @staticmethod
@@ -327,16 +311,6 @@ class Navigation:
         return {"id": {"held_out": True}, "id-train": {}, "rule-ood": other, "visual-ood": {"look": "others"},
                 "fake-rule": {**other, "judged_rule": rule},
                 "relative-wording": {"wording": "relative", "held_out": True}}
-
-    @staticmethod
-    def broad():
-        """Return what a foundation model brings along, as (weight, settings): both action spaces, several
-        cities, eyes."""
-        ways = [(1.0, dict(image=False)), (0.5, dict(image=True)),
-                (0.5, dict(image=True, hide_landmarks=True))]
-        looks = [(1.5, dict(image=True, describe=True, look=look)) for look in ("new-york", "broad")]
-        return looks + [(weight, dict(way, rule=rule, look=look)) for weight, way in ways for rule in SPACES
-                        for look in ("new-york", "broad")]
 
     def __post_init__(self):
         self.judged_rule = self.judged_rule or self.rule

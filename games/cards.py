@@ -56,10 +56,8 @@ COLORS = _colors("""
     table #35654d  paper #fdfdfa  line #28283c  edge #969696  gold #f4c448  skin #f8dabc  steel #c4ced8
     wood #96643c  leaf #468250  lip #be3c3c  J #ce9642  Q #7c4622  K #6e645e""")
 BLACK, RED = _colors("ink #101014  robe #304c96"), _colors("ink #ce1220  robe #b2262e")
-# how a card is drawn: left and right exchanged; rank and suit in colours no deck has; each hand in an ink and on
-# a table of its own, for eyes that have seen many
-STYLES = ("plain", "mirrored", "recoloured", "varied")
-RECOLOURED = _colors("spades #143ccd  clubs #00823c  hearts #eb7800  diamonds #9628b4")
+# how a card is drawn: left and right exchanged; each hand in an ink and on a table of its own
+STYLES = ("plain", "mirrored", "varied")
 
 
 def _shades(hues, *shades):
@@ -194,8 +192,6 @@ def draw_card(rank, suit, height, style="plain", ink=None):
     """Return one card as an RGBA image, `height` pixels high and 5/7 as wide, transparent outside its round
     corners. style: of STYLES; ink: a color (red, green, blue) in place of black and red."""
     colors, mark = COLORS | (RED if suit in LOOKS["red"] else BLACK), MARKS[suit]
-    if style == "recoloured":
-        colors["ink"] = RECOLOURED[suit]
     if ink:
         colors["ink"] = ink
     card, corners = Image.new("RGB", (1000, 1400), colors["paper"]), Image.new("L", (1000, 1400))

@@ -15,7 +15,6 @@ from envs import TASKS
 from study import figures, tables
 from study.runner import Run
 from study.tables import Group
-from variants import official
 
 SEEDS = range(100)             # tables look for runs of these
 
@@ -119,7 +118,7 @@ ATTEMPTS = arms("""
 # 185 tokens instead of 79 (gp-l), 134 instead of 112 (virl-l), and so fewer steps.
 SUBOPTIMAL = arms("""
     gp-l   sft             --algo sft
-    gp-l   sft-suboptimal  --algo sft --mistakes 1 --steps 193 --eval-every 97 --skip-first-eval
+    gp-l   sft-suboptimal  --algo sft --mistakes 1 --steps 224 --eval-every 112 --skip-first-eval
     virl-l sft             --algo sft
     virl-l sft-suboptimal  --algo sft --mistakes 1 --steps 186 --eval-every 93 --skip-first-eval
 """)
@@ -149,11 +148,11 @@ BEST_SFT = arms("""
 # More shifts: the weights that main's runs end with, tested on other targets, values, looks and wordings.
 # fake-rule states the new rule and judges by the old one: who succeeds there ignores the rule, who fails
 # there and on rule-ood fails at its arithmetic (first tries tell it best, as the verifier's replies speak of
-# the old values). envs.py describes each set; pre-training knew face-5, face-7, target-12 and target-20.
+# the old values). envs.py describes each set.
 
 SETS = {"gp": "id-face,fake-rule,face-5,face-7,five-cards,target-12,target-20,target-36",
         "virl": "fake-rule,relative-wording"}
-SEEN = {"gp-vl": ",mirrored,recoloured"}               # of pictures alone
+SEEN = {"gp-vl": ",mirrored,varied"}                   # of pictures alone
 SHIFTS = hidden(MAIN)
 for task in TASKS:
     test = f"--algo eval --eval-sets {SETS[task.split('-')[0]]}{SEEN.get(task, '')}"
@@ -169,7 +168,7 @@ for task in TASKS:
 # KL penalty were not tuned.
 
 ONCE = "--eval-every 0 --skip-first-eval --probe-hands 0 --keep 1"
-HALF = {"ppo": {"gp-l": 20, "virl-l": 15}, "sft": {"gp-l": 225, "virl-l": 110}}        # of the presets' steps
+HALF = {"ppo": {"gp-l": 20, "virl-l": 15}, "sft": {"gp-l": 262, "virl-l": 110}}        # of the presets' steps
 VARIANTS = """
     advantage: gae-loo (preset)  | | 1
     advantage: gae               | --advantage gae | 1
@@ -219,29 +218,6 @@ def variant(line, task):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Behaviours of the released code (variants/official.py), in PPO with GAE as there. The last evaluation plays
-# the game as the run did, with the switch on; then the weights are judged again in the default game, so that
-# what training made of the model stands apart from what the judge makes of it.
-
-PICTURES = ["misread-first"]                           # does nothing without them
-SWITCHES = {"gp-l": [switch for switch in (*official.OF_GAME["gp"], *official.PPO, "official")
-                     if switch not in PICTURES],
-            "gp-vl": PICTURES,
-            "virl-l": [*official.OF_GAME["virl"], "official"]}
-
-
-def switched(task, switch):
-    """Return the arm of one switch, "" for none, and the arm that judges what it ends with."""
-    name, steps = f"{task}-compat-{switch or 'none'}", HALF["ppo"].get(task, 20)
-    flags = f"--advantage gae --steps {steps} {ONCE}" + f" --compat {switch}" * bool(switch)
-    ranks = 2 if switch == "rank-advantages" else 1                # of one there is nothing to see
-    return [Arm(name, flags, switch or "none", ranks),
-            Arm(f"judged-{name}", f"--algo eval --model {{{name}}}", f"judged {switch or 'none'}")]
-
-
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 def in_full(groups):
     return "\n\n".join([tables.headline(groups), tables.explained(groups)])
@@ -255,7 +231,7 @@ EXPERIMENTS = {
     "main": Experiment(
         "Figures 5 to 8: SFT and PPO from one init checkpoint, tested on the rule and look of training and "
         "on others.", MAIN, in_full,
-        {"": figures.draw, "-tradeoff": figures.tradeoff} | CAUSES),
+        {"": figures.draw, "-glance": figures.glance, "-tradeoff": figures.tradeoff} | CAUSES),
     "no-sft": Experiment(
         "Figure 9: RL without SFT before it. The tiny foundation knows the game's format already; beside it "
         "one that has hardly begun to learn.", NO_SFT),
@@ -277,9 +253,4 @@ EXPERIMENTS = {
         "equal compute, half of main's.",
         [variant(line, task) for task in ("gp-l", "virl-l") for line in VARIANTS.strip().splitlines()],
         tables.variants, {}),
-    "compat": Experiment(
-        "What each behaviour of the released code does to PPO with GAE, as its own judge reports it and in "
-        "the default game.",
-        [arm for task, switches in SWITCHES.items() for switch in ("", *switches)
-         for arm in switched(task, switch)], tables.switches, {}),
 }

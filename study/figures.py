@@ -7,7 +7,7 @@ panels per task, a panel per set.
 from statistics import fmean
 
 from study import records
-from study.tables import by_task
+from study.tables import PAPER, by_task, headline_of
 
 # Okabe and Ito's, which the colour-blind tell apart.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
@@ -59,6 +59,44 @@ def tradeoff(groups, file):
                       label=group.name)
 
     panels(groups, file, "the same on ID (%)", path, leave_out="id")
+
+
+def glance(groups, file):
+    """Draw what SFT and PPO change: on each shift, beside the paper's change (pale); and on hands of cards
+    whose numbers training dealt, beside those that it never did (pale)."""
+    from matplotlib.figure import Figure                       # not all have it
+
+    tasks = by_task(groups)
+    shifts = [(task, name) for task, name in PAPER if task in tasks]
+    dealt = [(task, name) for task, known in tasks.items()
+             for sets in [next(iter(known.values())).sets] for name in sets if f"{name}-unseen" in sets]
+    parts = {"cards (pale: the paper)": [row for row in shifts if row[0].startswith("gp")],
+             "navigation (pale: the paper)": [row for row in shifts if row[0].startswith("virl")],
+             "numbers seen (pale: unseen)": dealt}
+    parts = {title: rows for title, rows in parts.items() if rows}
+    figure = Figure((4.2 * len(parts), 3.4))
+    axes = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, parts.items()):
+        for k, (task, name) in enumerate(rows):
+            for j, algo in enumerate(name for name in COLOR if name in tasks[task]):
+                group, metric = tasks[task][algo], headline_of(task, name)
+                change = records.change(group.at(-1, name), group.at(0, name), metric)
+                if rows is dealt:
+                    unseen = f"{name}-unseen"
+                    other = records.change(group.at(-1, unseen), group.at(0, unseen), metric)
+                else:
+                    init, *theirs = PAPER[task, name]
+                    other = theirs[list(COLOR).index(algo)] - init, 0
+                for i, ((mean, error), alpha) in enumerate(((change, 1), (other, 0.4))):
+                    axis.barh(-k - 0.38 * j - 0.17 * i, mean, 0.16, xerr=error or None, color=COLOR[algo],
+                              alpha=alpha, ecolor="#333333", label=algo.upper() if not k + i else None)
+        axis.set_yticks([-k - 0.28 for k in range(len(rows))], [f"{task}\n{name}" for task, name in rows])
+        axis.axvline(0, color="#333333", lw=0.8)
+        axis.set(title=title, xlabel="change from init (points)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
 
 
 def steps_of(group):

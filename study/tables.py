@@ -29,8 +29,8 @@ class Group:
 
     @property
     def metric(self):
-        """Name the game's headline: success of cards, per-step accuracy of navigation, as in the paper."""
-        return GAMES[self.task.split("-")[0]].headline
+        """Name the game's headline."""
+        return headline_of(self.task)
 
     def at(self, k, name):
         """Return the k-th evaluations of all seeds on one set."""
@@ -42,6 +42,12 @@ class Group:
 
     def mean(self, key):
         return np.mean([record[key] for record in self.records])
+
+
+def headline_of(task, name=""):
+    """Name the metric that the paper tells of a task and set: success of cards, per-step accuracy of
+    navigation, but success on another look."""
+    return "success" if name == "visual-ood" else GAMES[task.split("-")[0]].headline
 
 
 def by_task(groups):
@@ -100,9 +106,9 @@ def headline(groups):
         for name, metric in ((name, metric) for name in one.sets for metric in (one.metric, other)):
             cells = [cell(known[algo].at(-1, name), metric, known[algo].at(0, name)) if algo in known else "-"
                      for algo in ("sft", "ppo")]
-            theirs = ", ".join(map(str, PAPER.get((task, name), ()))) if metric == one.metric else ""
+            theirs = PAPER.get((task, name), ()) if metric == headline_of(task, name) else ()
             init = cell(one.at(0, name)[:1], metric)
-            rows.append([f"{task}, {name}", metric.replace("_", "-"), init, *cells, theirs])
+            rows.append([f"{task}, {name}", metric.replace("_", "-"), init, *cells, ", ".join(map(str, theirs))])
     head = ["task, tested on", "what", "init", "SFT (change)", "PPO (change)", "paper: init, SFT, RL"]
     width = 6 if any(row[-1] for row in rows) else 5           # the paper has nothing to say on other shifts
     return markdown(head[:width], [row[:width] for row in rows])
@@ -194,17 +200,3 @@ def variants(groups):
                                     for known in tasks.values() if name in known))
         rows.append([*name.split(": "), *cells])
     return markdown([*head, "TFLOPs", "minutes", "GB"], rows)
-
-
-def switches(groups):
-    """Show a row per switch of --compat: what the run itself reports, and what it is worth in the default
-    game, with the change from the run without."""
-    rows = []
-    for task, known in by_task(groups).items():
-        rows.append([task, "(init)", *[""] * len(TITLES), *begins(known)])
-        for name, group in known.items():
-            judged = known.get(f"judged {name}")
-            if judged:
-                rows.append([task, name, *ends(group), *ends(judged, known.get("judged none"))])
-    how = [f"{how}: {title}" for how in ("as it reports", "in the default game") for title in TITLES.values()]
-    return markdown(["task", "switch", *how], rows)

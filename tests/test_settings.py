@@ -117,7 +117,7 @@ REFUSED = """
     --eval-sets '': expected
     --eval-sets id,mirrored: expected one of id, id-face, rule-ood, visual-ood, fake-rule, five-cards
     --task virl-vl --eval-sets five-cards | relative-wording
-    --task gp-vl --eval-sets target-13 | recoloured
+    --task gp-vl --eval-sets target-13 | varied
     --rules 10,eleven: expected one positive integer for J, Q and K
     --rules 10,: expected
     --rules 10,10: expected

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from dataclasses import replace
+from itertools import combinations_with_replacement
 
 import numpy as np
 
@@ -193,22 +194,7 @@ def test_each_card_is_mirrored_where_it_lies(size):
         assert (mirrored == plain[:, ::-1]).all() and differs(mirrored, plain).mean() > 0.01
 
 
-def test_suits_in_colours_that_no_deck_has():
-    """Ink, and nothing but ink, has another colour: a pixel changes by its share of ink, up to rounding."""
-    inks = {suit: (cards.RED if suit in cards.LOOKS["red"] else cards.BLACK)["ink"] for _, suit in HAND[:4]}
-    for (_, suit), plain, recoloured in zip(HAND, slots((1200, 1200)), slots((1200, 1200), "recoloured")):
-        step = np.subtract(cards.RECOLOURED[suit], inks[suit])
-        share = (recoloured - plain) @ step / (step @ step)
-        assert np.abs(recoloured - plain - share[:, :, None] * step).max() <= 2
-        assert -0.02 < share.min() and share.max() < 1.02
-        ink = (plain == inks[suit]).all(axis=2)
-        assert ink.mean() > 0.005 and (recoloured[ink] == cards.RECOLOURED[suit]).all()
-    colors = np.array([*cards.RECOLOURED.values(), *inks.values()])
-    apart = np.abs(colors[:4, None] - colors).max(axis=2)
-    assert (apart > 60).sum() == apart.size - 4         # from each other and from ink, but not from itself
-
-
-@cases("style", ["mirrored", "recoloured"])
+@cases("style", cards.STYLES[1:])
 def test_only_the_picture_differs_from_id(style):
     plain, env = (GeneralPoints(image=True, size=(224, 56), **GP[name]) for name in ("id", style))
     for seed in range(8):
@@ -216,6 +202,33 @@ def test_only_the_picture_differs_from_id(style):
         (image, text), (another, same) = (found.messages[0]["content"] for found in (one, other))
         assert its == info == GeneralPoints().reset(seed)[1] and same == text
         assert another["image"].tobytes() != image["image"].tobytes()
+
+
+# ------------------------------------------------------------------------------------------ what training sees
+
+def numbers(**settings):
+    env = GeneralPoints(**settings)
+    return {tuple(sorted(env.reset(seed)[1]["numbers"])) for seed in range(900)}
+
+
+def test_training_never_deals_the_numbers_held_out():
+    """Nor does id; id-unseen deals nothing else, and the foundation any."""
+    learnt, unseen, both = numbers(**GP["id"]), numbers(**GP["id-unseen"]), numbers(held_out=None)
+    assert learnt == numbers() and not learnt & unseen and not learnt & numbers(**GP["visual-ood-unseen"])
+    every = [hand for hand in combinations_with_replacement(range(1, 11), 4) if solve(list(hand), 24)]
+    assert len(every) == 566 and 0.15 < len(unseen) / 566 < 0.25 and both & unseen and both & learnt
+
+
+def test_the_foundation_knows_no_shift_but_the_two_rules():
+    shifted = {(s.get("rule"), s.get("target")) for s in GP.values() if "rule" in s or "target" in s}
+    known = [settings for _, settings in GeneralPoints.broad()]
+    assert shifted & {(s.get("rule"), s.get("target")) for s in known} == {("11-12-13", None)}
+    assert {(s["look"], s.get("style")) for s in known if s["image"]} == {("all", "varied")}
+
+
+def test_a_hand_described():
+    *_, told = GeneralPoints(image=True, describe=True).demonstrate(3)
+    assert json.loads(told["content"]) == {"cards": GeneralPoints().reset(3)[1]["cards"]}
 
 
 # ------------------------------------------------------------------------------------------- relative wording
