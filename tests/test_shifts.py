@@ -204,7 +204,7 @@ def test_only_the_picture_differs_from_id(style):
         assert another["image"].tobytes() != image["image"].tobytes()
 
 
-# ------------------------------------------------------------------------------------------ what training sees
+# ----------------------------------------------------------------------------------------- what training sees
 
 def numbers(**settings):
     env = GeneralPoints(**settings)
@@ -215,7 +215,7 @@ def test_training_never_deals_the_numbers_held_out():
     """Nor does id; id-unseen deals nothing else, and the foundation any."""
     learnt, unseen, both = numbers(**GP["id"]), numbers(**GP["id-unseen"]), numbers(held_out=None)
     assert learnt == numbers() and not learnt & unseen and not learnt & numbers(**GP["visual-ood-unseen"])
-    every = [hand for hand in combinations_with_replacement(range(1, 11), 4) if solve(list(hand), 24)]
+    every = [h for h in combinations_with_replacement(range(1, 11), 4) if solve(list(h), 24)]
     assert len(every) == 566 and 0.15 < len(unseen) / 566 < 0.25 and both & unseen and both & learnt
 
 
