@@ -1,5 +1,7 @@
-"""A third game is one file: the example in docs/examples is judged, played and trained on."""
+"""The pages hold together: the third game in docs/examples is judged, played and trained on, the walkthrough
+runs from a fresh kernel, and links lead somewhere."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import envs
 import train
 from test_train import records, run
 
-FILE = Path(train.__file__).parent / "docs/examples/countdown.py"
+HERE = Path(train.__file__).parent
+FILE = HERE / "docs/examples/countdown.py"
+PAGES = [*HERE.glob("*.md"), *HERE.glob("[!.]*/**/*.md")]
 
 
 @pytest.fixture
@@ -40,3 +44,22 @@ def test_a_run_learns_from_it(small, tmp_path, registered):
     assert steps[-1]["nll"] < steps[0]["nll"] - 0.2
     run(*common, "--algo", "ppo", "--model", tmp_path / "sft/final", "--steps", 1, "--out", tmp_path / "ppo")
     assert set(records(tmp_path / "ppo", "eval")[-1]["eval"]) == {"id", "rule-ood"}
+
+
+def test_the_walkthrough_runs():
+    client, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(HERE / "docs/walkthrough.ipynb", 4)
+    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": HERE / "docs"}}).execute()
+
+
+def anchors(page):
+    titles = re.findall("^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists() and (not anchor or anchor in anchors(target)), link
