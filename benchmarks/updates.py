@@ -1,5 +1,5 @@
 """Make a run of PPO wait before each update for a line on stdin, then print its metrics as a line of JSON,
-with the share of padding in what it has learnt from and the memory that the process has held at most.
+with the share of padding in what it has learnt from and the process's peak memory.
 
 speed.py starts this with the code of one commit or another on PYTHONPATH. All it knows of it is `main`,
 `Trainer`, and what `Llama.forward` is given.

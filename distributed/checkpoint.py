@@ -1,12 +1,14 @@
-"""Checkpoints that survive a crash at any byte, load on any number of ranks, and run nothing that they hold.
+"""Checkpoints that survive a crash at any byte, load on any number of ranks, and never execute anything that
+they contain.
 
     runs/NAME/checkpoints/step_000120/     weights and optimizer state in slices, record.json, config.json
                                            and the tokenizer
 
 Every rank writes its own slices (rank_K.safetensors) into `.step_000120`, from a copy in memory and in the
 background: training goes on. Then it writes down the size and the SHA-256 of its files (rank_K.json). Once
-all have, the first rank takes the dot off the name. So a folder without a dot is complete, whatever was
-killed when, and the sums tell later damage. There is JSON and safetensors in it, and no pickle.
+all have, the first rank takes the dot off the name. So a folder without a dot is complete, whichever process
+was killed at any time, and the checksums reveal later damage. There is JSON and safetensors in it, and no
+pickle.
 """
 
 import hashlib

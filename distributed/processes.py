@@ -1,8 +1,8 @@
 """The processes of a run, as torchrun starts them: who this one is, what all agree on, and what stops them.
 
-One process needs no torchrun and makes no collective. Several decide together whether to skip a step or to
-stop, so that none acts alone and leaves the others waiting. One that dies or fails takes the others down at
-once; under `torchrun --max-restarts N` they all come back and resume.
+A single process needs no torchrun and makes no collective call. Several decide together whether to skip a
+step or to stop, so that none acts alone and leaves the others waiting. One that dies or fails takes the
+others down at once; under `torchrun --max-restarts N` they all come back and resume.
 """
 
 import os

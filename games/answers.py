@@ -1,4 +1,4 @@
-r"""Read any text whatever into the fields of an answer: in linear time, and never an exception.
+r"""Parse any text into the fields of an answer, in linear time and without ever raising an exception.
 
     python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
 

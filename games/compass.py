@@ -1,4 +1,4 @@
-"""Name directions: headings by the compass, and sides as someone sees them who faces one.
+"""Name directions: headings by the compass, and sides as seen by someone who faces a heading.
 
     python -c "from games import compass; print(compass.word(130))"
 """

@@ -2,8 +2,8 @@
 
     python -c "from games import foundation; print(*foundation.cards()[:4], sep='\\n')"
 
-It stands for what the paper's Llama brings along. It is general: the rule and the look of post-training are
-among many.
+It stands for what the paper's Llama brings along. It is broad: the rule and the look of post-training are a
+few cases among many.
 """
 import random
 

@@ -1,10 +1,11 @@
-"""Judge what an answer says is seen: the landmark's name and the intersection, not the wording, not the side.
+"""Judge the observation that an answer reports: the landmark's name and the intersection, not the wording or
+the side.
 
     python -c "from games.observations import claims; print(claims('I see Joe’s Bar, but no intersection'))"
 
 An observation is cut into clauses. Words that name nothing ("I can see the", "is on your left") are taken off
-both ends of a clause. What is left is one name, and has to be the landmark's as a whole: a list, a longer
-name that holds it, a guess beside it are wrong. A clause that denies claims nothing, and denies its subject.
+both ends of a clause. The rest is one name and must equal the landmark's: a list, a longer name that contains
+it, or an extra guess is wrong. A negated clause makes no claim; it says that its subject is absent.
 """
 import re
 import unicodedata

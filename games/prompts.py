@@ -2,8 +2,8 @@
 
     python -c "from games.prompts import PROMPTS; print(PROMPTS['gp-l'])"
 
-A field is a plain {name}. What else str.format knows is refused: a width of 999999999 would fill the memory,
-and an attribute or an index would look into objects.
+A field is a plain {name}. All other syntax of str.format is refused: a width of 999999999 would fill the
+memory, and an attribute or an index would look into objects.
 """
 import json
 import string

@@ -1,4 +1,4 @@
-"""Derive random streams by name, so that no two of them meet.
+"""Derive random streams by name, so that no two coincide.
 
     python -c "from games import seeds; print(seeds.derive('hands', 0))"
 """

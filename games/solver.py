@@ -1,4 +1,4 @@
-"""Find all formulas that make a target of given numbers, each exactly once, with + - * / and parentheses.
+"""Find all formulas that reach a target with each given number used exactly once, by + - * / and parentheses.
 
     python -c "from games.solver import solve; print(*solve([3, 3, 8, 8]))"
 """

@@ -1,4 +1,4 @@
-"""Cut street views, as someone sees them who faces a compass heading, out of a panorama (equirectangular:
+"""Cut the street views that someone sees who faces a compass heading out of a panorama (equirectangular:
 columns are compass directions, rows elevations). Look at one:
 
     python -c "from games import views; views.grid('FOLDER/street_views/ID.jpg', 90, 640).save('grid.png')"

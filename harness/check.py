@@ -1,4 +1,4 @@
-"""Check that settings are a run, before weights are read and anything is written.
+"""Check that the settings make a valid run, before weights are read or anything is written.
 
     train.py: error: --hands 3: expected with --algo ppo
 

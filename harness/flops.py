@@ -3,10 +3,10 @@ algorithms.
 
     torchrun train.py --task gp-l --algo sft        # log.jsonl: tflops (6 N D), counted_tflops, flops
 
-6 N D (and 2 N D where nothing is learnt) takes every parameter to work once on every text token. The
-embedding table does no products at all, the head works where a log-prob is asked, the vision tower once on
-every patch of an image and not on text, a frozen weight has no gradient, and attention has no parameters for
-its products. So here a forward pass is
+6 N D (and 2 N D where nothing is learnt) assumes that every parameter works once on every text token. In fact
+the embedding table does no products at all, the head works where a log-prob is asked, the vision tower once
+on every patch of an image and not on text, a frozen weight has no gradient, and attention has no parameters
+for its products. So here a forward pass is
 
     FLOPs = sum over q of  number[q] x rate[q],      q: tokens, pairs of a query and a key that it sees,
                                                         patches, targets, ...

@@ -1,4 +1,5 @@
-"""From a command line to a run: settings that all ranks agree on, the folder held, and errors in one line."""
+"""Start a run from a command line: agree on settings across ranks, lock the folder, print errors in one
+line."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Settings are declared with what they may be; what they may not be is refused in one way:
+"""Settings are declared with their allowed values; any other value gives the same kind of error:
 `--flag VALUE: expected ...`, exit code 2.
 
     parser = command_line("python -m study", __doc__)

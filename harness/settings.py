@@ -1,4 +1,4 @@
-"""The settings of a run: names, defaults, presets, the command line, and the new ones of a resumed run.
+"""The settings of a run: names, defaults, presets, the command line, and changes on resume.
 
     python train.py --help          # what most runs need; --help-all shows the rest, too
 """

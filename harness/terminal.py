@@ -1,5 +1,5 @@
-"""Show text to a person: no character that acts on a terminal, none that it lacks, and no traceback once its
-reader has gone. All may import it: it needs the standard library alone.
+"""Print text safely: no control characters, none that the terminal cannot show, and no traceback once the
+output's reader has gone. All may import it: it needs the standard library alone.
 """
 
 import io

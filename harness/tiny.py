@@ -4,8 +4,8 @@
 
 The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
 task or game in docs/tiny, stands for that: it has seen the game under many rules and looks. From it `prepare`
-makes the paper's *init* on first use, by a brief SFT on the training rule. How long both take is chosen so
-that init stands where the paper's does (docs/lab-book.md).
+makes the paper's *init* on first use, by a brief SFT on the training rule. Both training lengths are chosen
+so that init scores about as the paper's does (docs/lab-book.md).
 """
 
 import contextlib

@@ -3,12 +3,12 @@
     out = softmax(scale q k^T) v
     B rows, T queries, S keys, H query heads, K key heads, each shared by G = H / K of them, D channels
 
-What it saves. At 4096 tokens a head has 2^24 scores, 34 MB in bfloat16; 32 heads a gigabyte, in every row
-and layer. The textbook writes them, reads them for the softmax, writes the probabilities and reads those:
-134 MB for the head's 4 T S D = 8.6 GFLOPs, 64 FLOPs per byte. An H200 does 206 while it moves one byte (989
-TFLOP/s in bfloat16 and 4.8 TB/s, by its data sheet), so it would spend two thirds of the time waiting. Q,
-K, V and the output are 4 MB, 2048 FLOPs per byte: if the scores stay on the chip, tile by tile, the
-products decide. For the backward pass 4 bytes per query and head are kept, from which it computes every
+What it saves. At 4096 tokens a head has 2^24 scores, 34 MB in bfloat16; 32 heads a gigabyte, in every row and
+layer. Textbook attention writes the scores, reads them for the softmax, writes the probabilities and reads
+those: 134 MB for the head's 4 T S D = 8.6 GFLOPs, 64 FLOPs per byte. An H200 does 206 FLOPs while it moves
+one byte (989 TFLOP/s in bfloat16 and 4.8 TB/s, by its data sheet), so it would spend two thirds of the time
+waiting. Q, K, V and the output are 4 MB, 2048 FLOPs per byte: if the scores stay on the chip, tile by tile,
+the products decide. For the backward pass 4 bytes per query and head are kept, from which it computes every
 tile of scores again.
 
 Half of the scores of a causal mask are hidden, with padding or other tiles of an image more. Hidden scores

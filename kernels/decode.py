@@ -10,7 +10,7 @@ and a second kernel weights the means:
 
     out = sum_i w_i out_i / sum_i w_i,    w_i = exp(lse_i - max lse)
 
-There is no backward pass: learning from a single query takes flash.py.
+There is no backward pass: training on a single query uses flash.py.
 """
 import torch
 

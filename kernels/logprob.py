@@ -24,10 +24,10 @@ entropy):
     dz = p (a - e log p) + g onehot(y),      a = l - g - e entropy
     d hidden = dz weight / temperature,      d weight = dz^T hidden / temperature
 
-Tile by tile dz is made and used up. No part of it is dropped for being small.
+Tile by tile dz is made and used up. No small part of the gradient is dropped.
 
-Two ways do these sums: on a GPU the kernels of logits.py, elsewhere the twins below, which say the same in
-plain torch. Read those first.
+There are two implementations: on a GPU the kernels of logits.py, elsewhere the twins below, in plain torch.
+Read those first.
 """
 import torch
 from torch.autograd.function import once_differentiable

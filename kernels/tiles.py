@@ -3,10 +3,10 @@
 A program keeps tiles on the chip: the larger they are, the more often each byte is used once it is there.
 Two things bound them.
 
-Registers: 2^16 of 4 bytes in an SM of NVIDIA's, at most 255 per thread. The rest would be spilled to
-memory, in the middle of the loop. With 8 warps (256 threads) a tile of 128 x 256 float32 sums takes 128 of
-these 255; forward attention with 128 queries has sums of 128 x 128, scores of 128 x 128, and on chips
-before Hopper the operands, too.
+Registers: an NVIDIA SM has 2^16 of 4 bytes, at most 255 per thread. The rest would be spilled to memory, in
+the middle of the loop. With 8 warps (256 threads) a tile of 128 x 256 float32 sums takes 128 of these 255;
+forward attention with 128 queries has sums of 128 x 128, scores of 128 x 128, and on chips before Hopper the
+operands, too.
 
 Shared memory holds what loops read, `stages` tiles of it, so that the next are under way while one is
 multiplied. A block may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942.

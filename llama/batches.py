@@ -3,8 +3,8 @@
 A conversation is anything with `ids` (token ids), `sampled` (is the model to produce this token?) and `image`
 (a picture, what Processor.cut made of one, or None); see rollout.Conversation.
 
-Conversations that begin alike are one row of a batch, a *tree*. Its stem is their common prompt, which is so
-read and learnt once, with its image; their branches follow one after the other:
+Conversations that begin alike are one row of a batch, a *tree*. Its stem is their common prompt, which is
+therefore processed once, with its image; their branches follow one after the other:
 
     tokens       prompt         | answers of the 1st | answers of the 2nd | ...
     positions    0 1 2 ... P-2  | P-1 P P+1 ...      | P-1 P P+1 ...      |

@@ -1,7 +1,7 @@
 """Do the runs of an experiment, as many at once as there are cores; print its table, draw its figures.
 
-    python -m study main                     # go on where it was stopped; with the records in git nothing is
-                                             # missing, and it only draws
+    python -m study main                     # continue where it stopped; what the records in git hold is not
+                                             # run again
     python -m study all --plan               # what is there, what is missing, how long that will take
     python -m study main --records runs/mine --seeds 0               # measure anew
     python -m study main --model Llama-3.2-11B-Vision-Instruct --ranks 8 --seeds 0      # ask a real model

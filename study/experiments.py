@@ -1,5 +1,5 @@
-"""The paper's questions and some of our own as lists of runs: from one init checkpoint each way to learn (an
-*arm*), several seeds, and the tables and figures that answer.
+"""The paper's questions and some of our own as lists of runs. Each way to learn (an *arm*) starts from one
+init checkpoint and has several seeds; tables and figures give the answers.
 
     python -m study main                     # figures 5 to 7: SFT and PPO on all four tasks
     python -m study attempts                 # figure 10: how many attempts in training

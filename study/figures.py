@@ -1,5 +1,5 @@
-"""Figures of groups of runs: what one way to learn made of one task, a record per seed. Each is a row of
-panels per task, a panel per set.
+"""Figures of groups of runs. A group is one way to learn on one task, with a record per seed. Most figures
+have a row per task and a panel per evaluation set.
 
     python -m study plot runs/gp-l-sft runs/gp-l-ppo
 """

@@ -1,5 +1,5 @@
-"""What a run will take before it takes it: memory per rank, and the FLOPs of a PPO update against the
-released code's schedule.
+"""Estimate what a run needs before it starts: memory per rank, and the FLOPs of a PPO update compared with
+the released code's schedule.
 
     python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision
 

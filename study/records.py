@@ -1,4 +1,4 @@
-"""Keep of a run a line of JSON; and say how sure a rate is that comes from several seeds playing the same
+"""Store each run as a line of JSON, and compute the error of a rate from several seeds that play the same
 hands."""
 
 import json

@@ -1,4 +1,4 @@
-"""Tables, in Markdown, of groups of runs: what one way to learn made of one task, a record per seed."""
+"""Markdown tables of groups of runs. A group is one way to learn on one task, with a record per seed."""
 
 from dataclasses import dataclass
 from pathlib import Path

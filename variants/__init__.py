@@ -1,4 +1,5 @@
-"""Variants of the algorithms, a file each, beside what the paper does; the tables of all are here.
+"""Variants of the algorithms, one file per kind. Their tables, which hold the paper's own choices as well,
+are collected here.
 
 How to change the loss: write a function as in losses.py and enter it in that file's table, or give your own
 file to --custom. Nothing else changes.

@@ -3,14 +3,14 @@
     torchrun train.py --task gp-l --algo ppo --advantage grpo --loss grpo
 
 How to add one: write a function (episodes, args) that fills in `turn.advantage` of every turn, and enter it
-in ESTIMATORS with what it needs. It sees of a turn: `reward`, the verifier's; `penalties`, the KL penalty of
-each sampled token where that is part of the reward (else empty); `value`, the critic's; `info`. Of an
-episode: `turns`, in order, and `seed`, the hand that was dealt. What was told and not sampled (prompts,
-verifier messages) is in none of these, and so changes no advantage.
+in ESTIMATORS with what it needs. Of each turn it can read `reward` (the verifier's), `penalties` (the KL
+penalty of each sampled token where that is part of the reward, else empty), `value` (the critic's) and
+`info`; of an episode `turns`, in order, and `seed`, the hand that was dealt. Text that was not sampled
+(prompts, verifier messages) is in none of these, and so changes no advantage.
 
-Per turn, an advantage, a value and a target (what the critic learns) are one number a turn; per token, a list
-with one number for each sampled token, and a value is then V of the state before that token. `gae`, the
-paper's, is in ppo.py.
+Per turn, an advantage, a value and a target (what the critic learns) are one number each; per token, they are
+lists with one number per sampled token, and a value is V of the state before that token. `gae`, the paper's,
+is in ppo.py.
 """
 
 import math

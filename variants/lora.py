@@ -10,12 +10,12 @@ A linear layer with weight W (out, in) becomes
 
 W is frozen. A starts normal and B at zero, so the model starts as what it was; and as d loss / d A = (alpha /
 r) B^T (d loss / d W) while d loss / d B = (alpha / r) (d loss / d W) A^T, the first step moves B alone. The
-factor alpha / r is there to spare a new learning rate when r changes (section 4.1). The presets' learning
-rates are those for all weights.
+factor alpha / r avoids tuning the learning rate again when r changes (section 4.1). The presets' learning
+rates are meant for training all weights.
 
-What it saves. Learning a number takes it, its gradient and Adam's two moments, 16 bytes in float32; a frozen
-one takes its own 4. Counted on the meta device for Llama-3.2-11B-Vision, r = 16, adapters on every linear
-layer but the head:
+What it saves. A weight that learns needs itself, its gradient and Adam's two moments, 16 bytes in float32; a
+frozen one needs its own 4. Counted on the meta device for Llama-3.2-11B-Vision, r = 16, adapters on every
+linear layer but the head:
 
                               learnt    GB: all weights    gradients    moments
     without           10,670,220,835               42.7         42.7       85.4

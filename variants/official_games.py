@@ -2,7 +2,7 @@
 
     python -c "from variants import official_games as o; print(o.unwrapped_turn(350, 10))"
 
-The games know nothing of it: `play` replaces what a game draws, judges and names by.
+The games do not know this file: `play` replaces their functions for drawing, judging and naming.
 """
 import re
 from dataclasses import replace

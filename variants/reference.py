@@ -1,12 +1,12 @@
-"""The frozen policy that a KL penalty, an SFT loss or a probe measures from, without a second copy of it on
-the device.
+"""The frozen policy with which a KL penalty, an SFT loss or a probe compares, without a second copy on the
+device.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft
 
 A reference is a function without arguments that returns a context; inside of it the policy computes as the
-reference does. `initial` makes one that swaps the weights that are trained. With adapters, `lora.disabled` is
-one that costs nothing at all.
+reference does. `initial` makes one that puts the initial values of the trained weights back for a while. With
+adapters, `lora.disabled` is one that costs nothing at all.
 """
 
 from contextlib import contextmanager
