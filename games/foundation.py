@@ -19,8 +19,9 @@ def cards():
     weights make the same deal about as hard under either.
     """
     rng = random.Random("rules of the foundation")
-    draw = lambda: "-".join(str(rng.randint(1, 20)) for _ in range(rng.choice((1, 3))))
-    rules = [rule for rule in dict.fromkeys(draw() for _ in range(300)) if rule not in TESTED_RULES]
+    rules = dict.fromkeys("-".join(str(rng.randint(1, 20)) for _ in range(rng.choice((1, 3))))
+                          for _ in range(300))
+    rules = [rule for rule in rules if rule not in TESTED_RULES]
     targets = [target for target in range(10, 37) if target not in TESTED_TARGETS]
     games = [(0.15, {"rule": "10"}), (0.25, {"rule": "11-12-13", "deal": "face"})]
     games += [(0.4 / 60, {"rule": rule, "deal": "face"}) for rule in rules[:60]]

@@ -60,14 +60,14 @@ def prepare(args, processes, learn):
                         "README.md there says")
     game = {name: getattr(args, name) for name in (
         "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
-    game["seed"] = derive("init")              # no run's own: what init has learnt from, none begins with
-    game["steps"] = steps = INIT_STEPS.get(args.game, 60)
+    # a seed that no run has: what init has learnt from, none begins with
+    game |= {"seed": derive("init"), "steps": INIT_STEPS.get(args.game, 60)}
     weights = (foundation / "model.safetensors").read_bytes()
     digest = hashlib.sha256(weights + repr(game).encode()).hexdigest()[:8]
     ready = Path("runs") / f"init-{args.task}-{digest}"
     if not first((ready / "final").exists):
-        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {steps} SFT "
-                        f"steps, in {ready}")
+        processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {game['steps']} "
+                        f"SFT steps, in {ready}")
         with contextlib.ExitStack() as stack:  # another run may be making it, too: the first to end wins
             private = first(lambda: stack.enter_context(files.aside(ready, "final")))
             init = Args(algo="sft", model=str(foundation), out=str(private), eval_every=0,

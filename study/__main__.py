@@ -35,7 +35,7 @@ which seeds and hands are both samples (study/records.py)."""
 def at_scale(run, model, ranks):
     """Return the run with another model where it would take the tiny one, on so many ranks."""
     argv = run.argv + ("--model", model) if model and "--model" not in run.argv else run.argv
-    return dataclasses.replace(run, argv=argv, ranks=max(ranks, run.ranks))
+    return dataclasses.replace(run, argv=argv, ranks=ranks)
 
 
 def chosen(runs, only):

@@ -30,7 +30,6 @@ class Arm:
     name: str
     flags: str
     label: str
-    ranks: int = 1
 
     @property
     def task(self):
@@ -49,7 +48,7 @@ class Arm:
         flags = self.flags.replace(begun[0], f"{{root}}/{after}/final") if begun else self.flags
         drawn = () if "--algo eval" in flags else ("--seed", str(seed))
         name = f"{self.name}-{0 if self.name.endswith('-init') else seed}"
-        return Run(name, ("--task", self.task, *flags.split(), *drawn), (after,), self.ranks)
+        return Run(name, ("--task", self.task, *flags.split(), *drawn), (after,))
 
 
 @dataclass(frozen=True)

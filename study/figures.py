@@ -66,37 +66,34 @@ def glance(groups, file):
     whose numbers training dealt, beside those that it never did (pale)."""
     from matplotlib.figure import Figure                       # not all have it
 
-    tasks = by_task(groups)
-    shifts = [(task, name) for task, name in PAPER if task in tasks]
-    dealt = [(task, name) for task, known in tasks.items()
-             for sets in [next(iter(known.values())).sets] for name in sets if f"{name}-unseen" in sets]
-    parts = {"cards (pale: the paper)": [row for row in shifts if row[0].startswith("gp")],
-             "navigation (pale: the paper)": [row for row in shifts if row[0].startswith("virl")],
-             "numbers seen (pale: unseen)": dealt}
-    parts = {title: rows for title, rows in parts.items() if rows}
+    known = {(group.task, name): group for group in groups for name in group.sets}
+    parts = {f"{title} (pale: the paper)": [row for row in PAPER if row[0].startswith(game) and row in known]
+             for title, game in (("cards", "gp"), ("navigation", "virl"))}
+    unseen = {row: (row[0], f"{row[1]}-unseen") for row in known if (row[0], f"{row[1]}-unseen") in known}
+    parts = {title: rows for title, rows in (parts | {"numbers seen (pale: unseen)": [*unseen]}).items()
+             if rows}
     figure = Figure((4.2 * len(parts), 3.4))
-    axes = figure.subplots(1, len(parts), squeeze=False)[0]
-    for axis, (title, rows) in zip(axes, parts.items()):
-        for k, (task, name) in enumerate(rows):
-            for j, algo in enumerate(name for name in COLOR if name in tasks[task]):
-                group, metric = tasks[task][algo], headline_of(task, name)
-                change = records.change(group.at(-1, name), group.at(0, name), metric)
-                if rows is dealt:
-                    unseen = f"{name}-unseen"
-                    other = records.change(group.at(-1, unseen), group.at(0, unseen), metric)
-                else:
-                    init, *theirs = PAPER[task, name]
-                    other = theirs[list(COLOR).index(algo)] - init, 0
-                for i, ((mean, error), alpha) in enumerate(((change, 1), (other, 0.4))):
-                    axis.barh(-k - 0.38 * j - 0.17 * i, mean, 0.16, xerr=error or None, color=COLOR[algo],
-                              alpha=alpha, ecolor="#333333", label=algo.upper() if not k + i else None)
-        axis.set_yticks([-k - 0.28 for k in range(len(rows))], [f"{task}\n{name}" for task, name in rows])
-        axis.axvline(0, color="#333333", lw=0.8)
+    for axis, (title, rows) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items()):
+        for k, row in enumerate(rows):
+            for group in (group for group in groups if group.task == row[0]):
+                paper = dict(zip(COLOR, (after - PAPER[row][0] for after in PAPER.get(row, ())[1:])))
+                pale = change_of(group, unseen[row][1]) if rows == [*unseen] else (paper[group.name], 0)
+                for i, ((change, error), alpha) in enumerate(zip((change_of(group, row[1]), pale), (1, 0.4))):
+                    y = -k - 0.38 * [*COLOR].index(group.name) - 0.17 * i
+                    axis.barh(y, change, 0.16, xerr=error, color=COLOR[group.name], alpha=alpha,
+                              label=None if k + i else group.name.upper())
+        axis.set_yticks([-k - 0.28 for k in range(len(rows))], map("\n".join, rows))
+        axis.axvline(0)
         axis.set(title=title, xlabel="change from init (points)")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=150)
+
+
+def change_of(group, name):
+    """Return (change from the first evaluation to the last, its standard error), in points."""
+    return records.change(group.at(-1, name), group.at(0, name), headline_of(group.task, name))
 
 
 def steps_of(group):

@@ -110,12 +110,12 @@ REFUSED = """
     --eval-hand 3 | unrecognized arguments: --eval-hand
     --lr: expected one argument
     # lists
-    --eval-sets id,rule-odd: expected one of id, id-face, rule-ood
+    --eval-sets id,rule-odd: expected one of id, id-unseen, id-face, rule-ood
     --eval-sets id,id: expected
     --eval-sets id,: expected
     --eval-sets ,: expected
     --eval-sets '': expected
-    --eval-sets id,mirrored: expected one of id, id-face, rule-ood, visual-ood, fake-rule, five-cards
+    --eval-sets id,mirrored: expected one of id, id-unseen, id-face, rule-ood, visual-ood, visual-ood-unseen
     --task virl-vl --eval-sets five-cards | relative-wording
     --task gp-vl --eval-sets target-13 | varied
     --rules 10,eleven: expected one positive integer for J, Q and K
