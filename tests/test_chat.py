@@ -46,7 +46,7 @@ def processor_of(kind):
 @pytest.fixture
 def gp(tmp_path):
     """A copy of the tiny model's folder, without its weights."""
-    return Path(shutil.copytree(TINY / "gp", tmp_path / "gp", ignore=lambda *_: ["model.safetensors"]))
+    return Path(shutil.copytree(TINY / "gp-vl", tmp_path / "gp", ignore=lambda *_: ["model.safetensors"]))
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def saved(gp, tmp_path):
 # Ours, read by transformers
 
 
-@pytest.mark.parametrize("kind", ["llama3", "base", "chatml", "gp", "virl"])
+@pytest.mark.parametrize("kind", ["llama3", "base", "chatml", "gp-vl", "virl"])
 def test_transformers_renders_as_we_do(transformers, tmp_path, kind):
-    folder = TINY / kind if kind in ("gp", "virl") else tmp_path
+    folder = TINY / kind if kind in ("gp-vl", "virl") else tmp_path
     if folder == tmp_path:
         processor_of(kind).save_pretrained(folder)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Processor.from_pretrained(folder)
@@ -76,7 +76,7 @@ def test_transformers_renders_as_we_do(transformers, tmp_path, kind):
             assert ids == ours.render(messages, reply=reply).ids
 
 
-@pytest.mark.parametrize("game", ["gp", "virl", "small"])
+@pytest.mark.parametrize("game", ["gp-vl", "virl", "small"])
 def test_transformers_sees_as_we_do(transformers, small, game):
     folder = small[0] if game == "small" else TINY / game
     theirs, ours = transformers.AutoProcessor.from_pretrained(folder), Processor.from_pretrained(folder)
@@ -114,7 +114,7 @@ def test_a_pipeline_chats_and_stops(transformers, tmp_path, kind):
     assert ids[0, len(prompt):].tolist() == [*answer[:2], end]
 
 
-REAL = [(TINY / "gp", envs.GeneralPoints().reset(3)[0].messages, "formula")]
+REAL = [(TINY / "gp-vl", envs.GeneralPoints().reset(3)[0].messages, "formula")]
 if "SMOLLM2" in os.environ:
     REAL.append((os.environ["SMOLLM2"], [{"role": "system", "content": "You are a helpful assistant."}, {
         "role": "user", "content": "What is the capital of France?"}], "Paris"))
@@ -141,7 +141,7 @@ def test_real_weights_answer_alike(transformers, folder, messages, word):
 
 def test_a_folder_of_transformers_5(transformers, tmp_path):
     """It nests the image processor in processor_config.json, which counts where both files prepare images."""
-    a, b, gp = tmp_path / "a", tmp_path / "b", TINY / "gp"
+    a, b, gp = tmp_path / "a", tmp_path / "b", TINY / "gp-vl"
     for kind in (transformers.AutoProcessor, transformers.AutoModelForImageTextToText):
         kind.from_pretrained(gp).save_pretrained(a)
     assert not (a / "preprocessor_config.json").exists()

@@ -123,7 +123,8 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys, task, algo):
     run("--task", task, "--algo", algo, "--model", small[0], "--steps 2 --out", tmp_path, transcripts)
     [start], steps, evals = (records(tmp_path, event) for event in ("start", "step", "eval"))
     assert start["config"]["task"] == task and start["hardware"] and [r["step"] for r in steps] == [1, 2]
-    sets = {"id", "rule-ood"} | ({"visual-ood"} if task.endswith("vl") else set())
+    sets = {"id"} | ({"visual-ood"} if task.endswith("vl") else set())
+    sets |= {"rule-ood"} | {f"{name}-unseen" for name in sets if task.startswith("gp")}
     assert [set(r["eval"]) for r in evals] == [sets, sets] and evals[0]["eval"]["id"]["n"] == 4
     assert 0 == evals[0]["tflops"] < steps[0]["tflops"] < steps[1]["tflops"]
     assert (tmp_path / "checkpoints/step_000002/record.json").exists() and weights(tmp_path / "final")
