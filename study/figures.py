@@ -83,9 +83,9 @@ def glance(groups, file):
                     axis.barh(y, change, 0.16, xerr=error, color=COLOR[group.name], alpha=alpha,
                               label=None if k + i else group.name.upper())
         axis.set_yticks([-k - 0.28 for k in range(len(rows))], map("\n".join, rows))
-        axis.axvline(0)
+        axis.axvline(0, c="k")
         axis.set(title=title, xlabel="change from init (points)")
-        axis.grid(axis="x", alpha=0.3)
+        axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=150)
