@@ -241,8 +241,8 @@ def test_a_checkpoint_loads_merged(small, tmp_path, algo):
 
 
 def test_two_ranks_equal_one(small, tmp_path, working_folder):
-    """Whole copies on both."""
-    on_two_ranks(tmp_path, working_folder, small[0], "--task gp-vl", LORA)
+    """Whole copies on both. (With seed 0 the third step has a draw that rounding decides.)"""
+    on_two_ranks(tmp_path, working_folder, small[0], "--task gp-vl --seed 1", LORA)
 
 
 @pytest.mark.parametrize("rank, shard", [(0, "on"), (4, "off")])
