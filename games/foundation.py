@@ -13,7 +13,7 @@ TESTED_TARGETS = 12, 20, 24, 36
 
 def cards():
     """Return the mixture for GeneralPoints: 102 rules, many targets, all suits, in words and as pictures in
-    many inks, half of which are only to be read.
+    many inks, two thirds of which are only to be read.
 
     Of what `shifts` tests it holds the two rules that are compared, no other rule and no other target. Their
     weights make the same deal about as hard under either.

@@ -5,6 +5,8 @@ import re
 import runpy
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 import envs
@@ -47,9 +49,8 @@ def test_a_run_learns_from_it(small, tmp_path, registered):
 
 
 def test_the_walkthrough_runs():
-    client, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(HERE / "docs/walkthrough.ipynb", 4)
-    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": HERE / "docs"}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": HERE / "docs"}}).execute()
 
 
 def anchors(page):
