@@ -1,81 +1,156 @@
-"""Measure the tokens per second of `generate`, next to those of transformers with the same weights.
+"""Measure the tokens per second of `generate`, next to those of transformers on the same model.
 
-    python -m benchmarks.generate --model docs/tiny/gp-vl --new-tokens 64 --repeats 5 --threads 2
+    python -m benchmarks.generate --threads 2                    # the tiny model, on a CPU
+    python -m benchmarks.generate --model study/llama-11b --batches 1,16,64      # the 11B shape, on a GPU
 
-Both sample at temperature 1 from real prompts of the game, text and image, batch 1 and 64, and must draw
-exactly `new-tokens` tokens per row. Medians of interleaved repeats after one that warms up; prefill and
-image encoding are included.
+All sample at temperature 1, text and image, and draw exactly `new-tokens` tokens per row: from real prompts
+of the game; where the folder holds a config.json alone, from random prompts by random weights. "eager" is
+ours without its CUDA graph. Medians of interleaved repeats after one that warms up.
+
+    tokens/s     with the time to read prompts and images
+    step         milliseconds for one token more in every row
+    weights      GB/s at which a step reads the weights that all tokens need; above the table: of a large copy
+    ratio        tokens/s per those of transformers
 """
 import itertools
 import os
 import statistics
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import head, machine, milliseconds, show, take_turns
+from benchmarks.kernels import measure_ceilings
+from benchmarks.measure import DEVICE, GPU, head, machine, milliseconds, show, take_turns
 from envs import GeneralPoints
-from harness.ranges import command_line, integer, text
+from harness.files import to_json
+from harness.ranges import FILE, command_line, integer, several, text
 from harness.terminal import command
+from llama.config import Config
 from llama.generate import generate
+from llama.images import Images
 from llama.processor import Processor
 from model import Llama
 
 TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp-vl"
-COLUMNS = {"prompts": "7", "batch": "5", "ours": "7.0f", "transformers": "12.0f", "ratio": "5.2f"}
+DTYPE = torch.bfloat16 if GPU else torch.float32
+COLUMNS = {"prompts": "7", "batch": "5", "of": "12", "tokens/s": "8.0f", "step": "7.2f", "weights": "7.0f",
+           "ratio": "5.2f"}
 
 
-def reference_inputs(processor, conversations, images):
+@contextmanager
+def there(dtype=DTYPE):
+    """Make new tensors on DEVICE, of this type."""
+    torch.set_default_dtype(dtype)
+    with torch.device(DEVICE):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def load(folder):
+    """Return our model and that of transformers."""
+    import transformers                        # slow to import, and not there without the 'test' extra
+    kind, trained = transformers.MllamaForConditionalGeneration, any(Path(folder).glob("*.safetensors"))
+    if trained:
+        ours, theirs = (each.from_pretrained(folder, dtype=DTYPE).to(DEVICE) for each in (Llama, kind))
+    else:
+        with there():
+            ours = Llama(Config.from_pretrained(folder))
+            theirs = kind(transformers.AutoConfig.from_pretrained(folder))
+    # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
+    theirs.model.vision_model.intermediate_layers_indices = [
+        i - 1 for i in ours.config.vision.intermediate_layers_indices]
+    return ours, theirs.eval()
+
+
+def draw_prompts(folder, config, image, batch):
+    """Return conversations of equal length, and their Images or None."""
+    if (Path(folder) / "tokenizer.json").exists():
+        processor, env = Processor.from_pretrained(folder), GeneralPoints(image=image, size=(224, 56))
+        prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
+        pictures = [prompt.images[0] if image else None for prompt in prompts]
+        return [prompt.ids for prompt in prompts], processor.images(pictures)
+    conversations = torch.randint(0, config.vocab_size, (batch, 256)).tolist()
+    if not image:
+        return conversations, None
+    tiles, size, rows = config.vision.max_num_tiles, config.vision.image_size, torch.arange(batch)
+    for ids in conversations:
+        ids[0] = config.image_token_id
+    layout = config.vision.supported_aspect_ratios.index([1, tiles]) + 1
+    return conversations, Images(list(torch.rand(batch, tiles, 3, size, size)), 0 * rows + layout,
+                                 torch.ones(batch, tiles, dtype=torch.int64), rows)
+
+
+def reference_inputs(image_token_id, conversations, images):
     """Return the arguments of transformers' generate for prompts of equal length."""
     ids = torch.tensor(conversations)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     if images is not None:
-        sees = (ids == processor.image_token_id).cumsum(1) > 0
+        sees = (ids == image_token_id).cumsum(1) > 0
         mask = sees[:, :, None] & images.aspect_ratio_mask.bool()[:, None]                    # (B, T, tiles)
-        inputs |= dict(pixel_values=torch.stack(images.pixel_values)[:, None],
+        inputs |= dict(pixel_values=torch.stack(images.pixel_values)[:, None].to(DTYPE),
                        aspect_ratio_ids=images.aspect_ratio_ids[:, None],
                        aspect_ratio_mask=images.aspect_ratio_mask[:, None],
                        cross_attention_mask=mask.long()[:, :, None])
-    return inputs
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
+
+
+def measure(ours, theirs, conversations, images, tokens, repeats):
+    """Return {name: (milliseconds of a whole answer, of its first token alone)}."""
+    batch, inputs = len(conversations), reference_inputs(ours.config.image_token_id, conversations, images)
+
+    def we(n, graph=None):
+        generate(ours, conversations, images=images, max_new_tokens=n, stop_ids=[], seeds=list(range(batch)),
+                 graph=graph)
+
+    def they(n):
+        theirs.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=0, top_p=1.0,
+                        temperature=1.0, pad_token_id=0)
+
+    ways = {"ours": we, "transformers": they} | ({"ours, eager": partial(we, graph=False)} if GPU else {})
+    runs = {(name, n): partial(lambda way, n, i: milliseconds(way, n), way, n)
+            for name, way in ways.items() for n in (tokens, 1)}
+    times = {key: statistics.median(found) for key, found in take_turns(runs, repeats).items()}
+    return {name: (times[name, tokens], times[name, 1]) for name in ways}
+
+
+def weights_of_a_step(model, image):
+    """Count the weights that a token more needs: of a picture's own keys and values none."""
+    layers = [f"layers.{i}." for i in model.config.cross_attention_layers]
+    unread = (".cross_attn.k_", ".cross_attn.v_") if image else layers
+    return sum(p.numel() for name, p in model.named_parameters()
+               if name.startswith(("layers.", "lm_head.")) and not any(part in name for part in unread))
 
 
 def main(argv=None):
     parser = command_line("python -m benchmarks.generate", __doc__)
     parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
+    parser.add_argument("--batches", type=several(integer(1)), default="1,64")
     for name, default in (("new-tokens", 64), ("repeats", 5), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=integer(1), default=default)
+        parser.add_argument(f"--{name}", type=integer(2), default=default)
+    parser.add_argument("--json", type=FILE, metavar="FILE")
     args = parser.parse_args(argv)
-    import transformers                        # slow to import, and not there without the 'test' extra
     torch.set_num_threads(args.threads)
-    processor = Processor.from_pretrained(args.model)
-    ours, theirs = (kind.from_pretrained(args.model, dtype=torch.float32).eval()
-                    for kind in (Llama, transformers.MllamaForConditionalGeneration))
-    # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
-    theirs.model.vision_model.intermediate_layers_indices = [
-        i - 1 for i in ours.config.vision.intermediate_layers_indices]
-    parameters = sum(p.numel() for p in ours.parameters())
-    print(f"{parameters:,} parameters, {args.new_tokens} new tokens; {machine()}")
-    sampling = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=True, top_k=0,
-                    top_p=1.0, temperature=1.0, pad_token_id=processor.pad_id)
+    ours, theirs = load(args.model)
+    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {args.new_tokens} new tokens; "
+          f"{machine()}\n{(ceilings := measure_ceilings(DTYPE, True))}")
     head(COLUMNS)
     rows = []
-    for image, batch in itertools.product((False, True), (1, 64)):
-        env = GeneralPoints(image=image, size=(224, 56))
-        prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
-        conversations = [prompt.ids for prompt in prompts]
-        images = processor.images([prompt.images[0] if image else None for prompt in prompts])
-        inputs = reference_inputs(processor, conversations, images)
-        times = take_turns({
-            "ours": lambda i: milliseconds(lambda: generate(
-                ours, conversations, images=images, max_new_tokens=args.new_tokens, stop_ids=[],
-                seeds=list(range(batch)))),
-            "transformers": lambda i: milliseconds(lambda: theirs.generate(**inputs, **sampling)),
-        }, args.repeats)
-        rates = {name: 1000 * batch * args.new_tokens / statistics.median(found)
-                 for name, found in times.items()}
-        rows.append(rates | {"prompts": "image" if image else "text", "batch": batch,
-                             "ratio": rates["ours"] / rates["transformers"]})
-        show(rows[-1], COLUMNS)
+    for image, batch in itertools.product((False, True), map(int, args.batches.split(","))):
+        prompts = draw_prompts(args.model, ours.config, image, batch)
+        found = measure(ours, theirs, *prompts, args.new_tokens, args.repeats)
+        needed = weights_of_a_step(ours, image)
+        for name, (ms, first) in found.items():
+            step = (ms - first) / (args.new_tokens - 1)
+            row = {"prompts": "image" if image else "text", "batch": batch, "of": name, "step": step,
+                   "tokens/s": 1000 * batch * args.new_tokens / ms,
+                   "weights": needed * DTYPE.itemsize / 1e6 / step, "ratio": found["transformers"][0] / ms}
+            rows.append(row)
+            show(row, COLUMNS)
+    if args.json:
+        result = machine() | {"ceilings": ceilings, "rows": rows}
+        Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
     return rows
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                               # on a GPU at the sizes of the 11B model
     python -m benchmarks.kernels --only decode logprob --json bench.json
+    python -m benchmarks.kernels --skip flex "naive compiled"      # what takes long to compile
 
 Every implementation must first agree with float64. Then they take turns, see benchmarks/measure.py. Preparing
 masks and compiling are not timed. A row of the table holds
@@ -34,7 +35,7 @@ import torch
 from benchmarks.measure import DEVICE, GPU, head, machine, milliseconds, show, take_turns
 from benchmarks.rivals import LARGE, SMALL, attention_cases, logprob_cases
 from harness.files import to_json
-from harness.ranges import FILE, command_line
+from harness.ranges import FILE, above, command_line
 from harness.terminal import command
 
 # Errors that always pass. Scores, probabilities and results rounded to bfloat16 are off by some units of
@@ -173,6 +174,8 @@ def main(argv=None):
                         help=f"cases by name or first word. On a GPU: {', '.join(LARGE)}. "
                              f"On a CPU: {', '.join(SMALL)}; "
                              f"vocabulary-128k takes minutes and runs only when named")
+    parser.add_argument("--skip", nargs="+", metavar="NAME", default=[], help="implementations to leave out")
+    parser.add_argument("--seconds", type=above(0), default=2, help="for each part of a case (default: 2)")
     parser.add_argument("--json", type=FILE, metavar="FILE",
                         help="write all numbers there, with hardware, versions and commit")
     parser.add_argument("--quick", action="store_true",
@@ -192,7 +195,8 @@ def main(argv=None):
         if names & set(args.only) or not args.only and name != "vocabulary-128k":
             build = logprob_cases if len(sizes[name]) == 3 else attention_cases
             for case in build(name, sizes[name], dtype):
-                result["rows"] += bench(case, result["ceilings"], *((3, 0) if args.quick else (50, 2)))
+                case.ways = {name: way for name, way in case.ways.items() if name not in args.skip}
+                result["rows"] += bench(case, result["ceilings"], *((3, 0) if args.quick else (50, args.seconds)))
     if args.json:
         Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
     wrong = [f"{row['case']} {row['part']}" for row in result["rows"]

@@ -178,7 +178,7 @@ class RunFolder:
         if args.shard == "on":
             checkpoint.export(model, aside, self.processes.rank, self.processes.world)
         elif self.processes.rank == 0:
-            lora.merge(model)
+            lora.merge(model.float())                          # see load.halve_frozen
             model.save_pretrained(aside)
         self.processes.barrier()
         first(lambda: (checkpoint.remove(final), aside.rename(final)))

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import ppo
 from distributed import checkpoint, shard
@@ -17,7 +18,7 @@ from harness.ranges import SettingError, UserError
 from harness.settings import Args
 from llama.config import Config
 from llama.processor import Processor
-from model import Llama
+from model import Linear, Llama
 from variants import SFT_LOSSES, lora, official, tune
 
 
@@ -123,9 +124,22 @@ def build(args, model, processes, folder):
         shard.shard(module, folder, processes.device, processes.world)
     else:
         module.to(processes.device)
+        if processes.device.type == "cuda":
+            halve_frozen(module)
     if args.checkpoint_activations:
         shard.checkpoint_activations(module)
     return module
+
+
+def halve_frozen(module):
+    """Keep the linear layers that do not learn in bfloat16, in which they compute: autocast would cast them
+    anew for every product, and each step of decoding would read them in float32. Not one that is tied to an
+    embedding, which nobody casts."""
+    embeddings = [part.weight for part in module.modules() if isinstance(part, nn.Embedding)]
+    for part in module.modules():
+        if isinstance(part, (Linear, nn.Linear)) and not part.weight.requires_grad:
+            if all(part.weight is not weight for weight in embeddings):
+                part.to(torch.bfloat16)
 
 
 def optimizers(args, model, module):

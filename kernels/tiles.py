@@ -22,8 +22,8 @@ from kernels import chip, tl, triton
 # and dV kernel; then keys, warps, stages of decoding. Numbers of queries divide the one before and 128: so
 # far lse and delta are written.
 ATTENTION = {
-    "sm_90": {64: "128 128 8 3, 128 64 8 3, 64 128 8 3, 128 4 3",
-              128: "128 128 8 2, 128 64 8 2, 64 128 8 2, 64 4 3"},
+    "sm_90": {64: "64 64 4 3, 64 64 4 3, 64 64 4 3, 128 4 3",
+              128: "128 64 8 3, 128 64 8 3, 64 128 8 3, 64 4 3"},
     "sm_80": {64: "128 64 4 3, 64 64 4 2, 32 64 4 2, 64 4 3",
               128: "128 64 8 2, 64 32 4 2, 64 64 8 2, 64 4 3"},
     # No tensor cores: exact, and slow. Each thread holds whole rows of operands.

@@ -29,7 +29,7 @@ class Sample:
 
 @torch.inference_mode()
 def generate(model, conversations, *, source=None, cache=None, images=None, max_new_tokens, temperature=1.0,
-             stop_ids, seeds=None, fixed=False):
+             stop_ids, seeds=None, graph=None):
     """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
 
     conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
@@ -37,12 +37,16 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     first conversation, which is read once, and one to the second (default: one to each). temperature 0 is
     greedy, with the log-probs of temperature 1. seeds: one per row, whose draws then depend on no other row
     (default: torch's generator). To go on: append sample.ids and the next forced tokens to each list, call
-    cache.keep(rows that go on), then this again. fixed: keep the shapes of a step, also for rows that ended,
-    so that a GPU can record it as one CUDA graph and replay that. This has never run on a GPU.
+    cache.keep(rows that go on), then this again.
+
+    graph (default: on a GPU): record a step as one CUDA graph and replay that, which halves its time: else
+    the GPU waits for the host to launch a thousand kernels. Shapes must stay for that, so rows that have
+    ended go on, unseen; as a step reads all weights for however few rows, they cost little.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     weight, each, stop_ids = model.embed_tokens.weight, list(range(len(conversations))), set(stop_ids)
+    graph = weight.is_cuda if graph is None else graph
     source = each if source is None else source
     cache = KVCache(model.config, len(each), weight.device, product_type(weight)) if cache is None else cache
     ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
@@ -65,7 +69,7 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
         return draw_tokens(logits, uniform, temperature)
 
     tokens, logprobs = draw_tokens(logits, uniform[:, 0], temperature)
-    if fixed:
+    if graph and max_new_tokens > 1:
         replay = record(step, tokens, uniform[:, 0], cache.lengths.to(weight.device))
     for t in range(1, max_new_tokens + 1):
         drawn.append((rows[:len(tokens)], logprobs))
@@ -79,7 +83,7 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
                 done.append(slot)
         if len(done) == len(tokens) or t == max_new_tokens:
             break
-        if fixed:
+        if graph:
             tokens, logprobs = replay(tokens, uniform[:, t], cache.lengths.to(weight.device))
             # anew, not in place: what a step recorded of them would be noticed
             cache.lengths = cache.lengths + torch.tensor([not sample.ended for sample in samples])

@@ -326,7 +326,7 @@ def test_a_row_does_not_depend_on_its_batch(tiny, temperature):
     source = [2, 0, 1, 3, 0, 2]
     together, _ = start(tiny, temperature=temperature, source=source, seeds=range(6))
     for seed, (row, sample) in enumerate(zip(source, together)):
-        alone = start(tiny, [row], temperature=temperature, seeds=[seed], fixed=row < 2)[0][0]
+        alone = start(tiny, [row], temperature=temperature, seeds=[seed], graph=row < 2)[0][0]
         assert (alone.ids, alone.ended) == (sample.ids, sample.ended)
         assert alone.logprobs == pytest.approx(sample.logprobs, abs=1e-4)
 
@@ -372,11 +372,11 @@ def test_the_largest_random_number_draws_a_possible_token(monkeypatch):
     assert not draw_tokens(logits, torch.zeros(500), 1.0)[0].any()
 
 
-@cases("fixed", [False, True])
-def test_turns_continue_and_prefix_is_fed_once(tiny, fed, fixed, monkeypatch):
+@cases("graph", [False, True])
+def test_turns_continue_and_prefix_is_fed_once(tiny, fed, graph, monkeypatch):
     """Three turns, with rows that drop out: the samples are as from scratch, and no token is fed again.
 
-    fixed: by a step that was recorded once a turn, without values: so nothing in it is read on the host.
+    graph: by a step that was recorded once a turn, without values: so nothing in it is read on the host.
     """
     monkeypatch.setattr("llama.generate.record", lambda step, *inputs: make_fx(
         step, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs))
@@ -385,11 +385,11 @@ def test_turns_continue_and_prefix_is_fed_once(tiny, fed, fixed, monkeypatch):
         seeds = [1000 * turn + row for row in live]
         scratch, _ = start(tiny, live, lists, seeds=seeds)
         fed.clear()
-        samples, cache = start(tiny, live, lists, cache, seeds=seeds, fixed=fixed)
+        samples, cache = start(tiny, live, lists, cache, seeds=seeds, graph=graph)
         assert fed.pop(0) == (len(live), max(len(lists[row]) - n for row, n in zip(live, held)))
         assert turn or fed.pop(0) == "images"
         # a row that has ended is not fed
-        assert fixed or sum(map(math.prod, fed)) == sum(len(s.ids) - 1 for s in samples)
+        assert graph or sum(map(math.prod, fed)) == sum(len(s.ids) - 1 for s in samples)
         for row, a, b in zip(live, scratch, samples):
             assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
             lists[row] += b.ids
