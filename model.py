@@ -1,9 +1,9 @@
 """Llama and Llama-3.2-Vision ("mllama") from scratch: layers and forward. To chat: llama/generate.py.
 
-A text-only Llama is the same model without cross-attention layers and vision encoder. The architecture:
-Llama 3 (arXiv 2407.21783, sections 3.2 and 7); in doubt, what Hugging Face transformers 5 computes, to which
-the tests hold this file, but for two points in which it leaves Meta's code. No distributed code here.
-In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V vocabulary, N images,
+A text-only Llama is the same model without cross-attention layers and vision encoder. The architecture: Llama
+3 (arXiv 2407.21783, sections 3.2 and 7); in doubt, what Hugging Face transformers 5 computes. The tests hold
+this file to that, except for two points in which transformers departs from Meta's code. No distributed code
+here. In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V vocabulary, N images,
 S vision tokens of an image.
 """
 import math

@@ -11,13 +11,13 @@ masks and compiling are not timed. A row of the table holds
     rate       of the FLOPs or bytes that the task needs, counted the same for all: results that nobody needs
                and results computed twice do not count
     ceiling    the least time in which this machine could do it, as a share of ms. First the rates of a large
-               matrix product and of a large copy are measured. Whichever of FLOPs and bytes takes longer at
-               these rates is the ceiling; the rate is in its unit.
+               matrix product and of a large copy are measured. At these rates either the FLOPs or the bytes
+               take longer: the longer time is the ceiling, and `rate` above has the unit of that one.
     MiB        most memory beyond inputs and results while it ran (for backward: also forward), with the dense
                mask if it needs one
-    error      of the worst row of all results (and gradients), relative to the length of that row, or of the
-               mean row if that is longer; a result is wrong and gets no time if its error is beyond rounding
-               and beyond twice that of the naive form
+    error      of the worst row of all results (and gradients), relative to the norm of that row, or to the
+               rows' root mean square norm if that is larger; a result is wrong and gets no time if its error
+               is beyond rounding and beyond twice that of the naive form
     ratio      ms over those of ours: above 1 is slower
 
 or says "no:" and why it cannot run the case.
@@ -196,7 +196,8 @@ def main(argv=None):
             build = logprob_cases if len(sizes[name]) == 3 else attention_cases
             for case in build(name, sizes[name], dtype):
                 case.ways = {name: way for name, way in case.ways.items() if name not in args.skip}
-                result["rows"] += bench(case, result["ceilings"], *((3, 0) if args.quick else (50, args.seconds)))
+                rounds = (3, 0) if args.quick else (50, args.seconds)
+                result["rows"] += bench(case, result["ceilings"], *rounds)
     if args.json:
         Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
     wrong = [f"{row['case']} {row['part']}" for row in result["rows"]

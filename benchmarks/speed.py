@@ -5,8 +5,9 @@
 Cards in words and as pictures, from the init checkpoint, on one thread and on two, on a machine that is quiet
 or has one core busy ("+1"), each in a process of its own. The two commits take turns, update by update, so
 that other load on the machine affects both alike. Medians after an update that warms up: seconds of rollout,
-of learning and of both, the share of padding in what is learnt from, peak memory. "to old": both, per that of
-the older commit; "to one": per that of the same code on one thread of the quiet machine. Takes an hour.
+of learning and of both, the share of padding in what is learnt from, peak memory. "to old": the seconds of
+both, divided by those of the older commit; "to one": divided by those of the same code on one thread of the
+quiet machine. Takes an hour.
 """
 import io
 import itertools

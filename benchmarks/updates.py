@@ -1,8 +1,8 @@
 """Make a run of PPO wait before each update for a line on stdin, then print its metrics as a line of JSON,
 with the share of padding in what it has learnt from and the process's peak memory.
 
-speed.py starts this with the code of one commit or another on PYTHONPATH. All it knows of it is `main`,
-`Trainer`, and what `Llama.forward` is given.
+speed.py starts this with the code of one commit or another on PYTHONPATH. Of that code this file knows only
+`main`, `Trainer`, and what `Llama.forward` is given.
 """
 import json
 import sys

@@ -2,8 +2,9 @@ r"""Parse any text into the fields of an answer, in linear time and without ever
 
     python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
 
-The answer is the object, in braces, that ends last and has the wanted key among its own keys: no object in a
-string and none under another key stands in for it. What follows a key is decoded as JSON where it is JSON:
+Of the objects in braces that have the wanted key among their own keys, the answer is the one that ends last.
+An object in a string or under another key does not count. What follows a key is decoded as JSON where it is
+JSON:
 
 | otherwise read leniently                                | not read                                     |
 |---------------------------------------------------------|----------------------------------------------|

@@ -1,5 +1,5 @@
-"""Read the routes along which the navigation game walks from a folder in the format of the released V-IRL
-data, in which the built-in cities (games/cities.py) are written, too:
+"""Read the navigation game's routes from a folder in the format of the released V-IRL data. The built-in
+cities (games/cities.py) are written in it, too:
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}

@@ -1,5 +1,6 @@
-"""Cut the street views that someone sees who faces a compass heading out of a panorama (equirectangular:
-columns are compass directions, rows elevations). Look at one:
+"""Cut street views out of a panorama, as seen by someone who faces a compass heading.
+
+A panorama is equirectangular: columns are compass directions, rows elevations. Look at a view:
 
     python -c "from games import views; views.grid('FOLDER/street_views/ID.jpg', 90, 640).save('grid.png')"
 """

@@ -1,11 +1,12 @@
 """What is around the learning: the settings of a run. Imported before torch, it bounds for how long threads
 of GNU OpenMP spin.
 
-At the end of each small operation they wait for each other, by default in a loop of milliseconds, as long as
-a core's turn: beside another busy process, which has the core that the last thread needs, a rollout on two
-cores gets dozens of times slower. After some 100 microseconds they now sleep: that costs a quiet machine 5 %
-of its speed, and beside a busy core a run takes twice as long as on one thread (with 3000: 15 %, 1.4 times).
-libgomp reads this once, when torch loads it; what the user has set stands.
+At the end of each small operation they wait for each other, by default in a loop that lasts milliseconds, as
+long as a process's turn on a core. Beside another busy process, which has the core that the last thread
+needs, a rollout on two cores gets dozens of times slower. After some 100 microseconds they now sleep: that
+costs a quiet machine 5 % of its speed, and beside a busy core a run takes twice as long as on one thread
+(with a GOMP_SPINCOUNT of 3000: 15 %, 1.4 times). libgomp reads this once, when torch loads it; what the user
+has set stands.
 """
 
 import os

@@ -11,19 +11,20 @@ for its products. So here a forward pass is
     FLOPs = sum over q of  number[q] x rate[q],      q: tokens, pairs of a query and a key that it sees,
                                                         patches, targets, ...
 
-`quantities` takes the numbers from the conversations, after a step is done, `rates` the FLOPs of one from the
-weights of the model; `of_ppo` and `of_sft` say how often each network passes them. A multiply-add is 2 FLOPs,
-norms, RoPE, softmax and the optimizer are left out (they are no products of matrices), and what is counted is
-what the maths asks for:
+`quantities` takes the numbers from the conversations, after a step is done; `rates` takes the FLOPs of one of
+each from the weights of the model; `of_ppo` and `of_sft` say how many passes over them each network makes. A
+multiply-add is 2 FLOPs, norms, RoPE, softmax and the optimizer are left out (they are no products of
+matrices), and what is counted is what the maths asks for:
 
 - Padding and hidden keys cost nothing, although CPUs compute them. (The tower's padding does cost: real
   patches see it.)
 - A pair takes 2 FLOPs per channel and head for its score and 2 for its value; a query sees the keys up to its
-  own. So a rollout with a cache costs one forward pass of what it played: the last token is not passed.
-- Backward, a product has two more, of which one is asked if the weight learns and one if a gradient goes on
-  to the input. So all that learns costs twice its forward pass, what is frozen between that and the loss
-  once, and what is frozen below it (--tune, the base of LoRA) nothing. Features of an image that a frozen
-  encoder left in the rollout cost nothing in the update.
+  own. So a rollout with a cache costs one forward pass of what it played, without the last token, which is
+  never fed to the model.
+- In the backward pass a product has two more: one is needed if the weight learns, the other if a gradient
+  goes on to the input. So there a part that learns costs twice its forward pass, a frozen part between it and
+  the loss costs its forward pass once, and a frozen part below it (--tune, the base of LoRA) nothing.
+  Features of an image that a frozen encoder left in the rollout cost nothing in the update.
 - What the samples of a hand have in common, prompt and image, counts once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
   is counted once: the settings that a resumed run may change do not bend the axis.

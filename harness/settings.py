@@ -216,9 +216,9 @@ GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_
 PRESETS = entries("""
     tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 2048
         --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100 --probe-hands 0
-    tiny gp: --max-new-tokens 48 --eval-hands 500 --probe-hands 16 --eval-sets id,id-unseen,rule-ood
+    tiny gp: --max-new-tokens 48 --eval-hands 200 --eval-sets id,id-unseen,rule-ood
     tiny gp-vl: --eval-sets id,id-unseen,rule-ood,visual-ood,visual-ood-unseen
-    tiny virl: --max-new-tokens 64 --eval-hands 200 --probe-hands 8
+    tiny virl: --max-new-tokens 64
 
     tiny sft: --lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1
         --temperature 1 --save-every 150 --steps 200 --eval-every 100

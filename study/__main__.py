@@ -14,6 +14,7 @@ Arms with numbers in their flags (steps, learning rates: study/experiments.py) a
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -28,13 +29,22 @@ from study.runner import Runner
 DOCS = Path("docs/study")
 PAGE = """# The study
 
-Each part is written by the command above it, from the records beside this page. ± is one standard error for \
-which seeds and hands are both samples (study/records.py)."""
+Each part is written by the command above it, from the records beside this page. ± is one standard error, \
+which counts both seeds and hands as samples (study/records.py)."""
 
 
 def at_scale(run, model, ranks):
-    """Return the run with another model where it would take the tiny one, on so many ranks."""
-    argv = run.argv + ("--model", model) if model and "--model" not in run.argv else run.argv
+    """Return the run with another model where it would take the tiny one, on so many ranks.
+
+    The tiny one is tested on more hands than by its preset, which is for a first look.
+    """
+    argv, words = run.argv, " ".join(run.argv)
+    if model and "--model" not in argv:
+        argv += "--model", model
+    if not model:
+        argv = ("--eval-hands", "500" if " gp" in words else "200", *argv)     # an arm's own flags win
+        argv += ("--probe-hands", "16" if " gp" in words else "8") if (
+            "--probe-hands" not in words and re.search("--algo (ppo|sft)", words)) else ()
     return dataclasses.replace(run, argv=argv, ranks=ranks)
 
 

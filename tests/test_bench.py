@@ -6,9 +6,11 @@ import torch
 
 import kernels
 from benchmarks import kernels as bench
-from benchmarks import rivals, speed
+from benchmarks import rivals, shape, speed
+from harness.folder import RunFolder
 from kernels import attention
 from kernels.visible import Visible
+from model import Llama
 from tables import cases
 
 CEILINGS = {"TFLOP/s": 0.1, "GB/s": 10}
@@ -154,6 +156,14 @@ def test_main_fails_where_ours_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(rivals, "attention", lambda *qkv, **masks: attention.attention(*qkv, **masks) * 1.01)
     with pytest.raises(SystemExit, match="decode-1 forward"):
         bench.main(["--quick", "--only", "decode-1"])
+
+
+def test_a_shape_is_enough(small, monkeypatch, capsys):
+    """Of weights that are not there: an update is made and told."""
+    for owner, name in ((Llama, "from_pretrained"), (RunFolder, "save"), (RunFolder, "save_final")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))                 # what main replaces comes back
+    shape.main([str(small[0]), *"--task gp-vl --steps 1 --hands 2 --max-new-tokens 2 --device cpu".split()])
+    assert "| 1    |" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_updates_are_timed_and_weighed(small):

@@ -14,7 +14,7 @@ import sft
 import train
 from distributed.processes import Processes
 from envs import GeneralPoints
-from harness.load import load, sharding
+from harness.load import halve_frozen, load, sharding
 from harness.ranges import UserError
 from harness.settings import Args, apply_preset
 from harness.tiny import CONFIG as TINY
@@ -137,6 +137,21 @@ def test_only_adapters_learn_and_are_remembered(model, processor):
     states = trainer.optimizers[0].state.values()
     kept = sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
     assert kept == 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_frozen_layers_compute_in_bfloat16_as_before(model, processor):
+    """As autocast would cast them, bit for bit. Adapters stay, and a head that is tied."""
+    lora.adapt(model, "all", 2, 4.0)
+    batch = batch_of(processor, "gp-vl")
+    with torch.autocast("cpu", torch.bfloat16):
+        before = logits(model, batch)
+        halve_frozen(model)
+        assert torch.equal(logits(model, batch), before)
+    layer = model.layers[0].mlp.up_proj
+    assert (layer.base.weight.dtype, layer.lora_A.dtype) == (torch.bfloat16, torch.float32)
+    model.embed_tokens.weight = model.lm_head.weight = nn.Parameter(torch.zeros(9, 9), False)
+    halve_frozen(model)
+    assert model.lm_head.weight.dtype == torch.float32
 
 
 def test_numbers_of_the_lesson():

@@ -27,6 +27,7 @@ from llama.images import Images, to_rgb
 from llama.processor import CHATML, LLAMA3, Processor
 from model import Llama, Step
 from tables import cases, raises
+from test_attention import DEVICE
 
 IMAGE, TILE = 120, 28
 MLLAMA = json.loads("""{
@@ -260,18 +261,18 @@ def test_both_tensor_layouts_load(tiny, tmp_path):
 
 @cases("kernels", ["torch", "triton"])
 def test_autocast_reaches_the_kernels_and_the_cache(tiny, kernels, monkeypatch):
-    """As on a GPU, but to float16, which the interpreter can multiply: weights stay float32."""
+    """To float16, which the interpreter can multiply: weights stay float32."""
     monkeypatch.setenv("KERNELS", kernels)
-    ids, images = random_ids(2, 8, image_at=[(0, 2)]), random_images([1])
-    expected = tiny(ids, images=images, targets=ids.clamp(max=99)).logprobs
-    with torch.autocast("cpu", torch.float16):
-        found = tiny(ids, images=images, targets=ids.clamp(max=99)).logprobs
+    model, images = copy.deepcopy(tiny).to(DEVICE), random_images([1])
+    ids = random_ids(2, 8, image_at=[(0, 2)]).to(DEVICE)
+    expected = model(ids, images=images, targets=ids.clamp(max=99)).logprobs
+    with torch.autocast(DEVICE, torch.float16):
+        found = model(ids, images=images, targets=ids.clamp(max=99)).logprobs
         found.sum().backward()
-        cache = generate(tiny, ids.tolist(), images=images, max_new_tokens=3, stop_ids=[])[1]
+        cache = generate(model, ids.tolist(), images=images, max_new_tokens=3, stop_ids=[])[1]
     assert_close(found, expected, 0.05)
     assert cache.kv[0].dtype == cache.cross[0].dtype == torch.float16
-    assert {p.grad.dtype for p in tiny.parameters() if p.grad is not None} == {torch.float32}
-    tiny.zero_grad()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
 CONVERSATIONS = [[5, IMAGE, 7, 8, 9, 10, 11], [1, 2, 3], [4, 5, 6, IMAGE, 2], [9, 8, 7, 6, 5, 4, 3, 2]]
@@ -308,13 +309,15 @@ def test_kernels_compute_the_same_model(tiny, monkeypatch):
     targets = torch.where(torch.arange(8) < lengths[:, None] - 1, ids.roll(-1, 1).clamp(max=99), -100)
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("KERNELS", kernels)
-        model = copy.deepcopy(tiny)
+        model = copy.deepcopy(tiny).to(DEVICE)
         with torch.inference_mode():
             samples, _ = start(model, max_new_tokens=4)
-        out = model(ids, lengths=lengths, images=images, targets=targets, temperature=0.7)
+        batch = dict(lengths=lengths, images=images, targets=targets.to(DEVICE))
+        out = model(ids.to(DEVICE), **batch, temperature=0.7)
         (out.logprobs.sum() + out.entropy.sum()).backward()
         drawn = [torch.tensor(s.logprobs) for s in samples]
-        results.append([*drawn, out.logprobs, out.entropy, *(p.grad for p in model.parameters())])
+        found = out.logprobs, out.entropy, *(p.grad for p in model.parameters())
+        results.append([*drawn, *(x.cpu() for x in found)])
     for x, y in zip(*results, strict=True):
         assert_close(x, y, 2e-5 * y.abs().max().clamp(min=1))
         assert y.any()

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from harness.settings import apply_preset, parse
 from study import records, tables
 from study.__main__ import at_scale, chosen, page
 from study.experiments import EXPERIMENTS
@@ -272,6 +273,15 @@ def test_a_real_model_stands_in_for_the_tiny_one():
     models = {run.name: run.argv[run.argv.index("--model") + 1] for run in runs}
     assert models["gp-l-sft-0"] == models["gp-l-init-0"] == "Llama"
     assert models["gp-l-ppo-after-sft-0"] == "{root}/gp-l-sft-0/final" and {run.ranks for run in runs} == {8}
+
+
+@pytest.mark.parametrize("name, algo, hands", [
+    ("main", "ppo", (500, 16)), ("main", "eval", (500, 0)), ("no-sft", "pretrain", (0, 0)),
+    ("variants", "sft", (500, 0))])
+def test_the_study_tests_on_more_hands(name, algo, hands):
+    runs = [at_scale(run, "", 1).argv for run in EXPERIMENTS[name].runs([0])]
+    args = [apply_preset(parse(argv)[0], 0) for argv in runs if algo in argv and "gp-l" in argv]
+    assert {(each.eval_hands, each.probe_hands) for each in args} == {hands}
 
 
 def test_what_chosen_runs_need_is_chosen_too():

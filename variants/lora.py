@@ -24,7 +24,8 @@ linear layer but the head:
     mlp                   43,581,440               42.9          0.2        0.3
 
 The products that make gradients of frozen weights fall away, too; `counted_tflops` in the log knows that,
-`tflops` (6 N a token) does not. The activations that the backward pass needs stay: --checkpoint-activations.
+`tflops` (6 N a token) does not. The activations that the backward pass needs still take memory; for these
+there is --checkpoint-activations.
 
 What it does not do. A rollout computes W x and B A x apart, as training does, and so draws from the very
 numbers that it is scored with; (W + B A) x would be faster, and differ in rounding. Only the exported weights

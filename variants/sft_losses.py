@@ -3,9 +3,9 @@
     torchrun train.py --task gp-l --algo sft --sft-loss dft
 
 How to add one: write a function (logprobs, rows, examples, args) -> loss of each token, all (tokens,), and
-enter it in SFT_LOSSES. logprobs are the model's of the expert's tokens, with a gradient; rows: which example
-a token lies in. The entry says whether it compares with an earlier model, whose log-probs `before` then
-tells.
+enter it in SFT_LOSSES. logprobs: the model's log-probs of the expert's tokens, with a gradient; rows: which
+example a token lies in. The entry says whether the loss compares with an earlier model; the function `before`
+returns that model's log-probs.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Choose which weights learn: --tune, of which the paper compares the first three in its figure 16.
+"""Choose which weights learn: --tune. The paper compares the first three choices below in its figure 16.
 
     torchrun train.py --task gp-vl --algo ppo --tune no-vision
 """

@@ -1,0 +1,69 @@
+"""Measure PPO updates of a model's shape on this machine, by random weights: nothing is downloaded.
+
+    python -m benchmarks.shape study/llama-11b --task gp-l --lora-rank 16 --checkpoint-activations \\
+        --hands 16 --samples 4 --rollout-batch 64 --max-new-tokens 96 --epochs 1 --steps 2
+
+FOLDER holds a config.json; the options are train.py's. The tokenizer is the tiny model's, so prompts are
+shorter than real ones. Answers by random weights never end: all are --max-new-tokens long, and all episodes
+have five turns. The first update compiles the kernels.
+"""
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+import train
+from benchmarks.generate import TINY
+from benchmarks.measure import head, machine, show
+from harness.folder import RunFolder
+from harness.ranges import command_line, text
+from harness.terminal import command
+from llama.config import Config
+from model import Llama
+
+COLUMNS = {"step": "4", "rollout_seconds": "15.2f", "drawn_tokens": "12.0f", "update_seconds": "14.2f",
+           "trained_tokens": "14.0f", "memory_gb": "9.1f"}
+
+
+def make_folder(shape, folder):
+    """Write what --model takes, but for weights: the shape's config and the tiny model's tokenizer."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tiny, config, pictures = (json.loads(Path(file).read_text(encoding="utf-8")) for file in (
+        TINY / "config.json", Path(shape) / "config.json", TINY / "preprocessor_config.json"))
+    config["image_token_index"] = tiny["image_token_index"]
+    side = config["vision_config"]["image_size"]
+    pictures["size"] = {"height": side, "width": side}
+    for name, content in (("config", config), ("preprocessor_config", pictures)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def random_weights(folder, device="cpu", dtype=None):
+    """Stand in for Llama.from_pretrained."""
+    with torch.device(device):
+        return Llama(Config.from_pretrained(folder))
+
+
+def main(argv=None):
+    parser = command_line("python -m benchmarks.shape", __doc__, usage="%(prog)s FOLDER [train.py's options]")
+    parser.add_argument("shape", type=text("a folder", os.path.isdir), metavar="FOLDER")
+    args, settings = parser.parse_known_args(argv)
+    Llama.from_pretrained = random_weights
+    RunFolder.save = RunFolder.save_final = lambda *_: None
+    with tempfile.TemporaryDirectory() as folder:
+        model, out = Path(folder, "model"), Path(folder, "run")
+        make_folder(args.shape, model)
+        words = f"--algo ppo --preset paper --eval-hands 0 --model {model} --out {out}".split()
+        train.main(words + settings)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    print(machine())
+    head(COLUMNS)
+    for row in rows:
+        if row["event"] == "step":
+            show(row, COLUMNS)
+
+
+if __name__ == "__main__":
+    command(main)
