@@ -37,7 +37,7 @@ from llama.frozen import remember
 from rollout import rollout
 from variants import SFT_LOSSES, algorithm
 from variants.own_answers import own_answers
-from variants.reference import score, score_reference
+from variants.reference import rescore, score, score_reference
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,8 @@ class Trainer:
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
         self.module = build(args, model, processes, folder)
         self.optimizers = optimizers(args, model, self.module)
+        if args.rescore == "auto":
+            args.rescore = "on" if processes.device.type == "cuda" else "off"
         if args.algo == "ppo":
             self.estimator, self.loss = algorithm(args)
         self.ledger = Ledger(args, self.module, processes)     # of FLOPs
@@ -188,16 +190,18 @@ class Trainer:
         features = {} if self.model.vision_frozen else None    # shared by rollout and update
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.batch = self.play(hands, args.samples, features)
-        rolled, penalty, train_policy = time.time(), {}, i >= args.critic_warmup
+        rolled, penalty, apart, train_policy = time.time(), {}, {}, i >= args.critic_warmup
         # a new context: what the rollout cast to bfloat16 carries no gradient
         with autocast(args, processes.device), remember(self.module, features):
+            if args.rescore == "on":
+                apart = rescore(self.model, self.processor, episodes, args, processes)
             if self.reference:
                 penalty = score_reference(self.model, self.processor, episodes, args, self.reference,
                                           processes)
             metrics = penalty | ppo.update(
                 self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
                 step=self.step, seed=derive("minibatches", args.seed, i),
-                train_policy=train_policy, ranks=processes)
+                train_policy=train_policy, ranks=processes) | apart
         revised = [episode for episode in episodes if len(episode.turns) > 1]
         self.sample = (revised or episodes)[0]
         self.ledger.add_ppo(self.estimator, episodes, train_policy, metrics["trained_tokens"])

@@ -1,4 +1,4 @@
-"""Measure PPO updates of a model's shape on this machine, by random weights: nothing is downloaded.
+"""Measure PPO updates at a model's shape on this machine, with random weights: nothing is downloaded.
 
     python -m benchmarks.shape study/llama-11b --task gp-l --lora-rank 16 --checkpoint-activations \\
         --hands 16 --samples 4 --rollout-batch 64 --max-new-tokens 96 --epochs 1 --steps 2

@@ -1,4 +1,4 @@
-"""Measure what a PPO update of the tiny model takes, next to an older commit, then sampling (generate.py).
+"""Measure PPO updates of the tiny model, next to those of an older commit; then sampling (generate.py).
 
     python -m benchmarks.speed --against 9745e38 --json speed.json
 

@@ -11,8 +11,8 @@ JSON:
 | prose and code fences around it, no brace at its end    | no brace at its start                        |
 | keys in any case; quotes of any kind or none            | an answer in a string of another answer      |
 | too many or too few commas, // comments, line breaks    | over MAX_TOKENS braces, strings and words    |
-| the whole of it once more as a JSON string              |                                              |
-| formula: white space of all kinds, a full stop at last  | digits apart (1 2), other scripts' digits, . |
+| the whole answer encoded as a JSON string               |                                              |
+| formula: white space of all kinds, a final full stop    | digits apart (1 2), other scripts' digits, . |
 | full-width, small and bold signs and digits             | 2² 3½ ② ⒋, which NFKC would make digits of   |
 | x × · ∙ ∗ ✖ ÷ ∕ – − and the like                        | words, ^ ! // **, [ ] { } as parentheses     |
 | \times \cdot \ast \div \left \right                     | \frac and other LaTeX                        |

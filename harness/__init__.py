@@ -1,12 +1,13 @@
-"""What is around the learning: the settings of a run. Imported before torch, it bounds for how long threads
-of GNU OpenMP spin.
+"""What is around the learning: the settings of a run.
+
+It is imported before torch, and limits how long threads of GNU OpenMP spin.
 
 At the end of each small operation they wait for each other, by default in a loop that lasts milliseconds, as
 long as a process's turn on a core. Beside another busy process, which has the core that the last thread
-needs, a rollout on two cores gets dozens of times slower. After some 100 microseconds they now sleep: that
-costs a quiet machine 5 % of its speed, and beside a busy core a run takes twice as long as on one thread
-(with a GOMP_SPINCOUNT of 3000: 15 %, 1.4 times). libgomp reads this once, when torch loads it; what the user
-has set stands.
+needs, a rollout on two cores gets dozens of times slower. After some 100 microseconds they now sleep. On a
+quiet machine that costs 5 % of the speed; beside a busy core a run on two threads takes twice as long as on
+one (with a GOMP_SPINCOUNT of 3000: 15 % and 1.4 times). libgomp reads this once, when torch loads it; a value
+that the user has set is kept.
 """
 
 import os

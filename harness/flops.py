@@ -13,21 +13,21 @@ for its products. So here a forward pass is
 
 `quantities` takes the numbers from the conversations, after a step is done; `rates` takes the FLOPs of one of
 each from the weights of the model; `of_ppo` and `of_sft` say how many passes over them each network makes. A
-multiply-add is 2 FLOPs, norms, RoPE, softmax and the optimizer are left out (they are no products of
-matrices), and what is counted is what the maths asks for:
+multiply-add is 2 FLOPs. Norms, RoPE, softmax and the optimizer are left out (they are no products of
+matrices). What is counted is what the maths asks for:
 
 - Padding and hidden keys cost nothing, although CPUs compute them. (The tower's padding does cost: real
   patches see it.)
 - A pair takes 2 FLOPs per channel and head for its score and 2 for its value; a query sees the keys up to its
   own. So a rollout with a cache costs one forward pass of what it played, without the last token, which is
   never fed to the model.
-- In the backward pass a product has two more: one is needed if the weight learns, the other if a gradient
-  goes on to the input. So there a part that learns costs twice its forward pass, a frozen part between it and
-  the loss costs its forward pass once, and a frozen part below it (--tune, the base of LoRA) nothing.
-  Features of an image that a frozen encoder left in the rollout cost nothing in the update.
+- In the backward pass each product leads to two more: one is needed if the weight learns, the other if a
+  gradient goes on to the input. So there a part that learns costs twice its forward pass, a frozen part
+  between it and the loss costs its forward pass once, and a frozen part below it (--tune, the base of LoRA)
+  nothing. Features of an image that a frozen encoder computed in the rollout cost nothing in the update.
 - What the samples of a hand have in common, prompt and image, counts once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
-  is counted once: the settings that a resumed run may change do not bend the axis.
+  is counted once, so that the settings that a resumed run may change do not distort the x axis.
 - Passes that a rank makes only because another has more to do are not counted. So ranks do not change the
   sum.
 """
@@ -196,6 +196,8 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
     states = {name: number for name, number in known.items() if name != "targets"}
     read = {"values": values} | (states if trunk else {})
     scoring = cost(reference(module.policy), known) if args.kl_coef else Counter()
+    if args.rescore == "on":
+        scoring += cost(policy, known)
     update = cost(policy, known)
     if estimator.values:
         scoring += cost(critic, read | (states if estimator.per == "token" else {}))
@@ -240,7 +242,8 @@ class Ledger:
         seen = passed(llama.config, trees, cached=True)
         known = passed(llama.config, trees, encode=not llama.vision_frozen)
         spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
-        passes = 1 + bool(self.args.kl_coef) + (estimator.per == "token" and estimator.values)
+        passes = 1 + bool(self.args.kl_coef) + (self.args.rescore == "on") + (
+            estimator.per == "token" and estimator.values)
         self.add(spent, conversations * passes, trained_tokens)
 
     def add_sft(self, episodes, examples, trained_tokens):

@@ -8,8 +8,8 @@ layer. Textbook attention writes the scores, reads them for the softmax, writes 
 those: 134 MB for the head's 4 T S D = 8.6 GFLOPs, 64 FLOPs per byte. An H200 does 206 FLOPs while it moves
 one byte (989 TFLOP/s in bfloat16 and 4.8 TB/s, by its data sheet), so it would spend two thirds of the time
 waiting. Q, K, V and the output are 4 MB, 2048 FLOPs per byte: if the scores stay on the chip, tile by tile,
-the products decide. For the backward pass 4 bytes per query and head are kept, from which it computes every
-tile of scores again.
+the matrix products limit the speed. For the backward pass 4 bytes per query and head are kept, from which it
+computes every tile of scores again.
 
 A causal mask hides half of the scores; padding, or other tiles of an image, hide more. Hidden scores are not
 computed, and a mask is a few numbers per row instead of B x T x S.

@@ -13,11 +13,11 @@ Only O and lse are written, and backward finds every tile of P again from lse al
     dV = P^T dO            dP = dO V^T              dS = P * (dP - delta)
     dQ = scale dS K        dK = scale dS^T Q        delta = rowsum(dP * P) = rowsum(dO * O)
 
-delta: a softmax does not change when one number is added to all scores of a row, so of dP only the part
-beyond its mean under P counts; that mean, delta, is a row of dO times one of O. dQ sums over keys, dK and dV
-over queries and over the G query heads that share a key head. One kernel would have to add one of the two
-atomically, in another order each run. Two kernels compute S and dP twice, 7 products instead of 5, and give
-the same bits again.
+delta: a softmax does not change when one number is added to all scores of a row. So only the difference
+between dP and its mean under P counts. That mean, delta, is a row of dO times the same row of O. dQ sums over
+keys, dK and dV over queries and over the G query heads that share a key head. One kernel would have to add up
+either dQ or dK and dV atomically, in another order each run. Two kernels compute S and dP twice, 7 products
+instead of 5, and give the same bits in every run.
 
 In the kernels, t are places of queries, n of keys. The chip has exp2, so `scale` holds log2(e), and lse is in
 the units of q k: P is exp2((q k - lse) scale). A matrix product whose sums start from -lse gives q k - lse at

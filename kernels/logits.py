@@ -2,10 +2,10 @@
 
 Both compute the same tile of logits, hidden weight^T, on the chip, and differ in what they make of it.
 
-statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary,
-with m, s and t of its rows in registers, 4 numbers per row and part in the end. Launched side by side are 8
-blocks of rows and all parts, so that the tiles of weight that they share stay in the L2 cache: weight, 1 GB
-in Llama 3, need not come from memory again for each block.
+statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary, with
+m, s and t of its rows in registers. In the end it writes 4 numbers per row and part. 8 blocks of rows, with
+all parts, are launched side by side, so that the tiles of weight that they share stay in the L2 cache. Then
+weight, 1 GB in Llama 3, need not come from memory again for each block.
 
 dlogits_kernel. A program writes one tile of dz, in the type of hidden. `gradients` gives it one slab of the
 vocabulary after the other, as many columns as WORKSPACE holds, and two ordinary matrix products use each up

@@ -8,9 +8,9 @@
         ...                                                # processor.images(images): no encoder runs
 
 An image is known by the identity of its tiles: give batches what `Processor.cut` returned, not the picture.
-Features wait on the host (11B: 98 MB per image), and their memory is free when `features` is. With a sharded
+Features wait on the host (11B: 98 MB per image), and are freed together with `features`. With a sharded
 model, either all ranks must know all images of a pass, or no rank may know any: the encoder's layers wait for
-all ranks. The update after a rollout with gathered weights is such a pass.
+all ranks. The update after a rollout with gathered weights meets this condition.
 """
 import contextlib
 from functools import partial

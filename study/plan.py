@@ -4,8 +4,8 @@ the released code's schedule.
     python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision
 
 It needs no weights and no GPU: the model's own code runs on PyTorch's meta device, where a tensor has a shape
-and no values, under a mode that adds up the bytes of what is alive. Nothing is multiplied out by hand but
-what FSDP does around the layers. GB are 10^9 bytes.
+and no values, under a mode that adds up the bytes of what is alive. Only what FSDP does around the layers is
+worked out by hand. GB are 10^9 bytes.
 """
 import json
 import math

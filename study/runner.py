@@ -2,8 +2,8 @@
 what is left.
 
 A run is a command line of train.py and the name of its folder. What is left of it is its folder and a line in
-a file of records. Nothing else is remembered, so that stopping (Ctrl-C saves each run) and starting again, or
-with other runs, does only what is missing; and with the records alone, as they come from git, nothing is done
+a file of records. Nothing else is remembered. After a stop (Ctrl-C saves each run), a new start, with the
+same runs or others, does only what is missing. With the records alone, as they come from git, nothing is done
 again.
 """
 

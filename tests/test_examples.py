@@ -60,7 +60,15 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+    """A link to a line leads to the function that it names."""
+    for text, link in re.findall(r"\[([^]]*)\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        assert target.exists() and (not anchor or anchor in anchors(target)), link
+        assert target.exists(), link
+        if re.fullmatch(r"L\d+", anchor):
+            name = text.strip("`").split(".")[-1]
+            lines = enumerate(target.read_text(encoding="utf-8").splitlines(), 1)
+            places = [f"L{i}" for i, line in lines if f"def {name}(" in line]
+            assert anchor in places, f"{link}: {text} is at {' or '.join(places)}"
+        else:
+            assert not anchor or anchor in anchors(target), link

@@ -235,7 +235,7 @@ STEPS = """
     gp-vl  ppo --critic shared --tune vision
     gp-vl  ppo --critic separate --advantage gae-two-level --unit token
     gp-l   ppo --kl-coef 0.1 --lora-rank 2
-    gp-l   ppo --kl-coef 0.1 --tune attention
+    gp-l   ppo --kl-coef 0.1 --tune attention --rescore on
     gp-l   sft
     virl-l sft --mistakes 1
     gp-vl  sft --sft-loss iw-sft --tune no-vision

@@ -367,6 +367,18 @@ def test_reference_logprobs_and_penalties(model, processor, estimator):
     assert expected.mean().abs() > 1e-3
 
 
+def test_rescored_logprobs_are_those_of_training(model, processor):
+    """What other weights drew counts as drawn by these; what was forced stays 0."""
+    episodes, policy = play(model, processor, hands=3), moved(model)
+    conversations = conversations_of(episodes)
+    places = [(c, t) for c in conversations for t, sampled in enumerate(c.sampled) if sampled]
+    drawn, theirs = torch.tensor([c.logprobs[t] for c, t in places]), score(policy, processor, conversations)
+    metrics = reference.rescore(policy, processor, episodes, settings(), OneProcess())
+    assert metrics == {"drawn_vs_scored": pytest.approx((drawn - theirs).abs().mean().item(), rel=1e-4)}
+    assert [c.logprobs[t] for c, t in places] == pytest.approx(theirs.tolist(), abs=1e-5)
+    assert sum(x != 0 for c in conversations for x in c.logprobs) == len(places)
+
+
 @pytest.mark.parametrize("loss, unit", [
     ("ppo", "token"), ("ppo", "turn"), ("grpo", "token"), ("gspo", "sequence")])
 def test_kl_in_the_loss_adds_its_gradient(model, processor, loss, unit):

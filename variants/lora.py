@@ -8,10 +8,10 @@ A linear layer with weight W (out, in) becomes
 
     y = W x + (alpha / r) B A x,        A (r, in),  B (out, r),  r much smaller than in and out
 
-W is frozen. A starts normal and B at zero, so the model starts as what it was; and as d loss / d A = (alpha /
-r) B^T (d loss / d W) while d loss / d B = (alpha / r) (d loss / d W) A^T, the first step moves B alone. The
-factor alpha / r avoids tuning the learning rate again when r changes (section 4.1). The presets' learning
-rates are meant for training all weights.
+W is frozen. A starts with normal draws and B at zero, so the model starts as what it was. As d loss / d A =
+(alpha / r) B^T (d loss / d W) and d loss / d B = (alpha / r) (d loss / d W) A^T, the first step moves B
+alone. The factor alpha / r avoids tuning the learning rate again when r changes (section 4.1). The presets'
+learning rates are meant for training all weights.
 
 What it saves. A weight that learns needs itself, its gradient and Adam's two moments, 16 bytes in float32; a
 frozen one needs its own 4. Counted on the meta device for Llama-3.2-11B-Vision, r = 16, adapters on every
@@ -27,8 +27,8 @@ The products that make gradients of frozen weights fall away, too; `counted_tflo
 `tflops` (6 N a token) does not. The activations that the backward pass needs still take memory; for these
 there is --checkpoint-activations.
 
-What it does not do. A rollout computes W x and B A x apart, as training does, and so draws from the very
-numbers that it is scored with; (W + B A) x would be faster, and differ in rounding. Only the exported weights
+What it does not do. A rollout computes W x and B A x apart, as training does, so that tokens are drawn and
+scored with the same numbers. (W + B A) x would be faster, but differ in rounding. Only the exported weights
 are merged. And the model before training is still there, without a second copy: `disabled` switches the
 adapters off, which makes a frozen reference for a KL penalty.
 """

@@ -1,4 +1,4 @@
-"""The games as the released code plays them: its deals, its verdicts and its names of turns.
+"""The games as the released code plays them: its deals, its verdicts and its names for turns in direction.
 
     python -c "from variants import official_games as o; print(o.unwrapped_turn(350, 10))"
 

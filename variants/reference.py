@@ -26,6 +26,10 @@ from variants.losses import KL
 @dataclass
 class ReferenceSettings:
     """Settings of a KL penalty."""
+    rescore: str = arg("auto", one_of(("auto", "on", "off")),
+                       "before the update, replace the log-probs that were drawn by those of a pass as in "
+                       "training: in bfloat16 the two differ, and clipping would see it (auto: on GPUs)",
+                       "--algo ppo")
     kl_coef: float = arg(0.0, at_least(0),
                          "weight of a penalty on the KL divergence from the policy that the run began with; "
                          "0 for none", "--algo ppo")
@@ -97,6 +101,23 @@ def score(model, processor, trees, token_budget, temperature=1.0, ranks=OneProce
         found = iter(out.logprobs[batch.targets >= 0].tolist())
         for conversation in group if weight else []:
             conversation.reference = [next(found) if drawn else 0.0 for drawn in conversation.sampled]
+
+
+def rescore(model, processor, episodes, args, ranks):
+    """Give every sampled token the log-prob that training computes for it, in place of the one it was drawn
+    with -> {"drawn_vs_scored": mean over tokens of how far they were apart}.
+
+    Decoding and training round differently. In float32 that is 1e-6 a token. In bfloat16 it is 1e-2 and more,
+    and a turn sums dozens of tokens: ratios leave the clip range before any step. (So do TRL and verl.)
+    """
+    conversations = [c for episode in episodes for c in episode.conversations]
+    score(model, processor, sum(trees_of_hands(episodes), []), args.token_budget, args.temperature, ranks,
+          conversations[0])
+    off = sum(abs(x - y) for c in conversations for x, y in zip(c.logprobs, c.reference))
+    for c in conversations:
+        c.logprobs = c.reference
+    off, drawn = ranks.total([off, sum(sum(c.sampled) for c in conversations)])
+    return {"drawn_vs_scored": off / drawn}
 
 
 def penalize(conversations, args):
