@@ -38,8 +38,8 @@ class Arm:
     @property
     def before(self):
         """The run whose evaluation stands before the arm's own; None: the arm begins with one itself."""
-        if "-shifts-" in self.name:
-            return f"{self.task}-shifts-init-0"
+        if tested := re.search("-(shifts|hands)-", self.name):
+            return f"{self.task}{tested[0]}init-0"
         return f"{self.task}-init-0" if "--skip-first-eval" in self.flags else None
 
     def run(self, seed):
@@ -153,11 +153,20 @@ SETS = {"gp": "id-face,fake-rule,face-5,face-7,five-cards,target-12,target-20,ta
         "virl": "fake-rule,relative-wording"}
 SEEN = {"gp-vl": ",mirrored,varied"}                   # of pictures alone
 SHIFTS = hidden(MAIN)
+HANDS = hidden(arm for arm in MAIN if arm.task in ("gp-l", "gp-vl"))
+
+
+def tests(task, name, test):
+    """Return arms that test init and what main's runs end with."""
+    return [Arm(f"{task}-{name}-init", test, label="")] + [
+        Arm(f"{task}-{name}-{algo}", f"{test} --model {{{task}-{algo}}}", algo) for algo in ("sft", "ppo")]
+
+
 for task in TASKS:
     test = f"--algo eval --eval-sets {SETS[task.split('-')[0]]}{SEEN.get(task, '')}"
-    SHIFTS.append(Arm(f"{task}-shifts-init", test, label=""))
-    SHIFTS += [Arm(f"{task}-shifts-{algo}", f"{test} --model {{{task}-{algo}}}", algo)
-               for algo in ("sft", "ppo")]
+    SHIFTS += tests(task, "shifts", test)
+for task in ("gp-l", "gp-vl"):
+    HANDS += tests(task, "hands", "--algo eval --eval-sets id-unseen,rule-ood --eval-hands 2000")
 
 # ------------------------------------------------------------------------------------------------------------
 # Variants at equal compute, half of main's. Each line: what differs, its name, flags beside the preset's, and
@@ -247,6 +256,9 @@ EXPERIMENTS = {
     "shifts": Experiment(
         "More shifts than the paper's: does what holds there hold on others, and does a model that fails a "
         "rule ignore it?", SHIFTS, tables.headline, {}),
+    "hands": Experiment(
+        "Where main's changes are small, the same weights on four times as many hands.", HANDS,
+        tables.headline, {}),
     "variants": Experiment(
         "Every variant on both games: what it does to success, and what it costs. Presets and variants at "
         "equal compute, half of main's.",

@@ -225,8 +225,9 @@ def test_every_run_of_an_experiment_is_in_its_table(name):
     for run, record in found.items():
         other = [point | {"eval": evaluation(1.0, 0)} for point in record["curve"]]
         shown = experiment.table(found | {run: record | {"curve": other}}) != text
-        # Curves begin with init's evaluation, too; shifts judges again what main's runs end with.
-        beside = run.endswith("-init-0") or "-young-" in run or (name == "shifts" and "-shifts-" not in run)
+        # Curves begin with init's evaluation, too; two experiments test again what main's runs end with.
+        again = name in ("shifts", "hands") and f"-{name}-" not in run
+        beside = run.endswith("-init-0") or "-young-" in run or again
         assert shown or beside, f"{run} is not in the table"
     half = {run: record for run, record in found.items() if run[-2:] != "-1" and "virl-l-ppo" not in run}
     assert len(experiment.table(half).splitlines()) > 5        # what is there so far
