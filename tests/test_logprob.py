@@ -241,7 +241,7 @@ def test_compiled(chip):
 
 def test_spills_would_be_seen():
     result, = aot.compile_all("test_logprob", "greedy_launches", "sm_80")
-    assert result["spills"] > 0
+    assert result["spills"] > 64
 
 
 # -------------------------------------------------------------------------------------------------- which way
