@@ -2,8 +2,14 @@
 
 import copy
 import os
+import sys
 
 import pytest
+
+if "gpu" in sys.argv:                  # pytest -m gpu; processes that it starts know by the environment
+    os.environ["GPU_TESTS"] = "1"
+if "GPU_TESTS" not in os.environ:      # else all is as on a machine without a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 import harness  # noqa: F401, before torch: see there
 import torch
@@ -27,7 +33,7 @@ torch.set_num_threads(2)
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and pytest -m gpu")
 
 
 @pytest.fixture

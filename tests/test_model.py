@@ -27,7 +27,6 @@ from llama.images import Images, to_rgb
 from llama.processor import CHATML, LLAMA3, Processor
 from model import Llama, Step
 from tables import cases, raises
-from test_attention import DEVICE
 
 IMAGE, TILE = 120, 28
 MLLAMA = json.loads("""{
@@ -259,14 +258,18 @@ def test_both_tensor_layouts_load(tiny, tmp_path):
 # Kernels, cache and generation
 
 
+on_devices = cases("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@on_devices
 @cases("kernels", ["torch", "triton"])
-def test_autocast_reaches_the_kernels_and_the_cache(tiny, kernels, monkeypatch):
+def test_autocast_reaches_the_kernels_and_the_cache(tiny, kernels, device, monkeypatch):
     """To float16, which the interpreter can multiply: weights stay float32."""
     monkeypatch.setenv("KERNELS", kernels)
-    model, images = copy.deepcopy(tiny).to(DEVICE), random_images([1])
-    ids = random_ids(2, 8, image_at=[(0, 2)]).to(DEVICE)
+    model, images = copy.deepcopy(tiny).to(device), random_images([1])
+    ids = random_ids(2, 8, image_at=[(0, 2)]).to(device)
     expected = model(ids, images=images, targets=ids.clamp(max=99)).logprobs
-    with torch.autocast(DEVICE, torch.float16):
+    with torch.autocast(device, torch.float16):
         found = model(ids, images=images, targets=ids.clamp(max=99)).logprobs
         found.sum().backward()
         cache = generate(model, ids.tolist(), images=images, max_new_tokens=3, stop_ids=[])[1]
@@ -300,7 +303,8 @@ def fed(tiny):
         hook.remove()
 
 
-def test_kernels_compute_the_same_model(tiny, monkeypatch):
+@on_devices
+def test_kernels_compute_the_same_model(tiny, device, monkeypatch):
     """Triton's (interpreted where there is no GPU) as their twins, in a rollout and then in training.
 
     Nothing made while sampling gets in autograd's way, and gradients reach every weight.
@@ -309,11 +313,11 @@ def test_kernels_compute_the_same_model(tiny, monkeypatch):
     targets = torch.where(torch.arange(8) < lengths[:, None] - 1, ids.roll(-1, 1).clamp(max=99), -100)
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("KERNELS", kernels)
-        model = copy.deepcopy(tiny).to(DEVICE)
+        model = copy.deepcopy(tiny).to(device)
         with torch.inference_mode():
             samples, _ = start(model, max_new_tokens=4)
-        batch = dict(lengths=lengths, images=images, targets=targets.to(DEVICE))
-        out = model(ids.to(DEVICE), **batch, temperature=0.7)
+        batch = dict(lengths=lengths, images=images, targets=targets.to(device))
+        out = model(ids.to(device), **batch, temperature=0.7)
         (out.logprobs.sum() + out.entropy.sum()).backward()
         drawn = [torch.tensor(s.logprobs) for s in samples]
         found = out.logprobs, out.entropy, *(p.grad for p in model.parameters())
