@@ -3,13 +3,14 @@
     python -m benchmarks.generate --threads 2                    # the tiny model, on a CPU
     python -m benchmarks.generate --model study/llama-11b --batches 1,16,64      # the 11B shape, on a GPU
 
-All sample at temperature 1, text and image, and draw exactly `new-tokens` tokens per row: from real prompts
-of the game or, where the folder holds only a config.json, from random prompts with random weights. "eager" is
+Every implementation samples at temperature 1, for text and for images, and draws exactly `new-tokens` tokens
+per row. The prompts are those of the game; where the folder holds only a config.json, prompts and weights are
+random. "eager" is
 ours without its CUDA graph. Medians of interleaved repeats after one that warms up.
 
     tokens/s     with the time to read prompts and images
     step         milliseconds for one token more in every row
-    weights      GB/s at which a step reads the weights that all tokens need (above the table: a large copy's)
+    weights      GB/s at which a step reads the weights that all tokens need (above the table: of a large copy)
     ratio        tokens/s divided by those of transformers
 """
 import itertools

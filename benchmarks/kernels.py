@@ -20,7 +20,7 @@ masks and compiling are not timed. A row of the table holds
                is beyond rounding and beyond twice that of the naive form
     ratio      ms over those of ours: above 1 is slower
 
-or says "no:" and why it cannot run the case.
+A row whose implementation cannot run the case says "no:" and why.
 """
 import ctypes
 import os

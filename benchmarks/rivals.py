@@ -1,6 +1,6 @@
 """Make the cases that `python -m benchmarks.kernels` measures, with all ways to compute each.
 
-A case is made for one type. It holds sets of inputs, the FLOPs and bytes that the task needs, and functions
+A case is made for one dtype. It holds sets of inputs, the FLOPs and bytes that the task needs, and functions
 that compute it: ours, and those that one would use without our kernels. A function that cannot run here (its
 library is not installed, or has no kernel for the case) raises its own error when it is called.
 """

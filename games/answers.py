@@ -3,8 +3,8 @@ r"""Parse any text into the fields of an answer, in linear time and without ever
     python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
 
 Of the objects in braces that have the wanted key among their own keys, the answer is the one that ends last.
-An object in a string or under another key does not count. What follows a key is decoded as JSON where it is
-JSON:
+An object in a string or under another key does not count. What follows a key is decoded as JSON if it is
+valid JSON. The table says what else is read, and what is not:
 
 | otherwise read leniently                                | not read                                     |
 |---------------------------------------------------------|----------------------------------------------|

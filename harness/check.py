@@ -2,8 +2,8 @@
 
     train.py: error: --hands 3: expected with --algo ppo
 
-`settle` completes the settings of a command line, a program or a resumed run, and refuses what is out of its
-range (declared in settings.py), without effect, or at odds with the rest.
+`settle` completes the settings of a command line, a program or a resumed run. It refuses a setting that is
+out of its range (declared in settings.py), has no effect, or is at odds with the rest.
 """
 
 import dataclasses

@@ -21,8 +21,8 @@ instead of 5, and give the same bits in every run.
 
 In the kernels, t are places of queries, n of keys. The chip has exp2, so `scale` holds log2(e), and lse is in
 the units of q k: P is exp2((q k - lse) scale). A matrix product whose sums start from -lse gives q k - lse at
-once; likewise dP - delta. That saves the registers to subtract them later. Queries, outputs and their
-gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or of a projection.
+once; likewise dP - delta. So no registers are needed to subtract lse and delta later. Queries, outputs and
+their gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or of a projection.
 """
 import torch
 

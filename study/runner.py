@@ -1,10 +1,9 @@
 """Do a list of runs, as many at once as there are cores, each on one thread; go on where it was stopped; say
 what is left.
 
-A run is a command line of train.py and the name of its folder. What is left of it is its folder and a line in
-a file of records. Nothing else is remembered. After a stop (Ctrl-C saves each run), a new start, with the
-same runs or others, does only what is missing. With the records alone, as they come from git, nothing is done
-again.
+A run is a command line of train.py and the name of its folder. It leaves its folder and a line in a file of
+records. Nothing else is remembered. After a stop (Ctrl-C saves each run), a new start, with the same runs or
+others, does only what is missing. With the records alone, as they come from git, nothing is done again.
 """
 
 import os

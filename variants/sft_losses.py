@@ -2,10 +2,10 @@
 
     torchrun train.py --task gp-l --algo sft --sft-loss dft
 
-How to add one: write a function (logprobs, rows, examples, args) -> loss of each token, all (tokens,), and
-enter it in SFT_LOSSES. logprobs: the model's log-probs of the expert's tokens, with a gradient; rows: which
-example a token lies in. The entry says whether the loss compares with an earlier model; the function `before`
-returns that model's log-probs.
+How to add one: write a function (logprobs, rows, examples, args) that returns the loss of each token, and
+enter it in SFT_LOSSES. `logprobs`, `rows` and the losses have shape (tokens,). logprobs: the model's
+log-probs of the expert's tokens, with a gradient; rows: which example a token lies in. The entry says whether
+the loss compares with an earlier model; the function `before` returns that model's log-probs.
 """
 
 from dataclasses import dataclass
