@@ -27,8 +27,8 @@ def draw(groups, file):
             x = [point["counted_tflops"] for point in record["curve"]]
             y = seeds_of([point["eval"][name] for point in record["curve"]], group.metric)
             axis.plot(x, y, color=color, lw=0.7, alpha=0.45, marker=".", ms=3)
-        x = [fmean(record["curve"][k]["counted_tflops"] for record in group.records) for k in steps_of(group)]
-        y, error = zip(*[group.rate(k, name) for k in steps_of(group)])
+        x = [fmean(point["counted_tflops"] for point in points) for points in shared(group)]
+        y, error = rates(group, name)
         axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2,
                       label=f"{group.name} ({len(group.records)} seed{'s' * (len(group.records) > 1)})")
 
@@ -53,7 +53,7 @@ def tradeoff(groups, file):
     def path(axis, group, name, color):
         axis.plot(*(seeds_of(group.at(-1, of), group.metric) for of in ("id", name)),
                   ".", color=color, ms=5, alpha=0.5)
-        (x, dx), (y, dy) = (zip(*[group.rate(k, of) for k in steps_of(group)]) for of in ("id", name))
+        (x, dx), (y, dy) = rates(group, "id"), rates(group, name)
         axis.plot(x, y, color=color, lw=1.2, alpha=0.7)
         axis.errorbar(x[-1], y[-1], xerr=dx[-1], yerr=dy[-1], color=color, marker="o", ms=5, capsize=2,
                       label=group.name)
@@ -96,9 +96,16 @@ def change_of(group, name):
     return records.change(group.at(-1, name), group.at(0, name), headline_of(group.task, name))
 
 
-def steps_of(group):
-    """Return the evaluations that all seeds have."""
-    return range(min(len(record["curve"]) for record in group.records))
+def shared(group):
+    """Return the points of all seeds after each step at which all have one."""
+    curves = [{point["step"]: point for point in record["curve"]} for record in group.records]
+    return [[curve[step] for curve in curves] for step in curves[0] if all(step in curve for curve in curves)]
+
+
+def rates(group, name):
+    """Return the headline metric on a set at each of these, and its errors."""
+    return zip(*[records.rate([point["eval"][name] for point in points], group.metric)
+                 for points in shared(group)])
 
 
 def panels(groups, file, label, fill, leave_out=""):
