@@ -190,18 +190,18 @@ class Trainer:
         features = {} if self.model.vision_frozen else None    # shared by rollout and update
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.batch = self.play(hands, args.samples, features)
-        rolled, penalty, apart, train_policy = time.time(), {}, {}, i >= args.critic_warmup
+        rolled, scored, train_policy = time.time(), {}, i >= args.critic_warmup
         # a new context: what the rollout cast to bfloat16 carries no gradient
         with autocast(args, processes.device), remember(self.module, features):
             if args.rescore == "on":
-                apart = rescore(self.model, self.processor, episodes, args, processes)
+                scored |= rescore(self.model, self.processor, episodes, args, processes)
             if self.reference:
-                penalty = score_reference(self.model, self.processor, episodes, args, self.reference,
+                scored |= score_reference(self.model, self.processor, episodes, args, self.reference,
                                           processes)
-            metrics = penalty | ppo.update(
+            metrics = ppo.update(
                 self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
                 step=self.step, seed=derive("minibatches", args.seed, i),
-                train_policy=train_policy, ranks=processes) | apart
+                train_policy=train_policy, ranks=processes) | scored
         revised = [episode for episode in episodes if len(episode.turns) > 1]
         self.sample = (revised or episodes)[0]
         self.ledger.add_ppo(self.estimator, episodes, train_policy, metrics["trained_tokens"])

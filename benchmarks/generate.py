@@ -15,7 +15,6 @@ random. "eager" is ours without its CUDA graph. Medians of interleaved repeats a
 import itertools
 import os
 import statistics
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -39,15 +38,6 @@ COLUMNS = {"prompts": "7", "batch": "5", "of": "12", "tokens/s": "8.0f", "step":
            "ratio": "5.2f"}
 
 
-@contextmanager
-def there(dtype=DTYPE):
-    """Make new tensors on DEVICE, of this type."""
-    torch.set_default_dtype(dtype)
-    with torch.device(DEVICE):
-        yield
-    torch.set_default_dtype(torch.float32)
-
-
 def load(folder):
     """Return our model and that of transformers."""
     import transformers                        # slow to import, and not there without the 'test' extra
@@ -55,9 +45,11 @@ def load(folder):
     if trained:
         ours, theirs = (each.from_pretrained(folder, dtype=DTYPE).to(DEVICE) for each in (Llama, kind))
     else:
-        with there():
+        torch.set_default_dtype(DTYPE)
+        with DEVICE:
             ours = Llama(Config.from_pretrained(folder))
             theirs = kind(transformers.AutoConfig.from_pretrained(folder))
+        torch.set_default_dtype(torch.float32)
     # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
     theirs.model.vision_model.intermediate_layers_indices = [
         i - 1 for i in ours.config.vision.intermediate_layers_indices]

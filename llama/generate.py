@@ -73,14 +73,7 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
         replay = record(step, tokens, uniform[:, 0], cache.lengths.to(weight.device))
     for t in range(1, max_new_tokens + 1):
         drawn.append((rows[:len(tokens)], logprobs))
-        done = []
-        for slot, token in enumerate(tokens.tolist()):         # the one wait for the device per token
-            sample = samples[rows[slot]]
-            if not sample.ended:                               # else it goes on for its shape alone
-                sample.ids.append(token)
-                sample.ended = token in stop_ids
-            if sample.ended:
-                done.append(slot)
+        done = note_tokens([samples[row] for row in rows[:len(tokens)]], tokens, stop_ids)
         if len(done) == len(tokens) or t == max_new_tokens:
             break
         if graph:
@@ -102,6 +95,16 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     moved = [slot for slot, row in enumerate(rows) if slot != row]
     cache.move([rows[slot] for slot in moved], moved)          # every row back to its place
     return samples, cache
+
+
+def note_tokens(samples, tokens, stop_ids):
+    """Give each sample its token, unless it has ended and goes on for its shape alone. Return the slots of
+    those that have."""
+    for sample, token in zip(samples, tokens.tolist()):        # the one wait for the device per token
+        if not sample.ended:
+            sample.ids.append(token)
+            sample.ended = token in stop_ids
+    return [slot for slot, sample in enumerate(samples) if sample.ended]
 
 
 def note_logprobs(samples, drawn):

@@ -14,7 +14,6 @@ Arms with numbers in their flags (steps, learning rates: study/experiments.py) a
 
 import dataclasses
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -38,13 +37,13 @@ def at_scale(run, model, ranks):
 
     The tiny one is tested on more hands than by its preset, which is for a first look.
     """
-    argv, words = run.argv, " ".join(run.argv)
-    if model and "--model" not in argv:
-        argv += "--model", model
+    argv = run.argv
     if not model:
-        argv = ("--eval-hands", "500" if " gp" in words else "200", *argv)     # an arm's own flags win
-        argv += ("--probe-hands", "16" if " gp" in words else "8") if (
-            "--probe-hands" not in words and re.search("--algo (ppo|sft)", words)) else ()
+        hands, probe = ("500", "16") if "gp-" in argv[1] else ("200", "8")     # argv: --task TASK ...
+        finer = "--eval-hands", hands, *(("--probe-hands", probe) if {"ppo", "sft"} & {*argv} else ())
+        argv = finer + argv                    # of two the later wins: an arm's own
+    elif "--model" not in argv:
+        argv += "--model", model
     return dataclasses.replace(run, argv=argv, ranks=ranks)
 
 

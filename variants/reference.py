@@ -107,8 +107,8 @@ def rescore(model, processor, episodes, args, ranks):
     """Give every sampled token the log-prob that training computes for it, in place of the one it was drawn
     with -> {"drawn_vs_scored": mean over tokens of how far they were apart}.
 
-    Decoding and training round differently. In float32 that is 1e-6 a token. In bfloat16 it is 1e-2 and more,
-    and a turn sums dozens of tokens: ratios leave the clip range before any step. (So do TRL and verl.)
+    Decoding and training round differently, in bfloat16 so much that ratios of turns, which sum dozens of
+    tokens, leave the clip range before any step (docs/scale.md). TRL and verl score again, too.
     """
     conversations = [c for episode in episodes for c in episode.conversations]
     score(model, processor, sum(trees_of_hands(episodes), []), args.token_budget, args.temperature, ranks,
