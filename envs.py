@@ -107,6 +107,23 @@ def dialogue(game, messages, mistakes):
     return [*messages, {"role": "assistant", "content": game.oracle(), "train": True}]
 
 
+def judged_step(game, text):
+    """Do the `step` of a game that is one question: game.judge(text) gives the verifier.Verdict. A right
+    answer terminates the episode, the last wrong one truncates it."""
+    if game.attempt is None:
+        raise RuntimeError("no episode is running: call reset(seed) first")
+    verdict = game.judge(text)
+    game.attempt += 1
+    correct = verdict.code == "correct"
+    truncated = not correct and game.attempt == game.attempts
+    info = verdict.info() | {"correct": correct, "attempt": game.attempt, "success": correct}
+    messages = [{"role": "user", "content": verdict.message}]
+    if correct or truncated:
+        messages, game.attempt = [], None
+    reward = verdict.reward + EXHAUSTED * truncated
+    return Observation(messages, fresh=False), reward, correct, truncated, info
+
+
 # ---------------------------------------------------------------------------------------------- GeneralPoints
 
 @dataclass(kw_only=True, eq=False)
@@ -206,11 +223,10 @@ class GeneralPoints:
         return judge(text, self.ranks, self.numbers, self.target, self.image, self.prompts)
 
     def _prompt(self):
-        faces = {face: self.stated[face] for face in FACES}
-        rule = self.prompts["rule_same" if len(set(faces.values())) == 1 else "rule_each"]
+        same = len({self.stated[face] for face in FACES}) == 1
+        rule = self.prompts["rule_same" if same else "rule_each"].format(**self.stated, target=self.target)
         text = self.prompts["gp-vl" if self.image else "gp-l"].format(
-            target=self.target, rule=rule.format(**faces, target=self.target), cards=self.ranks,
-            count=COUNTS[self.cards])
+            target=self.target, rule=rule, cards=self.ranks, count=COUNTS[self.cards])
         return self._show(text) if self.image else text
 
     def _show(self, text):
@@ -218,21 +234,9 @@ class GeneralPoints:
         return _shown(draw_hand(self.hand, self.size, self.style), text)
 
     def step(self, text):
-        """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. A right
-        answer terminates the episode, the last wrong one truncates it; after that RuntimeError until the next
-        reset."""
-        if self.attempt is None:
-            raise RuntimeError("no episode is running: call reset(seed) first")
-        self.attempt += 1
-        verdict = self.judge(text)
-        correct = verdict.code == "correct"
-        truncated = not correct and self.attempt == self.attempts
-        info = verdict.info() | {"correct": correct, "attempt": self.attempt, "success": correct}
-        messages = [{"role": "user", "content": verdict.message}]
-        if correct or truncated:
-            messages, self.attempt = [], None
-        reward = verdict.reward + EXHAUSTED * truncated
-        return Observation(messages, fresh=False), reward, correct, truncated, info
+        """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken; after
+        the end RuntimeError until the next reset."""
+        return judged_step(self, text)
 
     def oracle(self):
         """Return the expert's answer to the current hand; which of the solutions is the seed's choice."""

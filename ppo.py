@@ -13,22 +13,21 @@ import copy
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from torch import nn
 
 from llama.batches import OneProcess, parts, passes
 from llama.metrics import averages
-from rollout import Episode, trees_of_hands
+from rollout import Episode, conversations_of, drawn, trees_of_hands, turns_of
 
 
 @dataclass(frozen=True)
 class Estimator:
     """An advantage estimator: f(episodes, args) fills in `turn.advantage` and, with a critic,
     `turn.target`."""
-    f: Callable[[list[Episode], Any], None]
+    f: Callable
     per: str = "turn"          # what has an advantage (and a value): a "turn" or a "token"
     values: bool = True        # does it read values? If not, no critic is asked or trained
     normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
@@ -101,7 +100,7 @@ def size(turn, args):
     return abs(args.reward_scale * turn.reward) + value + args.kl_coef * len(turn.penalties)
 
 
-def deviation(x, sizes, ranks):
+def deviation(x, sizes, ranks=OneProcess()):
     """Return mean and standard deviation of x over all ranks. The deviation is 0 where it is within the
     rounding of sums of numbers of these `sizes`."""
     x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
@@ -124,7 +123,7 @@ def normalize_advantages(turns, args, ranks=OneProcess()):
 def flat(turns, name):
     """List the values, advantages or targets of all turns, whether there is one per turn or per token."""
     numbers = [getattr(turn, name) for turn in turns]
-    return [x for one in numbers for x in one] if numbers and isinstance(numbers[0], list) else numbers
+    return sum(numbers, []) if numbers and isinstance(numbers[0], list) else numbers
 
 
 def fill_in(turns, name, numbers):
@@ -209,30 +208,30 @@ class ActorCritic(nn.Module):
         width = policy.config.hidden_size
         self.value_head = nn.Sequential(
             nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
-        nn.init.zeros_(self.value_head[-1].weight)             # values start at 0, not at noise
-        nn.init.zeros_(self.value_head[-1].bias)
+        for parameter in self.value_head[-1].parameters():     # values start at 0, not at noise
+            nn.init.zeros_(parameter)
         self.trunk = copy.deepcopy(policy) if critic == "separate" else None
-
-    def values(self, batch, turns):
-        """Make a forward pass for the values (turns,) alone."""
-        network = self.trunk or self.policy
-        return self.head(network(**batch.inputs()).hidden.flatten(0, 1)[turns.places])
 
     def head(self, hidden):
         """Return values (turns,) of states at last prompt tokens (turns, D)."""
         return self.value_head(hidden.float()).squeeze(-1)
 
+    def values(self, batch, turns, hidden=None):
+        """Return the values (turns,). hidden: states (B, T, D) where the policy's have been computed and are
+        what the head reads; None: make a forward pass for them."""
+        if hidden is None:
+            hidden = (self.trunk or self.policy)(**batch.inputs()).hidden
+        return self.head(hidden.flatten(0, 1)[turns.places])
+
     def forward(self, batch, turns, temperature, with_values=True):
         """Score all turns of all conversations in one pass -> log-probs and entropies (tokens,) of what was
         sampled, values (turns,) or None."""
-        out, values = self.policy(**batch.inputs(), targets=batch.targets, temperature=temperature), None
-        if with_values and self.trunk is not None:
-            values = self.values(batch, turns)
-        elif with_values:
-            hidden = out.hidden.detach() if self.critic == "detached" else out.hidden
-            values = self.head(hidden.flatten(0, 1)[turns.places])
-        drawn = batch.targets >= 0
-        return out.logprobs[drawn], out.entropy[drawn], values
+        out = self.policy(**batch.inputs(), targets=batch.targets, temperature=temperature)
+        # what the critic reads; a separate one makes a pass of its own
+        read = {"shared": out.hidden, "detached": out.hidden.detach(), "separate": None}[self.critic]
+        values = self.values(batch, turns, read) if with_values else None
+        sampled = batch.targets >= 0
+        return out.logprobs[sampled], out.entropy[sampled], values
 
 
 @dataclass
@@ -250,34 +249,30 @@ class Turns:
     targets: torch.Tensor                      # (turns,)
 
 
-def turns_of(conversations, batch, per="turn"):
+def stack_turns(conversations, batch, per="turn"):
     """Return the Turns of the conversations in a batch. per: what has an advantage, a "turn" or a "token"."""
-    ints, floats, turns = defaultdict(list), defaultdict(list), []
-    for i, (conversation, start) in enumerate(zip(conversations, batch.starts)):
-        for turn in conversation.turns:
-            drawn = range(turn.start, turn.end)
-            read = drawn if per == "token" else drawn[:1]
-            ints["places"] += [start + t - 1 for t in read]   # a token is predicted one place before it
-            ints["conversation"] += [i] * len(read)
-            ints["turn"] += [len(turns)] * len(drawn)
-            ints["sequence"] += [i] * len(drawn)
-            floats["weights"] += conversation.weights[turn.start:turn.end]
-            floats["old_logprobs"] += conversation.logprobs[turn.start:turn.end]
-            turns.append(turn)
-    floats |= {"advantages": flat(turns, "advantage"), "old_values": flat(turns, "value"),
-               "targets": flat(turns, "target")}
-    tensor = partial(torch.tensor, device=batch.targets.device)
-    return Turns(*(tensor(ints[name], dtype=torch.int64)
-                   for name in "places conversation turn sequence".split()),
-                 *(tensor(floats[name], dtype=torch.float32)
-                   for name in "weights old_logprobs advantages old_values targets".split()))
+    turns, device = turns_of(conversations), batch.targets.device
+    places = (batch.targets.flatten() >= 0).nonzero()[:, 0]    # (tokens,) where each is predicted
+
+    def owners(counts):
+        """Return to which owner each token belongs, (tokens,). counts: how many tokens each owns."""
+        counts = torch.tensor(counts, dtype=torch.int64, device=device)
+        return torch.arange(len(counts), device=device).repeat_interleave(counts)
+
+    turn, sequence = owners([turn.length for turn in turns]), owners([sum(c.sampled) for c in conversations])
+    first = turn.diff(prepend=turn.new_tensor([-1])) > 0       # is a token the first of its turn?
+    read = slice(None) if per == "token" else first
+    return Turns(places[read], sequence[read], turn, sequence,
+                 drawn(conversations, "weights", device), drawn(conversations, "logprobs", device),
+                 *(torch.tensor(flat(turns, name), dtype=torch.float32, device=device)
+                   for name in ("advantage", "value", "target")))
 
 
 @torch.no_grad()
 def read_values(actor_critic, processor, conversations, args, ranks):
     """Fill in `turn.value` from the hidden states that the rollout kept, without a pass."""
     assert actor_critic.trunk is None, "a separate critic needs Estimator.read: variants.algorithm"
-    turns = [turn for c in conversations for turn in c.turns]
+    turns = turns_of(conversations)
     fill_in(turns, "value", actor_critic.head(torch.stack([turn.hidden for turn in turns])).tolist())
 
 
@@ -294,65 +289,61 @@ class Units:
         self.of, row = {"turn": (turns.turn, turns.conversation),
                         "token": (tokens, turns.sequence),
                         "sequence": (turns.sequence, sequences)}[loss.unit]
-        self.zeros, self.size = torch.zeros_like(row, dtype=torch.float32), 1
-        if loss.unit == "sequence":
-            self.size = torch.bincount(self.of, minlength=len(row)).clamp(min=1)
+        tokens = torch.bincount(self.of, minlength=len(row))   # (units,); 0 where a pass fills in for others
+        self.divisor = tokens.clamp(min=1) if loss.unit == "sequence" else torch.ones_like(tokens)
         # of each unit in the mean (units,)
         self.weight = 1 / torch.bincount(row)[row] if loss.mean == "sequences" else 1.0
 
     def gather(self, x):
         """Sum numbers of tokens over turns, average them over sequences, or keep them: (tokens,) ->
         (units,)."""
-        return self.zeros.index_add(0, self.of, x) / self.size
+        return x.new_zeros(len(self.divisor)).index_add(0, self.of, x) / self.divisor
 
 
 def count(conversations):
     """Count turns, sampled tokens and conversations -> {"turn", "token", "sequence": number}."""
-    turns = [turn for c in conversations for turn in c.turns]
-    return {"turn": len(turns), "token": sum(turn.end - turn.start for turn in turns),
+    turns = turns_of(conversations)
+    return {"turn": len(turns), "token": sum(turn.length for turn in turns),
             "sequence": len(conversations)}
 
 
 def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, train_policy=True):
     """Return the loss of a batch and its metrics. Each term is divided by its count over the whole minibatch
     and all ranks (n, see `count`), so that losses and gradients of batches just add up."""
-    turns = turns_of(conversations, batch, estimator.per)
+    turns = stack_turns(conversations, batch, estimator.per)
     logprobs, entropy, values = actor_critic(batch, turns, args.temperature, estimator.values)
-    units, over = Units(turns, batch, loss), n[loss.over]
-    weights = turns.weights if loss.unit == "turn" else 1.0
-    advantages = turns.advantages
+    units, advantages, weights = Units(turns, batch, loss), turns.advantages, turns.weights
     if loss.unit != "turn":
         advantages = units.gather(advantages if estimator.per == "token" else advantages[turns.turn])
+        weights = 1.0
     policy, metrics = loss.f(units.gather(weights * logprobs), units.gather(weights * turns.old_logprobs),
                              advantages, args)
     if loss.penalty:
         policy = policy + loss.penalty(conversations, logprobs, units.gather)
-    value, entropy = torch.zeros((), device=logprobs.device), entropy.sum() / n["token"]
+    metrics = {name: (units.weight * x).sum() / n[loss.over]
+               for name, x in (metrics | {"policy_loss": policy}).items()} | {
+        "entropy": entropy.sum() / n["token"], "value_loss": logprobs.new_zeros(()),
+        "drawn_vs_scored": (logprobs - turns.old_logprobs).abs().sum() / n["token"]}
     if estimator.values:
         value = value_loss(values, turns.old_values, turns.targets, args.value_clip)
-        value = value.sum() / n[estimator.per]
-    policy = (units.weight * policy).sum() / over
-    total = args.value_coef * value
+        metrics["value_loss"] = value.sum() / n[estimator.per]
+    total = args.value_coef * metrics["value_loss"]
     if train_policy:
-        total = total + policy - args.entropy_coef * entropy
-    metrics = {name: (units.weight * x).sum() / over for name, x in metrics.items()} | {
-        "policy_loss": policy, "value_loss": value, "entropy": entropy,
-        "drawn_vs_scored": (logprobs - turns.old_logprobs).abs().sum() / n["token"]}
+        total = total + metrics["policy_loss"] - args.entropy_coef * metrics["entropy"]
     return total, {name: x.detach() for name, x in metrics.items()}
 
 
 def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, *,
-           estimator: Estimator = Estimator(gae), loss: Loss = Loss(clip, "turn"),
-           step: Callable[[float], float], seed: int, train_policy: bool = True,
-           ranks=OneProcess()) -> dict[str, float]:
+           estimator=Estimator(gae), loss=Loss(clip, "turn"), step, seed, train_policy=True,
+           ranks=OneProcess()):
     """Learn from a rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
     Return the metrics of the update as a dict of floats.
 
     step(loss): reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient
     norm. train_policy: False in warm-up, when only the critic learns. ranks: see llama.batches.OneProcess.
     """
-    conversations = [c for episode in episodes for c in episode.conversations]
-    turns = [turn for c in conversations for turn in c.turns]
+    conversations = conversations_of(episodes)
+    turns = turns_of(conversations)
     if estimator.values:
         (estimator.read or read_values)(actor_critic, processor, conversations, args, ranks)
     estimator.f(episodes, args)
@@ -361,18 +352,17 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
         normalize_advantages(turns, args, ranks)
     hands = trees_of_hands(episodes)
     trees, places = sum(hands, []), ranks.positions(map(len, hands))
-    total, tokens, drawn = ranks.total(
+    total, tokens, sampled = ranks.total(
         [len(trees), sum(len(c.ids) for c in conversations), count(conversations)["token"]])
-    generator, steps = torch.Generator().manual_seed(seed), []
-    for _ in range(args.epochs):
-        order = torch.randperm(int(total), generator=generator).tolist()
-        for part in parts(places, order, args.minibatches):
-            steps.append(one_step(actor_critic, processor, [trees[i] for i in part], args, estimator, loss,
-                                  step, train_policy, ranks, conversations[0]))
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(int(total), generator=generator).tolist() for _ in range(args.epochs)]
+    steps = [one_step(actor_critic, processor, [trees[i] for i in part], args, estimator, loss, step,
+                      train_policy, ranks, conversations[0])
+             for order in orders for part in parts(places, order, args.minibatches)]
     first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)
     return averages(steps) | {
         "drawn_vs_scored": first,              # of the first step: afterwards the policy has moved
-        "explained_variance": explained, "rollout_tokens": tokens, "drawn_tokens": drawn,
+        "explained_variance": explained, "rollout_tokens": tokens, "drawn_tokens": sampled,
         "trained_tokens": args.epochs * tokens}
 
 

@@ -37,6 +37,10 @@ class Turn:
     target: float = 0.0                        # what the critic learns
     penalties: list[float] = field(default_factory=list)       # per token, subtracted from the reward
 
+    @property
+    def length(self):
+        return self.end - self.start
+
 
 @dataclass
 class Conversation:
@@ -71,7 +75,17 @@ class Episode:
     @property
     def turns(self):
         """Return the turns of all its conversations, in order."""
-        return [turn for conversation in self.conversations for turn in conversation.turns]
+        return turns_of(self.conversations)
+
+
+def conversations_of(episodes):
+    """List the conversations of episodes, in order."""
+    return [conversation for episode in episodes for conversation in episode.conversations]
+
+
+def turns_of(conversations):
+    """List the turns of conversations, in order."""
+    return [turn for conversation in conversations for turn in conversation.turns]
 
 
 def trees_of_hands(episodes):
@@ -83,18 +97,24 @@ def trees_of_hands(episodes):
     return [trees_of(hand) for hand in hands.values()]
 
 
+def drawn(conversations, name, device="cpu"):
+    """Return what each sampled token has as `name`: "logprobs", "weights" or "reference", (tokens,)."""
+    numbers = [x for c in conversations for x, sampled in zip(getattr(c, name), c.sampled) if sampled]
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Rollout
 
-def token_weights(processor, ids, answer_key, before=0.5):
-    """Return the weight of each token in the log-prob of its turn: `before` ahead of the answer key, 1 from
-    there on.
+def token_weights(processor, ids, answer_key):
+    """Return the weight of each token in the log-prob of its turn: 0.5 ahead of the answer key, 1 from there
+    on.
 
     The released code (after RL4VLM, arXiv 2405.10292) halves what the model says before its final answer. The
     key is found in the decoded text by character offset. An answer without the key is weighted 1 throughout.
     """
     key = processor.position_of(ids, f'"{answer_key}"')
-    return [before if i < key else 1.0 for i in range(len(ids))]
+    return [0.5 if i < key else 1.0 for i in range(len(ids))]
 
 
 class Player:
@@ -126,8 +146,7 @@ class Player:
         if rendered.images:
             self.conversation.image = self.cut(rendered.images[0])
             self.episode.pictures.append(rendered.images[0])
-        for message in observation.messages:
-            self.episode.transcript.append((message["role"], readable(message["content"])))
+        self.episode.transcript += [(m["role"], readable(m["content"])) for m in observation.messages]
 
     def answer(self, sample):
         """Record an answer and step the environment with it. Return True while the episode goes on."""
@@ -137,8 +156,7 @@ class Player:
         conversation.append(sample.ids, True, sample.logprobs, weights)
         observation, reward, terminated, truncated, info = self.env.step(text)
         conversation.turns.append(Turn(start, start + len(sample.ids), reward, info, sample.hidden))
-        episode.transcript.append(("assistant", text))
-        episode.transcript.append(("reward", f"{reward:+g} ({info['verdict']})"))
+        episode.transcript += [("assistant", text), ("reward", f"{reward:+g} ({info['verdict']})")]
         if terminated or truncated:
             episode.success, episode.terminated = info["success"], terminated
             return False

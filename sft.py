@@ -58,12 +58,12 @@ def update(model, processor, examples, args, *, loss=nll, step, places=None, fil
     this is the only rank. filler: see llama.batches.passes. ranks: see llama.batches.OneProcess.
     """
     places = range(len(examples)) if places is None else places
-    total = int(ranks.total([len(examples)])[0])
+    total, tokens = ranks.total([len(examples), sum(len(e.ids) for e in examples if any(e.sampled))])
     steps = [one_step(model, processor, [examples[i] for i in part], args, loss, step, filler or examples[0],
                       ranks)
-             for part in args.epochs * parts(places, range(total), args.minibatches)]
+             for part in args.epochs * parts(places, range(int(total)), args.minibatches)]
     return dict.fromkeys(("nll", "loss", "entropy", "grad_norm")) | averages(steps) | {
-        "trained_tokens": sum(metrics["trained_tokens"][0] for metrics in steps if metrics)}
+        "trained_tokens": args.epochs * tokens}
 
 
 def one_step(model, processor, examples, args, loss, step, filler, ranks):
@@ -72,8 +72,7 @@ def one_step(model, processor, examples, args, loss, step, filler, ranks):
     Return {metric: (mean, how many it is a mean over)}; nothing where no rank has a target, and then no step
     is made.
     """
-    counts = [sum(sum(e.sampled) for e in examples), sum(len(e.ids) for e in examples)]
-    n, trained_tokens = ranks.total(counts)
+    [n] = ranks.total([sum(sum(e.sampled) for e in examples)])
     if not n:
         return {}
     sums = torch.zeros(3, dtype=torch.float64)
@@ -87,4 +86,4 @@ def one_step(model, processor, examples, args, loss, step, filler, ranks):
         sums += weight * own.detach().double().cpu()
     nll_mean, loss_mean, entropy = [total / n for total in ranks.total(sums.tolist())]
     return {"nll": (nll_mean, n), "loss": (loss_mean, n), "entropy": (entropy, n),
-            "grad_norm": (step(loss_mean), 1), "trained_tokens": (trained_tokens, 1)}
+            "grad_norm": (step(loss_mean), 1)}

@@ -13,7 +13,7 @@ from games.rails import relative_turn
 from games.routes import Leg, Route
 from harness.environments import make_env
 from harness.settings import Args, apply_preset
-from tables import rows
+from tables import cases, numbers
 from test_envs import HOSTILE as HOSTILE_CARDS
 from test_envs import answer
 from test_hostile import SHAPES
@@ -23,7 +23,7 @@ from variants.official import OF_GAME, wrap
 from variants.official_games import SixthAttempt, unwrapped_turn
 
 
-@pytest.mark.parametrize("compat, kind", [("official", SixthAttempt), ("iid-deck", GeneralPoints)])
+@cases("compat, kind", [("official", SixthAttempt), ("iid-deck", GeneralPoints)])
 def test_a_run_plays_by_its_compat(compat, kind):
     env = make_env(apply_preset(Args(task="gp-l", compat=compat), 0))()
     hands = [env.reset(seed)[1] for seed in range(200)]
@@ -32,77 +32,39 @@ def test_a_run_plays_by_its_compat(compat, kind):
 
 # ---------------------------------------------------------------------------------------------- sixth-attempt
 
-def test_the_answer_after_the_last_attempt_is_not_judged():
-    env = SixthAttempt(GeneralPoints(attempts=2))
+ROUTE = lambda **settings: game(**settings)[0]
+KINDS = {"cards": lambda: SixthAttempt(GeneralPoints(attempts=2)), "default": ROUTE,
+         "route": lambda: SixthAttempt(ROUTE()),
+         "walk on": lambda: SixthAttempt(ROUTE(after_failure="walk-on"))}
+UNJUDGED = {"verdict": "unjudged", "message": "", "correct": False, "recognized": False, "translated": False}
+
+
+@cases("kind, said, rewards, end", """
+    cards   | ??!       | -3 -3 -1                 | failed      # right, but nobody looks
+    cards   | ?!        | -3 5                     | right
+    route   | !??!      | 1 -2.5 -2.5 -1           | failed
+    route   | !!!!!!??? | 1 1 1 1 1 1 -2.5 -2.5 -1 | both        # at the destination
+    walk on | ???!!!!!! | -2.5 -2.5 -1 1 1 1 1 1 1 | right
+    default | !!!!!!??  | 1 1 1 1 1 1 -2.5 -3.5    | failed""")
+def test_the_answer_after_the_last_attempt_is_not_judged(here, kind, said, rewards, end):     # noqa: F811
+    """said: a right answer (!) or none. The last judged one costs no more than another."""
+    env = KINDS[kind]()
     env.reset(0)
-    assert env.step("?")[1:4] == (-3, False, False)
-    observation, *outcome, _ = env.step("?")
-    assert outcome == [-3, False, False]
-    assert observation.messages == [{"role": "user", "content": "There is no JSON with a formula."}]
-    observation, *outcome, info = env.step(env.oracle())        # right, but nobody looks
-    assert outcome == [-1, False, True] and observation.messages == []
-    assert info == {"verdict": "unjudged", "message": "", "correct": False, "attempt": 3,
-                    "recognized": False, "translated": False, "success": False}
+    steps = [env.step(env.oracle() if answer == "!" else answer) for answer in said]
+    assert [step[1] for step in steps] == numbers(rewards)
+    assert not any(sum(step[2:4]) for step in steps[:-1])
+    assert steps[-1][2:4] == (end != "failed", end != "right") and steps[-1][0].messages == []
+    assert steps[-1][4]["success"] == (end == "right" and "-1" not in rewards.split())
+    for observation, reward, *_, info in steps[:-1]:
+        assert len(observation.messages) == 1 and observation.fresh == (reward in (1, -1))
+    assert [UNJUDGED.items() <= step[4].items() for step in steps] == [step[1] == -1 for step in steps]
     with pytest.raises(RuntimeError, match="reset"):
         env.step("?")
 
 
-def test_the_last_judged_attempt_may_be_right():
+def test_a_demonstration_has_no_sixth_attempt():
     env = SixthAttempt(GeneralPoints(attempts=2))
-    env.reset(0)
-    env.step("?")
-    assert env.step(env.oracle())[1:4] == (5, True, False)
-    with pytest.raises(RuntimeError, match="reset"):
-        env.step("?")
-
-
-def test_the_sixth_attempt_is_none_of_a_demonstration():
-    env = SixthAttempt(GeneralPoints(attempts=2))
-    env.reset(0)
-    assert env.demonstrate(0, 1) == GeneralPoints(attempts=2).demonstrate(0, 1)
-    with pytest.raises(ValueError, match="mistakes 2: expected 0 to 1"):
-        env.demonstrate(0, 2)
-    env.reset(0)
-    outcomes = [env.step("?")[1:4] for _ in range(3)]
-    assert outcomes == [(-3, False, False), (-3, False, False), (-1, False, True)]
-
-
-def sixth(**settings):
-    env = SixthAttempt(game(**settings)[0])
-    env.reset(0)
-    return env
-
-
-def test_the_third_answer_at_a_point_is_not_judged(here):    # noqa: F811
-    env = sixth()
-    env.step(env.oracle())
-    assert env.step("?")[1:4] == (-2.5, False, False)
-    observation, *outcome, _ = env.step('{"current observation": "", "action": "stop()"}')
-    assert outcome == [-1, False, False] and observation.messages[0]["content"] == "The action is wrong."
-    *outcome, info = env.step(env.oracle())[1:]
-    assert outcome == [-1, False, True] and not info["correct"] and not info["success"]
-    assert (info["verdict"], info["point"], info["attempt"]) == ("unjudged", 1, 3)
-
-
-def test_after_the_third_answer_one_walks_on(here):          # noqa: F811
-    env = sixth(after_failure="walk-on")
-    outcomes = [env.step("?") for _ in range(3)]
-    assert [outcome[1:4] for outcome in outcomes] == [(-2.5, False, False)] * 2 + [(-1, False, False)]
-    assert [outcome[0].fresh for outcome in outcomes] == [False, False, True] and env.index == 1
-    for _ in range(6):
-        *outcome, info = env.step(env.oracle())[1:]
-    assert outcome == [1, True, False] and info["attempt"] == 1 and not info["success"]
-
-
-@pytest.mark.parametrize("compat, outcomes", [
-    ("", [(-2.5, False, False), (-3.5, False, True)]),
-    ("sixth-attempt", [(-2.5, False, False), (-2.5, False, False), (-1, True, True)])])
-def test_at_the_destination(here, compat, outcomes):          # noqa: F811
-    env = wrap(game()[0], compat)
-    env.reset(0)
-    for _ in range(6):
-        env.step(env.oracle())
-    assert [env.step("?")[1:4] for _ in outcomes] == outcomes
+    assert env.attempts == 2 and env.demonstrate(0, 1) == GeneralPoints(attempts=2).demonstrate(0, 1)
 
 
 # ------------------------------------------------------------------------------------ GeneralPoints' verdicts
@@ -117,7 +79,7 @@ def judged(compat, text, numbers=(1, 2, 3, 4), cards=("A", "2", "3", "4"), image
 # By hand from the released code's step_rewards: -3 per token that cannot follow the one before, -2 if a
 # number was not dealt or else is used too often, -2 if one is left out; without any of these -1 unless the
 # value is right. The columns: formula, reward in the paper, added penalties, message.
-@pytest.mark.parametrize("formula, reward, added, message", rows("""
+@cases("formula, reward, added, message", """
     1*2*3*4=24     |  5 |   5 | Correct.
     1+2+3+4=24     | -1 |  -1 | The formula gives 10, not 24.
     4/(3-2-1)=24   | -3 |  -1 | The formula divides by zero.
@@ -141,7 +103,7 @@ def judged(compat, text, numbers=(1, 2, 3, 4), cards=("A", "2", "3", "4"), image
     2*2*3)=24      | -3 |  -7 | The formula cannot be read. 2 is used too often. 1 is left out.
     1(2)(3)(4)=24  | -3 | -18 | The formula cannot be read.  # each ( and each ) that it opens
     -1*2*3*-4=24   |  5 |  -6 | The formula cannot be read.  # no minus sign there
-    A*2*3*4=24     | -3 |  -3 | The formula cannot be read.  # other signs: nothing else is looked at"""))
+    A*2*3*4=24     | -3 |  -3 | The formula cannot be read.  # other signs: nothing else is looked at""")
 def test_penalties_add_up(formula, reward, added, message):
     result = judged("added-penalties", answer(formula))
     assert (result.reward, result.message) == (float(added), message)
@@ -150,7 +112,7 @@ def test_penalties_add_up(formula, reward, added, message):
     assert judged("added-penalties", answer(formula, ["K"]), image=True).reward == float(added) - 1.5
 
 
-@pytest.mark.parametrize("formula, reward", [("1*2*3*4=24", 5), ("1+2+3+4=24", -1), ("?", -3)])
+@cases("formula, reward", [("1*2*3*4=24", 5), ("1+2+3+4=24", -1), ("?", -3)])
 def test_misread_cards_replace_the_verdict(formula, reward):
     misread = answer(formula, ["A", "2", "3", "5"])
     result = judged("misread-first", misread, image=True)
@@ -170,34 +132,24 @@ def test_a_misread_hand_is_not_solved():
     assert outcome == [-1.5 - 1, False, True] and not info["correct"] and info["verdict"] == "misread"
 
 
-@pytest.mark.parametrize("numbers, formula, exact, floats", rows("""
-    3 3 8 8   | 8/(3-8/3)     | correct     | float_miss    # 23.99999999999999
-    3 3 8 8   | (8/(3-8/3))   | correct     | wrong_value   # the released solver never writes it so
-    3 3 8 8   | 8/(3-(8/3))   | correct     | wrong_value
-    3 3 8 8   | -8/(8/3-3)    | correct     | wrong_value
-    3 8 10 10 | (8/10)*3*10   | correct     | float_miss    # 24.000000000000004
-    3 8 10 10 | 8/10*3*10     | correct     | float_miss
-    3 8 10 10 | ((8/10)*3)*10 | correct     | wrong_value
-    3 8 10 10 | 3*8*(10/10)   | correct     | correct
-    3 8 10 10 | 3+8+10+10     | wrong_value | wrong_value"""))
-def test_fractions_that_floats_miss(numbers, formula, exact, floats):
-    """The released code gives 0 and says "." to a formula of its own list that floats miss, else -1."""
-    rewards = {"correct": (5, "Correct."), "float_miss": (0, "."), "wrong_value": (-1, None)}
-    numbers, text = [int(n) for n in numbers.split()], answer(f"{formula}=24")
+@cases("hand, formula, exact, floats", """
+    3 3 8 8   | 8/(3-8/3)   | correct     | float_miss    # 23.99999999999999
+    3 8 10 10 | (8/10)*3*10 | correct     | float_miss    # 24.000000000000004
+    3 8 10 10 | 3*8*(10/10) | correct     | correct
+    3 8 10 10 | 3+8+10+10   | wrong_value | wrong_value""")
+def test_fractions_that_floats_miss(hand, formula, exact, floats):
+    """The released code gives 0 and says "." to what floats miss."""
+    said = {"correct": (5, "Correct."), "float_miss": (0, "."),
+            "wrong_value": (-1, "The formula gives 31, not 24.")}
     for compat, code in (("", exact), ("float-equality", floats), ("float-equality,added-penalties", floats)):
-        result = judged(compat, text, numbers)
-        if "added-penalties" in compat and formula[0] == "-":          # no minus sign there
-            assert (result.code, result.reward) == ("unparsable", -3)
-            continue
-        reward, message = rewards[code]
-        assert (result.code, result.reward, result.message) == (code, reward, message or result.message)
+        result = judged(compat, answer(f"{formula}=24"), numbers(hand))
+        assert (result.code, result.reward, result.message) == (code, *said[code])
 
 
 def test_floats_decide_as_python_does():
     rng, disagree = random.Random(0), 0
     for _ in range(3000):
-        numbers = rng.choices(range(1, 14), k=4)
-        a, b, c, d = numbers
+        a, b, c, d = hand = rng.choices(range(1, 14), k=4)
         x, y, z = rng.choices("+-*/", k=3)
         left = rng.choice([*SHAPES, "{0}{1}({2}{3}{4}/{6})"]).format(a, x, b, y, c, z, d)
         try:
@@ -205,9 +157,9 @@ def test_floats_decide_as_python_does():
         except ZeroDivisionError:
             continue
         target = max(1, round(value))
-        exact, floating = (judged(compat, answer(f"{left}={target}"), numbers, target=target).code
+        exact, floating = (judged(compat, answer(f"{left}={target}"), hand, target=target).code
                            for compat in ("", "float-equality"))
-        assert floating in (["correct"] if value == target else ["wrong_value", "float_miss"]), left
+        assert (floating == "correct") == (value == target), left
         disagree += exact != floating
     assert disagree >= 3
 
@@ -215,7 +167,7 @@ def test_floats_decide_as_python_does():
 # ------------------------------------------------------------------------------------------------------- deck
 
 # Of 26 black cards 4 are dealt: the share of hands with two cards of one rank, and the mean count of faces.
-@pytest.mark.parametrize("deal, compat, pair, faces", [
+@cases("deal, compat, pair, faces", [
     ("any", "", 1 - 24 * 22 * 20 / (25 * 24 * 23), 12 / 13),
     ("any", "iid-deck", 1 - 12 * 11 * 10 / 13**3, 12 / 13),
     ("face", "iid-deck", 1 - 12 * 11 * 10 / 13**3, 1 + 9 / 13)])
@@ -242,7 +194,7 @@ def test_a_hand_of_four_equal_cards_can_be_shown_and_solved():
 
 # ----------------------------------------------------------------------------------------------------- angles
 
-@pytest.mark.parametrize("old, new, wrapped, unwrapped", rows("""
+@cases("old, new, wrapped, unwrapped", """
     350 | 10  | slightly right | left
     10  | 350 | slightly left  | right
     300 | 30  | right          | left
@@ -250,12 +202,12 @@ def test_a_hand_of_four_equal_cards_can_be_shown_and_solved():
     0   | 359 | slightly left  | right
     0   | 45  | slightly right | slightly right
     46  | 0   | left           | left
-    10  | 10  | slightly left  | slightly left"""))
+    10  | 10  | slightly left  | slightly left""")
 def test_turns_past_north(old, new, wrapped, unwrapped):
     assert [turn(int(old), int(new)) for turn in (relative_turn, unwrapped_turn)] == [wrapped, unwrapped]
 
 
-@pytest.mark.parametrize("compat, words", [
+@cases("compat, words", [
     ("", ["slightly right", "slightly left"]), ("unwrapped-angles", ["left", "right"])])
 def test_instructions_and_actions_agree(monkeypatch, compat, words):
     legs = Leg(10, "north", None, None, (), place("a")), Leg(340, "north", "Bar", "left", (), place("b"))
@@ -275,8 +227,8 @@ def test_instructions_and_actions_agree(monkeypatch, compat, words):
 NINES = ["9/(1-1/3-1/3-1/3)"] * 11
 
 
-@pytest.mark.parametrize("compat", [*OF_GAME["gp"], "official"])
-@pytest.mark.parametrize("image", [False, True])
+@cases("compat", [*OF_GAME["gp"], "official"])
+@cases("image", [False, True])
 def test_hostile_answers_to_cards(image, compat):
     env = wrap(GeneralPoints(image=image, size=(56, 14)), compat)
     env.reset(1)
@@ -289,7 +241,7 @@ def test_hostile_answers_to_cards(image, compat):
                 env.reset(1)
 
 
-@pytest.mark.parametrize("left", [
+@cases("left", [
     "9" * 180 + "/1", "9" * 90 + "*" + "9" * 90 + "/7", "*".join(NINES[1:]), "-" * 190 + "1", "1/0*0",
     f"24*{10**17 + 1}/({10**17 + 1}/1-{10**17}/1)",             # over 1; in floats over 0
     f"1+2/(3/({10**17 + 1}/1-{10**17}/1))"])
@@ -301,7 +253,7 @@ def test_floats_do_not_overflow_or_divide_by_zero(left):
     assert found in ("wrong_value", "division_by_zero", "unparsable")
 
 
-@pytest.mark.parametrize("compat", [*OF_GAME["virl"], "official"])
+@cases("compat", [*OF_GAME["virl"], "official"])
 def test_hostile_answers_on_a_route(here, compat):            # noqa: F811
     env = wrap(game()[0], compat)
     answers = env.attempts + (type(env) is SixthAttempt)

@@ -15,14 +15,14 @@ from harness.settings import Args, apply_preset
 from llama.batches import OneProcess, passes
 from llama.frozen import remember
 from llama.generate import Sample
-from rollout import Conversation, Episode, Turn, rollout
-from tables import numbers
+from rollout import Conversation, Episode, Turn, conversations_of, rollout
+from tables import cases, numbers
 from variants import ESTIMATORS, algorithm, score_values
 from variants.tune import freeze
 
 GAMES = {"gp-l": GeneralPoints, "gp-vl": lambda: GeneralPoints(image=True, size=(224, 56)),
          "virl-vl": lambda: Navigation(image=True, size=112, after_failure="walk-on")}     # an image a point
-in_text_and_pictures = pytest.mark.parametrize("task", ["gp-l", "gp-vl"])
+in_text_and_pictures = cases("task", ["gp-l", "gp-vl"])
 
 
 def settings(algo="ppo", **changes):
@@ -46,10 +46,6 @@ def noted(name, episodes):
 
 def worked(*rows):
     return [pytest.approx(numbers(row)) for row in rows]
-
-
-def conversations_of(episodes):
-    return [c for each in episodes for c in each.conversations]
 
 
 def play(model, processor, task="gp-l", hands=4, **changes):
@@ -181,24 +177,19 @@ def test_wrong_then_right(monkeypatch, processor):
     a, b, c, d = env.reset(0)[1]["numbers"]
     answers = [f'{{"cards": [], "number": [], "formula": "{a}+{b}+{c}+{last}=24"}}' for last in (d, 99)]
     answers += ["nonsense", env.oracle()]
-    rest = iter([processor.encode(answer) + [processor.end_id] for answer in answers])
-
-    def generate(model, conversations, **how):
-        ids = next(rest)
-        return [Sample(ids, [-0.1] * len(ids), True)], Mock()
-
-    monkeypatch.setattr("rollout.generate", generate)
+    drawn = [processor.encode(answer) + [processor.end_id] for answer in answers]
+    samples = [([Sample(ids, [-0.1] * len(ids), True)], Mock()) for ids in drawn]
+    monkeypatch.setattr("rollout.generate", Mock(side_effect=samples))
     [played] = play(None, processor, hands=1)
     assert [turn.reward for turn in played.turns] == [-1, -2, -3, 5] and played.success
     assert [text for who, text in played.transcript if who == "assistant"] == answers
-    [conversation] = played.conversations
-    assert [processor.decode(conversation.ids[t.start:t.end]) for t in played.turns] == answers
+    [c] = played.conversations
+    assert [c.ids[turn.start:turn.end] for turn in played.turns] == drawn
     # tokens before the answer key weigh half, from the key on they weigh one; without a key all weigh one
-    nonsense, last = played.turns[-2:]
-    key = conversation.weights.index(1.0, last.start)
-    for start, end, weight in ((nonsense.start, nonsense.end, 1), (last.start, key, 0.5), (key, None, 1)):
-        assert set(conversation.weights[start:end]) == {weight}
-    before, after = map(processor.decode, (conversation.ids[last.start:key], conversation.ids[key:]))
+    *_, nonsense, right = [c.weights[turn.start:turn.end] for turn in played.turns]
+    key = right.index(1.0)
+    assert set(nonsense) == {1.0} and right == [0.5] * key + [1.0] * (len(right) - key)
+    before, after = map(processor.decode, (drawn[-1][:key], drawn[-1][key:]))
     assert '"formula"' not in before and '"formula"' in after
 
 
@@ -260,9 +251,9 @@ def units_seen(module, processor, episodes, unit, **changes):
 
 
 @in_text_and_pictures
-@pytest.mark.parametrize("hands", [1, 6])
-@pytest.mark.parametrize("unit", ["turn", "token"])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@cases("hands", [1, 6])
+@cases("unit", ["turn", "token"])
+@cases("temperature", [1.0, 0.5])
 def test_ratio_is_one_before_the_first_step(model, processor, task, hands, unit, temperature):
     episodes = play(model, processor, task, hands=hands, temperature=temperature)
     new, old, _ = units_seen(critic_of(model), processor, episodes, unit, temperature=temperature)
@@ -270,7 +261,7 @@ def test_ratio_is_one_before_the_first_step(model, processor, task, hands, unit,
     assert len(new) == ppo.count(conversations_of(episodes))[unit]
 
 
-@pytest.mark.parametrize("critic, times", [("shared", 2), ("detached", 2), ("separate", 1 + 2 * 2)])
+@cases("critic, times", [("shared", 2), ("detached", 2), ("separate", 1 + 2 * 2)])
 def test_only_a_separate_critic_needs_a_pass_for_values(model, processor, critic, times, monkeypatch):
     """Each epoch passes every conversation once, and nothing else does."""
     episodes = play(model, processor)
@@ -280,20 +271,26 @@ def test_only_a_separate_critic_needs_a_pass_for_values(model, processor, critic
 
 
 @in_text_and_pictures
-def test_value_is_read_at_the_last_prompt_token(model, processor, task):
-    """V of a turn equals V of the conversation cut off right before the turn: it sees nothing of the
-    answer."""
-    score = partial(score_values, "turn", critic_of(model, "separate"), processor, args=settings(),
-                    ranks=OneProcess())
+@cases("critic", ["detached", "separate"])
+def test_a_value_is_read_before_what_it_values(model, processor, task, critic):
+    """V of a turn, and of each of its tokens, is that of a turn which would begin there: it has seen what was
+    said before, and nothing after."""
+    module, rest = critic_of(model, critic), (settings(), OneProcess())
     [c] = conversations_of(play(model, processor, task, hands=1))
-    turn, end = c.turns[1], c.turns[1].start + 1
-    last = Turn(turn.start, end, 0.0, {})
-    score([c])
-    score([replace(c, ids=c.ids[:end], sampled=c.sampled[:end], turns=[last])])
-    assert turn.value != 0 and last.value == pytest.approx(turn.value, abs=1e-4)
+    turn = c.turns[1]
+    score_values("turn", module, processor, [c], *rest)
+    first = turn.value
+    score_values("token", module, processor, [c], *rest)
+    for end, value in enumerate(turn.value, turn.start + 1):
+        last = Turn(end - 1, end, 0.0, {})
+        cut = replace(c, ids=c.ids[:end], sampled=[False] * (end - 1) + [True], turns=[last])
+        score_values("turn", module, processor, [cut], *rest)
+        assert last.value == pytest.approx(value, abs=1e-4)
+    assert first == pytest.approx(turn.value[0], abs=1e-4)
+    assert len(set(turn.value)) == len(turn.value) == turn.length > 5
 
 
-@pytest.mark.parametrize("task, critic, tune", [
+@cases("task, critic, tune", [
     ("gp-vl", "shared", "no-vision"), ("gp-vl", "separate", "no-vision-no-adapter"),
     ("virl-vl", "separate", "no-vision")])
 def test_a_frozen_encoder_sees_each_picture_once(model, processor, task, critic, tune, monkeypatch):
@@ -329,7 +326,7 @@ def test_buckets_count_images(model, processor):
         assert [len(group) for group, _, _ in groups] == [rows] * (6 // rows)
 
 
-@pytest.mark.parametrize("critic", ["shared", "detached", "separate"])
+@cases("critic", ["shared", "detached", "separate"])
 def test_where_the_value_gradient_flows(model, processor, critic):
     """Without a policy loss, only a shared critic moves the policy; a separate one has a trunk of its own to
     move."""

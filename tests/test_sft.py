@@ -15,7 +15,7 @@ from envs import GeneralPoints
 from harness.progress import describe
 from llama.batches import bucket, collate
 from rollout import Conversation, Episode, Turn
-from tables import numbers
+from tables import cases, numbers
 from test_ppo import GAMES, gradients_of, in_text_and_pictures, learner, settings
 from variants import SFT_LOSSES
 from variants.own_answers import own_answers
@@ -35,7 +35,7 @@ def update(model, processor, examples, step=lambda loss: 0.0, sft_loss="nll", fi
 # Data
 
 @in_text_and_pictures
-@pytest.mark.parametrize("mistakes, prompts", [(0, False), (1, False), (4, False), (2, True)])
+@cases("mistakes, prompts", [(0, False), (1, False), (4, False), (2, True)])
 def test_only_right_answers_are_learnt(processor, task, mistakes, prompts):
     """After the very tokens that RL prompts with. In pre-training prompts are learnt, too, but never a
     mistake or an image."""
@@ -103,7 +103,7 @@ def test_sft_learns(model, processor):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.parametrize("loss", SFT_LOSSES)
+@cases("loss", SFT_LOSSES)
 def test_minibatches_and_epochs(model, processor, loss):
     """Means are over all target tokens: a minibatch of two dialogues counts twice as much as one of one. The
     fourth has nothing to learn from, and makes no step."""
@@ -130,12 +130,12 @@ def test_minibatches_and_epochs(model, processor, loss):
 def token_losses(name, logprobs, before, rows):
     """Values and gradients of a loss, where an earlier model gave the tokens the log-probs `before`."""
     logprobs = torch.tensor(logprobs, requires_grad=True)
-    examples = [Conversation(sampled=[True] * len(before), reference=before)]
+    examples = [Conversation(sampled=[True] * len(before), reference=before), Conversation()]
     losses = SFT_LOSSES[name].f(logprobs, torch.tensor(rows), examples, settings("sft", clip=0.2))
     return losses.tolist(), torch.autograd.grad(losses.sum(), logprobs)[0].tolist()
 
 
-@pytest.mark.parametrize("loss, now, before, gradient", [
+@cases("loss, now, before, gradient", [
     ("nll", "0.25 0.5 1", "", "-1 -1 -1"),
     ("dft", "0.25 0.5 1", "", "-0.25 -0.5 -1"),
     # d(-ratio) / d log p = -ratio, until the ratio leaves 1.2; what has become less likely is still pulled
@@ -149,7 +149,7 @@ def test_gradients_by_hand(loss, now, before, gradient):
     assert token_losses(loss, now, before, [0, 0, 1, 1][:len(now)])[1] == pytest.approx(numbers(gradient))
 
 
-@pytest.mark.parametrize("case", [
+@cases("case", [
     "psft 100 -1.2 0", "psft 1e4 -1.2 0", "psft -100 0 0", "psft -1e4 0 0",
     "iw-sft 100 -118.8 -1.2", "iw-sft 1e4 -11998.8 -1.2", "iw-sft -100 80.8 -0.8", "iw-sft -1e4 8000.8 -0.8",
     "dft -100 0 0", "dft -1e4 0 0"])

@@ -14,9 +14,9 @@ import ppo
 import sft
 from distributed.processes import Processes
 from llama.batches import OneProcess, collate, parts, passes
-from rollout import Conversation, Episode, Turn, trees_of_hands
-from tables import numbers
-from test_ppo import conversations_of, critic_of, episode, gradients, play, settings, update
+from rollout import Conversation, Episode, Turn, conversations_of, trees_of_hands, turns_of
+from tables import cases, numbers
+from test_ppo import critic_of, episode, gradients, play, settings, update
 from test_sft import dialogues
 from variants import ESTIMATORS, LOSSES, SFT_LOSSES
 from variants.reference import score
@@ -42,10 +42,11 @@ def ragged():
 COMBINATIONS = [(loss, unit, "gae") for loss, entry in LOSSES.items() for unit in ("turn", "token")
                 if not entry.unit or unit == "token"] + [
     ("grpo", "token", "gae-token"), ("gspo", "turn", "reinforce++"), ("ppo", "turn", "monte-carlo"),
-    ("dapo", "token", "gae-two-level")]
+    ("dapo", "token", "gae-two-level"), ("ppo", "token", "gae-token"), ("gspo", "turn", "grpo"),
+    ("reinforce", "turn", "rloo")]
 
 
-@pytest.mark.parametrize("names, critic", list(
+@cases("names, critic", list(
     zip(COMBINATIONS, cycle(("shared", "detached", "separate")))))
 def test_the_token_budget_changes_nothing(model, processor, names, critic):
     """Turns of 30 and of 2 tokens apart and together, samples of a hand behind one prompt, some of them, or
@@ -76,7 +77,7 @@ def test_entropy_and_drawn_vs_scored_are_means_over_tokens(model, processor):
     """Against one pass over all conversations, token by token."""
     conversations = conversations_of(ragged())
     batch = collate(processor, [[c] for c in conversations])
-    turns = ppo.turns_of(conversations, batch)
+    turns = ppo.stack_turns(conversations, batch)
     logprobs, entropy, _ = critic_of(model)(batch, turns, 1.0)
     off = (logprobs - turns.old_logprobs).abs()
     _, metrics = gradients(model, processor, ragged(), token_budget=60)
@@ -117,16 +118,16 @@ def tied(name, reward, noise=0.0, turns=1):
 
 
 def worth(name, episodes, **changes):
-    args, turns = settings(reward_scale=0.2, **changes), [turn for each in episodes for turn in each.turns]
+    args, turns = settings(reward_scale=0.2, **changes), turns_of(conversations_of(episodes))
     ESTIMATORS[name].f(episodes, args)
     if ESTIMATORS[name].normalize:
         ppo.normalize_advantages(turns, args)
     return torch.tensor(ppo.flat(turns, "advantage"), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("reward", [5.0, -1.0, 0.1, 0.0])
-@pytest.mark.parametrize("noise", [0.0, 1e-7])
+@cases("name", ESTIMATORS)
+@cases("reward", [5.0, -1.0, 0.1, 0.0])
+@cases("noise", [0.0, 1e-7])
 def test_tied_rewards_are_worth_nothing(name, reward, noise):
     """Also where float32 gives the same state values that differ in their last digits. Exactly 0: there is no
     next to nothing, for an optimizer that divides by the size of what it gets."""
@@ -135,8 +136,8 @@ def test_tied_rewards_are_worth_nothing(name, reward, noise):
     assert (worth("gae", [episode("5", "0.2")]) == 0).all()    # nothing to compare it with
 
 
-@pytest.mark.parametrize("name", NORMALIZED)
-@pytest.mark.parametrize("more", [1.0, 1e-2, 1e-4, -1e-4])
+@cases("name", NORMALIZED)
+@cases("more", [1.0, 1e-2, 1e-4, -1e-4])
 def test_small_but_real_differences_still_count(name, more):
     """One hand of four brings a little more: 1 of 4 apart by d is 3/4 d from the mean, with a deviation of
     sqrt(3)/4 d."""
@@ -150,8 +151,8 @@ def test_small_but_real_differences_still_count(name, more):
     assert found.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["monte-carlo", "gae", "grpo", "reinforce++"])
-@pytest.mark.parametrize("reward, tokens", [(5.0, 1), (0.0, 30)])
+@cases("name", ["monte-carlo", "gae", "grpo", "reinforce++"])
+@cases("reward, tokens", [(5.0, 1), (0.0, 30)])
 def test_penalties_that_are_rounding_tie_too(name, reward, tokens):
     """Before the first step the policy is its own reference: log-probs of some nats differ in their last
     digits."""
@@ -166,7 +167,7 @@ def test_penalties_that_are_rounding_tie_too(name, reward, tokens):
     assert worth(name, episodes, kl_coef=0.1).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+@cases("offset", [0.0, 1e3, 1e6])
 def test_explained_variance(offset):
     """The variance of targets that tie is rounding: NaN, also far from 0."""
     for v, t, expected in map(numbers, ("0.5 1e-9 nan", "0.5 1 0.75", "1 1 1", "0 1 0")):
@@ -174,8 +175,8 @@ def test_explained_variance(offset):
         assert ppo.explained_variance(turns) == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@cases("name", ESTIMATORS)
+@cases("bad", [math.nan, math.inf])
 def test_a_number_that_is_none_is_not_hidden(name, bad):
     """A policy or a reference that broke down: the step is to find a loss that is not finite, and all ranks
     to skip it."""
@@ -187,8 +188,8 @@ def test_a_number_that_is_none_is_not_hidden(name, bad):
 # ------------------------------------------------------------------------------------------------------------
 # Minibatches of all
 
-@pytest.mark.parametrize("n", [1, 4, 7, 40])
-@pytest.mark.parametrize("world, hands", [(1, 8), (2, 8), (2, 9), (3, 13), (8, 8), (8, 9)])
+@cases("n", [1, 4, 7, 40])
+@cases("world, hands", [(1, 8), (2, 8), (2, 9), (3, 13), (8, 8), (8, 9)])
 def test_ranks_deal_the_minibatches_of_one(monkeypatch, world, hands, n):
     """Conversations vary in number from hand to hand; some have none."""
     counts = list(enumerate(random.Random(hands).choices(range(5), k=hands)))
@@ -228,7 +229,7 @@ def assert_waiting_adds_nothing(module, learn):
     assert any(math.isfinite(loss) for loss, _ in steps)
 
 
-@pytest.mark.parametrize("loss, advantage, critic", [
+@cases("loss, advantage, critic", [
     ("ppo", "gae", "shared"), ("gspo", "gae", "separate"), ("grpo", "gae-token", "detached"),
     ("reinforce", "monte-carlo", "detached")])
 def test_a_pass_for_others_sake_adds_nothing(model, processor, loss, advantage, critic):
@@ -242,7 +243,7 @@ def test_a_pass_for_others_sake_adds_nothing(model, processor, loss, advantage, 
         update, processor=processor, episodes=episodes, args=args))
 
 
-@pytest.mark.parametrize("name", SFT_LOSSES)
+@cases("name", SFT_LOSSES)
 def test_a_pass_for_others_sake_teaches_nothing(model, processor, name):
     filler, *examples = dialogues(processor, 3)
     score(model, processor, [[e] for e in examples], 10**6)

@@ -11,17 +11,13 @@ import torch
 
 import ppo
 from llama.batches import OneProcess, collate
-from rollout import Conversation, Episode, Turn
-from tables import rows
+from rollout import Conversation, Episode, Turn, conversations_of, drawn, turns_of
+from tables import cases, numbers, rows
 from test_ppo import critic_of, gradients, play, settings, spy, update
 from test_train import in_parts, on_two_ranks, records, run
 from variants import ESTIMATORS, LOSSES, algorithm, official, reference, score_values
 from variants.losses import KL
 from variants.tune import freeze
-
-
-def numbers(text):
-    return [float(x) for x in text.split()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -34,7 +30,7 @@ def numbers(text):
 REWARDS = (-1, -1, 4), (-1, -2, -4)
 VALUES = ([1, 2], [0], [2, 3]), ([0, -1], [-2], [-2, -3])
 SETTINGS = dict(gamma=0.5, lam=0.5, token_gamma=1.0, token_lam=0.5, reward_scale=1.0)
-every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+every_estimator = cases("name", ESTIMATORS)
 
 
 def example(name="gae", rewards=REWARDS, told=(3, 2, 2)):
@@ -55,11 +51,7 @@ def example(name="gae", rewards=REWARDS, told=(3, 2, 2)):
 
 
 def flat(episodes, name="advantage"):
-    return ppo.flat([turn for episode in episodes for turn in episode.turns], name)
-
-
-def conversations_of(episodes):
-    return [c for episode in episodes for c in episode.conversations]
+    return ppo.flat(turns_of(conversations_of(episodes)), name)
 
 
 def estimate(name, episodes=None, **changes):
@@ -94,13 +86,12 @@ WORKED = {
 }
 
 
-@pytest.mark.parametrize("name", set(ESTIMATORS) - {"gae-loo"})     # which test_ppo.py works
+@cases("name", set(ESTIMATORS) - {"gae-loo"})     # which test_ppo.py works
 def test_estimator_by_hand(name):
     entry, episodes = ESTIMATORS[name], example(name)
     found = estimate(name, episodes)
     assert found == pytest.approx(numbers(WORKED[name]), abs=2e-6)
-    kind = list if entry.per == "token" else float
-    assert {type(turn.advantage) for episode in episodes for turn in episode.turns} == {kind}
+    assert isinstance(episodes[0].turns[0].advantage, list) == (entry.per == "token")
     if entry.values:
         targets = [a + v for a, v in zip(found, flat(episodes, "value"))]
         assert flat(episodes, "target") == pytest.approx(targets)
@@ -109,7 +100,7 @@ def test_estimator_by_hand(name):
 # ------------------------------------------------------------------------------------------------------------
 # Limits that agree
 
-@pytest.mark.parametrize("gae, returns, lam", [
+@cases("gae, returns, lam", [
     ("gae", "monte-carlo", "lam"), ("gae-token", "reinforce++", "token_lam")])
 def test_lambda_one_is_the_return_less_the_value(gae, returns, lam):
     expected = [g - v for g, v in zip(estimate(returns, token_gamma=0.9), flat(example(gae), "value"))]
@@ -122,15 +113,15 @@ def test_two_levels_begin_like_one():
     assert [found[first] for first in (0, 2, 3, 5, 7, 8)] == numbers(WORKED["gae"])
 
 
-@pytest.mark.parametrize("name", ["gae-token", "gae-two-level"])
+@cases("name", ["gae-token", "gae-two-level"])
 def test_turns_of_one_token_are_tokens(name):
     episodes = example(name)
-    for turn in [turn for episode in episodes for turn in episode.turns]:
+    for turn in turns_of(conversations_of(episodes)):
         turn.end, turn.value = turn.start + 1, turn.value[:1]
     assert estimate(name, episodes, token_gamma=0.5) == numbers(WORKED["gae"])
 
 
-@pytest.mark.parametrize("name", ["grpo", "grpo-no-std", "rloo"])
+@cases("name", ["grpo", "grpo-no-std", "rloo"])
 def test_equal_rewards_in_a_group_are_worth_nothing(name):
     """Another hand's rewards do not matter."""
     others = [replace(episode, seed=1) for episode in example(rewards=[(5, 5, 5)] * 2)]
@@ -173,7 +164,7 @@ def test_a_longer_verifier_message_changes_no_advantage_and_no_unit(processor, n
             estimate(name, episodes := example(name, told=told))
             conversations = conversations_of(episodes)
             batch = collate(processor, [[c] for c in conversations])
-            turns = ppo.turns_of(conversations, batch, per)
+            turns = ppo.stack_turns(conversations, batch, per)
             units = ppo.Units(turns, batch, loss)
             penalty = loss.penalty(conversations, turns.old_logprobs, units.gather)
             seen.append(vars(turns) | vars(units) | {"penalty": penalty, "places": None})
@@ -185,7 +176,7 @@ def test_a_longer_verifier_message_changes_no_advantage_and_no_unit(processor, n
 # ------------------------------------------------------------------------------------------------------------
 # Losses
 
-every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss = cases("name", LOSSES)
 RATIO = torch.tensor([1.0, 1.2, 1.5, 0.5, 1.5, 5.0, 0.5])
 ADVANTAGE = torch.tensor([2.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
 CLIPPED = "-2.0 -1.1 -1.1 -0.5 1.5 5.0 0.9"                    # clip 0.1, clip-high 0.28, dual clip 3
@@ -217,14 +208,14 @@ def test_at_the_old_policy_every_gradient_is_the_policy_gradient(name):
 
 
 #   GRPO: of each conversation the mean over its tokens, then the mean of these. DAPO: all tokens alike.
-@pytest.mark.parametrize("unit, mean, name, new, old, worth, loss", rows("""
+@cases("unit, mean, name, new, old, worth, loss", """
     turn     | units     | gae       | -2.5 -3 -7 -11       | -5 -5 -3.5 -8.5      | 1 0 2 0        | 0.75
     turn     | sequences | gae       | -2.5 -3 -7 -11       | -5 -5 -3.5 -8.5      | 1 0 2 0        | 0.5
     token    | units     | gae       | -1 -2 -3 -4 -5 -6 -8 | -4 -3 -5 -3 -2 -5 -6 | 1 1 0 2 2 0 0  | 0.857143
     token    | units     | gae-token | -1 -2 -3 -4 -5 -6 -8 | -4 -3 -5 -3 -2 -5 -6 | 1 2 0 2 3 0 -1 | 1
     token    | sequences | gae-token | -1 -2 -3 -4 -5 -6 -8 | -4 -3 -5 -3 -2 -5 -6 | 1 2 0 2 3 0 -1 | 0.55
     sequence | units     | gae-token | -3 -7                | -3.4 -5.5            | 1.6 -0.5       | 0.55
-    sequence | units     | gae       | -3 -7                | -3.4 -5.5            | 1.2 0          | 0.6"""))
+    sequence | units     | gae       | -3 -7                | -3.4 -5.5            | 1.2 0          | 0.6""")
 def test_units_and_means_by_hand(processor, unit, mean, name, new, old, worth, loss):
     """Of two conversations, with turns of 2, 1 and 2 tokens and of 2. Advantages are values, losses are
     advantages."""
@@ -247,7 +238,7 @@ def with_gradient(loss, log_ratio, advantage):
 
 #   of -min(r A, clip(r) A); larger ratios count as e^20 = 485165195; then r - 1 - log r
 @every_loss
-@pytest.mark.parametrize("log_ratio, advantage, value, gradient, kl", [numbers(line) for [line] in rows("""
+@cases("log_ratio, advantage, value, gradient, kl", [numbers(line) for [line] in rows("""
      100    1  -1.1       0          485165094
      1e4    2  -2.2       0          485155194
      100   -1   485165195 485165195  485165094
@@ -268,7 +259,7 @@ def test_far_from_the_old_policy_all_is_finite(name, log_ratio, advantage, value
     assert found == pytest.approx((value, gradient, kl), rel=1e-5, abs=1e-30)
 
 
-@pytest.mark.parametrize("log_ratio", [19, 20, 21, 88, 89, 1e30])
+@cases("log_ratio", [19, 20, 21, 88, 89, 1e30])
 def test_a_shut_gate_passes_nothing_at_any_distance(log_ratio):
     for name in ("ppo", "clip-higher", "dual-clip", "gspo"):
         assert with_gradient(settings(loss=name, compat="ratio-10"), log_ratio, 1.0)[1] == 0
@@ -279,7 +270,7 @@ def test_a_shut_gate_passes_nothing_at_any_distance(log_ratio):
 # ------------------------------------------------------------------------------------------------------------
 # KL
 
-@pytest.mark.parametrize("x, k1, k2, k3, gradient", [numbers(line) for [line] in rows("""
+@cases("x, k1, k2, k3, gradient", [numbers(line) for [line] in rows("""
      0      0   0     0          0
      1      1   0.5   0.3678794  0.6321206
      100    100 5000  99         1
@@ -327,7 +318,7 @@ def score(model, processor, conversations):
     return model(**batch.inputs(), targets=batch.targets).logprobs[batch.targets >= 0]
 
 
-@pytest.mark.parametrize("part, half", [("all", False), ("no-vision", False), ("all", True)])
+@cases("part, half", [("all", False), ("no-vision", False), ("all", True)])
 def test_the_reference_is_the_policy_as_it_was(model, processor, part, half):
     """Inside the context to the bit, and the trained one to the bit after it, also after an error. half:
     autocast keeps copies of weights."""
@@ -348,7 +339,7 @@ def test_the_reference_is_the_policy_as_it_was(model, processor, part, half):
     torch.testing.assert_close(dict(model.state_dict()), dict(trained), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("estimator", KL)
+@cases("estimator", KL)
 def test_reference_logprobs_and_penalties(model, processor, estimator):
     """Another model scores each conversation; the penalties are of the sampled tokens, and so is the
     metric."""
@@ -359,10 +350,9 @@ def test_reference_logprobs_and_penalties(model, processor, estimator):
     metrics = reference.score_reference(policy, processor, episodes, args, swap, OneProcess())
     conversations = conversations_of(episodes)
     theirs = score(moved(model), processor, conversations)
-    drawn = [x for c in conversations for x, sampled in zip(c.logprobs, c.sampled) if sampled]
-    expected = KL[estimator](torch.tensor(drawn), theirs)
+    expected = KL[estimator](drawn(conversations, "logprobs"), theirs)
     assert flat(episodes, "penalties") == pytest.approx((0.5 * expected).tolist(), abs=1e-4)
-    assert all(len(turn.penalties) == turn.end - turn.start for c in conversations for turn in c.turns)
+    assert all(len(turn.penalties) == turn.length for turn in turns_of(conversations))
     assert metrics == {"kl_reference": pytest.approx(expected.mean().item(), abs=1e-4)}
     assert expected.mean().abs() > 1e-3
 
@@ -371,15 +361,14 @@ def test_rescored_logprobs_are_those_of_training(model, processor):
     """What other weights drew counts as drawn by these; what was forced stays 0."""
     episodes, policy = play(model, processor, hands=3), moved(model)
     conversations = conversations_of(episodes)
-    places = [(c, t) for c in conversations for t, sampled in enumerate(c.sampled) if sampled]
-    drawn, theirs = torch.tensor([c.logprobs[t] for c, t in places]), score(policy, processor, conversations)
+    before, theirs = drawn(conversations, "logprobs"), score(policy, processor, conversations)
     metrics = reference.rescore(policy, processor, episodes, settings(), OneProcess())
-    assert metrics == {"drawn_vs_scored": pytest.approx((drawn - theirs).abs().mean().item(), rel=1e-4)}
-    assert [c.logprobs[t] for c, t in places] == pytest.approx(theirs.tolist(), abs=1e-5)
-    assert sum(x != 0 for c in conversations for x in c.logprobs) == len(places)
+    assert metrics == {"drawn_vs_scored": pytest.approx((before - theirs).abs().mean().item(), rel=1e-4)}
+    torch.testing.assert_close(drawn(conversations, "logprobs"), theirs, atol=1e-5, rtol=0)
+    assert sum(x != 0 for c in conversations for x in c.logprobs) == len(theirs)
 
 
-@pytest.mark.parametrize("loss, unit", [
+@cases("loss, unit", [
     ("ppo", "token"), ("ppo", "turn"), ("grpo", "token"), ("gspo", "sequence")])
 def test_kl_in_the_loss_adds_its_gradient(model, processor, loss, unit):
     """Against autograd on one padded batch, written out anew."""
@@ -402,21 +391,6 @@ def test_kl_in_the_loss_adds_its_gradient(model, processor, loss, unit):
 # ------------------------------------------------------------------------------------------------------------
 # The update
 
-@pytest.mark.parametrize("critic", ["detached", "separate"])
-def test_values_before_each_token(model, processor, critic):
-    """Each is that of a turn which would begin there: it has seen what was said before and nothing after."""
-    conversations = conversations_of(play(model, processor, hands=2))
-    c, turn, rest = conversations[1], conversations[1].turns[1], (settings(), OneProcess())
-    module = critic_of(model, critic)
-    score_values("token", module, processor, conversations, *rest)
-    for end, value in enumerate(turn.value, turn.start + 1):
-        last = Turn(end - 1, end, 0.0, {})
-        lists = {name: getattr(c, name)[:end] for name in ("ids", "sampled", "logprobs", "weights")}
-        score_values("turn", module, processor, [Conversation(**lists, turns=[last])], *rest)
-        assert last.value == pytest.approx(value, abs=1e-4)
-    assert len(set(turn.value)) == len(turn.value) == turn.end - turn.start > 5
-
-
 def shared_hand(model, processor):
     """Two samples of each of three hands, with rewards that differ."""
     episodes = play(model, processor, hands=3, samples=2)
@@ -425,7 +399,7 @@ def shared_hand(model, processor):
     return episodes
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ESTIMATORS.items() if not entry.values])
+@cases("name", [name for name, entry in ESTIMATORS.items() if not entry.values])
 def test_no_critic_is_asked_or_trained_without_need(model, processor, name, monkeypatch):
     monkeypatch.delattr(ppo.ActorCritic, "head")
     grads, metrics = gradients(model, processor, shared_hand(model, processor), advantage=name, unit="token")
@@ -433,7 +407,7 @@ def test_no_critic_is_asked_or_trained_without_need(model, processor, name, monk
     assert not any(key.startswith("value_head") for key in grads) and grads["policy.lm_head.weight"].any()
 
 
-@pytest.mark.parametrize("name", ["rloo", "reinforce++"])
+@cases("name", ["rloo", "reinforce++"])
 def test_only_what_says_so_is_normalised(model, processor, name):
     """Over tokens: long turns count more."""
     episodes, args = shared_hand(model, processor), settings(advantage=name, unit="token")
@@ -445,27 +419,10 @@ def test_only_what_says_so_is_normalised(model, processor, name):
     assert torch.allclose(found, expected, atol=1e-6) and own.std() > 0
 
 
-@pytest.mark.parametrize("name, loss, unit", rows("""
-    gae           | grpo      | turn
-    gae-token     | ppo       | token
-    gae-two-level | dapo      | turn
-    grpo          | gspo      | turn
-    reinforce++   | grpo      | turn
-    rloo          | reinforce | turn"""))
-def test_micro_batches_add_up(model, processor, name, loss, unit):
-    """A minibatch cut into many micro-batches has the gradient of the whole."""
-    episodes = shared_hand(model, processor)
-    (whole, a), (parts, b) = (
-        gradients(model, processor, episodes, advantage=name, loss=loss, unit=unit, entropy_coef=0.0,
-                  token_budget=budget) for budget in (10**6, 1))
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-3)
-    assert a == pytest.approx(b, abs=1e-5, nan_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # From the outside
 
-@pytest.mark.parametrize("extra", [
+@cases("extra", [
     "--kl-in loss --loss dapo", "--kl-in reward --kl-estimator k1 --advantage gae-token --unit token"])
 def test_resumed_equals_uninterrupted_with_a_reference(small, tmp_path, extra):
     """The reference is the model of step 0, not that of the checkpoint; also from a checkpoint that a resumed
@@ -475,7 +432,7 @@ def test_resumed_equals_uninterrupted_with_a_reference(small, tmp_path, extra):
     assert abs(kl[0]) < 1e-5 and min(map(abs, kl[1:])) > 1e-5
 
 
-@pytest.mark.parametrize("shard, extra", [
+@cases("shard, extra", [
     ("on", "--kl-in reward --advantage gae-token --loss grpo"),
     ("on", "--kl-in loss --advantage reinforce++ --loss dapo"),
     ("off", "--kl-in loss --advantage monte-carlo --loss dual-clip")])
@@ -503,10 +460,10 @@ def test_leaking_gae_by_hand():
     assert estimate("gae", episodes)[:3] == [-1.875, 0.5, 2]
 
 
-@pytest.mark.parametrize("compat, ratios, worked", rows("""
+@cases("compat, ratios, worked", """
              | 11 11 0.5     | 11   -1.1 -0.5  # -min(-11, -1.1), -min(11, 1.1), -min(0.5, 0.9)
     ratio-10 | 11 11 0.5     | 1.1  -1.1 -0.5  # the first clipped alone
-    ratio-10 | 9.9 9.9 0.5   | 9.9  -1.1 -0.5"""))
+    ratio-10 | 9.9 9.9 0.5   | 9.9  -1.1 -0.5""")
 def test_ratio_10_by_hand(compat, ratios, worked):
     """A = -1, 1, 1; clip range 0.1. What shares its micro-batch is judged by itself, as in the released
     code's, which hold one turn."""
@@ -515,7 +472,7 @@ def test_ratio_10_by_hand(compat, ratios, worked):
     assert loss.tolist() == pytest.approx(numbers(worked))
 
 
-@pytest.mark.parametrize("compat", ["", "bf16-logprobs,first-token-unscored"])
+@cases("compat", ["", "bf16-logprobs,first-token-unscored"])
 def test_bf16_logprobs_and_unscored_first_tokens(model, processor, compat):
     episodes, (loss, seen) = play(model, processor), spy("token")
     official.change_model(model, official.switches(compat))
@@ -528,16 +485,15 @@ def test_bf16_logprobs_and_unscored_first_tokens(model, processor, compat):
 
 def test_rank_advantages_need_no_other_rank(model, processor):
     """Two sums over ranks fewer: of the advantages and of their squares."""
-    def sums(compat):
-        ranks = OneProcess()
-        ranks.total = mock.Mock(side_effect=ranks.total)
+    sums = []
+    for compat in ("", "rank-advantages"):
+        ranks = mock.Mock(wraps=OneProcess(), device="cpu")
         update(critic_of(model), processor, play(model, processor), settings(compat=compat), ranks=ranks)
-        return ranks.total.call_count
+        sums.append(ranks.total.call_count)
+    assert sums[0] - sums[1] == 2
 
-    assert sums("") - sums("rank-advantages") == 2
 
-
-@pytest.mark.parametrize("task, answers", [("gp-l", 5), ("virl-l", 2)])
+@cases("task, answers", [("gp-l", 5), ("virl-l", 2)])
 def test_all_of_it_runs(small, tmp_path, task, answers):
     """The answer that nobody judges is trained on and counted nowhere: five judged ones a hand, two at the
     first point of a route."""
@@ -546,15 +502,18 @@ def test_all_of_it_runs(small, tmp_path, task, answers):
     assert evals[0]["eval"]["id"]["turns"] == answers == step["turns"]
 
 
-def test_what_a_user_leaves_open_is_filled_in(monkeypatch):
+@cases("per, critic, passed", [
+    ("turn", "shared", False), ("turn", "separate", True), ("token", "shared", True)])
+@cases("unit", ["turn", "token"])
+def test_what_a_user_leaves_open_is_filled_in(monkeypatch, per, critic, passed, unit):
     """Estimators over tokens and separate critics read values in a pass; a loss goes by --unit."""
-    monkeypatch.setitem(ESTIMATORS, "mine", ppo.Estimator(ppo.gae, per="token"))
+    monkeypatch.setitem(ESTIMATORS, "mine", ppo.Estimator(ppo.gae, per))
     monkeypatch.setitem(LOSSES, "mine", ppo.Loss(ppo.clip))
-    for unit in ("turn", "token"):
-        estimator, loss = algorithm(settings(advantage="mine", loss="mine", unit=unit, critic="shared"))
-        assert loss.unit == unit
-        assert estimator.read.func is score_values and estimator.read.args == ("token",)
-    for critic in ("shared", "separate"):
-        assert bool(algorithm(settings(advantage="gae", critic=critic))[0].read) == (critic == "separate")
+    estimator, loss = algorithm(settings(advantage="mine", loss="mine", unit=unit, critic=critic))
+    assert loss.unit == unit and bool(estimator.read) == passed
+    assert not passed or (estimator.read.func, estimator.read.args) == (score_values, (per,))
+
+
+def test_a_separate_critic_does_not_read_the_states_of_the_policy():
     with pytest.raises(AssertionError, match="a separate critic needs"):
         ppo.read_values(mock.Mock(trunk="a copy"), None, [], None, None)

@@ -21,8 +21,8 @@ def algorithm(args):
     if args.kl_coef and args.kl_in == "loss":
         loss = reference.with_penalty(loss, args)
     names = official.switches(args.compat)
-    if args.loss == "ppo":
-        loss = official.change_loss(loss, names)
+    if args.loss == "ppo" and "ratio-10" in names:
+        loss = replace(loss, f=official.ratio_10)
     estimator = ESTIMATORS[args.advantage]
     # The rollout kept a state per turn, and of the policy.
     if estimator.values and (args.critic == "separate" or estimator.per == "token"):

@@ -13,7 +13,6 @@ lists with one number per sampled token, and a value is V of the state before th
 is in ppo.py.
 """
 
-import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import torch
 
 from harness.ranges import arg, between
 from llama.batches import passes, trees_of
-from ppo import ROUNDING, Estimator, chain, earned, fill_in, gae, size, turns_of
+from ppo import Estimator, chain, deviation, earned, fill_in, flat, gae, size, stack_turns
+from rollout import turns_of
 
 
 @dataclass
@@ -41,9 +41,18 @@ class AdvantageSettings:
 def token_rewards(turn, args):
     """Return what a turn earned token by token: a penalty comes where it arises, the verifier's reward with
     the last token."""
-    rewards = [-x for x in turn.penalties] or [0.0] * (turn.end - turn.start)
+    rewards = [-x for x in turn.penalties] or [0.0] * turn.length
     rewards[-1] += args.reward_scale * turn.reward
     return rewards
+
+
+def chain_tokens(episode, values, args, lam):
+    """Fill in the advantages of an episode's tokens, one chain over all its turns. The step after a turn's
+    last token is the next turn's first: what the verifier says in between is the environment's move."""
+    rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]
+    rest = iter(chain(rewards, values, args.token_gamma, lam))
+    for turn in episode.turns:
+        turn.advantage = [next(rest) for _ in range(turn.length)]
 
 
 def returns(episode, args):
@@ -51,11 +60,11 @@ def returns(episode, args):
     return chain([earned(turn, args) for turn in episode.turns], [0.0] * len(episode.turns), args.gamma, 1.0)
 
 
-def groups_of(episodes):
-    """Return the episodes of each hand."""
+def groups_of(pairs):
+    """Group (key, value) pairs -> a list of values per key."""
     groups = defaultdict(list)
-    for episode in episodes:
-        groups[episode.seed].append(episode)
+    for key, value in pairs:
+        groups[key].append(value)
     return groups.values()
 
 
@@ -66,11 +75,14 @@ def leave_one_out(scores):
     return [n / (n - 1) * (score - mean) for score in scores] if n > 1 else scores
 
 
-def give(episode, per_token):
-    """Hand out a chain of numbers to the tokens of an episode's turns, as their advantages."""
-    rest = iter(per_token)
-    for turn in episode.turns:
-        turn.advantage = [next(rest) for _ in range(turn.end - turn.start)]
+def compare(episodes, args, worth):
+    """Give all turns of an episode one advantage: what it returned, compared with the hand's other samples.
+    worth: (what each sample returned, the samples) -> the advantage of each."""
+    for samples in groups_of((episode.seed, episode) for episode in episodes):
+        scores = [returns(episode, args)[0] for episode in samples]
+        for episode, advantage in zip(samples, worth(scores, samples)):
+            for turn in episode.turns:
+                turn.advantage = advantage
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,10 +93,10 @@ def score_values(per, actor_critic, processor, conversations, args, ranks):
     """Fill in `turn.value`, or a list with the values of its tokens, in a pass over all conversations."""
     for group, batch, _ in passes(actor_critic.policy, processor, trees_of(conversations), args.token_budget,
                                   ranks):
-        turns = [turn for c in group for turn in c.turns]
+        turns = turns_of(group)
         for turn in turns if per == "token" else []:
-            turn.value = [0.0] * (turn.end - turn.start)
-        fill_in(turns, "value", actor_critic.values(batch, turns_of(group, batch, per)).tolist())
+            turn.value = [0.0] * turn.length
+        fill_in(turns, "value", actor_critic.values(batch, stack_turns(group, batch, per)).tolist())
 
 
 def gae_loo(episodes, args, base=gae):
@@ -95,11 +107,9 @@ def gae_loo(episodes, args, base=gae):
     other samples can; they know nothing of this sample's action, so subtracting their mean adds no bias.
     """
     base(episodes, args)
-    groups = defaultdict(list)
-    for episode in episodes:
-        for turn in episode.turns:
-            groups[episode.seed, turn.info.get("point"), turn.info["attempt"]].append(turn)
-    for group in groups.values():
+    turns = [((episode.seed, turn.info.get("point"), turn.info["attempt"]), turn)
+             for episode in episodes for turn in episode.turns]
+    for group in groups_of(turns):
         for turn, advantage in zip(group, leave_one_out([turn.advantage for turn in group])):
             turn.advantage = advantage
 
@@ -110,13 +120,9 @@ def gae_token(episodes, args):
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}
 
     with --token-gamma and --token-lam.
-    The step after a turn's last token is the next turn's first: what the verifier says in between is the
-    environment's move.
     """
     for episode in episodes:
-        rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]
-        values = [value for turn in episode.turns for value in turn.value]
-        give(episode, chain(rewards, values, args.token_gamma, args.token_lam))
+        chain_tokens(episode, flat(episode.turns, "value"), args, args.token_lam)
         for turn in episode.turns:
             turn.target = [a + v for a, v in zip(turn.advantage, turn.value)]
 
@@ -158,10 +164,7 @@ def rloo(episodes, args):
 
         A_i = R_i - 1/(n-1) sum_{j != i} R_j   for each of its turns;   R = G_1.
     """
-    for group in groups_of(episodes):
-        for episode, advantage in zip(group, leave_one_out([returns(episode, args)[0] for episode in group])):
-            for turn in episode.turns:
-                turn.advantage = advantage
+    compare(episodes, args, lambda scores, samples: leave_one_out(scores))
 
 
 def grpo(episodes, args, divide=True):
@@ -171,16 +174,12 @@ def grpo(episodes, args, divide=True):
     (Dr. GRPO, arXiv 2503.20783). The other thing that paper leaves out, the division by an answer's length,
     is a matter of the loss: see `mean` in losses.py.
     """
-    for group in groups_of(episodes):
-        scores = [returns(episode, args)[0] for episode in group]
-        mean = statistics.mean(scores)         # exact, so that equal scores are worth exactly 0
-        spread = math.sqrt(statistics.fmean((score - mean) ** 2 for score in scores))
-        sizes = [size(turn, args) for episode in group for turn in episode.turns]
-        ties = spread <= ROUNDING * statistics.fmean(sizes)
-        scale = (math.inf if ties else spread + 1e-6) if divide else 1.0
-        for episode, score in zip(group, scores):
-            for turn in episode.turns:
-                turn.advantage = (score - mean) / scale
+    def worth(scores, samples):
+        mean, std = deviation(scores, [size(turn, args) for one in samples for turn in one.turns])
+        scale = std + 1e-6 if divide else 1.0
+        return [(score - mean) / scale if std else 0.0 for score in scores]
+
+    compare(episodes, args, worth)
 
 
 def reinforce_pp(episodes, args):
@@ -190,18 +189,18 @@ def reinforce_pp(episodes, args):
         A_t = sum_{i >= t} gamma^(i-t) r_i   with --token-gamma;   then (A - mean) / std, see `normalize`.
     """
     for episode in episodes:
-        rewards = [reward for turn in episode.turns for reward in token_rewards(turn, args)]
-        give(episode, chain(rewards, [0.0] * len(rewards), args.token_gamma, 1.0))
+        chain_tokens(episode, [0.0] * sum(turn.length for turn in episode.turns), args, 1.0)
 
 
+compared = partial(Estimator, values=False, normalize=False, groups=True)
 ESTIMATORS = {
     "gae": Estimator(gae),
     "gae-loo": Estimator(gae_loo),
     "gae-token": Estimator(gae_token, per="token"),
     "gae-two-level": Estimator(gae_two_level, per="token"),
     "monte-carlo": Estimator(monte_carlo, values=False),
-    "rloo": Estimator(rloo, values=False, normalize=False, groups=True),
-    "grpo": Estimator(grpo, values=False, normalize=False, groups=True),
-    "grpo-no-std": Estimator(partial(grpo, divide=False), values=False, normalize=False, groups=True),
+    "rloo": compared(rloo),
+    "grpo": compared(grpo),
+    "grpo-no-std": compared(partial(grpo, divide=False)),
     "reinforce++": Estimator(reinforce_pp, per="token", values=False),
 }

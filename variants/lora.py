@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.ranges import above, arg, integer, one_of, several
-from model import Linear
 
 # What --lora-modules can name: these groups, and their members. The head is not among them: its log-probs are
 # computed from its weight.
@@ -88,7 +87,7 @@ def adapt(llama, modules, rank, alpha, seed=0):
     """
     wanted = {name for group in modules.split(",") for name in GROUPS.get(group, [group])}
     found = [(parent, name, child) for parent in llama.modules() for name, child in parent.named_children()
-             if name in wanted and isinstance(child, (Linear, nn.Linear)) and child.weight.requires_grad]
+             if name in wanted and child.weight.requires_grad]
     if not found:
         raise ValueError(f"no layer of {modules} learns")
     llama.requires_grad_(False)

@@ -7,13 +7,13 @@ Each switch says what it does and why the default differs: a game's own in offic
 """
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
 from harness.ranges import arg, one_of, optional, several
 from ppo import clip, gae, normalize_advantages
-from rollout import Episode
+from rollout import Episode, conversations_of, turns_of
 from variants.advantages import gae_loo
 from variants.official_games import OF_GAME, play
 
@@ -50,7 +50,6 @@ class OfficialSettings:
                                   "(default, the paper) or the next point")
 
 
-@lru_cache
 def switches(text):
     """Return the names in --compat. "official": all."""
     return NAMES if text == "official" else frozenset(filter(None, text.split(",")))
@@ -66,13 +65,12 @@ def wrap(game, text):
 
 def leaking(episodes, args):
     """Estimate GAE over turns, with an episode that used up its attempts and the next one as one chain."""
-    chains, conversations = [], []
+    chains = [Episode(seed=0)]
     for episode in episodes:
-        conversations = [*conversations, *episode.conversations]
+        chains[-1].conversations.extend(episode.conversations)
         if episode.terminated:
-            chains.append(Episode(episode.seed, conversations))
-            conversations = []
-    gae([*chains, Episode(0, conversations)], args)
+            chains.append(Episode(seed=0))
+    gae(chains, args)
 
 
 LEAKING = {gae: leaking, gae_loo: partial(gae_loo, base=leaking)}
@@ -80,32 +78,28 @@ LEAKING = {gae: leaking, gae_loo: partial(gae_loo, base=leaking)}
 
 def change_estimator(estimator, names):
     """Return the ppo.Estimator with what is among `names`. The record of an episode is changed first."""
-    if not names:
-        return estimator
     f = LEAKING.get(estimator.f, estimator.f) if "leaking-gae" in names else estimator.f
     own = estimator.normalize and "rank-advantages" in names
 
     def changed(episodes, args):
-        for conversation in [c for episode in episodes for c in episode.conversations]:
+        conversations = conversations_of(episodes)
+        for conversation in conversations:
             for turn in conversation.turns if "first-token-unscored" in names else []:
                 conversation.weights[turn.start] = 0.0
             if "bf16-logprobs" in names:
                 conversation.logprobs = torch.tensor(conversation.logprobs).bfloat16().tolist()
         f(episodes, args)
         if own:
-            normalize_advantages([turn for episode in episodes for turn in episode.turns], args)
+            normalize_advantages(turns_of(conversations), args)
 
-    return replace(estimator, f=changed, normalize=estimator.normalize and not own)
+    return replace(estimator, f=changed, normalize=estimator.normalize and not own) if names else estimator
 
 
-def change_loss(loss, names):
-    """Return the ppo.Loss with what is among `names`."""
-    def ratio_10(logprobs, old_logprobs, advantages, args):
-        losses, metrics = clip(logprobs, old_logprobs, advantages, args)
-        beyond = logprobs - old_logprobs > math.log(10)
-        return torch.where(beyond, -(1 + args.clip) * advantages, losses), metrics
-
-    return replace(loss, f=ratio_10) if "ratio-10" in names else loss
+def ratio_10(logprobs, old_logprobs, advantages, args):
+    """Clip as ppo.clip does; beyond a ratio of 10 count the clipped surrogate alone."""
+    losses, metrics = clip(logprobs, old_logprobs, advantages, args)
+    beyond = logprobs - old_logprobs > math.log(10)
+    return torch.where(beyond, -(1 + args.clip) * advantages, losses), metrics
 
 
 def change_model(llama, names):

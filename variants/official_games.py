@@ -9,20 +9,21 @@ from dataclasses import replace
 from functools import partial
 from operator import add, mul, sub, truediv
 
-from envs import EXHAUSTED, GAMES, GeneralPoints, Navigation
+from envs import EXHAUSTED, GeneralPoints, Navigation
 from games.answers import MAX_FORMULA
 from games.cards import FACES
 from games.rails import name_turn
 from games.verifier import MISREAD, REWARDS, evaluate, fault, judge, number_faults
 
-# Behaviours by name: the effect of each, and why the default differs.
+# Behaviours by name, of any game and of each: their effect, and why the default differs.
 SIXTH = {
     "sixth-attempt":
         "after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is trained "
         "on; here that -1 goes to the answer that used up the attempts",
 }
-QUIRKS = {
+OF_GAME = {
     "gp": {
+        **SIXTH,
         "added-penalties":
             "the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number (also "
             "a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is left out; "
@@ -35,16 +36,15 @@ QUIRKS = {
             "four independent draws of rank and suit, so that a card can be dealt twice, one of them from "
             "the face cards alone where a face is wanted; the paper deals from a deck",
         "float-equality":
-            "whether a formula makes the target is decided in floating point. Where that misses, a formula "
-            "as the released code lists its solutions, such as 8/(3-8/3)=24, gets 0 and the message '.', any "
-            "other -1; the default is exact",
+            "whether a formula makes the target is decided in floating point. Where that misses, as of "
+            "8/(3-8/3)=24, the answer gets 0 and the message '.'; the default is exact",
     },
     "virl": {
+        **SIXTH,
         "unwrapped-angles":
             "a turn is named by new heading less old, from 350 to 10 degrees 'left'; it is slightly right",
     },
 }
-OF_GAME = {game: SIXTH | QUIRKS.get(game, {}) for game in GAMES}
 
 
 class SixthAttempt:
@@ -52,17 +52,10 @@ class SixthAttempt:
 
     def __init__(self, game):
         self.game, self.attempts = game, game.attempts
+        game.attempts += 1
 
     def __getattr__(self, name):
         return getattr(self.game, name)
-
-    def reset(self, seed):
-        self.game.attempts = self.attempts + 1
-        return self.game.reset(seed)
-
-    def demonstrate(self, seed, mistakes=0):
-        self.game.attempts = self.attempts
-        return self.game.demonstrate(seed, mistakes)
 
     def step(self, text):
         if self.game.attempt != self.attempts:
@@ -99,9 +92,6 @@ def draw_independently(game):
 # A formula without a misplaced sign or a wrong number costs 1 if it has no value: a parenthesis stays open,
 # or it divides by zero.
 ADDED = {"used_twice": -2.0, "left_out": -2.0, "division_by_zero": -1.0, "unfinished": -1.0}
-# The solutions that the released solver lists (n: a number, o: a sign): with at most one pair of
-# parentheses, or with two, around two pairs of numbers.
-LISTED = re.compile(r"(?!\(n(on)+\)$)(no)*(n|\(n(on)+\))(on)*|\(non\)o\(non\)(on)*")
 
 
 def judge_as_released(game, names, text):
@@ -119,7 +109,7 @@ def find_faults(names, formula, numbers, target):
     """Return [(code, number that its message mentions)] of all that is charged for; see verifier.fault."""
     first = fault(formula, numbers, target)
     # Of a formula with other signs nothing else is looked at.
-    if not formula or len(formula) > MAX_FORMULA or not re.fullmatch(r"[0-9\s()*/+-]+=\s*[0-9]+", formula):
+    if not re.fullmatch(r"[0-9\s()*/+-]+=\s*[0-9]+", formula or "") or len(formula) > MAX_FORMULA:
         return [first]
     left, _, right = formula.rpartition("=")
     tokens = re.findall(r"[0-9]+|\S", left)
@@ -135,15 +125,14 @@ def find_faults(names, formula, numbers, target):
         if evaluate(tokens, float_arith) == (target, 1):
             return [("correct" if int(right) == target else "no_target", "")]
         if first[0] != "wrong_value":       # but exactly it makes the target
-            shape = re.sub(r"[0-9]+", "n", re.sub(r"[-+*/]", "o", "".join(tokens)))
-            return [("float_miss", "") if LISTED.fullmatch(shape) else ("wrong_value", str(target))]
+            return [("float_miss", "")]
     return [first]
 
 
 def float_arith(a, op, b):
     """Return what solver.arith does in Python's own numbers, held as (value, 1): 8/(3-8/3) makes
     23.99999999999999."""
-    if a is None or b is None or (op == "/" and b[0] == 0):
+    if not a or not b or op == "/" and b[0] == 0:
         return None
     return {"+": add, "-": sub, "*": mul, "/": truediv}[op](a[0], b[0]), 1
 

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from harness.ranges import arg, at_least, one_of
 from llama.batches import OneProcess, passes
-from rollout import trees_of_hands
+from rollout import conversations_of, drawn, trees_of_hands, turns_of
 from variants.losses import KL
 
 
@@ -43,24 +42,19 @@ def initial(policy):
     """Return a reference to the policy as it is now. The weights that are trained (of sharded ones: this
     rank's slices) are kept in host memory, and while they are swapped in, the trained ones are there, too."""
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    return Snapshot(policy, list(trained.values()), dict(zip(trained, on_host(trained.values()))))
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A reference from weights as they once were."""
-    policy: nn.Module
-    parameters: list
-    remembered: dict           # name: what a parameter held, on the host
+    remembered = on_host(trained)
 
     @contextmanager
-    def __call__(self):
-        trained = on_host(self.parameters)
-        write(self.policy, self.parameters, self.remembered.values())
+    def reference():
+        now = on_host(trained)
+        write(policy, trained, remembered)
         try:
             yield
         finally:
-            write(self.policy, self.parameters, trained)
+            write(policy, trained, now)
+
+    reference.remembered = remembered          # for a probe
+    return reference
 
 
 def local(parameter):
@@ -69,15 +63,16 @@ def local(parameter):
 
 
 def on_host(parameters):
-    return [local(parameter.detach()).to("cpu", copy=True) for parameter in parameters]
+    """Copy {name: parameter} to host memory."""
+    return {name: local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
 
 
 @torch.no_grad()
-def write(policy, parameters, tensors):
+def write(policy, parameters, contents):
     """Fill the parameters in place, and forget what was computed from their old content: gathered weights,
     autocast's copies."""
-    for parameter, tensor in zip(parameters, tensors):
-        local(parameter).copy_(tensor)
+    for name, parameter in parameters.items():
+        local(parameter).copy_(contents[name])
     reshard(policy)
     torch.clear_autocast_cache()
 
@@ -110,48 +105,43 @@ def rescore(model, processor, episodes, args, ranks):
     Decoding and training round differently, in bfloat16 so much that ratios of turns, which sum dozens of
     tokens, leave the clip range before any step (docs/scale.md). TRL and verl score again, too.
     """
-    conversations = [c for episode in episodes for c in episode.conversations]
-    score(model, processor, sum(trees_of_hands(episodes), []), args.token_budget, args.temperature, ranks,
-          conversations[0])
-    off = sum(abs(x - y) for c in conversations for x, y in zip(c.logprobs, c.reference))
-    for c in conversations:
-        c.logprobs = c.reference
-    off, drawn = ranks.total([off, sum(sum(c.sampled) for c in conversations)])
-    return {"drawn_vs_scored": off / drawn}
+    before, now = score_episodes(model, processor, episodes, args, ranks)
+    for conversation in conversations_of(episodes):
+        conversation.logprobs = conversation.reference
+    return {"drawn_vs_scored": mean((before - now).abs(), ranks)}
 
 
-def penalize(conversations, args):
-    """Return the sum of the KL estimates over all sampled tokens, from `score`; with --kl-in reward, take
-    them from the rewards of the turns."""
-    total = 0.0
-    for conversation in conversations:
-        for turn in conversation.turns:
-            drawn = slice(turn.start, turn.end)
-            both = (torch.tensor(x[drawn]) for x in (conversation.logprobs, conversation.reference))
-            kl = KL[args.kl_estimator](*both)
-            total += kl.sum().item()
-            if args.kl_in == "reward":
-                turn.penalties = (args.kl_coef * kl).tolist()
-    return total
+def score_episodes(model, processor, episodes, args, ranks):
+    """Score all conversations as `score` does. Return the log-probs with which tokens were drawn, and those
+    that they have now, (tokens,) each."""
+    trees, conversations = sum(trees_of_hands(episodes), []), conversations_of(episodes)
+    score(model, processor, trees, args.token_budget, args.temperature, ranks, conversations[0])
+    return drawn(conversations, "logprobs"), drawn(conversations, "reference")
+
+
+def mean(x, ranks):
+    """Return the mean of numbers (n,) over all ranks."""
+    total, n = ranks.total([x.double().sum(), len(x)])
+    return total / n
 
 
 def score_reference(model, processor, episodes, args, reference, ranks):
-    """Score all conversations by the reference and penalize them -> {"kl_reference": mean over what was
-    sampled, of all ranks}."""
-    conversations = [c for episode in episodes for c in episode.conversations]
+    """Score all conversations by the reference and estimate the KL divergence of each sampled token; with
+    --kl-in reward, its penalty is taken from the reward -> {"kl_reference": mean over tokens of all ranks}"""
     with reference():
-        score(model, processor, sum(trees_of_hands(episodes), []), args.token_budget, args.temperature, ranks)
-    drawn = sum(sum(c.sampled) for c in conversations)
-    kl, drawn = ranks.total([penalize(conversations, args), drawn])
-    return {"kl_reference": kl / drawn}
+        both = score_episodes(model, processor, episodes, args, ranks)
+    kl, turns = KL[args.kl_estimator](*both), turns_of(conversations_of(episodes))
+    for turn, own in zip(turns, kl.split([turn.length for turn in turns])):
+        if args.kl_in == "reward":
+            turn.penalties = (args.kl_coef * own).tolist()
+    return {"kl_reference": mean(kl, ranks)}
 
 
 def with_penalty(loss, args):
     """Return the ppo.Loss with --kl-coef times the divergence from the reference added. Of a turn it is the
     sum, as its log-prob is a sum, too."""
     def penalty(conversations, logprobs, gather):
-        theirs = [x for c in conversations for x, sampled in zip(c.reference, c.sampled) if sampled]
-        theirs = torch.tensor(theirs, dtype=torch.float32, device=logprobs.device)
+        theirs = drawn(conversations, "reference", logprobs.device)
         return args.kl_coef * gather(KL[args.kl_estimator](logprobs, theirs))
 
     return replace(loss, penalty=penalty)

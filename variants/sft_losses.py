@@ -14,6 +14,7 @@ from typing import Callable
 import torch
 
 from ppo import ratio, surrogate
+from rollout import drawn
 from sft import nll
 
 
@@ -26,8 +27,7 @@ class SFTLoss:
 
 def before(examples, logprobs):
     """Return the log-probs of the same tokens by the earlier model, (tokens,)."""
-    theirs = [x for e in examples for x, sampled in zip(e.reference, e.sampled) if sampled]
-    return torch.tensor(theirs, dtype=torch.float32, device=logprobs.device)
+    return drawn(examples, "reference", logprobs.device)
 
 
 def dft(logprobs, rows, examples, args):
@@ -51,7 +51,7 @@ def iw(logprobs, rows, examples, args):
     successes; what the policy has come to do more often counts more, as it would in RL. A product of thirty
     ratios can be anything, so each token's is clipped."""
     ratios = ratio((logprobs - before(examples, logprobs)).detach()).clamp(1 - args.clip, 1 + args.clip)
-    products = ratios.new_zeros(int(rows.max()) + 1 if len(rows) else 0).index_add(0, rows, ratios.log())
+    products = ratios.new_zeros(len(examples)).index_add(0, rows, ratios.log())
     return -ratio(products)[rows] * logprobs
 
 

@@ -8,7 +8,7 @@ import json
 import random
 from dataclasses import dataclass
 
-from envs import EXHAUSTED, Observation, check_settings, dialogue
+from envs import Observation, judged_step, check_settings, dialogue
 from games.prompts import check_prompts
 from games.solver import miss, solve
 from games.verifier import judge
@@ -54,15 +54,10 @@ class Countdown:
         text = PROMPT.format(target=self.target, numbers=", ".join(map(str, self.numbers)))
         return Observation([{"role": "user", "content": text}], fresh=True), {"numbers": self.numbers}
 
-    def step(self, text):
-        verdict = judge(text, (), self.numbers, self.target, prompts=self.prompts)
-        self.attempt += 1
-        correct = verdict.code == "correct"
-        truncated = not correct and self.attempt == self.attempts
-        info = verdict.info() | {"correct": correct, "success": correct, "attempt": self.attempt}
-        messages = [] if correct or truncated else [{"role": "user", "content": verdict.message}]
-        reward = verdict.reward + EXHAUSTED * truncated
-        return Observation(messages, fresh=False), reward, correct, truncated, info
+    def judge(self, text):
+        return judge(text, (), self.numbers, self.target, prompts=self.prompts)
+
+    step = judged_step
 
     def oracle(self):
         return json.dumps({"formula": solve(self.numbers, self.target)[0]})
