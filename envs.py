@@ -56,7 +56,7 @@ class Env(Protocol):
         """Judge one answer, any string: (observation, reward, terminated, truncated, info). Info says of the
         answer verdict (a word), message, correct, attempt (counted from 1), recognized (what is seen is told
         right), translated (what it means, too), and of the episode success. RuntimeError if none is
-        running."""
+        running. `judged_step` does it for a game of one question."""
 
     def oracle(self) -> str:
         """Return the expert's answer."""
@@ -108,8 +108,8 @@ def dialogue(game, messages, mistakes):
 
 
 def judged_step(game, text):
-    """Do the `step` of a game that is one question: game.judge(text) gives the verifier.Verdict. A right
-    answer terminates the episode, the last wrong one truncates it."""
+    """Make a step of a game of one question: game.judge(text) gives the verifier.Verdict. A right answer
+    terminates the episode, the last wrong one truncates it; see Env.step."""
     if game.attempt is None:
         raise RuntimeError("no episode is running: call reset(seed) first")
     verdict = game.judge(text)
