@@ -107,9 +107,9 @@ def gae_loo(episodes, args, base=gae):
     other samples can; they know nothing of this sample's action, so subtracting their mean adds no bias.
     """
     base(episodes, args)
-    turns = [((episode.seed, turn.info.get("point"), turn.info["attempt"]), turn)
+    keyed = [((episode.seed, turn.info.get("point"), turn.info["attempt"]), turn)
              for episode in episodes for turn in episode.turns]
-    for group in groups_of(turns):
+    for group in groups_of(keyed):
         for turn, advantage in zip(group, leave_one_out([turn.advantage for turn in group])):
             turn.advantage = advantage
 

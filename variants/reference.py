@@ -95,7 +95,7 @@ def score(model, processor, trees, token_budget, temperature=1.0, ranks=OneProce
         out = model(**batch.inputs(), targets=batch.targets, temperature=temperature)
         found = iter(out.logprobs[batch.targets >= 0].tolist())
         for conversation in group if weight else []:
-            conversation.reference = [next(found) if drawn else 0.0 for drawn in conversation.sampled]
+            conversation.reference = [next(found) if sampled else 0.0 for sampled in conversation.sampled]
 
 
 def rescore(model, processor, episodes, args, ranks):
