@@ -66,21 +66,21 @@ def read_json(folder, name, optional=False):
 
 
 def write_files(folder, files):
-    """Write {name: text, bytes or tensors}: all aside first, so that a failure leaves all as it was."""
-    folder = Path(folder)
+    """Write pairs (name; text, bytes or tensors): all aside first, so that a failure leaves all as it was."""
+    folder, names = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-            for name, content in files.items():
+            for name, content in files:
+                names.append(name)
                 path = Path(aside, name)
                 path.parent.mkdir(exist_ok=True)
                 if isinstance(content, dict):
-                    tensors = {k: t.detach().cpu().contiguous() for k, t in content.items()}
-                    save_file(tensors, path, {"format": "pt"})         # older transformers ask for that
+                    save_file(content, path, {"format": "pt"})         # older transformers ask for that
                     path.chmod(0o644)                          # safetensors lets its owner alone read it
                 else:
                     path.write_bytes(content.encode() if isinstance(content, str) else content)
-            for name in files:
+            for name in names:
                 (folder / name).parent.mkdir(exist_ok=True)
                 Path(aside, name).replace(folder / name)
     finally:
@@ -182,24 +182,36 @@ def shard_files(tensors, limit):
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def describe(config, tensors, files):
-    """Return {file: text} of what goes beside `tensors` in `files`: config.json, and an index for several."""
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    texts = {"config.json": config.to_dict() | {"torch_dtype": dtype}}
+def save_model(model, folder, max_shard_size=5 * 10**9, rank=0, world=1):
+    """Write config.json and safetensors in the released layout, all or nothing.
+
+    The ranks of a sharded model take the files in turn. They gather one weight at a time and keep those of
+    their own file, so that none ever holds more.
+    """
+    weights = {to_released(name, model.config): p.detach() for name, p in model.named_parameters()}
+    files = shard_files(weights, max_shard_size)
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    texts = {"config.json": model.config.to_dict() | {"torch_dtype": dtype}}
     if len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in weights.values())
         texts[WEIGHTS + ".index.json"] = {"metadata": {"total_size": size}, "weight_map": places}
-    return {file: json.dumps(content, indent=2) for file, content in texts.items()}
 
+    def contents():
+        if rank == 0:
+            for file, content in texts.items():
+                yield file, json.dumps(content, indent=2)
+        for i, (file, names) in enumerate(files.items()):
+            mine = {}
+            for name in names:
+                tensor = weights[name]
+                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor     # a collective
+                if i % world == rank:
+                    mine[name] = whole.cpu().contiguous()
+            if mine:
+                yield file, mine
 
-def save_model(model, folder, max_shard_size):
-    """Write config.json and safetensors in the released layout, all or nothing."""
-    tensors = {to_released(name, model.config): weight for name, weight in model.named_parameters()}
-    files = shard_files(tensors, max_shard_size)
-    texts = describe(model.config, tensors, files)
-    shards = {file: {name: tensors[name] for name in names} for file, names in files.items()}
-    write_files(folder, texts | shards)
+    write_files(folder, contents())
     for old in Path(folder).glob("model*.safetensors*"):       # of an earlier save in more files, or in fewer
         if old.name not in texts | files:
-            old.unlink()
+            old.unlink(missing_ok=True)
