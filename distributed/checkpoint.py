@@ -79,15 +79,15 @@ def slices_in(path):
 
 def make_room(found, module, optimizers):
     """Give fresh optimizers empty state for what a checkpoint holds (see `slices_in`) of their parameters."""
-    owner = {parameter: optimizer for optimizer in optimizers
-             for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = {f"optimizer.{name}": parameter for name, parameter in module.named_parameters()}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    states = {f"optimizer.{names[parameter]}": (parameter, optimizer.state) for optimizer in optimizers
+              for group in optimizer.param_groups for parameter in group["params"]}
     for name, (shape, _) in found.items():
         of, _, key = name.rpartition(".")
-        if of in parameters:
-            parameter = parameters[of]                         # of no shape: Adam's count of steps
+        if of in states:
+            parameter, state = states[of]                      # of no shape: Adam's count of steps
             room = torch.empty_like(parameter, requires_grad=False) if shape else torch.empty(())
-            owner[parameter].state[parameter][key] = room
+            state[parameter][key] = room
 
 
 def fill(found, path, tensors, whole=True):

@@ -16,7 +16,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from llama.images import Images
 
@@ -82,20 +81,19 @@ def tokens_of(tree):
 
 def collate(processor, trees):
     """Pad trees, lists of conversations with one prompt and image, to a Batch."""
-    shapes, inputs, targets, places = [tokens_of(tree) for tree in trees], [], [], []
-    for row, (tree, (stem, _)) in enumerate(zip(trees, shapes)):
-        ids, asked = tree[0].ids[:stem], [-100] * stem
-        for c in tree:
-            places.append((row, len(ids) - stem))
-            ids += c.ids[stem:-1]
-            following = zip(c.ids[stem + 1:], c.sampled[stem + 1:])
-            asked += [token if sampled else -100 for token, sampled in following]
-        inputs.append(torch.tensor(ids))
-        targets.append(torch.tensor(asked))
-    lengths = torch.tensor([len(ids) for ids in inputs])
-    input_ids = pad_sequence(inputs, batch_first=True, padding_value=processor.pad_id)
-    targets = pad_sequence(targets, batch_first=True, padding_value=-100)
-    starts = [row * input_ids.shape[1] + at for row, at in places]
+    shapes = [tokens_of(tree) for tree in trees]
+    lengths = torch.tensor([stem + sum(branches) for stem, branches in shapes])
+    input_ids = torch.full((len(trees), int(lengths.max())), processor.pad_id)
+    targets, starts = torch.full_like(input_ids, -100), []
+    for row, (tree, (stem, branches)) in enumerate(zip(trees, shapes)):
+        input_ids[row, :stem] = torch.tensor(tree[0].ids[:stem], dtype=torch.int64)
+        at = stem
+        for c, tokens in zip(tree, branches):
+            input_ids[row, at:at + tokens] = torch.tensor(c.ids[stem:-1])
+            following = torch.tensor(c.ids[stem + 1:])
+            targets[row, at:at + tokens] = following.where(torch.tensor(c.sampled[stem + 1:]), -100)
+            starts.append(row * input_ids.shape[1] + at - stem)
+            at += tokens
     images = processor.images([tree[0].image for tree in trees])
     shapes = shapes if len(starts) > len(trees) else None      # rows of one conversation need no more masks
     return Batch(input_ids, lengths, targets, starts, images, shapes)

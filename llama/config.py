@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from harness.ranges import above, inside, integer
+from harness.ranges import above, integer
 from llama.checks import (OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, equal, multiple, only,
                           several)
 from llama.folders import read_json
@@ -175,7 +175,7 @@ def read_vision(values, file, where):
 
 def rules(cls, **others):
     """Make rules for the fields of a dataclass by their types, and for the others."""
-    kinds = {int: integer(1, 2**18), bool: SWITCH, float: above(0), list: several(integer(0, 1000))}
+    kinds = {int: integer(1, 2**20), bool: SWITCH, float: above(0), list: several(integer(0, 1000))}
     return {part.name: kinds[part.type] for part in fields(cls) if part.type in kinds} | others
 
 
@@ -183,15 +183,10 @@ NEEDED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 TOP = SPECIAL | {"model_type": only("llama", "mllama"), "image_token_index": TOKEN,
                  "text_config": OBJECT, "vision_config": OBJECT,
                  "quantization_config": Rule("none: quantized weights are not supported", lambda v: False)}
-LAYERS = integer(1, 1000)
-TEXT = SPECIAL | rules(
-    Config, num_hidden_layers=LAYERS, max_position_embeddings=integer(1, 2**31), rms_norm_eps=inside(0, 1),
-    rope_scaling=OBJECT, rope_parameters=OBJECT,
-    hidden_act=only("silu"), attention_bias=only(False), mlp_bias=only(False))
+TEXT = SPECIAL | rules(Config, rope_scaling=OBJECT, rope_parameters=OBJECT, hidden_act=only("silu"),
+                       attention_bias=only(False), mlp_bias=only(False))
 ROPE = {"rope_type": only("default", "llama3"), "rope_theta": above(0)}
-LLAMA3_ROPE = {"factor": above(0), "low_freq_factor": above(0), "high_freq_factor": above(0),
-               "original_max_position_embeddings": integer(1, 2**31)}
-VISION = rules(
-    VisionConfig, num_hidden_layers=LAYERS, num_global_layers=integer(0, 1000), num_channels=only(3),
-    norm_eps=inside(0, 1), image_size=integer(1, 4096), max_num_tiles=integer(1, 64),
-    supported_aspect_ratios=several(several(TOKEN)), hidden_act=only("gelu"))
+LLAMA3_ROPE = dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), above(0))
+VISION = rules(VisionConfig, num_channels=only(3), max_num_tiles=integer(1, 64),
+               supported_aspect_ratios=several(several(TOKEN)), hidden_act=only("gelu"))

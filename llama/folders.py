@@ -3,7 +3,6 @@ import contextlib
 import json
 import math
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -38,16 +37,13 @@ def to_released(name, config):
 # Small files
 
 def read_file(folder, name):
-    """Return the bytes of a small file. FileNotFoundError; ValueError if it cannot be read."""
+    """Return the bytes of a small file. FileNotFoundError; ValueError if it is large."""
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with {name}")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path}: {path.stat().st_size} bytes: expected at most {LARGEST}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    return path.read_bytes()
 
 
 def read_json(folder, name, optional=False):
@@ -65,27 +61,18 @@ def read_json(folder, name, optional=False):
     return values
 
 
-def write_files(folder, files):
-    """Write pairs (name; text, bytes or tensors): all aside first, so that a failure leaves all as it was."""
-    folder, names = Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-            for name, content in files:
-                names.append(name)
-                path = Path(aside, name)
-                path.parent.mkdir(exist_ok=True)
-                if isinstance(content, dict):
-                    save_file(content, path, {"format": "pt"})         # older transformers ask for that
-                    path.chmod(0o644)                          # safetensors lets its owner alone read it
-                else:
-                    path.write_bytes(content.encode() if isinstance(content, str) else content)
-            for name in names:
-                (folder / name).parent.mkdir(exist_ok=True)
-                Path(aside, name).replace(folder / name)
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()                                     # only succeeds where nothing could be written
+def write_file(folder, name, content):
+    """Write text, bytes or tensors. The file is whole or as it was, also for who still reads weights from
+    it."""
+    path = Path(folder, name)
+    aside = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        save_file(content, aside, {"format": "pt"})            # older transformers ask for that
+        aside.chmod(0o644)                                     # safetensors lets its owner alone read it
+    else:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    aside.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,7 +170,7 @@ def shard_files(tensors, limit):
 
 
 def save_model(model, folder, max_shard_size=5 * 10**9, rank=0, world=1):
-    """Write config.json and safetensors in the released layout, all or nothing.
+    """Write config.json and safetensors in the released layout.
 
     The ranks of a sharded model take the files in turn. They gather one weight at a time and keep those of
     their own file, so that none ever holds more.
@@ -197,21 +184,18 @@ def save_model(model, folder, max_shard_size=5 * 10**9, rank=0, world=1):
         size = sum(tensor.nbytes for tensor in weights.values())
         texts[WEIGHTS + ".index.json"] = {"metadata": {"total_size": size}, "weight_map": places}
 
-    def contents():
+    for file, content in texts.items():
         if rank == 0:
-            for file, content in texts.items():
-                yield file, json.dumps(content, indent=2)
-        for i, (file, names) in enumerate(files.items()):
-            mine = {}
-            for name in names:
-                tensor = weights[name]
-                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor     # a collective
-                if i % world == rank:
-                    mine[name] = whole.cpu().contiguous()
-            if mine:
-                yield file, mine
-
-    write_files(folder, contents())
+            write_file(folder, file, json.dumps(content, indent=2))
+    for i, (file, names) in enumerate(files.items()):
+        mine = {}
+        for name in names:
+            weight = weights[name]
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight     # a collective
+            if i % world == rank:
+                mine[name] = whole.cpu().contiguous()
+        if mine:
+            write_file(folder, file, mine)
     for old in Path(folder).glob("model*.safetensors*"):       # of an earlier save in more files, or in fewer
         if old.name not in texts | files:
             old.unlink(missing_ok=True)

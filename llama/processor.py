@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from llama import images as pictures
 from llama.checks import OBJECT, SPECIAL, below, check, equal
-from llama.folders import read_file, read_json, write_files
+from llama.folders import read_file, read_json, write_file
 from llama.images import Images
 
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -114,7 +114,7 @@ class Processor:
         return processor
 
     def save_pretrained(self, folder):
-        """Write the files of `from_pretrained`, all or nothing. transformers then chats alike, and stops."""
+        """Write the files of `from_pretrained`. transformers then chats alike, and stops."""
         tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if "special_tokens_map.json" not in self.kept:         # else they are there
             tokens |= {"bos_token": None if self.chatml else LLAMA3[0], "eos_token": self.layout[-1],
@@ -127,7 +127,8 @@ class Processor:
         if not any("chat_template" in said for said in (*self.kept, *self.tokenizer_config)):
             files["chat_template.jinja"] = (CHATML_WORDS if self.chatml else LLAMA3_WORDS) + TEMPLATE
         files["tokenizer.json"] = self.tokenizer.to_str(pretty=True)
-        write_files(folder, (self.kept | files).items())
+        for name, content in (self.kept | files).items():
+            write_file(folder, name, content)
 
     def encode(self, text):
         """Turn plain text into ids, none of them special."""

@@ -59,7 +59,7 @@ def refused(folder, load=read):
 # Values of JSON files
 
 REFUSED = """
-config.json | text_config.rms_norm_eps                 | 0, NaN, "1e-5", true, 2
+config.json | text_config.rms_norm_eps                 | 0, NaN, "1e-5", true
 config.json | text_config.rope_theta                   | 0, -1.0, Infinity, NaN, "10000", [1]
 config.json | text_config.rope_scaling                 | "llama3", [1], 5
 config.json | text_config.rope_parameters              | 5, "x"
@@ -72,7 +72,6 @@ config.json | text_config.eos_token_id                 | "2", [1, "2"], -1, true
 config.json | text_config.pad_token_id                 | 1.0, [4], -1
 config.json | text_config.cross_attention_layers       | 1, [3], [-1], [1, 1], [0, 1, 2], [], LONG
 config.json | text_config.cross_attention_layers       | ["1"], [1.0], [true], {}, [1000000000000000]
-config.json | text_config.num_hidden_layers            | 1001
 config.json | text_config.vocab_size                   | 1048577
 config.json | text_config.hidden_size                  | 34
 config.json | text_config.head_dim                     | 129, 7
