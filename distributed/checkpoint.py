@@ -44,7 +44,7 @@ def tensors_of(module, optimizers):
 def rows(tensor):
     """Return this rank's slice of the first dimension; the last ranks may have less of it, or nothing."""
     if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor) if tensor.ndim else 1)
+        return slice(0, len(tensor))
     start = tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())
     return slice(start, start + len(local(tensor)))
 
@@ -101,12 +101,12 @@ def fill(found, path, tensors, whole=True):
                              f"it holds {there} of {name}, where this run has {here}")
     source = functools.cache(lambda file: safe_open(file, "pt"))
     for name, tensor in tensors.items():
+        contents = [source(file).get_slice(name) for file in found[name][1]]
+        if not tensor.ndim:
+            tensor.copy_(contents[0][...])
+            continue
         own, start = rows(tensor), 0
-        for file in found[name][1]:
-            content = source(file).get_slice(name)
-            if not tensor.ndim:
-                tensor.copy_(content[...])
-                continue
+        for content in contents:
             end = start + content.get_shape()[0]
             low, high = max(start, own.start), min(end, own.stop)
             if low < high:
@@ -171,11 +171,9 @@ class Checkpoints:
         mine = self.aside / f"rank_{self.rank}.safetensors"
         save_file(copies, mine)
         mine.chmod(0o644)                      # safetensors makes it readable by its owner only
-        files = [mine]
-        if self.rank == 0:                     # another rank's temporary file begins with a dot
-            files += [file for file in self.aside.iterdir()
-                      if file.is_file() and not file.name.startswith(("rank_", "."))]
-        known = {file.name: fingerprint(file) for file in files}
+        # another rank's temporary file begins with a dot
+        known = {file.name: fingerprint(file) for file in self.aside.iterdir() if file == mine
+                 or self.rank == 0 and file.is_file() and not file.name.startswith(("rank_", "."))}
         write_atomically(mine.with_suffix(".json"), json.dumps(known))
 
     def poll(self):

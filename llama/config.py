@@ -91,18 +91,17 @@ class Config:
         text, where = (hf["text_config"], "text_config.") if mllama else (hf, "")
         check(file, TEXT, text, where, needed=NEEDED)
         heads = text["num_attention_heads"]
-        values = {"num_key_value_heads": heads, "head_dim": text["hidden_size"] // heads,
-                  "rope_theta": 10000.0}
-        if mllama:
-            values |= {"rope_theta": 500000.0, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
-        values |= given(cls, text) | read_rope(text, file, where)
         if mllama:
             token = hf.get("image_token_index")
-            values |= {"image_token_id": 128256 if token is None else token,
-                       "vision": read_vision(hf["vision_config"], file, "vision_config."),
-                       "tie_word_embeddings": False}           # the head has fewer rows than the embedding
+            defaults = {"rope_theta": 500000.0, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
+            fixed = {"image_token_id": 128256 if token is None else token,
+                     "vision": read_vision(hf["vision_config"], file, "vision_config."),
+                     "tie_word_embeddings": False}             # the head has fewer rows than the embedding
         else:
-            values |= {"image_token_id": None, "vision": None, "cross_attention_layers": []}
+            defaults = {"rope_theta": 10000.0}
+            fixed = {"image_token_id": None, "vision": None, "cross_attention_layers": []}
+        sizes = {"num_key_value_heads": heads, "head_dim": text["hidden_size"] // heads}
+        values = defaults | sizes | given(cls, text) | read_rope(text, file, where) | fixed
         config = cls(**values)
 
         layers = config.num_hidden_layers

@@ -44,8 +44,6 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     the GPU waits for the host to launch a thousand kernels. Shapes must stay for that, so rows that have
     ended go on, unseen; as a step reads all weights for however few rows, they cost little.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     weight, each, stop_ids = model.embed_tokens.weight, list(range(len(conversations))), set(stop_ids)
     graph = weight.is_cuda if graph is None else graph
     source = each if source is None else source
@@ -63,7 +61,8 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     samples = [Sample([], [], hidden=state) for state in hidden]
 
     qkv = None if weight.is_cuda else model.join_weights()     # a GPU waits for bytes, not for products
-    rows, order, drawn, view = np.arange(len(source)), [], [], cache   # rows[slot]: the row that computes there
+    rows, view = np.arange(len(source)), cache                 # rows[slot]: the row that computes there
+    order, drawn = [], []                                      # of log-probs: the rows they are of, and they
 
     def step(tokens, uniform, at=None):
         logits = model(tokens[:, None], cache=view, logits="last", qkv=qkv, at=at).logits

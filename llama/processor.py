@@ -264,12 +264,12 @@ def check_fit(processor, config, images=False):
     made = [token for token, i in vocabulary.items()
             if token in processor.layout or i not in processor.special_ids]
     last = max(made, key=vocabulary.get)
-    check("tokenizer.json", {last: below(config.vocab_size, "vocab_size")}, vocabulary, "token ")
+    tokens = {last: below(config.vocab_size, "vocab_size")}
+    if vision:
+        tokens[IMAGE] = equal(config.image_token_id, "image_token_index")
+    check("tokenizer.json", tokens, vocabulary, "token ")
     check("generation_config.json", {"pad_token_id": below(config.embedding_rows, "embedding_rows")},
           {"pad_token_id": processor.pad_id})
-    if vision:
-        same = equal(config.image_token_id, "image_token_index")
-        check("tokenizer.json", {IMAGE: same}, vocabulary, "token ")
     if vision and picture:
         check("preprocessor_config.json", {"size": equal(vision.image_size, "image_size"),
                                            "max_image_tiles": equal(vision.max_num_tiles, "max_num_tiles")},

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kernels.attention import Visible
 from llama import folders
 from llama.cache import KVCache
 from llama.config import Config, tile_layouts
@@ -24,7 +23,7 @@ from llama.frozen import remember
 from llama.generate import draw_tokens, draw_uniform, generate, pad
 from llama.images import Images, to_rgb
 from llama.processor import CHATML, LLAMA3, Processor
-from model import Llama, Step
+from model import Llama
 from tables import cases, raises
 
 IMAGE, TILE = 120, 28
@@ -164,25 +163,6 @@ def test_rows_of_a_padded_batch(mllama, at):
         assert_close(found, our_logits(ours, own, images=image), 1e-5)
         difference = (found - our_logits(ours, own)).abs().amax((0, 2))
         assert (difference[:place] < 1e-5).all() and (difference[place:] > 1e-3).all()
-
-
-def test_a_cross_layer_by_hand(tiny):
-    """In float64: x + tanh(gate) attention, then + tanh(gate) MLP, for the tokens that see an image."""
-    layer, random = copy.deepcopy(tiny.layers[1]).double(), torch.Generator().manual_seed(0)
-    x, vision = (torch.randn(1, n, 32, dtype=torch.float64, generator=random) for n in (5, 20))
-    real = torch.arange(20) < 15
-    step = Step(None, None, rows=slice(None), vision=vision, image=Visible(key_mask=real[None]),
-                after_image=torch.tensor([0.0, 0, 1, 1, 1]).double()[None, :, None])
-    attn, after, seen = layer.cross_attn, x[:, 2:], vision[:, real]
-    heads = lambda y: y.unflatten(-1, (-1, 8))
-    q = attn.q_norm(heads(attn.q_proj(layer.input_layernorm(after))))
-    k, v = attn.k_norm(heads(attn.k_proj(seen))), heads(attn.v_proj(seen))
-    k, v = (y.repeat_interleave(2, 2) for y in (k, v))         # four query heads, two key heads
-    weights = (torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(8)).softmax(-1)
-    attended = attn.o_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
-    y = after + layer.cross_attn_attn_gate.tanh() * attended
-    y = y + layer.cross_attn_mlp_gate.tanh() * layer.mlp(layer.post_attention_layernorm(y))
-    assert_close(layer(x, step), torch.cat([x[:, :2], y], 1), 1e-12)
 
 
 @cases("ratios", [[1], [6], [4], [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -404,14 +384,6 @@ def test_turns_continue_and_prefix_is_fed_once(tiny, fed, graph, monkeypatch):
         live, held = stay, cache.lengths.tolist()
         for row in live:
             lists[row] += [30, 40, 50][:1 + row]
-
-
-def test_a_cache_grows_around_what_it_holds(tiny):
-    cache, ids = KVCache(tiny.config, 2), random_ids(2, 71)
-    our_logits(tiny, ids[:, :70], cache=cache)
-    cache.reserve(300)
-    assert cache.kv[0].shape[3] >= 300 and not cache.kv[0][:, :, :, 70:].any()
-    assert_close(our_logits(tiny, ids[:, 70:], cache=cache)[:, 0], our_logits(tiny, ids)[:, 70])
 
 
 def test_image_and_token_must_match(tiny):
