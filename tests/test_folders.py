@@ -129,7 +129,7 @@ def test_values_that_are_refused(folder, file, name, values):
 
 
 @pytest.mark.parametrize("name, value, blamed", rows("""
-text_config.num_attention_heads | 6 | text_config.hidden_size = 32: expected num_attention_heads * head_dim = 48
+text_config.num_attention_heads | 6 | text_config.hidden_size = 32: expected num_attention_heads * head_dim
 text_config.num_key_value_heads | 8 | text_config.num_attention_heads = 4: expected a multiple of num_key
 text_config.head_dim | 16 | text_config.hidden_size = 32: expected num_attention_heads * head_dim = 64
 text_config.num_hidden_layers | 1 | text_config.cross_attention_layers = [1]: expected different numbers below
