@@ -495,5 +495,6 @@ class Llama(nn.Module):
         load_weights(model, folder, device, dtype)
         return model
 
-    def save_pretrained(self, folder, *, max_shard_size=5 * 10**9):
-        save_model(self, folder, max_shard_size)
+    def save_pretrained(self, folder, **how):
+        """Write a Hugging Face folder; see `save_model`."""
+        save_model(self, folder, **how)

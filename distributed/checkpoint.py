@@ -11,9 +11,9 @@ was killed at any time, and the checksums reveal later damage. There is JSON and
 pickle.
 """
 
+import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from distributed.processes import first, gather
 from harness.files import to_json, write_atomically
-from llama.folders import describe, read_json, shard_files, to_released
+from llama.folders import opened, read_json
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,10 +44,9 @@ def tensors_of(module, optimizers):
 def rows(tensor):
     """Return this rank's slice of the first dimension; the last ranks may have less of it, or nothing."""
     if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor) if tensor.ndim else 1)
-    each = -(-tensor.shape[0] // tensor.device_mesh.size())
-    start = tensor.device_mesh.get_local_rank() * each
-    return slice(start, start + len(tensor.to_local()))
+        return slice(0, len(tensor))
+    start = tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())
+    return slice(start, start + len(local(tensor)))
 
 
 def local(tensor):
@@ -56,70 +55,64 @@ def local(tensor):
 
 
 def own_slices(tensors, rank, world):
-    """Copy this rank's slices to host memory -> ({name: copy}, {name: [shape of the whole, first row]})."""
-    mine = {name: tensor for i, (name, tensor) in enumerate(tensors.items())       # one writes what all hold
-            if (len(local(tensor)) if isinstance(tensor, DTensor) else i % world == rank)}
-    copies = {name: local(tensor).to("cpu", copy=True).contiguous() for name, tensor in mine.items()}
-    return copies, {name: [list(tensor.shape), rows(tensor).start] for name, tensor in mine.items()}
+    """Copy to host memory what this rank writes: its slices, and its share of what all hold as a whole."""
+    return {name: local(tensor).to("cpu", copy=True).contiguous()
+            for i, (name, tensor) in enumerate(tensors.items())
+            if isinstance(tensor, DTensor) or i % world == rank}
 
 
 def slices_in(path):
-    """Read what a checkpoint holds -> {name: (shape of the whole, [(first row, end, file) per slice])}."""
+    """Read what a checkpoint holds -> {name: (shape of the whole, [files])}. The slices of a tensor, in the
+    order of the ranks, are the whole."""
     found = {}
-    for file in sorted(Path(path).glob("rank_*.safetensors")):
-        try:
-            with safe_open(file, "pt") as source:
-                places = json.loads(source.metadata()["slices"])
-                for name in source.keys():
-                    shape, start = tuple(map(int, places[name][0])), int(places[name][1])
-                    count, *_ = source.get_slice(name).get_shape() or [1]
-                    found.setdefault(name, (shape, []))[1].append((start, start + count, file))
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file}: not slices of this program ({reason})") from None
-    if not found:
-        raise ValueError(f"{path}: no slices of weights in it; written by another version of this program?")
+    files = Path(path).glob("rank_*.safetensors")
+    for file in sorted(files, key=lambda file: (len(file.name), file.name)):           # 2 before 10
+        with opened(file) as tensors:
+            for name in tensors.keys():
+                shape = tensors.get_slice(name).get_shape()
+                whole, its_files = found.setdefault(name, (shape, []))
+                if its_files and shape:
+                    whole[0] += shape[0]
+                its_files.append(file)
     return found
 
 
 def make_room(found, module, optimizers):
     """Give fresh optimizers empty state for what a checkpoint holds (see `slices_in`) of their parameters."""
-    owner = {parameter: optimizer for optimizer in optimizers
-             for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = {f"optimizer.{name}": parameter for name, parameter in module.named_parameters()}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    states = {f"optimizer.{names[parameter]}": (parameter, optimizer.state) for optimizer in optimizers
+              for group in optimizer.param_groups for parameter in group["params"]}
     for name, (shape, _) in found.items():
         of, _, key = name.rpartition(".")
-        if of in parameters:
-            parameter = parameters[of]                         # of no shape: Adam's count of steps
+        if of in states:
+            parameter, state = states[of]                      # of no shape: Adam's count of steps
             room = torch.empty_like(parameter, requires_grad=False) if shape else torch.empty(())
-            owner[parameter].state[parameter][key] = room
+            state[parameter][key] = room
 
 
 def fill(found, path, tensors, whole=True):
     """Read tensors in place, all of them or ValueError. whole: the checkpoint must hold no others."""
-    for name in sorted(set(tensors) | set(found) if whole else tensors):
-        shape, parts = found.get(name, ((), []))
-        ends = [0, *(end for _, end, _ in sorted(parts))]
-        if name not in found or name not in tensors:
-            what = f"is only in {'the checkpoint' if name in found else 'this run'}"
-        elif shape != tensors[name].shape:
-            what = f"has shape {list(shape)} there and {list(tensors[name].shape)} here"
-        elif sorted(start for start, *_ in parts) != ends[:-1] or ends[-1] != (shape or [1])[0]:
-            what = "is not there as a whole"
-        else:
-            continue
-        raise ValueError(f"{path}: of another model or optimizer: {name} {what}")
-    files = {file for name in tensors for *_, file in found[name][1]}
-    sources = {file: safe_open(file, "pt") for file in files}
+    held = {name: shape for name, (shape, _) in found.items()}
+    asked = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(held | asked if whole else asked):
+        there, here = (shapes.get(name, "nothing") for shapes in (held, asked))
+        if there != here:
+            raise ValueError(f"{path}: of another model, optimizer or version, or without all of its slices: "
+                             f"it holds {there} of {name}, where this run has {here}")
+    source = functools.cache(lambda file: safe_open(file, "pt"))
     for name, tensor in tensors.items():
-        for start, end, file in found[name][1]:
-            mine, content = rows(tensor), sources[file].get_slice(name)
-            low, high = max(start, mine.start), min(end, mine.stop)
-            if not tensor.ndim:
-                tensor.copy_(content[...])
-            elif low < high:
-                room = local(tensor)[low - mine.start:high - mine.start]
+        contents = [source(file).get_slice(name) for file in found[name][1]]
+        if not tensor.ndim:
+            tensor.copy_(contents[0][...])
+            continue
+        own, start = rows(tensor), 0
+        for content in contents:
+            end = start + content.get_shape()[0]
+            low, high = max(start, own.start), min(end, own.stop)
+            if low < high:
+                room = local(tensor)[low - own.start:high - own.start]
                 room.copy_(content[low - start:high - start])
+            start = end
 
 
 def load_policy(path, llama):
@@ -142,8 +135,9 @@ class Checkpoints:
 
     def complete(self):
         """List all complete checkpoints, the oldest first."""
-        found = [path for path in self.folder.glob("step_*") if number(path) >= 0 and path.is_dir()]
-        return sorted(found, key=number)
+        found = [path for path in self.folder.glob("step_*")
+                 if re.fullmatch("step_[0-9]{6,}", path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
     def newest(self):
         """Return the newest checkpoint, or None. ValueError for something else that has such a name."""
@@ -169,19 +163,17 @@ class Checkpoints:
             first(begin)
         except OSError as error:
             self.give_up(error)
-        self.writing = self.thread.submit(self.write, *own_slices(tensors, self.rank, self.world))
+        self.writing = self.thread.submit(self.write, own_slices(tensors, self.rank, self.world))
 
-    def write(self, copies, places):
+    def write(self, copies):
         """Write this rank's slices, in the background, and list its files; the first rank answers for those
         that are nobody's."""
         mine = self.aside / f"rank_{self.rank}.safetensors"
-        save_file(copies, mine, {"slices": json.dumps(places)})
+        save_file(copies, mine)
         mine.chmod(0o644)                      # safetensors makes it readable by its owner only
-        files = [mine]
-        if self.rank == 0:                     # another rank's temporary file begins with a dot
-            files += [file for file in self.aside.iterdir()
-                      if file.is_file() and not file.name.startswith(("rank_", "."))]
-        known = {file.name: fingerprint(file) for file in files}
+        # another rank's temporary file begins with a dot
+        known = {file.name: fingerprint(file) for file in self.aside.iterdir() if file == mine
+                 or self.rank == 0 and file.is_file() and not file.name.startswith(("rank_", "."))}
         write_atomically(mine.with_suffix(".json"), json.dumps(known))
 
     def poll(self):
@@ -213,10 +205,10 @@ class Checkpoints:
         raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume "
                       f"goes on from {self.last()}")
 
-    def last(self, before=math.inf):
-        """Say where --resume goes on from: the newest checkpoint of a step less than `before`."""
-        earlier = [path for path in self.complete() if number(path) < before]
-        return str((earlier or ["the beginning"])[-1])
+    def last(self, without=None):
+        """Say where --resume goes on from, `without` one that is no good."""
+        others = [str(path) for path in self.complete() if path != without]
+        return (others or ["the beginning"])[-1]
 
     def load(self, path, module, optimizers):
         """Fill a module and fresh optimizers from a checkpoint that is verified -> its record. ValueError for
@@ -228,16 +220,10 @@ class Checkpoints:
 
     def verify(self, path):
         """Raise a ValueError on all ranks if a file is not what was written; each reads its share."""
-        problems = gather(damage(path, self.rank, self.world))
+        problems = dict.fromkeys(gather(damage(path, self.rank, self.world)))
         if problems:
             raise ValueError(f"{path}: damaged: {'; '.join(problems)}; remove it, and --resume goes on from "
-                             f"{self.last(before=number(path))}")
-
-
-def number(path):
-    """Return the step of a checkpoint, from its name; -1 for a folder that is called otherwise."""
-    match = re.fullmatch("step_([0-9]{6,})", path.name)
-    return int(match[1]) if match else -1
+                             f"{self.last(without=path)}")
 
 
 def remove(path):
@@ -250,59 +236,29 @@ def remove(path):
 
 def is_checkpoint(path):
     """Tell whether `Checkpoints.save` wrote a folder."""
-    # os.path.exists is False for a name that no file can have; Path.exists raises then.
-    return any(os.path.exists(Path(path) / name) for name in ("record.json", "rank_0.json"))
+    return os.path.exists(Path(path, "record.json"))           # Path.exists raises for what cannot be a name
 
 
 def damage(path, rank=0, world=1):
-    """List what is wrong with a checkpoint's files, in this rank's share of them, as sentences."""
-    known, bad = {}, []
-    for file in sorted(path.glob("rank_*.json")):
-        try:
-            known |= read_json(path, file.name)
-        except (OSError, ValueError):
-            bad.append(f"{file.name} cannot be read")
-    needed = ["record.json", *sorted(file.name for file in path.glob("rank_*.safetensors"))]
-    bad += [f"{name} is in no list" for name in needed if name not in known]
-    faults = [fault(path, *item) for item in list(known.items())[rank::world]]
-    return (bad if rank == 0 else []) + list(filter(None, faults))     # one is enough to say what all see
-
-
-def fault(path, name, told):
-    """Say what is wrong with one file of a checkpoint, or None. told: its fingerprint as it was written."""
-    file = path / name
+    """Say what is wrong with a checkpoint's files, in this rank's share of them, a sentence each."""
+    known = {}
     try:
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
-            return f"{name} is not a file of its own"
-        return None if fingerprint(file) == told else f"{name} is not what was written"
+        for file in sorted(path.glob("rank_*.json")):
+            known |= read_json(path, file.name)
     except (OSError, ValueError) as error:
-        return f"{name}: {getattr(error, 'strerror', error)}"
+        return [str(error)]
+    needed = ["record.json", *(file.name for file in path.glob("rank_*.safetensors"))]
+    found = [f"{name} is in no list" for name in needed if name not in known]
+    for name, told in list(known.items())[rank::world]:
+        file = path / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            found.append(f"{name} is not a file of its own")
+        elif fingerprint(file) != told:
+            found.append(f"{name} is not what was written")
+    return found
 
 
 def fingerprint(file):
     """Return [bytes, SHA-256] of a file."""
     with open(file, "rb") as source:
         return [file.stat().st_size, hashlib.file_digest(source, "sha256").hexdigest()]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A Hugging Face folder out of slices
-
-def export(llama, folder, rank, world, max_shard_size=5 * 10**9):
-    """Write a sharded Llama as files of at most `max_shard_size` bytes, which the ranks take in turn.
-
-    A rank gathers one weight at a time and keeps those of its own file, so that none ever holds more.
-    """
-    weights = {to_released(name, llama.config): p for name, p in llama.named_parameters()}
-    files = shard_files(weights, max_shard_size)
-    for i, (file, names) in enumerate(files.items()):
-        mine = {}
-        for name in names:
-            whole = weights[name].full_tensor()                            # a collective
-            if i % world == rank:
-                mine[name] = whole.detach().cpu()
-        if mine:
-            save_file(mine, folder / file, {"format": "pt"})
-    if rank == 0:
-        for name, text in describe(llama.config, weights, files).items():
-            (folder / name).write_text(text, encoding="utf-8")

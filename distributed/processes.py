@@ -18,6 +18,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from harness.ranges import SettingError
 from harness.terminal import silence, visible
@@ -70,12 +71,11 @@ class Processes:
         """Sum gradients over ranks, in one message. Return the parameters that have one on any rank."""
         present = self.total([p.grad is not None for p in parameters])
         parameters = [p for p, ranks in zip(parameters, present) if ranks]
-        if parameters and self.world > 1:
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                              for p in parameters])
-            self.all_reduce(flat)
-            for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.grad = total.view_as(p).clone()
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in parameters]
+        if gradients and self.world > 1:
+            vector_to_parameters(self.all_reduce(parameters_to_vector(gradients)), gradients)
         return parameters
 
     def share(self, items):
@@ -122,10 +122,8 @@ class Processes:
     def hardware(self):
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-        waiting = "".join(f"{key}={value}, " for key, value in os.environ.items()
-                          if key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
         return (f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, "
-                f"{torch.get_num_threads()} threads, {waiting}torch {torch.__version__}, "
+                f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
                 f"Python {platform.python_version()}")
 
 

@@ -176,7 +176,7 @@ class RunFolder:
         if args.algo == "pretrain":
             model = model.to(torch.bfloat16)
         if args.shard == "on":
-            checkpoint.export(model, aside, self.processes.rank, self.processes.world)
+            model.save_pretrained(aside, rank=self.processes.rank, world=self.processes.world)
         elif self.processes.rank == 0:
             lora.merge(model.float())                          # see load.halve_frozen
             model.save_pretrained(aside)

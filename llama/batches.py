@@ -105,14 +105,14 @@ def bucket(lengths, token_budget, extra=None):
     Of a group, rows x longest, and `extra` of each (its image, in tokens), come to at most token_budget.
     A row beyond it is a group of its own.
     """
-    groups, beside = [], [0] * len(lengths) if extra is None else extra
+    groups, extra = [[]], extra or [0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        rows = [*groups[-1], i] if groups else [i]
-        if groups and len(rows) * lengths[i] + sum(beside[j] for j in rows) <= token_budget:
-            groups[-1].append(i)
+        rows = [*groups[-1], i]
+        if len(rows) * lengths[i] + sum(extra[j] for j in rows) <= token_budget:
+            groups[-1] = rows
         else:
             groups.append([i])
-    return groups
+    return list(filter(None, groups))
 
 
 def prune(tree, room):

@@ -48,9 +48,8 @@ class KVCache:
         rows = self.has_image.nonzero()[:, 0].to(self.kv[0].device)
         self.image_rows = slice(None) if self.has_image.all() else rows if len(rows) else None
 
-    @torch.inference_mode()                # what `generate` made can be changed in there only
     def move(self, to, source):
-        """Make row to[i] what row source[i] was (lists). In place, layer by layer: it takes little memory."""
+        """Make row to[i] what row source[i] was. In place, layer by layer: it takes little memory."""
         to, source = torch.tensor(to, dtype=torch.int64), torch.tensor(source, dtype=torch.int64)
         used = int(self.lengths.max())
         kv = [layer[:, :, :, :used] for layer in self.kv]
@@ -60,13 +59,8 @@ class KVCache:
         self.list_images()
 
     def keep(self, rows):
-        """Forget all conversations but `rows`, which become rows 0, 1, ... in that order."""
-        self.move(list(range(len(rows))), list(rows))
-        self.change(lambda tensor: tensor[:len(rows)])
-
-    def repeat(self, source):
-        """Let row i be what row source[i] was (a list)."""
-        self.change(lambda tensor: tensor[source])
+        """Let row i be what row rows[i] was (a list): others are forgotten, and one may be there twice."""
+        self.change(lambda tensor: tensor[rows])
 
     def first(self, n):
         """Return a cache of the first n rows that shares this one's memory."""

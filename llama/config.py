@@ -2,8 +2,9 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from harness.ranges import above, inside, integer
-from llama.checks import OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, multiple, only, several
+from harness.ranges import above, integer
+from llama.checks import (OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, equal, multiple, only,
+                          several)
 from llama.folders import read_json
 
 
@@ -85,37 +86,35 @@ class Config:
     @classmethod
     def from_dict(cls, hf, file="config.json"):
         """Turn a parsed config.json of model_type llama or mllama into a Config. Errors name `file`."""
-        check(file, TOP, hf, needed=["model_type"])
-        mllama = hf["model_type"] == "mllama"
-        if mllama:
-            check(file, PARTS, hf, needed=PARTS)
+        mllama = hf.get("model_type") == "mllama"
+        check(file, TOP, hf, needed=["model_type", *["text_config", "vision_config"] * mllama])
         text, where = (hf["text_config"], "text_config.") if mllama else (hf, "")
         check(file, TEXT, text, where, needed=NEEDED)
-        hidden, heads = text["hidden_size"], text["num_attention_heads"]
-        values = {"num_key_value_heads": heads, "head_dim": hidden // heads, "rope_theta": 10000.0}
-        if mllama:
-            values |= {"rope_theta": 500000.0, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
-        values |= given(cls, text) | read_rope(text, file, where)
+        heads = text["num_attention_heads"]
         if mllama:
             token = hf.get("image_token_index")
-            values |= {"image_token_id": 128256 if token is None else token,
-                       "vision": read_vision(hf["vision_config"], file, "vision_config."),
-                       "tie_word_embeddings": False}           # the head has fewer rows than the embedding
+            defaults = {"rope_theta": 500000.0, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
+            fixed = {"image_token_id": 128256 if token is None else token,
+                     "vision": read_vision(hf["vision_config"], file, "vision_config."),
+                     "tie_word_embeddings": False}             # the head has fewer rows than the embedding
         else:
-            values |= {"image_token_id": None, "vision": None, "cross_attention_layers": []}
+            defaults = {"rope_theta": 10000.0}
+            fixed = {"image_token_id": None, "vision": None, "cross_attention_layers": []}
+        sizes = {"num_key_value_heads": heads, "head_dim": text["hidden_size"] // heads}
+        values = defaults | sizes | given(cls, text) | read_rope(text, file, where) | fixed
         config = cls(**values)
 
-        if mllama or text.get("head_dim") is None:
-            check(file, {"hidden_size": multiple(heads, "num_attention_heads")}, text, where)
         layers = config.num_hidden_layers
         check(file, {
             "num_attention_heads": multiple(config.num_key_value_heads, "num_key_value_heads"),
-            "head_dim": Rule("even, from 2 to 128; for mllama it is hidden_size / num_attention_heads",
-                             lambda v: v in range(2, 129, 2) and (not mllama or v * heads == hidden)),
+            "head_dim": integer(2, 128, step=2),
             "cross_attention_layers": Rule(
                 f"different numbers below num_hidden_layers = {layers}, one at least, and not all of them",
                 lambda v: not mllama or 0 < len(v) == len({*v}) < layers and max(v) < layers),
         }, values, where)
+        if mllama or text.get("head_dim") is None:
+            size = equal(heads * config.head_dim, "num_attention_heads * head_dim")
+            check(file, {"hidden_size": size}, text, where)
         row = below(config.embedding_rows, "vocab_size + 8")
         check(file, {"image_token_index": row}, {"image_token_index": config.image_token_id})
         return config
@@ -144,9 +143,7 @@ def read_rope(text, file, where):
     check(file, ROPE, rope | {"rope_type": kind}, where)
     if kind == "llama3":
         check(file, LLAMA3_ROPE, rope, where, needed=LLAMA3_ROPE)
-        low = rope["low_freq_factor"]
-        more = Rule(f"more than low_freq_factor = {low}", lambda v: v > low)
-        check(file, {"high_freq_factor": more}, rope, where)
+        check(file, {"high_freq_factor": above(rope["low_freq_factor"])}, rope, where)
         scaling = {"rope_type": kind, **{name: rope[name] for name in LLAMA3_ROPE}}
     return given(Config, {"rope_theta": rope.get("rope_theta")}) | {"rope_scaling": scaling}
 
@@ -177,23 +174,18 @@ def read_vision(values, file, where):
 
 def rules(cls, **others):
     """Make rules for the fields of a dataclass by their types, and for the others."""
-    kinds = {int: integer(1, 2**18), bool: SWITCH, float: above(0), list: several(integer(0, 1000))}
+    kinds = {int: integer(1, 2**20), bool: SWITCH, float: above(0), list: several(integer(0, 1000))}
     return {part.name: kinds[part.type] for part in fields(cls) if part.type in kinds} | others
 
 
 NEEDED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-PARTS = {"text_config": OBJECT, "vision_config": OBJECT}
 TOP = SPECIAL | {"model_type": only("llama", "mllama"), "image_token_index": TOKEN,
+                 "text_config": OBJECT, "vision_config": OBJECT,
                  "quantization_config": Rule("none: quantized weights are not supported", lambda v: False)}
-LAYERS = integer(1, 1000)
-TEXT = SPECIAL | rules(
-    Config, num_hidden_layers=LAYERS, max_position_embeddings=integer(1, 2**31), rms_norm_eps=inside(0, 1),
-    rope_scaling=OBJECT, rope_parameters=OBJECT,
-    hidden_act=only("silu"), attention_bias=only(False), mlp_bias=only(False))
+TEXT = SPECIAL | rules(Config, rope_scaling=OBJECT, rope_parameters=OBJECT, hidden_act=only("silu"),
+                       attention_bias=only(False), mlp_bias=only(False))
 ROPE = {"rope_type": only("default", "llama3"), "rope_theta": above(0)}
-LLAMA3_ROPE = {"factor": above(0), "low_freq_factor": above(0), "high_freq_factor": above(0),
-               "original_max_position_embeddings": integer(1, 2**31)}
-VISION = rules(
-    VisionConfig, num_hidden_layers=LAYERS, num_global_layers=integer(0, 1000), num_channels=only(3),
-    norm_eps=inside(0, 1), image_size=integer(1, 4096), max_num_tiles=integer(1, 64),
-    supported_aspect_ratios=several(several(TOKEN)), hidden_act=only("gelu"))
+LLAMA3_ROPE = dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), above(0))
+VISION = rules(VisionConfig, num_channels=only(3), max_num_tiles=integer(1, 64),
+               supported_aspect_ratios=several(several(TOKEN)), hidden_act=only("gelu"))

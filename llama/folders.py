@@ -3,7 +3,6 @@ import contextlib
 import json
 import math
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -38,16 +37,13 @@ def to_released(name, config):
 # Small files
 
 def read_file(folder, name):
-    """Return the bytes of a small file. FileNotFoundError; ValueError if it cannot be read."""
+    """Return the bytes of a small file. FileNotFoundError; ValueError if it is large."""
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with {name}")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path}: {path.stat().st_size} bytes: expected at most {LARGEST}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    return path.read_bytes()
 
 
 def read_json(folder, name, optional=False):
@@ -65,27 +61,18 @@ def read_json(folder, name, optional=False):
     return values
 
 
-def write_files(folder, files):
-    """Write {name: text, bytes or tensors}: all aside first, so that a failure leaves all as it was."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-            for name, content in files.items():
-                path = Path(aside, name)
-                path.parent.mkdir(exist_ok=True)
-                if isinstance(content, dict):
-                    tensors = {k: t.detach().cpu().contiguous() for k, t in content.items()}
-                    save_file(tensors, path, {"format": "pt"})         # older transformers ask for that
-                    path.chmod(0o644)                          # safetensors lets its owner alone read it
-                else:
-                    path.write_bytes(content.encode() if isinstance(content, str) else content)
-            for name in files:
-                (folder / name).parent.mkdir(exist_ok=True)
-                Path(aside, name).replace(folder / name)
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()                                     # only succeeds where nothing could be written
+def write_file(folder, name, content):
+    """Write text, bytes or tensors. The file is whole or as it was, also for who still reads weights from
+    it."""
+    path = Path(folder, name)
+    aside = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        save_file(content, aside, {"format": "pt"})            # older transformers ask for that
+        aside.chmod(0o644)                                     # safetensors lets its owner alone read it
+    else:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    aside.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,24 +169,33 @@ def shard_files(tensors, limit):
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def describe(config, tensors, files):
-    """Return {file: text} of what goes beside `tensors` in `files`: config.json, and an index for several."""
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    texts = {"config.json": config.to_dict() | {"torch_dtype": dtype}}
+def save_model(model, folder, max_shard_size=5 * 10**9, rank=0, world=1):
+    """Write config.json and safetensors in the released layout.
+
+    The ranks of a sharded model take the files in turn. They gather one weight at a time and keep those of
+    their own file, so that none ever holds more.
+    """
+    weights = {to_released(name, model.config): p.detach() for name, p in model.named_parameters()}
+    files = shard_files(weights, max_shard_size)
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    texts = {"config.json": model.config.to_dict() | {"torch_dtype": dtype}}
     if len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in weights.values())
         texts[WEIGHTS + ".index.json"] = {"metadata": {"total_size": size}, "weight_map": places}
-    return {file: json.dumps(content, indent=2) for file, content in texts.items()}
 
-
-def save_model(model, folder, max_shard_size):
-    """Write config.json and safetensors in the released layout, all or nothing."""
-    tensors = {to_released(name, model.config): weight for name, weight in model.named_parameters()}
-    files = shard_files(tensors, max_shard_size)
-    texts = describe(model.config, tensors, files)
-    shards = {file: {name: tensors[name] for name in names} for file, names in files.items()}
-    write_files(folder, texts | shards)
+    for file, content in texts.items():
+        if rank == 0:
+            write_file(folder, file, json.dumps(content, indent=2))
+    for i, (file, names) in enumerate(files.items()):
+        mine = {}
+        for name in names:
+            weight = weights[name]
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight     # a collective
+            if i % world == rank:
+                mine[name] = whole.cpu().contiguous()
+        if mine:
+            write_file(folder, file, mine)
     for old in Path(folder).glob("model*.safetensors*"):       # of an earlier save in more files, or in fewer
         if old.name not in texts | files:
-            old.unlink()
+            old.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels import product_type
 from llama.cache import KVCache
@@ -43,8 +44,6 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     the GPU waits for the host to launch a thousand kernels. Shapes must stay for that, so rows that have
     ended go on, unseen; as a step reads all weights for however few rows, they cost little.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     weight, each, stop_ids = model.embed_tokens.weight, list(range(len(conversations))), set(stop_ids)
     graph = weight.is_cuda if graph is None else graph
     source = each if source is None else source
@@ -57,12 +56,13 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     hidden, logits = out.hidden[each, lengths - 1], out.logits
     out = None                                                 # frees the rest
     if source != each:
-        cache.repeat(source)
+        cache.keep(source)
         hidden, logits = hidden[source], logits[source]
     samples = [Sample([], [], hidden=state) for state in hidden]
 
     qkv = None if weight.is_cuda else model.join_weights()     # a GPU waits for bytes, not for products
-    rows, drawn, view = list(range(len(source))), [], cache    # rows[slot]: the row that computes there
+    rows, view = np.arange(len(source)), cache                 # rows[slot]: the row that computes there
+    order, drawn = [], []                                      # of log-probs: the rows they are of, and they
 
     def step(tokens, uniform, at=None):
         logits = model(tokens[:, None], cache=view, logits="last", qkv=qkv, at=at).logits
@@ -72,7 +72,8 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     if graph and max_new_tokens > 1:
         replay = record(step, tokens, uniform[:, 0], cache.lengths.to(weight.device))
     for t in range(1, max_new_tokens + 1):
-        drawn.append((rows[:len(tokens)], logprobs))
+        order.extend(rows[:len(tokens)])
+        drawn.append(logprobs)
         done = note_tokens([samples[row] for row in rows[:len(tokens)]], tokens, stop_ids)
         if len(done) == len(tokens) or t == max_new_tokens:
             break
@@ -85,15 +86,16 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
             n = len(tokens) - len(done)
             to, source = swaps(done, n)
             cache.move(to, source)
-            tokens[to], uniform[to] = tokens[source], uniform[source]
-            for slot, row in zip(to, [rows[s] for s in source]):
-                rows[slot] = row
+            tokens[to], uniform[to], rows[to] = tokens[source], uniform[source], rows[source]
             tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
         tokens, logprobs = step(tokens, uniform[:, t])
 
-    note_logprobs(samples, drawn)
-    moved = [slot for slot, row in enumerate(rows) if slot != row]
-    cache.move([rows[slot] for slot in moved], moved)          # every row back to its place
+    for row, logprob in zip(order, torch.cat(drawn).tolist()):                   # one wait for the device
+        samples[row].logprobs.append(logprob)
+    for sample in samples:
+        del sample.logprobs[len(sample.ids):]                  # of draws after its end
+    moved = np.flatnonzero(rows != np.arange(len(rows)))
+    cache.move(rows[moved], moved)                             # every row back to its place
     return samples, cache
 
 
@@ -107,22 +109,11 @@ def note_tokens(samples, tokens, stop_ids):
     return [slot for slot, sample in enumerate(samples) if sample.ended]
 
 
-def note_logprobs(samples, drawn):
-    """Give each sample the log-probs of its ids. drawn: per step the rows that drew, and these (n,)."""
-    values = iter(torch.cat([logprobs for _, logprobs in drawn]).tolist())       # one wait for the device
-    for rows, _ in drawn:
-        for row in rows:
-            samples[row].logprobs.append(next(values))
-    for sample in samples:
-        del sample.logprobs[len(sample.ids):]                  # of draws after its end
-
-
 def pad(rows):
     """Pad lists of ids with 0 on the right -> (B, T) int64 and lengths (B,)."""
     if not all(rows):
         raise ValueError("every conversation needs at least one token that the cache does not hold yet")
-    width = max(map(len, rows))
-    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return padded, torch.tensor([len(row) for row in rows])
 
 
@@ -135,8 +126,7 @@ def draw_uniform(seeds, rows, steps):
         uniform = torch.rand(rows, steps)
     else:
         streams = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
-        numbers = [stream.random(steps, dtype=np.float32) for stream in streams]
-        uniform = torch.from_numpy(np.stack(numbers))
+        uniform = torch.from_numpy(np.stack([stream.random(steps, dtype=np.float32) for stream in streams]))
     return uniform.clamp_(max=1 - 2**-22)                      # so that u * total < total after rounding
 
 
@@ -174,7 +164,6 @@ def record(step, *inputs):
 
 def swaps(done, n):
     """List the slots to exchange so that the n unfinished rows come first -> (to, source)."""
-    finished = set(done)
     front = [slot for slot in done if slot < n]
-    back = [slot for slot in range(n, n + len(done)) if slot not in finished]
+    back = sorted(set(range(n, n + len(done))) - set(done))
     return front + back, back + front

@@ -43,62 +43,39 @@ def cut(image, config):
     """Cut a PIL image into tiles, black ones last -> Images of this one, which all its batches can share."""
     size, max_tiles = config["size"]["height"], config["max_image_tiles"]
     image = to_rgb(image)
-    ratio, (rows, columns) = best_canvas(image.width, image.height, size, max_tiles)
-    target = fit(image.width, image.height, columns * size, rows * size, size)
-    image = image.resize(target, config["resample"])
+    ratio, (rows, columns) = best_canvas(*image.size, size, max_tiles)
+    image = image.resize(fit(*image.size, columns * size, rows * size, size), config["resample"])
     canvas = np.zeros((rows * size, columns * size, 3), np.float32)
     canvas[:image.height, :image.width] = np.asarray(image)
     canvas *= np.float32(config["rescale_factor"])
     canvas = (canvas - np.float32(config["image_mean"])) / np.float32(config["image_std"])
     tiles = torch.zeros(max_tiles, 3, size, size)
-    canvas = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
-    tiles[:rows * columns] = torch.from_numpy(canvas.reshape(-1, 3, size, size))
+    canvas = torch.from_numpy(canvas).view(rows, size, columns, size, 3).permute(0, 2, 4, 1, 3)
+    tiles[:rows * columns] = canvas.flatten(0, 1)
     real = (torch.arange(max_tiles) < rows * columns).long()
     return Images([tiles], torch.tensor([ratio]), real[None], torch.tensor([0]))
 
 
 def to_rgb(image):
-    """Turn any mode into RGB: transparency into white, grey of more than 8 bits scaled (Pillow clips it)."""
+    """Turn a picture of 8 bits per channel into RGB, transparency into white."""
     if image.mode[0] in "IF":
-        image = to_8_bits(image)
-    if image.mode in ("La", "RGBa"):                           # premultiplied; Pillow knows this way only
-        image = image.convert(image.mode.upper())
-    if image.getbands()[-1] == "A" or image.info.get("transparency") is not None:
+        raise ValueError(f"an image of mode {image.mode}: expected 8 bits per channel, as Pillow clips more")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def to_8_bits(image):
-    """Turn grey of mode I;16 (in any byte order), I or F into L. Below 0 is black. ValueError for NaN.
-
-    16 bits keep their high byte, v >> 8: that is exact for 8 bits widened either way, to 256 v or to 257 v;
-    v / 257 is not. I and F do not say what is white. By the largest value it is 1 (F alone), 255, 65535, or
-    that value itself. A PNG or PGM file that Pillow opens as I holds 16 bits, however dark it is.
-    """
-    grey = np.asarray(image).astype(np.float64)
-    top, sixteen = grey.max(), image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    if not np.isfinite(grey).all():
-        raise ValueError(f"an image of mode {image.mode} holds NaN or infinity")
-    if image.mode == "F" and top <= 1:
-        levels = np.rint(grey * 255)                           # k / 255 is not exact
-    elif top <= 255 and not sixteen:
-        levels = grey
-    else:
-        levels = grey / 256 if top <= 65535 else grey / top * 255
-    if "transparency" in image.info:                           # a level of grey
-        levels = np.where(grey == image.info["transparency"], 255, levels)
-    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-
-
 def best_canvas(width, height, size, max_tiles):
     """Find the canvas that enlarges the image least; if none does, the one that shrinks it least; of equals
     the smallest, then the first -> its aspect ratio id and [rows, columns]."""
+    def cost(layout):
+        scale = min(layout[0] * size / height, layout[1] * size / width)
+        return scale < 1, scale if scale >= 1 else -scale, math.prod(layout)
+
     layouts = tile_layouts(max_tiles)
-    scales = [min(a * size / height, b * size / width) for a, b in layouts]
-    scale = min((s for s in scales if s >= 1), default=max(scales))
-    best = min((i for i, s in enumerate(scales) if s == scale), key=lambda i: layouts[i][0] * layouts[i][1])
-    return best + 1, layouts[best]
+    best = min(layouts, key=cost)
+    return layouts.index(best) + 1, best
 
 
 def fit(width, height, canvas_width, canvas_height, size):

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from glob import glob
 from itertools import groupby
 from pathlib import Path
-from string import Template
 
 import torch
 from tokenizers import Tokenizer
 
 from llama import images as pictures
 from llama.checks import OBJECT, SPECIAL, below, check, equal
-from llama.folders import read_file, read_json, write_files
+from llama.folders import read_file, read_json, write_file
 from llama.images import Images
 
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -23,10 +22,16 @@ IMAGE, PAD = "<|image|>", "<|finetune_right_pad_id|>"
 KEPT = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "added_tokens.json",
         "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "processor_config.json")
 
-# What `Processor.render` does, for a folder that has no template of its own.
-TEMPLATE = Template("""{{- '$begin' }}
+# What `Processor.render` does, for a folder that has no template of its own. It begins with one of the first
+# two.
+LLAMA3_WORDS = r"""{%- set begin, role = '<|begin_of_text|>', '<|start_header_id|>' %}
+{%- set content, end = '<|end_header_id|>\n\n', '<|eot_id|>' %}
+"""
+CHATML_WORDS = r"""{%- set begin, role, content, end = '', '<|im_start|>', '\n', '<|im_end|>\n' %}
+"""
+TEMPLATE = """{{- begin }}
 {%- for message in messages %}
-    {{- '$role' + message['role'] + '$content' }}
+    {{- role + message['role'] + content }}
     {%- if message['content'] is string %}
         {{- message['content'] }}
     {%- else %}
@@ -34,15 +39,12 @@ TEMPLATE = Template("""{{- '$begin' }}
             {{- '<|image|>' if part['type'] == 'image' else part['text'] }}
         {%- endfor %}
     {%- endif %}
-    {{- '$end' }}
+    {{- end }}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '${role}assistant$content' }}
+    {{- role + 'assistant' + content }}
 {%- endif %}
-""")
-LLAMA3_TEMPLATE = TEMPLATE.substitute(
-    begin=LLAMA3[0], role=LLAMA3[1], content=LLAMA3[2] + r"\n\n", end=LLAMA3[3])
-CHATML_TEMPLATE = TEMPLATE.substitute(begin="", role=CHATML[0], content=r"\n", end=CHATML[1] + r"\n")
+"""
 
 
 @dataclass
@@ -112,19 +114,21 @@ class Processor:
         return processor
 
     def save_pretrained(self, folder):
-        """Write the files of `from_pretrained`, all or nothing. transformers then chats alike, and stops."""
+        """Write the files of `from_pretrained`. transformers then chats alike, and stops."""
         tokens = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if "special_tokens_map.json" not in self.kept:         # else they are there
-            tokens |= {} if self.chatml else {"bos_token": LLAMA3[0]}
-            tokens |= {"eos_token": self.layout[-1], "pad_token": self.tokenizer.id_to_token(self.pad_id)}
+            tokens |= {"bos_token": None if self.chatml else LLAMA3[0], "eos_token": self.layout[-1],
+                       "pad_token": self.tokenizer.id_to_token(self.pad_id)}
         stops = {"eos_token_id": self.stop_ids, "pad_token_id": self.pad_id}
         configs = {"tokenizer_config.json": tokens | self.tokenizer_config,
                    "generation_config.json": self.generation_config | stops,
                    "preprocessor_config.json": self.image_config}
         files = {file: json.dumps(values, indent=2) for file, values in configs.items() if values}
         if not any("chat_template" in said for said in (*self.kept, *self.tokenizer_config)):
-            files["chat_template.jinja"] = CHATML_TEMPLATE if self.chatml else LLAMA3_TEMPLATE
-        write_files(folder, self.kept | files | {"tokenizer.json": self.tokenizer.to_str(pretty=True)})
+            files["chat_template.jinja"] = (CHATML_WORDS if self.chatml else LLAMA3_WORDS) + TEMPLATE
+        files["tokenizer.json"] = self.tokenizer.to_str(pretty=True)
+        for name, content in (self.kept | files).items():
+            write_file(folder, name, content)
 
     def encode(self, text):
         """Turn plain text into ids, none of them special."""
@@ -143,7 +147,7 @@ class Processor:
         ValueError for more than one image or an unknown part.
         """
         out = Rendered([], [], [])
-        newline = ["\n"] if self.chatml else []                # after <|im_end|>, never sampled
+        newline = ["\n"] * self.chatml                         # after <|im_end|>, never sampled
 
         def add(pieces, sampled=False):                        # of ids and texts; adjacent texts are one
             for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
@@ -151,10 +155,8 @@ class Processor:
                 out.ids += ids
                 out.sampled += [sampled and i != self.image_token_id for i in ids]      # no row of the head
 
-        if not first:
-            add([self.end_id] * (not ended) + newline)
-        elif not self.chatml:
-            add([self.id_of(LLAMA3[0])])
+        begin = [self.id_of(LLAMA3[0])] * (not self.chatml)
+        add(begin if first else [self.end_id] * (not ended) + newline)
         for message in messages:
             answer = message["role"] == "assistant"
             sampled, header = message.get("train", answer), self.header(message["role"])
@@ -207,9 +209,9 @@ class Processor:
         if not rows:
             return None
         cut = [self.cut(images[i]) for i in rows]
-        ids, mask = (torch.cat([getattr(image, name) for image in cut])
-                     for name in ("aspect_ratio_ids", "aspect_ratio_mask"))
-        return Images([image.pixel_values[0] for image in cut], ids, mask, torch.tensor(rows))
+        return Images([image.pixel_values[0] for image in cut],
+                      torch.cat([image.aspect_ratio_ids for image in cut]),
+                      torch.cat([image.aspect_ratio_mask for image in cut]), torch.tensor(rows))
 
     def cut(self, image):
         """Cut a PIL image into tiles -> Images of this one, which all batches that it is in can share."""
@@ -245,16 +247,13 @@ def read_images(folder):
 
 def read_generation(folder):
     """Read generation_config.json, with the stop tokens of config.json, and its padding if there is none."""
-    found, hf = (read_json(folder, name, optional=True) or {}
-                 for name in ("generation_config.json", "config.json"))
-    check(folder / "config.json", {"text_config": OBJECT}, hf)
-    sources = {"generation_config.json": found, "config.json: text_config": hf.get("text_config") or {},
-               "config.json": hf}
-    for name, values in sources.items():
-        check(folder / name, SPECIAL, values)
-    stops, pads = ([as_list(values.get(name)) for values in sources.values()]
+    generation, config = (read_json(folder, name, optional=True) or {}
+                          for name in ("generation_config.json", "config.json"))
+    check(folder / "generation_config.json", SPECIAL, generation)
+    sources = generation, config.get("text_config") or {}, config          # Config has checked the others
+    stops, pads = (sum([as_list(source.get(name)) for source in sources], [])
                    for name in ("eos_token_id", "pad_token_id"))
-    return found | {"eos_token_id": sum(stops, []), "pad_token_id": next(iter(sum(pads, [])), None)}
+    return generation | {"eos_token_id": stops, "pad_token_id": next(iter(pads), None)}
 
 
 def check_fit(processor, config, images=False):
@@ -265,12 +264,12 @@ def check_fit(processor, config, images=False):
     made = [token for token, i in vocabulary.items()
             if token in processor.layout or i not in processor.special_ids]
     last = max(made, key=vocabulary.get)
-    check("tokenizer.json", {last: below(config.vocab_size, "vocab_size")}, vocabulary, "token ")
+    tokens = {last: below(config.vocab_size, "vocab_size")}
+    if vision:
+        tokens[IMAGE] = equal(config.image_token_id, "image_token_index")
+    check("tokenizer.json", tokens, vocabulary, "token ")
     check("generation_config.json", {"pad_token_id": below(config.embedding_rows, "embedding_rows")},
           {"pad_token_id": processor.pad_id})
-    if vision:
-        same = equal(config.image_token_id, "image_token_index")
-        check("tokenizer.json", {IMAGE: same}, vocabulary, "token ")
     if vision and picture:
         check("preprocessor_config.json", {"size": equal(vision.image_size, "image_size"),
                                            "max_image_tiles": equal(vision.max_num_tiles, "max_num_tiles")},

@@ -59,7 +59,7 @@ def refused(folder, load=read):
 # Values of JSON files
 
 REFUSED = """
-config.json | text_config.rms_norm_eps                 | 0, NaN, "1e-5", true, 2
+config.json | text_config.rms_norm_eps                 | 0, NaN, "1e-5", true
 config.json | text_config.rope_theta                   | 0, -1.0, Infinity, NaN, "10000", [1]
 config.json | text_config.rope_scaling                 | "llama3", [1], 5
 config.json | text_config.rope_parameters              | 5, "x"
@@ -72,10 +72,9 @@ config.json | text_config.eos_token_id                 | "2", [1, "2"], -1, true
 config.json | text_config.pad_token_id                 | 1.0, [4], -1
 config.json | text_config.cross_attention_layers       | 1, [3], [-1], [1, 1], [0, 1, 2], [], LONG
 config.json | text_config.cross_attention_layers       | ["1"], [1.0], [true], {}, [1000000000000000]
-config.json | text_config.num_hidden_layers            | 1001
 config.json | text_config.vocab_size                   | 1048577
 config.json | text_config.hidden_size                  | 34
-config.json | text_config.head_dim                     | 129, 7, 16
+config.json | text_config.head_dim                     | 129, 7
 config.json | vision_config.num_global_layers          | -1, "1", 1000000000
 config.json | vision_config.num_channels               | 1, 4, "3"
 config.json | vision_config.norm_eps                   | NaN, 0
@@ -130,9 +129,9 @@ def test_values_that_are_refused(folder, file, name, values):
 
 
 @pytest.mark.parametrize("name, value, blamed", rows("""
-text_config.num_attention_heads | 3 | text_config.hidden_size = 32: expected a multiple of num_attention_heads
+text_config.num_attention_heads | 6 | text_config.hidden_size = 32: expected num_attention_heads * head_dim
 text_config.num_key_value_heads | 8 | text_config.num_attention_heads = 4: expected a multiple of num_key
-text_config.hidden_size | 64 | text_config.head_dim = 8: expected
+text_config.head_dim | 16 | text_config.hidden_size = 32: expected num_attention_heads * head_dim = 64
 text_config.num_hidden_layers | 1 | text_config.cross_attention_layers = [1]: expected different numbers below
 text_config.cross_attention_layers | null | text_config.cross_attention_layers = [3, 8, 13, 18, 23, 28, 33,
 vision_config.attention_heads | 3 | vision_config.hidden_size = 16: expected a multiple of attention_heads = 3

@@ -2,7 +2,6 @@
 all jobs in one go, as `torchrun tests/test_shard.py FOLDER MODEL` (see `worker`); the tests compare what
 they left."""
 
-import contextlib
 import functools
 import json
 import math
@@ -10,12 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -27,8 +24,8 @@ from distributed.processes import Processes  # noqa: E402
 from harness.environments import make_env  # noqa: E402
 from harness.load import agree  # noqa: E402
 from harness.settings import Args, apply_preset, parse  # noqa: E402
-from llama import folders  # noqa: E402
 from llama.config import Config  # noqa: E402
+from llama.folders import read_weights  # noqa: E402
 from llama.processor import Processor  # noqa: E402
 from model import Llama  # noqa: E402
 from rollout import rollout  # noqa: E402
@@ -103,32 +100,12 @@ def worker(folder, small):
         run(processes, settings("gp-vl-ppo", small), "--lr-schedule constant --warmup 0 --shard on", steps,
             "--out", folder / "resumed" / ("parts" if steps else "uninterrupted"))
     (folder / "export").mkdir(exist_ok=True)
-    checkpoint.export(sharded(small, processes), folder / "export", processes.rank, processes.world, 40_000)
+    sharded(small, processes).save_pretrained(folder / "export", rank=processes.rank, world=processes.world,
+                                              max_shard_size=40_000)
     run(processes, "--model", small, "--algo eval --eval-hands 3 --shard on", GAME, "--out", folder / "eval")
     torch.save({"slices": slices(small, processes), "rollouts": rollouts(small, processes),
                 "norm": broken_norm(small, processes)}, folder / f"rank{processes.rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-class Spy:
-    """A tensor in a file that writes down how many of its numbers are read."""
-    read = {}
-
-    def __init__(self, name, source):
-        self.name, self.source = name, source
-        self.get_shape, self.get_dtype = source.get_shape, source.get_dtype
-
-    def __getitem__(self, where):
-        piece = self.source[where]
-        self.read[self.name] = self.read.get(self.name, 0) + piece.numel()
-        return piece
-
-
-@contextlib.contextmanager
-def spying(*args, **kwargs):
-    """Open a file in place of safe_open."""
-    with safe_open(*args, **kwargs) as tensors:
-        yield SimpleNamespace(keys=tensors.keys, get_slice=lambda name: Spy(name, tensors.get_slice(name)))
 
 
 def sharded(folder, processes):
@@ -141,11 +118,18 @@ def sharded(folder, processes):
 def slices(folder, processes):
     """Return how many numbers were read of each tensor in the file, each parameter's own rows, and the
     whole."""
-    with mock.patch.object(folders, "safe_open", spying):
+    read = {}
+
+    def counted(*args):
+        for name, tensor in read_weights(*args):
+            read[name] = tensor.numel()
+            yield name, tensor
+
+    with mock.patch.object(shard, "read_weights", counted):
         model = sharded(folder, processes)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     own = {name: (shard.rows(p), p.to_local().clone()) for name, p in model.named_parameters()}
-    return Spy.read, own, {name: p.full_tensor() for name, p in model.named_parameters()}
+    return read, own, {name: p.full_tensor() for name, p in model.named_parameters()}
 
 
 def rollouts(folder, processes):
@@ -290,8 +274,7 @@ def test_a_rank_reads_its_own_rows_only(left, small):
         assert torch.equal(torch.cat([above, below]), whole) and torch.equal(ranks[0][2][name], whole)
     for read, own, gathered in ranks:
         assert len(read) == len(own)
-        for theirs, count in read.items():
-            name = folders.from_any_layout(theirs)
+        for name, count in read.items():
             assert count == own[name][1].numel()
             assert count < gathered[name].numel() or len(gathered[name]) == 1
 
@@ -312,23 +295,6 @@ def test_all_ranks_see_that_one_has_no_finite_gradient(left):
 
 def test_evaluation_of_a_sharded_model(two_ranks):
     assert json.loads((two_ranks / "eval/eval.json").read_text())["eval"]["id"]["n"] == 3
-
-
-def test_checkpointed_activations_change_nothing(model):
-    batch, gradients = torch.randint(5, 500, (2, 9)), []
-    for prepare in (lambda model: None, shard.checkpoint_activations):
-        prepare(model)
-        model(batch, targets=batch).logprobs.sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad(set_to_none=True)
-    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
-
-
-def test_lockstep(monkeypatch):
-    processes = Processes("cpu")
-    assert list(processes.lockstep(["a"], "filler")) == [("a", 1.0)]
-    monkeypatch.setattr(processes, "largest", lambda n: 3)
-    assert list(processes.lockstep(["a"], "filler")) == [("a", 1.0), ("filler", 0.0), ("filler", 0.0)]
 
 
 if __name__ == "__main__":
