@@ -30,7 +30,7 @@ def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
     row, _, own, full, end, gap = keys_of(masks, b, 0, t, 1, S, N)
     queries = read(q + (b * K + j) * G * D, g, D, G, D)
     first, end = split * chunk, tl.minimum(end, (split + 1) * chunk)
-    logsum, mean = walk(queries, k + here, v + here, strides[2], S, masks, row, t, own,
+    logsum, mean = walk(queries, k + here, v + here, strides[2], S, row, t, own,
                         first, full, end, gap, scale, D, N)
     part_row = ((b * K + j) * G + g) * splits + split
     tl.store(lse + part_row, logsum, mask=g < G)
@@ -55,10 +55,11 @@ def decode(q, k, v, masks, scale):
     B, _, H, D = q.shape
     K, S = k.shape[1:3]
     tile = tiles(q, "decode")
+    N = tile["N"]
     # Enough programs for the chip, two tiles of keys each. Known from shapes: the host need not wait for
     # the GPU.
-    splits = min(64, triton.cdiv(S, 2 * tile["N"]), max(1, 8 * chip(q.device)[1] // (B * K)))
-    chunk = triton.cdiv(triton.cdiv(S, splits), tile["N"]) * tile["N"]
+    splits = min(64, triton.cdiv(S, 2 * N), max(1, 8 * chip(q.device)[1] // (B * K)))
+    chunk = triton.cdiv(triton.cdiv(S, splits), N) * N
     out, lse = torch.empty_like(q), q.new_empty(B, H, splits, dtype=torch.float32)
     part = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
     heads = max(16, triton.next_power_of_2(H // K))            # tensor cores want 16 rows

@@ -36,7 +36,7 @@ from kernels import logits, product_type, use_triton, without_autocast
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Compute log-probs, entropy and log-sum-exp and their gradients: with kernels on a GPU, else with twins."""
+    """Compute log-probs, entropy and log-sum-exp, and their gradients: by kernels on a GPU, else by twins."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -60,7 +60,8 @@ class TokenLogprobs(torch.autograd.Function):
         if len(rows) < N:
             hidden, targets, lse, a, e, g = (x[rows] for x in (hidden, targets, lse, a, e, g))
         with without_autocast(hidden):
-            found = ctx.gradients(hidden, weight, targets, lse, a, e, g, ctx.temperature, ctx.needs_input_grad)
+            found = ctx.gradients(hidden, weight, targets, lse, a, e, g,
+                                  ctx.temperature, ctx.needs_input_grad)
         grad_hidden, grad_weight = (None if x is None else x.to(weight.dtype) for x in found)
         if grad_hidden is not None and len(rows) < N:
             grad_hidden = hidden.new_zeros(N, hidden.shape[1]).index_copy_(0, rows, grad_hidden)

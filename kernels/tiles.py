@@ -20,10 +20,11 @@ import torch
 
 from kernels import chip, tl, triton
 
-# The first row counts that is for the chip (float32 is a chip of its own, "cpu" the interpreter), for so many
-# channels, and knows the kernel. Columns begin with a kernel and what a tile of it holds: M queries and N keys;
-# rows, vocabulary and channels. Then warps and stages. M divides the M before and 128: so far lse and delta
-# are written.
+# The first row counts that is for the chip, for so many channels, and fills the kernel's column. float32 is a
+# chip of its own: without tensor cores it is exact, and slow, and each thread holds whole rows of operands.
+# "cpu" is the interpreter: small tests have many blocks. A column is headed by a kernel and by what a tile of
+# it holds (M queries and N keys; rows, vocabulary and channels). Then come warps and stages. M divides the M
+# before and 128: so far lse and delta are written.
 TILES = """
     chips        | up to | forward M N | dq M N     | dkdv M N   | decode N | logits BLOCK_N BLOCK_V BLOCK_D
     sm_90 sm_100 | 64    | 64 64 4 3   | 64 64 4 3  | 64 64 4 3  | 128 4 3  |
@@ -44,9 +45,7 @@ HEAD, *ROWS = [[cell.strip() for cell in line.split("|")] for line in TILES.stri
 
 
 def tiles(x, kernel):
-    """Return the keywords of a launch that tell channels, tiles, warps and stages. x: queries or hidden states.
-
-    float32 has no tensor cores: it is exact, and slow; each thread holds whole rows of operands.
+    """Return the keywords of a kernel's launch on queries or hidden states x: channels, tile, warps, stages.
     """
     D, name = x.shape[-1], chip(x.device)[0]
     if x.dtype == torch.float32 and name != "cpu":
