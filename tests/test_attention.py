@@ -19,7 +19,6 @@ from kernels.visible import Visible, dense_mask
 from tables import cases, raises, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = {"kernels": "triton", "twin": "torch"}
 # numpy warns of queries that see nothing
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 
@@ -27,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid
 @pytest.fixture
 def backend(request, monkeypatch):
     """Choose kernels or twins for one test."""
-    monkeypatch.setenv("KERNELS", BACKENDS[request.param])
+    monkeypatch.setenv("KERNELS", request.param)
     return request.param
 
 
 def both(test):
     """Let a test run with the kernels and with their twins."""
-    return pytest.mark.usefixtures("backend")(cases("backend", BACKENDS, indirect=True)(test))
+    return pytest.mark.usefixtures("backend")(cases("backend", ["triton", "torch"], indirect=True)(test))
 
 
 def problem(B, T, S, H, K, D, dtype=torch.float32):
@@ -47,7 +46,7 @@ def problem(B, T, S, H, K, D, dtype=torch.float32):
 # Who sees whom, in all forms that the model knows and more: what of `masks` a Visible gets.
 KINDS = {"all": "", "causal": "causal", "ragged": "causal lengths", "cached": "causal starts some_lengths",
          "cross": "prefix", "vision": "prefix third", "holes": "half few", "nothing": "closed",
-         "both": "causal half few"}
+         "both": "causal half few", "everything": "causal starts some_lengths half few"}
 
 
 def masks(kind, B, T, S):
@@ -119,7 +118,7 @@ def test_against_float64(case):
     found, expected = run(inputs, grad, **seen), dense(inputs, grad, **seen)
     assert_near(found, expected)
     assert {x.dtype for x in found} == {dtype}
-    out, _, _, dv = expected
+    out, *_, dv = expected
     for x, own in zip(found, (out, out, dv, dv)):              # dq as out, dk as dv
         assert not x[own == 0].any()
 
@@ -157,8 +156,7 @@ def test_any_strides():
     inputs, grad = problem(2, 9, 14, 4, 2, 16)
     # rows of 32 of which 16 count
     wide = [torch.cat([x.detach()] * 2, -1)[..., :16].requires_grad_() for x in inputs]
-    seen = masks("both", 2, 9, 14)
-    seen |= {name: torch.tensor(x, device=DEVICE) for name, x in (("starts", [3, 0]), ("lengths", [9, 5]))}
+    seen = masks("everything", 2, 9, 14)
     apart = {name: x if name == "causal" else torch.stack([x, x], -1)[..., 0] for name, x in seen.items()}
     assert_equal(run(wide, grad.expand(2, 9, 4, 16), **apart), run(inputs, grad, **seen))
 
@@ -180,7 +178,6 @@ def test_one_query_a_row(kind, sizes):
     B, S, *heads = map(int, sizes.split())
     inputs, grad = problem(B, 1, S, *heads)
     seen = masks(kind, B, 1, S)
-    seen.pop("lengths", None)
     with torch.no_grad():
         found = A.attention(*inputs, Visible(**seen))
     assert_near([found], dense(inputs, grad, **seen)[:1])
@@ -228,7 +225,7 @@ def test_one_object_serves_all_layers(backend):
     visible = Visible(causal=True, starts=torch.tensor([1, 4], device=DEVICE))
     first = A.attention(*inputs, visible)
     assert torch.equal(first, A.attention(*inputs, visible))
-    assert (visible.dense is not None, visible.table is not None) == (backend == "twin", backend == "kernels")
+    assert (visible.dense is not None, visible.table is not None) == (backend == "torch", backend == "triton")
 
 
 @cases("sizes", ["3 4 4 16", "2 4 4 256", "2 4 3 16"])       # heads uneven, heads too wide, fewer values
