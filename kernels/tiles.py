@@ -24,7 +24,7 @@ from kernels import chip, tl, triton
 # chip of its own: without tensor cores it is exact, and slow, and each thread holds whole rows of operands.
 # "cpu" is the interpreter: small tests have many blocks. A column is headed by a kernel and by what a tile of
 # it holds (M queries and N keys; rows, vocabulary and channels). Then come warps and stages. M divides the M
-# before and 128: so far lse and delta are written.
+# before and 128: so far lse and delta are written. "other": chips without a row of their own.
 TILES = """
     chips        | up to | forward M N | dq M N     | dkdv M N   | decode N | logits BLOCK_N BLOCK_V BLOCK_D
     sm_90 sm_100 | 64    | 64 64 4 3   | 64 64 4 3  | 64 64 4 3  | 128 4 3  |
@@ -45,7 +45,9 @@ HEAD, *ROWS = [[cell.strip() for cell in line.split("|")] for line in TILES.stri
 
 
 def tiles(x, kernel):
-    """Return the keywords of a kernel's launch on queries or hidden states x: channels, tile, warps, stages.
+    """Return the keywords of a kernel's launch that give channels, tile, warps and stages.
+
+    kernel: a word of the table's head. x: queries (..., D), or hidden states (N, D).
     """
     D, name = x.shape[-1], chip(x.device)[0]
     if x.dtype == torch.float32 and name != "cpu":
