@@ -30,7 +30,7 @@ def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
     row, _, own, full, end, gap = keys_of(masks, b, 0, t, 1, S, N)
     queries = read(q + (b * K + j) * G * D, g, D, G, D)
     first, end = split * chunk, tl.minimum(end, (split + 1) * chunk)
-    logsum, mean = walk(queries, k + here, v + here, strides[2], S, row, t, own,
+    logsum, mean = walk(queries, k + here, v + here, strides[2], S, masks, row, t, own,
                         first, full, end, gap, scale, D, N)
     part_row = ((b * K + j) * G + g) * splits + split
     tl.store(lse + part_row, logsum, mask=g < G)

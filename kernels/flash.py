@@ -32,7 +32,7 @@ from kernels.visible import hide, keys_of, own_keys, queries_of
 
 
 @triton.jit
-def walk(q, k, v, k_s, S, row, t, own, first, full, end, gap, scale, D, N):
+def walk(q, k, v, k_s, S, masks, row, t, own, first, full, end, gap, scale, D, N):
     """Let queries q (M, D) meet keys first .. end, but for a gap -> (log-sum-exp in the units of q k, mean of
     v)."""
     top = tl.full([q.shape[0]], -1e30, tl.float32)             # finite: -inf less -inf would be NaN
@@ -43,7 +43,7 @@ def walk(q, k, v, k_s, S, row, t, own, first, full, end, gap, scale, D, N):
         n = n0 + tl.arange(0, N)
         s = dot(q, tl.trans(read(k, n, k_s, S, D)))
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], own[:, None], row)
+            s = hide(s, t[:, None], n[None, :], own[:, None], masks, row)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -72,7 +72,7 @@ def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
     row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
     queries = read(q + here, t, H * D, length, D)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, row, t, own,
+    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, masks, row, t, own,
                         0, full, end, gap, scale, D, N)
     write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
     seeing = (t < length) & (logsum > float("-inf"))
@@ -100,7 +100,7 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, s
         zeros = tl.zeros([M, N], tl.float32)
         s = dot(queries, tl.trans(keys), zeros - logsum[:, None])
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], own[:, None], row)
+            s = hide(s, t[:, None], n[None, :], own[:, None], masks, row)
         values = read(v + keys_here, n, strides[2], S, D)
         dp = dot(do, tl.trans(values), zeros - dots[:, None])
         acc = dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc)
@@ -134,7 +134,7 @@ def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, 
         zeros = tl.zeros([N, M], tl.float32)
         s = dot(keys, tl.trans(queries), zeros - logsum[None, :])
         if t0 < full:
-            s = hide(s, t[None, :], n[:, None], own_keys(masks, b, t, length, T)[None, :], row)
+            s = hide(s, t[None, :], n[:, None], own_keys(masks, b, t, length, T)[None, :], masks, row)
         p = tl.exp2(s * scale)
         do = read(grad + h * D, t, H * D, length, D)
         dots = tl.load(delta + h * T_pad + t)

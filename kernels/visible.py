@@ -127,7 +127,7 @@ def keys_of(masks, b, t0, t, T, S, N):
     end = tl.minimum(end, start + tl.minimum(t0 + t.shape[0], length))
     end = tl.where(t0 < length, end, 0)
     full = tl.minimum(tl.minimum(full, start + t0 + 1), end) // N * N
-    return (masks, start, b, S, stem), length, own, full, end, (tl.cdiv(stem, N) * N, gap)
+    return (start, b, S, stem), length, own, full, end, (tl.cdiv(stem, N) * N, gap)
 
 
 @triton.jit
@@ -144,13 +144,13 @@ def queries_of(masks, b, n0, n, S, M, N):
         stem = tl.load(rows + 2)
         end = tl.max(tl.load(masks[4] + b * S + n, mask=n < S, other=0), 0)
         full = tl.where(n0 + N <= stem, full, end)
-    return (masks, start, b, S, stem), length, first, full, end
+    return (start, b, S, stem), length, first, full, end
 
 
 @triton.jit
-def hide(s, t, n, own, row):
+def hide(s, t, n, own, masks, row):
     """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
-    masks, start, b, S, stem = row
+    start, b, S, stem = row
     visible = (n < S) & (n - start <= t)
     if masks[1] is not None:
         visible = visible & (own | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
