@@ -17,6 +17,8 @@ try:
 except ImportError:            # macOS and Windows have no triton: this is enough of it to define a kernel
     triton, tl = SimpleNamespace(jit=lambda function: function, missing=True), SimpleNamespace(constexpr=None)
 
+constexpr = tl.constexpr       # what a kernel is compiled for: each value makes a kernel of its own
+
 
 def use_triton(tensor):
     """Tell whether kernels, rather than twins, compute on this tensor."""
@@ -29,10 +31,10 @@ def use_triton(tensor):
 @cache
 def has_triton():
     """Tell whether triton is installed; say once what it means if not."""
-    if hasattr(triton, "missing"):
+    if missing := hasattr(triton, "missing"):
         warnings.warn(
             "triton is not installed: attention and log-probs run on their slower plain-torch twins")
-    return not hasattr(triton, "missing")
+    return not missing
 
 
 @cache

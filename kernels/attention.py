@@ -1,6 +1,6 @@
 """Attention that never holds its matrix of scores.
 
-    out = softmax(scale q k^T) v
+    out = softmax(scale q k^T) v,    scale = 1 / sqrt(D)
     B rows, T queries, S keys, H query heads, K key heads, each shared by G = H / K of them, D channels
 
 What it saves. At 4096 tokens a head has 2^24 scores, 34 MB in bfloat16; 32 heads a gigabyte, in every row and
@@ -33,44 +33,43 @@ from kernels.flash import Flash
 from kernels.visible import Visible, dense_mask, kernel_masks
 
 
-def attention(q, k, v, visible=None, scale=None):
-    """Compute softmax(scale q k^T) v for q (B, T, H, D), k and v (B, K, S, D) -> (B, T, H, D).
+def attention(q, k, v, visible=None):
+    """Compute softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, K, S, D) -> (B, T, H, D).
 
-    visible: a `Visible`; None: all see all. scale: positive, by default 1 / sqrt(D).
+    visible: a `Visible`; None: all see all.
     Heads h G .. h G + G - 1 share key head h. D is at most 128, and the last stride of k and v is 1.
     """
     B, T, H, D = q.shape
     if D > 128 or H % k.shape[1] or k.shape != v.shape or k.shape[::3] != (B, D):
-        shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
-        raise ValueError(f"heads are at most 128 wide and shared evenly; found {shapes}")
+        shapes = [[*x.shape] for x in (q, k, v)]
+        raise ValueError(f"heads are at most 128 wide and shared evenly; q, k and v are of shapes {shapes}")
     visible = visible or Visible()
     if q.numel() == 0 or k.numel() == 0:
         return q * (k.sum() + v.sum())         # zeros (or nothing), through which gradients can flow
     if not use_triton(q):
-        return attention_reference(q, k, v, visible, scale)
+        return attention_reference(q, k, v, visible)
     q, k, v = (x.to(product_type(q)) for x in (q, k, v))       # autocast knows PyTorch's own products only
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()                  # kernels know one set of strides
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     kernel = Flash.apply if T > 1 or learns else decode
-    scale = D**-0.5 if scale is None else scale
-    return kernel(q.contiguous(), k, v, kernel_masks(visible, q, k.shape[2]), scale / math.log(2))
+    return kernel(q.contiguous(), k, v, kernel_masks(visible, q, k.shape[2]), D**-0.5 / math.log(2))
 
 
-def attention_reference(q, k, v, visible, scale=None):
+def attention_reference(q, k, v, visible):
     """Compute the same in plain torch. Heads that share a key head are folded into T: no key is repeated."""
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
     if visible.trees is not None:
-        return attend_trees(q, k, v, visible, scale)
-    fused = F.scaled_dot_product_attention
-    if visible.causal and visible.starts is None and visible.key_mask is None:
+        return attend_trees(q, k, v, visible)
+    fused, masked = F.scaled_dot_product_attention, visible.key_mask is not None
+    if visible.causal and visible.starts is None and not masked:
         # needs no mask, but the true number of queries
-        out = fused(q.transpose(1, 2), k, v, is_causal=S > 1, scale=scale, enable_gqa=H != K).transpose(1, 2)
+        out = fused(q.transpose(1, 2), k, v, is_causal=S > 1, enable_gqa=H != K).transpose(1, 2)
     else:
-        mask = dense_mask(visible, q, S, H // K)
+        mask = dense_mask(visible, q, S, H // K) if visible.causal or masked else None
         q = q.transpose(1, 2).reshape(B, K, H // K * T, D)
-        out = fused(q, k, v, attn_mask=mask, scale=scale)
+        out = fused(q, k, v, attn_mask=mask)
         out = out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
     if visible.lengths is None:
         return out
@@ -78,7 +77,7 @@ def attention_reference(q, k, v, visible, scale=None):
     return out.masked_fill(padding[:, :, None, None], 0)
 
 
-def attend_trees(q, k, v, visible, scale):
+def attend_trees(q, k, v, visible):
     """Compute the same for rows that are trees, branch by branch: nothing is computed that is hidden."""
     T, q, rows = q.shape[1], q.transpose(1, 2), []             # (B, H, T, D)
     if visible.dense is None:                                  # of the longest conversation
@@ -86,23 +85,15 @@ def attend_trees(q, k, v, visible, scale):
         visible.dense = q.new_full((longest, longest), -math.inf).triu(1)
     for row, (stem, branches) in enumerate(visible.trees):
         sizes = stem, *branches, T - stem - sum(branches)
-        parts = [x[row:row + 1].split(sizes, 2) for x in (q, k, v)]
-        (first, *begin), *others, (padding, *_) = zip(*parts)
-        out = [attend_last(first, *begin, visible.dense, scale)]
-        for queries, *own in others:
-            seen = [torch.cat(pair, 2) for pair in zip(begin, own)]
-            out.append(attend_last(queries, *seen, visible.dense, scale))
+        *parts, (padding, *_) = zip(*(x[row:row + 1].split(sizes, 2) for x in (q, k, v)))
+        begin, out = [], []                                    # keys and values of the stem
+        for queries, *own in parts:
+            keys, values = (torch.cat(pair, 2) for pair in zip(*begin, own))
+            begin = begin or [own]
+            if t := queries.shape[2]:                          # the last t of s places
+                s = keys.shape[2]
+                mask = visible.dense[s - t:s, :s] if t < s else None           # else the kernel skips half
+                out.append(F.scaled_dot_product_attention(
+                    queries, keys, values, mask, is_causal=t == s, enable_gqa=q.shape[1] != k.shape[1]))
         rows.append(torch.cat([*out, torch.zeros_like(padding)], 2))
     return torch.cat(rows).transpose(1, 2)
-
-
-def attend_last(q, k, v, mask, scale):
-    """Let queries (1, H, T, D), the last of the places of keys (1, K, S, D), see these causally -> as q.
-
-    mask: what a causal mask adds to scores, for at least S tokens.
-    """
-    (_, H, T, _), (_, K, S, _) = q.shape, k.shape
-    if not T:
-        return q
-    mask = mask[S - T:S, :S] if T < S else None                # without one the fused kernel skips half
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=scale, enable_gqa=H != K)

@@ -14,7 +14,7 @@ There is no backward pass: training on a single query uses flash.py.
 """
 import torch
 
-from kernels import chip, tl, triton
+from kernels import chip, constexpr, tl, triton
 from kernels.flash import walk
 from kernels.tiles import channels, read, tiles, write
 from kernels.visible import keys_of
@@ -22,7 +22,7 @@ from kernels.visible import keys_of
 
 @triton.jit
 def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
-                  G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+                  G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Let one query in each of the G heads of key head j meet `chunk` keys."""
     split, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, K = tl.num_programs(0), tl.num_programs(1)
@@ -38,7 +38,7 @@ def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
 
 
 @triton.jit
-def combine_kernel(part, lse, out, splits, scale, SPLITS: tl.constexpr, D: tl.constexpr):
+def combine_kernel(part, lse, out, splits, scale, SPLITS: constexpr, D: constexpr):
     """Write the weighted mean of the parts of one head."""
     head, i = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
     logsum = tl.load(lse + head * splits + i, mask=i < splits, other=float("-inf"))
@@ -55,10 +55,11 @@ def decode(q, k, v, masks, scale):
     B, _, H, D = q.shape
     K, S = k.shape[1:3]
     tile = tiles(q, "decode")
+    N = tile["N"]
     # Enough programs for the chip, two tiles of keys each. Known from shapes: the host need not wait for
     # the GPU.
-    splits = min(64, triton.cdiv(S, 2 * tile["N"]), max(1, 8 * chip(q.device)[1] // (B * K)))
-    chunk = triton.cdiv(triton.cdiv(S, splits), tile["N"]) * tile["N"]
+    splits = min(64, triton.cdiv(S, 2 * N), max(1, 8 * chip(q.device)[1] // (B * K)))
+    chunk = triton.cdiv(triton.cdiv(S, splits), N) * N
     out, lse = torch.empty_like(q), q.new_empty(B, H, splits, dtype=torch.float32)
     part = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
     heads = max(16, triton.next_power_of_2(H // K))            # tensor cores want 16 rows

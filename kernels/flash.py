@@ -26,7 +26,7 @@ their gradients are contiguous (B, T, H, D). Keys and values may be views of a c
 """
 import torch
 
-from kernels import tl, triton
+from kernels import constexpr, tl, triton
 from kernels.tiles import dot, read, tiles, write
 from kernels.visible import hide, keys_of, own_keys, queries_of
 
@@ -67,7 +67,7 @@ def block_of_queries(T, strides, G, D, M):
 
 @triton.jit
 def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
-                   G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+                   G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Compute M queries of a head."""
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
     row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
@@ -82,7 +82,7 @@ def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
 
 @triton.jit
 def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, scale,
-              G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+              G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Compute dQ of M queries of a head, and delta for dkdv_kernel."""
     h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
     row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
@@ -110,14 +110,14 @@ def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, s
 
 @triton.jit
 def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, scale,
-                G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+                G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Compute dK and dV of N keys. Scores stand transposed, (keys, queries).
 
     One loop over the queries of all G heads takes fewer registers than two.
     """
     n0, j, b, K = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     n, here, H = n0 + tl.arange(0, N), b * strides[0] + j * strides[1], K * G
-    row, length, first, full, end = queries_of(masks, b, n0, S, M, N)
+    row, length, first, full, end = queries_of(masks, b, n0, n, S, M, N)
     keys = read(k + here, n, strides[2], S, D)
     values = read(v + here, n, strides[2], S, D)
     dk_acc = tl.zeros(keys.shape, tl.float32)
@@ -159,22 +159,20 @@ class Flash(torch.autograd.Function):
         (B, T, H, _), (K, S), tile = q.shape, k.shape[1:3], tiles(q, "forward")
         T_pad = triton.cdiv(T, 128) * 128      # whole tiles of lse and delta: a mask would take registers
         out, lse = torch.empty_like(q), q.new_empty(B, H, T_pad, dtype=torch.float32)
-        grid = triton.cdiv(T, tile["M"]), H, B
-        forward_kernel[grid](q, k, v, out, lse, masks, k.stride()[:3], T, T_pad, S, scale, H // K, **tile)
-        ctx.save_for_backward(q, k, v, out, lse, *masks)
-        ctx.scale = scale
+        ctx.rest = masks, k.stride()[:3], T, T_pad, S, scale, H // K
+        forward_kernel[triton.cdiv(T, tile["M"]), H, B](q, k, v, out, lse, *ctx.rest, **tile)
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, out, lse, *masks = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         (B, T, H, D), (K, S), grad = q.shape, k.shape[1:3], grad.contiguous()
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
         dk, dv = k.new_empty(2, B, S, K, D).transpose(2, 3)    # tokens outside heads, as projections want it
-        rest = tuple(masks), k.stride()[:3], T, lse.shape[2], S, ctx.scale, H // K
         tile = tiles(q, "dq")
-        dq_kernel[triton.cdiv(T, tile["M"]), H, B](q, k, v, out, lse, grad, delta, dq, *rest, **tile)
+        dq_kernel[triton.cdiv(T, tile["M"]), H, B](q, k, v, out, lse, grad, delta, dq, *ctx.rest, **tile)
         tile = tiles(q, "dkdv")
-        dkdv_kernel[triton.cdiv(S, tile["N"]), K, B](q, k, v, lse, grad, delta, dk, dv, *rest, **tile)
+        dkdv_kernel[triton.cdiv(S, tile["N"]), K, B](q, k, v, lse, grad, delta, dk, dv, *ctx.rest, **tile)
         return dq, dk, dv, None, None

@@ -19,8 +19,8 @@ import math
 
 import torch
 
-from kernels import chip, tl, triton
-from kernels.tiles import LOGITS, dot, table_of
+from kernels import chip, constexpr, tl, triton
+from kernels.tiles import dot, tiles
 
 WORKSPACE = 80 * 2**20         # bytes of dz at once; at N 8192 and D 4096 it makes 256 MiB
                                # with d hidden in float32, a piece of it and cuBLAS's own 32 MiB
@@ -49,9 +49,9 @@ def logits_tile(x_ptr, w_ptr, rows, cols, N, V, scale, D, BLOCK_D):
 
 
 @triton.jit
-def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles, D: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                      GROUP: tl.constexpr):
+def statistics_kernel(x_ptr, w_ptr, target_ptr, out_ptr, N, V, scale, tiles, D: constexpr,
+                      BLOCK_N: constexpr, BLOCK_V: constexpr, BLOCK_D: constexpr,
+                      GROUP: constexpr):
     """Write m, s, t and z_y of a block of rows over `tiles` tiles of the vocabulary to out (4, splits, N)."""
     block, split, splits = tl.program_id(2) * GROUP + tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if block * BLOCK_N >= N:
@@ -85,8 +85,8 @@ def column(x_ptr, rows, N):
 
 @triton.jit
 def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_ptr, N, V, stride, scale,
-                   D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                   GROUP: tl.constexpr):
+                   D: constexpr, BLOCK_N: constexpr, BLOCK_V: constexpr, BLOCK_D: constexpr,
+                   GROUP: constexpr):
     """Write a tile of out[:, :V] = p (a - e log2 p) + g onehot(target).
 
     w is a slab of V rows of the vocabulary, and targets count from its first.
@@ -106,22 +106,16 @@ def dlogits_kernel(x_ptr, w_ptr, target_ptr, lse_ptr, a_ptr, e_ptr, g_ptr, out_p
     tl.store(out_ptrs, dz.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols[None, :] < V))
 
 
-def launch_options(hidden):
-    """Return the rows of a tile, the columns of a tile and the keywords of a launch."""
-    n, v, d, warps, stages = map(int, table_of(hidden, LOGITS).split())
-    return n, v, dict(D=hidden.shape[1], BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, GROUP=GROUP,
-                      num_warps=warps, num_stages=stages)
-
-
 def statistics(hidden, weight, targets, temperature):
     """Return logprobs, entropy and lse, (N,) float32 each."""
-    N, V, (n, v, options) = len(hidden), len(weight), launch_options(hidden)
+    N, V, tile = len(hidden), len(weight), tiles(hidden, "logits")
+    blocks, columns = triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(V, tile["BLOCK_V"])
     programs = 8 * chip(hidden.device)[1]                      # 8 per SM, one by one
-    splits = min(triton.cdiv(V, v), max(8, programs // max(1, triton.cdiv(N, n))))
+    splits = min(columns, max(8, programs // max(1, blocks)))
     out = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device)
-    statistics_kernel[GROUP, splits, triton.cdiv(N, n * GROUP)](
-        hidden, weight, targets, out, N, V, 1 / (temperature * LN2),
-        triton.cdiv(triton.cdiv(V, v), splits), **options)
+    statistics_kernel[GROUP, splits, triton.cdiv(blocks, GROUP)](
+        hidden, weight, targets, out, N, V, 1 / (temperature * LN2), triton.cdiv(columns, splits),
+        GROUP=GROUP, **tile)
     m, s, t, chosen = out                                      # (splits, N) each
     top = m.amax(0)
     shrink = torch.exp2(m - top)
@@ -134,7 +128,8 @@ def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
 
     None in place of one that is not wanted.
     """
-    N, V, (n, v, options) = len(hidden), len(weight), launch_options(hidden)
+    N, V, tile = len(hidden), len(weight), tiles(hidden, "logits")
+    n, v = tile["BLOCK_N"], tile["BLOCK_V"]
     slab = max(1, WORKSPACE // (max(1, N) * v * hidden.element_size())) * v
     scale, lse = 1 / (temperature * LN2), lse / LN2
     a, e, g = a / temperature, e * LN2 / temperature, g / temperature
@@ -145,11 +140,12 @@ def gradients(hidden, weight, targets, lse, a, e, g, temperature, wanted):
         w = weight[first:first + slab]
         grid = GROUP, triton.cdiv(len(w), v), triton.cdiv(N, n * GROUP)
         dlogits_kernel[grid](hidden, w, targets - first, lse, a, e, g, dz, N, len(w), dz.stride(0), scale,
-                             **options)
+                             GROUP=GROUP, **tile)
+        part = dz[:, :len(w)]
         if wanted[0]:
-            add_product(grad_hidden, dz[:, :len(w)], w)
+            add_product(grad_hidden, part, w)
         if wanted[1]:
-            torch.mm(dz[:, :len(w)].T, hidden, out=grad_weight[first:first + slab])
+            torch.mm(part.T, hidden, out=grad_weight[first:first + slab])
     return grad_hidden, grad_weight
 
 

@@ -36,14 +36,15 @@ from kernels import logits, product_type, use_triton, without_autocast
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Differentiate log-probs, entropy and log-sum-exp with one way to compute them and their gradients."""
+    """Compute log-probs, entropy and log-sum-exp, and their gradients: by kernels on a GPU, else by twins."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, statistics, gradients):
+    def forward(ctx, hidden, weight, targets, temperature):
+        statistics, ctx.gradients = KERNELS if use_triton(hidden) else TWINS
         with without_autocast(hidden):
             logprobs, entropy, lse = statistics(hidden, weight, targets, temperature)
         ctx.save_for_backward(hidden, weight, targets, entropy, lse)
-        ctx.temperature, ctx.gradients = temperature, gradients
+        ctx.temperature = temperature
         return logprobs, entropy, lse
 
     @staticmethod
@@ -55,34 +56,31 @@ class TokenLogprobs(torch.autograd.Function):
         """
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         N, rows = len(hidden), ((g != 0) | (e != 0) | (l != 0)).nonzero()[:, 0]
+        a = l - g - e * entropy
         if len(rows) < N:
-            hidden, targets, entropy, lse, g, e, l = (
-                x[rows] for x in (hidden, targets, entropy, lse, g, e, l))
+            hidden, targets, lse, a, e, g = (x[rows] for x in (hidden, targets, lse, a, e, g))
         with without_autocast(hidden):
-            found = ctx.gradients(hidden, weight, targets, lse, l - g - e * entropy, e, g,
+            found = ctx.gradients(hidden, weight, targets, lse, a, e, g,
                                   ctx.temperature, ctx.needs_input_grad)
         grad_hidden, grad_weight = (None if x is None else x.to(weight.dtype) for x in found)
         if grad_hidden is not None and len(rows) < N:
             grad_hidden = hidden.new_zeros(N, hidden.shape[1]).index_copy_(0, rows, grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None
 
 
-def token_logprobs(hidden, weight, targets, temperature=1.0, ways=None):
+def token_logprobs(hidden, weight, targets, temperature=1.0):
     """Return logprobs of targets, entropy and log-sum-exp of softmax(hidden weight^T / temperature).
 
     hidden (N, D), weight (V, D), targets (N,) int64 -> (N,) float32 each, differentiable in hidden and
     weight. Rows with a negative target cost nothing and give 0. A target of V or more is a RuntimeError.
-    ways: (statistics, gradients); by default kernels on a GPU, twins elsewhere.
     """
-    ways = ways or (KERNELS if use_triton(hidden) else TWINS)
     hidden, weight = (x.to(product_type(hidden)) for x in (hidden, weight))
     in_vocabulary = (targets < len(weight)).all()
     torch._assert_async(in_vocabulary, "a target is not in the vocabulary")    # the host need not wait for it
     N, asked = len(targets), (targets >= 0).nonzero()[:, 0]
     if len(asked) < N:
         hidden, targets = hidden[asked], targets[asked]
-    found = TokenLogprobs.apply(hidden.contiguous(), weight.contiguous(), targets.contiguous(),
-                                float(temperature), *ways)
+    found = TokenLogprobs.apply(*(x.contiguous() for x in (hidden, weight, targets)), temperature)
     return found if len(asked) == N else tuple(x.new_zeros(N).index_copy(0, asked, x) for x in found)
 
 
@@ -107,7 +105,8 @@ def pieces(hidden, weight, targets, temperature):
         for first in range(0, len(weight), width):
             cols = slice(first, first + width)
             w, at = weight[cols].to(exact), targets - first
-            yield cols, w, at.clamp(0, len(w) - 1), (at >= 0) & (at < len(w))
+            near = at.clamp(0, len(w) - 1)
+            yield cols, w, near, near == at
 
     for first in range(0, len(hidden), height):
         rows = slice(first, first + height)

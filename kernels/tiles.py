@@ -20,50 +20,42 @@ import torch
 
 from kernels import chip, tl, triton
 
-# Attention, for heads up to so many channels: queries, keys, warps, stages of the forward, the dQ, and the dK
-# and dV kernel; then keys, warps, stages of decoding. Numbers of queries divide the one before and 128: so
-# far lse and delta are written.
-ATTENTION = {
-    "sm_90": {64: "64 64 4 3, 64 64 4 3, 64 64 4 3, 128 4 3",
-              128: "128 64 8 3, 128 64 8 3, 64 128 8 3, 64 4 3"},
-    "sm_80": {64: "128 64 4 3, 64 64 4 2, 32 64 4 2, 64 4 3",
-              128: "128 64 8 2, 64 32 4 2, 64 64 8 2, 64 4 3"},
-    # No tensor cores: exact, and slow. Each thread holds whole rows of operands.
-    "float32": {64: "32 32 4 2, 32 32 8 1, 32 32 8 1, 32 4 2",
-                128: "64 16 8 1, 16 16 8 1, 16 16 8 1, 32 4 1"},
-    # Interpreted: small tests have many blocks.
-    "cpu": {128: "32 16 1 1, 32 16 1 1, 16 32 1 1, 16 1 1"},
-    # gfx942 and chips that are not listed
-    "other": {64: "128 64 4 2, 64 64 4 1, 64 64 4 1, 64 4 2",
-              128: "128 32 4 2, 64 32 4 1, 32 64 4 1, 32 4 2"},
-}
-ATTENTION["sm_100"] = ATTENTION["sm_90"]
-
-# Log-probs: rows, vocabulary, channels of a tile, warps, stages
-LOGITS = {
-    "sm_90": "128 256 64 8 4",
-    "gfx942": "128 128 64 8 2",
-    "float32": "64 64 32 8 2",
-    "cpu": "16 32 32 1 1",
-    "other": "128 128 64 8 4",
-}
+# The first row counts that is for the chip, for so many channels, and fills the kernel's column. float32 is a
+# chip of its own: without tensor cores it is exact, and slow, and each thread holds whole rows of operands.
+# "cpu" is the interpreter: small tests have many blocks. A column is headed by a kernel and by what a tile of
+# it holds (M queries and N keys; rows, vocabulary and channels). Then come warps and stages. M divides the M
+# before and 128: so far lse and delta are written. "other": chips without a row of their own.
+TILES = """
+    chips        | up to | forward M N | dq M N     | dkdv M N   | decode N | logits BLOCK_N BLOCK_V BLOCK_D
+    sm_90 sm_100 | 64    | 64 64 4 3   | 64 64 4 3  | 64 64 4 3  | 128 4 3  |
+    sm_90 sm_100 | 128   | 128 64 8 3  | 128 64 8 3 | 64 128 8 3 | 64 4 3   |
+    sm_90        | inf   |             |            |            |          | 128 256 64 8 4
+    sm_80        | 64    | 128 64 4 3  | 64 64 4 2  | 32 64 4 2  | 64 4 3   |
+    sm_80        | 128   | 128 64 8 2  | 64 32 4 2  | 64 64 8 2  | 64 4 3   |
+    gfx942       | inf   |             |            |            |          | 128 128 64 8 2
+    float32      | 64    | 32 32 4 2   | 32 32 8 1  | 32 32 8 1  | 32 4 2   |
+    float32      | 128   | 64 16 8 1   | 16 16 8 1  | 16 16 8 1  | 32 4 1   |
+    float32      | inf   |             |            |            |          | 64 64 32 8 2
+    cpu          | inf   | 32 16 1 1   | 32 16 1 1  | 16 32 1 1  | 16 1 1   | 16 32 32 1 1
+    other        | 64    | 128 64 4 2  | 64 64 4 1  | 64 64 4 1  | 64 4 2   |
+    other        | 128   | 128 32 4 2  | 64 32 4 1  | 32 64 4 1  | 32 4 2   |
+    other        | inf   |             |            |            |          | 128 128 64 8 4
+"""
+HEAD, *ROWS = [[cell.strip() for cell in line.split("|")] for line in TILES.strip().splitlines()]
 
 
-def table_of(tensor, tables):
-    """Return the entry of a tensor's chip and type."""
-    name = chip(tensor.device)[0]
-    if tensor.dtype == torch.float32 and name != "cpu":
+def tiles(x, kernel):
+    """Return the keywords of a kernel's launch that give channels, tile, warps and stages.
+
+    kernel: a word of the table's head. x: queries (..., D), or hidden states (N, D).
+    """
+    D, name = x.shape[-1], chip(x.device)[0]
+    if x.dtype == torch.float32 and name != "cpu":
         name = "float32"
-    return tables.get(name, tables["other"])
-
-
-def tiles(q, kernel):
-    """Return the keywords of a launch of "forward", "dq", "dkdv" or "decode" that describe its tiles."""
-    D = q.shape[-1]
-    fitting = next(sizes for widest, sizes in table_of(q, ATTENTION).items() if D <= widest)
-    numbers = dict(zip(("forward", "dq", "dkdv", "decode"), fitting.split(",")))[kernel]
-    *sizes, warps, stages = map(int, numbers.split())
-    return dict(D=D, num_warps=warps, num_stages=stages) | dict(zip("NM", sizes[::-1]))
+    column, sizes = next((i, names.split()[1:]) for i, names in enumerate(HEAD) if kernel in names)
+    numbers = next(row[column] for row in ROWS
+                   if {name, "other"} & {*row[0].split()} and D <= float(row[1]) and row[column])
+    return dict(zip([*sizes, "num_warps", "num_stages"], map(int, numbers.split())), D=D)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Visible:
     see_all: torch.Tensor | None = None
     trees: list | None = None
     table: tuple = None
-    dense: tuple = None
+    dense: torch.Tensor | None = None
 
 
 def branch_starts(trees, T):
@@ -55,14 +55,14 @@ def branch_starts(trees, T):
 
     A stem ends with its row: that far it is seen.
     """
-    starts, ends = torch.zeros(2, len(trees), T, dtype=torch.int64)
-    for row, (stem, branches) in enumerate(trees):
-        begin = ends[row, :stem] = stem
-        for tokens in branches:
-            here, begin = slice(begin, begin + tokens), begin + tokens
-            starts[row, here], ends[row, here] = here.start, begin
-        ends[row, :stem] = begin
-    return starts, ends
+    rows = []
+    for stem, branches in trees:
+        sizes = torch.tensor([stem, *branches, T - stem - sum(branches)])
+        ends = sizes.cumsum(0)
+        starts = ends - sizes
+        ends[0], starts[-1], ends[-1] = ends[-2], 0, 0         # of the stem; of padding
+        rows.append(torch.stack([starts, ends]).repeat_interleave(sizes, 1))
+    return torch.stack(rows, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,19 +77,20 @@ def kernel_masks(visible, q, S):
     first on; where the last open key ends; where the last query that sees all ends.
     """
     if visible.table is None:
-        B, T, mask, free, branches = *q.shape[:2], visible.key_mask, visible.see_all, (None, None)
-        rows = torch.empty(B, 5, dtype=torch.int32, device=q.device)
-        rows[:, 0] = FAR if not visible.causal else 0 if visible.starts is None else visible.starts
-        rows[:, 1] = T if visible.lengths is None else visible.lengths.clamp(max=T)
-        rows[:, 2:4], rows[:, 4] = S, 0
+        (B, T), mask, free, branches = q.shape[:2], visible.key_mask, visible.see_all, (None, None)
+        start = FAR if not visible.causal else 0 if visible.starts is None else visible.starts
+        length = T if visible.lengths is None else visible.lengths.clamp(max=T)
+        opened, end, free_end = S, S, 0
         if visible.trees is not None:
-            rows[:, 2] = torch.tensor([stem for stem, _ in visible.trees])
+            opened = torch.tensor([stem for stem, _ in visible.trees])
             branches = (x.to(q.device, torch.int32) for x in branch_starts(visible.trees, T))
         if mask is not None:
             free = mask.new_zeros(B, T) if free is None else free
-            rows[:, 2] = mask.cumprod(1).sum(1)
-            rows[:, 3], rows[:, 4] = last_end(mask), last_end(free)
+            opened, end, free_end = mask.cumprod(1).sum(1), last_end(mask), last_end(free)
             mask, free = (x.contiguous().view(torch.uint8) for x in (mask, free))
+        rows = torch.empty(B, 5, dtype=torch.int32, device=q.device)
+        for column, numbers in enumerate((start, length, opened, end, free_end)):
+            rows[:, column] = numbers
         visible.table = rows, mask, free, *branches
     return visible.table
 
@@ -130,18 +131,17 @@ def keys_of(masks, b, t0, t, T, S, N):
 
 
 @triton.jit
-def queries_of(masks, b, n0, S, M, N):
-    """Find the queries of N keys from n0 on in row b -> `row` for `hide`, length, first, full, end."""
+def queries_of(masks, b, n0, n, S, M, N):
+    """Find the queries of N keys n from n0 on in row b -> `row` for `hide`, length, first, full, end."""
     rows = masks[0] + b * 5
     start, length, stem = tl.load(rows), tl.load(rows + 1), S
     first, full, end = tl.maximum(n0 - start, 0) // M * M, n0 + N - 1 - start, length
     if masks[1] is not None:
-        n = n0 + tl.arange(0, N)
         opened = tl.sum(tl.load(masks[1] + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
         end = tl.where(opened > 0, end, tl.minimum(end, tl.load(rows + 4)))
         full = tl.where(opened >= tl.minimum(N, S - n0), full, end)
     if masks[4] is not None:
-        n, stem = n0 + tl.arange(0, N), tl.load(rows + 2)
+        stem = tl.load(rows + 2)
         end = tl.max(tl.load(masks[4] + b * S + n, mask=n < S, other=0), 0)
         full = tl.where(n0 + N <= stem, full, end)
     return (start, b, S, stem), length, first, full, end
@@ -164,21 +164,18 @@ def hide(s, t, n, own, masks, row):
 
 
 def dense_mask(visible, q, S, groups):
-    """Return what is added to the scores, (B, 1, groups * T or 1, S); None if all is seen."""
+    """Return what is added to the scores, (1 or B, 1, groups * T or 1, S)."""
     if visible.dense is None:
-        T, seen = q.shape[1], visible.key_mask
-        if seen is not None:
-            seen = seen[:, None]                               # (B, T or 1, S)
-        if seen is not None and visible.see_all is not None:
+        seen = torch.ones(1, 1, S, dtype=torch.bool, device=q.device)          # (1 or B, 1 or T, S)
+        if visible.key_mask is not None:
+            seen = visible.key_mask[:, None]
+        if visible.see_all is not None:
             seen = seen | visible.see_all[:, :, None]
         if visible.causal:
-            position = torch.arange(T, device=q.device)[None]                  # (1 or B, T)
+            position = torch.arange(q.shape[1], device=q.device)               # (T,) or (B, T)
             if visible.starts is not None:
                 position = position + visible.starts[:, None]
-            within = torch.arange(S, device=q.device) <= position[:, :, None]
-            seen = within if seen is None else seen & within
-        if seen is not None:
-            added = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
-            seen = added.repeat(1, groups if added.shape[1] > 1 else 1, 1)[:, None]
-        visible.dense = seen,
-    return visible.dense[0]
+            seen = seen & (torch.arange(S, device=q.device) <= position[..., None])
+        added = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
+        visible.dense = added.repeat(1, groups if added.shape[1] > 1 else 1, 1)[:, None]
+    return visible.dense

@@ -101,7 +101,7 @@ def positions(index):
     return index.nonzero().unbind(1) if mask else [index]
 
 
-def fused_attention(q, k, v, visible=None, scale=None):
+def fused_attention(q, k, v, visible=None):
     """Keep what our kernel keeps for the backward pass: its inputs, its result and a number per query and
     head. It needs no mask."""
     out, *_ = aten._scaled_dot_product_flash_attention(q.transpose(1, 2), k, v, 0.0, False)

@@ -5,6 +5,7 @@ The kernels run on a GPU, elsewhere in Triton's interpreter: see conftest.py.
 
 import os
 from functools import partial
+from unittest import mock
 
 import aot
 import pytest
@@ -18,17 +19,20 @@ from kernels.visible import Visible, dense_mask
 from tables import cases, raises, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = {"kernels": "triton", "twin": "torch"}
-both = cases("backend", BACKENDS)
 # numpy warns of queries that see nothing
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 
 
-@pytest.fixture(autouse=True)
-def chosen(request, monkeypatch):
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if backend:
-        monkeypatch.setenv("KERNELS", BACKENDS[backend])
+@pytest.fixture
+def backend(request, monkeypatch):
+    """Choose kernels or twins for one test."""
+    monkeypatch.setenv("KERNELS", request.param)
+    return request.param
+
+
+def both(test):
+    """Let a test run with the kernels and with their twins."""
+    return pytest.mark.usefixtures("backend")(cases("backend", ["triton", "torch"], indirect=True)(test))
 
 
 def problem(B, T, S, H, K, D, dtype=torch.float32):
@@ -42,7 +46,7 @@ def problem(B, T, S, H, K, D, dtype=torch.float32):
 # Who sees whom, in all forms that the model knows and more: what of `masks` a Visible gets.
 KINDS = {"all": "", "causal": "causal", "ragged": "causal lengths", "cached": "causal starts some_lengths",
          "cross": "prefix", "vision": "prefix third", "holes": "half few", "nothing": "closed",
-         "both": "causal half few"}
+         "both": "causal half few", "everything": "causal starts some_lengths half few"}
 
 
 def masks(kind, B, T, S):
@@ -63,21 +67,20 @@ def masks(kind, B, T, S):
     return {name: x for word in KINDS[kind].split() for name, x in forms[word].items()}
 
 
-def dense(inputs, grad, scale=None, mask=None, **seen):
+def dense(inputs, grad, mask=None, **seen):
     """Compute the benchmark's naive form in float64, every score at once -> [out, dq, dk, dv]."""
     q, k, v = (x.detach().double().requires_grad_() for x in inputs)
-    (B, T, _, D), S = q.shape, k.shape[2]
+    (B, T), S = q.shape[:2], k.shape[2]
     if mask is None:
         b, t, s = (torch.arange(n, device=DEVICE) for n in (B, T, S))
         mask = rivals.sees(seen, b[:, None, None], t[:, None], s).expand(B, T, S)
     real = mask.any(2, keepdim=True)           # queries that see nothing: they are to give zeros
-    factor = 1 if scale is None else scale * D**0.5
-    out = rivals.naive_attention(q * factor, k, v, (mask | ~real)[:, None]) * real[..., None]
+    out = rivals.naive_attention(q, k, v, (mask | ~real)[:, None]) * real[..., None]
     return [x.detach() for x in (out, *torch.autograd.grad(out, (q, k, v), grad.double()))]
 
 
-def run(inputs, grad, scale=None, **seen):
-    out = A.attention(*inputs, Visible(**seen), scale)
+def run(inputs, grad, **seen):
+    out = A.attention(*inputs, Visible(**seen))
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
@@ -103,7 +106,7 @@ def assert_equal(found, expected):
     *(f"causal 1 19 35 2 2 {D}" for D in (1, 5, 32, 64, 80, 128)),
     "causal 2 33 33 4 2 64 half", "vision 2 33 33 4 2 64 half",
     "cached 1 21 30 4 2 16", "causal 1 1 1 1 1 16", "causal 2 1 40 4 2 16", "causal 1 40 1 2 1 16"])
-def test_against_float64(backend, case):
+def test_against_float64(case):
     """Try all kinds, odd sizes B T S H K D, widths of heads, float16, and a single query or key.
 
     Queries that see nothing, and keys that nobody sees, get zeros exactly: padding has no influence.
@@ -115,32 +118,31 @@ def test_against_float64(backend, case):
     found, expected = run(inputs, grad, **seen), dense(inputs, grad, **seen)
     assert_near(found, expected)
     assert {x.dtype for x in found} == {dtype}
-    out, _, _, dv = expected
+    out, *_, dv = expected
     for x, own in zip(found, (out, out, dv, dv)):              # dq as out, dk as dv
         assert not x[own == 0].any()
 
 
 @both
 @cases("sizes", ["2 5 0 2 1 16", "2 0 5 2 1 16", "0 5 5 2 1 16"])
-def test_no_rows_queries_or_keys_give_zeros(backend, sizes):
+def test_no_rows_queries_or_keys_give_zeros(sizes):
     inputs, grad = problem(*map(int, sizes.split()))
     assert_equal(run(inputs, grad, causal=True), [torch.zeros_like(x) for x in (grad, *inputs)])
 
 
 @both
-def test_scale_and_large_scores(backend):
+def test_large_scores():
     """Scores of hundreds: a softmax without its maximum would overflow."""
     inputs, grad = problem(1, 20, 20, 2, 1, 16)
     with torch.no_grad():
-        inputs[0] *= 30
-    found, expected = run(inputs, grad, 2.0, causal=True), dense(inputs, grad, 2.0, causal=True)
-    for x, y in zip(found, expected):
+        inputs[0] *= 240
+    for x, y in zip(run(inputs, grad, causal=True), dense(inputs, grad, causal=True)):
         assert (x.double() - y).abs().max() <= 2e-4 * y.abs().max()     # scores of 500 are off by some 2e-5
 
 
 @both
 @cases("kind", ["ragged", "holes", "nothing"])
-def test_every_element_is_written(backend, kind, poison):
+def test_every_element_is_written(kind, poison):
     """Find the same bits again in memory that held NaN."""
     inputs, grad = problem(2, 37, 45, 4, 2, 20)
     seen = masks(kind, 2, 37, 45)
@@ -150,12 +152,11 @@ def test_every_element_is_written(backend, kind, poison):
 
 
 @both
-def test_any_strides(backend):
+def test_any_strides():
     inputs, grad = problem(2, 9, 14, 4, 2, 16)
     # rows of 32 of which 16 count
     wide = [torch.cat([x.detach()] * 2, -1)[..., :16].requires_grad_() for x in inputs]
-    seen = masks("both", 2, 9, 14)
-    seen |= {name: torch.tensor(x, device=DEVICE) for name, x in (("starts", [3, 0]), ("lengths", [9, 5]))}
+    seen = masks("everything", 2, 9, 14)
     apart = {name: x if name == "causal" else torch.stack([x, x], -1)[..., 0] for name, x in seen.items()}
     assert_equal(run(wide, grad.expand(2, 9, 4, 16), **apart), run(inputs, grad, **seen))
 
@@ -173,29 +174,24 @@ def test_the_twin_passes_gradcheck():
 @both
 @cases("kind", ["all", "cached", "cross", "nothing"])
 @cases("sizes", ["1 200 4 2 16", "3 37 6 2 32", "2 90 2 2 80"])
-def test_one_query_a_row(backend, kind, sizes):
+def test_one_query_a_row(kind, sizes):
     B, S, *heads = map(int, sizes.split())
     inputs, grad = problem(B, 1, S, *heads)
     seen = masks(kind, B, 1, S)
-    seen.pop("lengths", None)
     with torch.no_grad():
         found = A.attention(*inputs, Visible(**seen))
     assert_near([found], dense(inputs, grad, **seen)[:1])
 
 
-@cases("backend", ["kernels"])
-def test_decoding_splits_the_keys(backend, monkeypatch):
-    counts, inner = [], decode.combine_kernel
+def test_decoding_splits_the_keys(monkeypatch):
+    monkeypatch.setenv("KERNELS", "triton")
     inputs, grad = problem(1, 1, 200, 2, 1, 16)
-
-    class Spy:
-        def __getitem__(self, grid):
-            return lambda *args, **kw: (counts.append(args[3]), inner[grid](*args, **kw))
-    monkeypatch.setattr(decode, "combine_kernel", Spy())
+    combine = mock.Mock(wraps=decode.combine_kernel[2,])       # for two heads
+    monkeypatch.setattr(decode, "combine_kernel", {(2,): combine})
     monkeypatch.setattr(decode, "chip", lambda device: ("cpu", 4))
     with torch.no_grad():
         found = A.attention(*inputs)
-    assert counts and counts[0] > 1
+    assert combine.call_args.args[3] > 1
     assert_near([found], dense(inputs, grad)[:1])
 
 
@@ -205,7 +201,7 @@ def test_decoding_splits_the_keys(backend, monkeypatch):
 @both
 @cases("case", ["4 2 16 100 | 5 3 9 1 | 0 7 4 | 40 20 1 33", "2 2 32 80 | 17 16 31 16", "4 1 16 5 | 3 2",
                 "4 2 16 40 | 2 1 | 0 33"])
-def test_a_branch_sees_its_stem_and_itself(backend, case):
+def test_a_branch_sees_its_stem_and_itself(case):
     """Against float64, by a mask of all pairs: H K D T, then per row the stem and its branches."""
     (H, K, D, T), *shapes = [list(map(int, part.split())) for part in case.split("|")]
     inputs, grad = problem(len(shapes), T, T, H, K, D)
@@ -229,7 +225,7 @@ def test_one_object_serves_all_layers(backend):
     visible = Visible(causal=True, starts=torch.tensor([1, 4], device=DEVICE))
     first = A.attention(*inputs, visible)
     assert torch.equal(first, A.attention(*inputs, visible))
-    assert (visible.dense is not None, visible.table is not None) == (backend == "twin", backend == "kernels")
+    assert (visible.dense is not None, visible.table is not None) == (backend == "torch", backend == "triton")
 
 
 @cases("sizes", ["3 4 4 16", "2 4 4 256", "2 4 3 16"])       # heads uneven, heads too wide, fewer values

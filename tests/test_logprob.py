@@ -16,10 +16,7 @@ import kernels
 from benchmarks.kernels import peak_memory
 from kernels import logits, logprob, tiles
 from tables import cases, raises
-from test_attention import DEVICE, assert_equal
-
-WAYS = {"kernels": logprob.KERNELS, "twins": logprob.TWINS}
-both = cases("ways", WAYS.values(), ids=WAYS)
+from test_attention import DEVICE, assert_equal, backend, both  # noqa: F401, both needs it
 
 
 def problem(N, D, V, dtype=torch.float32):
@@ -30,9 +27,9 @@ def problem(N, D, V, dtype=torch.float32):
     return hidden, weight, torch.randint(0, V, (N,), **random), upstream
 
 
-def run(hidden, weight, targets, upstream, temperature=1.0, ways=None):
+def run(hidden, weight, targets, upstream, temperature=1.0):
     """Return [logprobs, entropy, lse, d hidden, d weight]."""
-    found = logprob.token_logprobs(hidden, weight, targets, temperature, ways)
+    found = logprob.token_logprobs(hidden, weight, targets, temperature)
     gradients = torch.autograd.grad(found, (hidden, weight), tuple(upstream.to(found[0].dtype)))
     return [x.detach() for x in (*found, *gradients)]
 
@@ -83,103 +80,106 @@ SIZES_ON_A_GPU = """1 64 1000 1.0, 300 512 5003 0.7, 1000 33 777 1.0"""
     *((dtype, sizes) for dtype in (torch.float32, torch.float16) for sizes in SIZES.split(", ")),
     *(pytest.param(torch.bfloat16, sizes, marks=pytest.mark.gpu) for sizes in SIZES_ON_A_GPU.split(", "))],
     ids=str)
-def test_against_float64(ways, dtype, sizes):
+def test_against_float64(dtype, sizes):
     """Try sizes N D V and temperatures that fill no tile."""
     *sizes, temperature = sizes.split()
     numbers = problem(*map(int, sizes), dtype)
-    found = run(*numbers, float(temperature), ways)
+    found = run(*numbers, float(temperature))
     assert [x.dtype for x in found] == 3 * [torch.float32] + 2 * [dtype]
     assert_within(found, *dense(*numbers, float(temperature)))
 
 
 @both
 @cases("asked", range(3), ids=["logprobs", "entropy", "lse"])
-def test_each_output_has_its_own_gradient(ways, asked):
+def test_each_output_has_its_own_gradient(asked):
     """Give the others no gradient at all."""
     hidden, weight, targets, upstream = problem(20, 12, 70)
-    upstream[[i for i in range(3) if i != asked]] = 0
-    output = logprob.token_logprobs(hidden, weight, targets, 0.7, ways)[asked]
+    upstream[torch.arange(3) != asked] = 0
+    output = logprob.token_logprobs(hidden, weight, targets, 0.7)[asked]
     found = torch.autograd.grad(output, (hidden, weight), upstream[asked])
     expected, bounds = dense(hidden, weight, targets, upstream, 0.7)
     assert_within(found, expected[3:], bounds[3:])
 
 
 @both
-def test_frozen_parts_get_no_gradient(ways):
+def test_frozen_parts_get_no_gradient():
     hidden, weight, targets, upstream = problem(20, 12, 70)
-    full = run(hidden, weight, targets, upstream, ways=ways)
+    full = run(hidden, weight, targets, upstream)
     for i, frozen in enumerate((weight, hidden)):
         frozen.requires_grad_(False)
-        logprobs = logprob.token_logprobs(hidden, weight, targets, 1.0, ways)
+        logprobs = logprob.token_logprobs(hidden, weight, targets)
         assert_equal(torch.autograd.grad(logprobs, (hidden, weight)[i], tuple(upstream)), full[3 + i:4 + i])
         frozen.requires_grad_()
 
 
-def test_twins_pass_gradcheck():
+def test_twins_pass_gradcheck(monkeypatch):
+    monkeypatch.setenv("KERNELS", "torch")
     hidden, weight, targets, _ = problem(6, 5, 11, torch.float64)
     targets[2] = -100
-    twin = lambda h, w: logprob.token_logprobs(h, w, targets, 0.8, logprob.TWINS)
+    twin = lambda h, w: logprob.token_logprobs(h, w, targets, 0.8)
     assert torch.autograd.gradcheck(twin, (hidden, weight))
 
 
 @both
-def test_small_slabs_and_pieces_change_nothing(ways, monkeypatch):
+def test_small_slabs_and_pieces_change_nothing(monkeypatch):
     numbers = problem(37, 9, 300)
     monkeypatch.setattr(logits, "WORKSPACE", 37 * 4 * 96)                       # slabs of 96: 4 of them
     monkeypatch.setattr(logprob, "PIECE", (5, 7))
-    assert_within(run(*numbers, 1.0, ways), *dense(*numbers))
+    assert_within(run(*numbers), *dense(*numbers))
 
 
 @both
-def test_every_element_is_written(ways, poison):
+def test_every_element_is_written(poison):
     """Find the same bits again in memory that held NaN."""
     numbers = problem(37, 33, 270)
-    expected = run(*numbers, 1.0, ways)
+    expected = run(*numbers)
     poison()
-    assert_equal(run(*numbers, 1.0, ways), expected)
+    assert_equal(run(*numbers), expected)
 
 
 @both
 @cases("kept", [[], [3], list(range(1, 40, 2))], ids=len)
-def test_rows_with_negative_targets_cost_nothing(ways, kept):
+def test_rows_with_negative_targets_cost_nothing(kept, monkeypatch):
     """Leave out rows with no upstream gradient, too, in the backward pass."""
     hidden, weight, targets, upstream = numbers = problem(40, 16, 50)
-    few = run(*rows_of(numbers, kept), 1.0, ways)
+    few = run(*rows_of(numbers, kept))
     dropped = [i for i in range(40) if i not in kept]
     with torch.no_grad():
         hidden[dropped] = math.nan                                                      # nobody looks at them
     targets[dropped] = torch.tensor([-100, -1] * 20, device=DEVICE)[:len(dropped)]
     seen = []
-    spied = [lambda h, *rest, way=way: seen.append(len(h)) or way(h, *rest) for way in ways]
-    found = run(*numbers, 1.0, spied)
+    for name in ("KERNELS", "TWINS"):
+        monkeypatch.setattr(logprob, name, [
+            lambda h, *rest, way=way: seen.append(len(h)) or way(h, *rest) for way in getattr(logprob, name)])
+    found = run(*numbers)
     assert seen == [len(kept), int((upstream[:, kept] != 0).any(0).sum())]
     assert_equal([*(x[kept] for x in found[:4]), found[4]], few)
     assert not any(x[dropped].any() for x in found[:4])
 
 
 @both
-def test_any_strides(ways):
+def test_any_strides():
     """Take inputs with gaps; the gradient of a sum has stride 0."""
     *numbers, upstream = problem(20, 12, 70)
     strided = [torch.stack([x.detach(), x.detach() * 0], -1)[..., 0].requires_grad_(x.requires_grad)
                for x in numbers]
-    outputs = logprob.token_logprobs(*strided, 1.0, ways)
+    outputs = logprob.token_logprobs(*strided)
     found = *outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), strided[:2])
     assert_within(found, *dense(*numbers, torch.ones_like(upstream)))
 
 
 @both
 @pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on the device ends the process")
-def test_targets_beyond_the_vocabulary_are_refused(ways):
+def test_targets_beyond_the_vocabulary_are_refused():
     hidden, weight, targets, upstream = problem(4, 3, 5)
     targets[1] = 5
-    raises("not in the vocabulary", run, hidden, weight, targets, upstream, 1.0, ways, error=RuntimeError)
+    raises("not in the vocabulary", run, hidden, weight, targets, upstream, error=RuntimeError)
 
 
 @both
-def test_sharp_distributions_keep_their_entropy(ways):
+def test_sharp_distributions_keep_their_entropy():
     numbers = [[1.0]], [[100.0]] + 40 * [[80.0]], [0]
-    entropy = logprob.token_logprobs(*(torch.tensor(x, device=DEVICE) for x in numbers), 1.0, ways)[1]
+    entropy = logprob.token_logprobs(*(torch.tensor(x, device=DEVICE) for x in numbers))[1]
     rest = 40 * math.exp(-20)   # 8e-8, so that log(1 + rest), a 20th of the entropy, is lost to float32
     assert abs(float(entropy) / (math.log1p(rest) + 20 * rest / (1 + rest)) - 1) < 0.06
 
@@ -203,7 +203,7 @@ def test_memory_of_the_twins():
     """Take at most 5 % of the plain way, which holds at least the logits and their gradient."""
     N, D, V = 2048, 64, 128256
     numbers = problem(N, D, V)
-    taken = peak_memory(lambda: run(*numbers, 1.0, logprob.TWINS))
+    taken = peak_memory(lambda: run(*numbers))
     if taken is None:
         pytest.skip("memory is read from Linux's /proc")
     assert taken <= 0.05 * (2 * 4 * N * V) / 2**20
@@ -227,7 +227,7 @@ def launches():
 
 def greedy_launches():
     """Launch with two warps, which have too few registers for 128 x 128 sums."""
-    tiles.LOGITS["sm_80"] = "128 128 32 2 2"
+    tiles.ROWS.insert(0, ["sm_80", "inf", "", "", "", "", "128 128 32 2 2"])
     slab_launches()
 
 

@@ -133,7 +133,7 @@ def test_sft_steps(medium, processor, twins, task):
     assert kept + max(peak, step) == pytest.approx(most, rel=0.1)
 
 
-def twin_attention(q, k, v, visible, scale=None):
+def twin_attention(q, k, v, visible):
     """Compute the twin on PyTorch's fused kernels: flash attention, or with a mask the memory-efficient one,
     which takes it in the queries' type."""
     def sdpa(q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
@@ -143,7 +143,7 @@ def twin_attention(q, k, v, visible, scale=None):
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad)[0]
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa):
-        return attention_reference(q, k, v, visible, scale)
+        return attention_reference(q, k, v, visible)
 
 
 def test_rollout(medium, processor, task, monkeypatch):
