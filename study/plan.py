@@ -10,7 +10,6 @@ worked out by hand. GB are 10^9 bytes.
 import json
 import math
 import weakref
-from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
