@@ -66,20 +66,19 @@ class Case:
     terms: int         # of the longest sum: over keys, or the vocabulary
     real: object = ...     # (B, T) queries that are no padding: their outputs count
 
-    def begin(self, way, args):
-        """Do what comes before the timed part."""
-        return way(*args) if self.part == "backward" else None
+    def prepare(self, way, args, upstream):
+        """Do what comes before the timed part. Return that, a function -> (output, *gradients of the
+        arguments that want one)."""
+        made = way(*args) if self.part == "backward" else None
 
-    def finish(self, way, args, upstream, out):
-        """Do the timed part -> (output, *gradients of the arguments that want one)."""
-        if self.part == "forward":
-            with torch.no_grad():
-                return (way(*args),)
-        out = way(*args) if out is None else out
-        return out.detach(), *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
+        def timed():
+            if self.part == "forward":
+                with torch.no_grad():
+                    return (way(*args),)
+            out = way(*args) if made is None else made
+            return out.detach(), *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
 
-    def run(self, way, args, upstream):
-        return self.finish(way, args, upstream, self.begin(way, args))
+        return timed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,11 +195,11 @@ def naive_attention(q, k, v, mask):
 
 def exact_attention(q, k, v, mask):
     """Compute the same from one key head of one row at a time."""
-    def row(q, k, v, mask):
-        heads = zip(q.split(q.shape[2] // k.shape[1], 2), k.split(1, 1), v.split(1, 1))
-        return torch.cat([checkpoint(naive_attention, *x, mask, use_reentrant=False) for x in heads], 2)
-
-    return torch.cat([row(*x) for x in zip(*(x.split(1) for x in (q, k, v, mask)))])
+    group, rows = q.shape[2] // k.shape[1], []
+    for q, k, v, mask in zip(*(x.split(1) for x in (q, k, v, mask))):
+        heads = zip(q.split(group, 2), k.split(1, 1), v.split(1, 1))
+        rows.append(torch.cat([checkpoint(naive_attention, *x, mask, use_reentrant=False) for x in heads], 2))
+    return torch.cat(rows)
 
 
 def sdpa(q, k, v, backend, mask=None):

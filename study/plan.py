@@ -30,7 +30,6 @@ from distributed import shard
 from harness import flops, ranges, tiny
 from harness.check import attempt, settle
 from harness.load import choose_what_learns
-from harness.ranges import SettingError
 from harness.settings import parse, spelled
 from harness.terminal import command
 from kernels import logits
@@ -41,7 +40,6 @@ from llama.frozen import remember
 from llama.generate import draw_tokens
 from llama.images import Images
 from llama.processor import Processor
-from model import Llama
 from rollout import Conversation
 from study.tables import markdown
 from variants import algorithm
@@ -157,7 +155,7 @@ def as_kernels():
 def make_module(config, args, dtype=torch.bfloat16):
     """Make what is trained, without memory. The value head is float32, as it computes."""
     with torch.device("meta"):
-        llama = Llama(config).to(dtype)
+        llama = model.Llama(config).to(dtype)
         choose_what_learns(llama, args)
         return ppo.ActorCritic(llama, args.critic) if args.algo == "ppo" else llama
 
@@ -257,16 +255,16 @@ def sizes_of(config, args, gpus):
     reply = max((n for c in conversations for n in c[2::2]), default=0)
     rollout = [max(prompts), *[new, reply] * (args.attempts - 1), new]
     if args.algo == "ppo":
-        played, longest = math.ceil(args.hands * args.samples / gpus), sum(rollout)
-        share = played * max(map(len, episodes)) / args.minibatches            # of an optimizer step
+        played, longest = args.hands * args.samples, sum(rollout)
+        share = math.ceil(played / gpus) * max(map(len, episodes)) / args.minibatches     # of a step
     else:
         played, share = 0, args.batch_size / gpus
         longest = max(sum(c if args.mistakes else c[:2]) for c in conversations)
     beside = config.image_tokens(vision_frozen(args.tune)) if args.image else 0
     rows = max(1, min(args.token_budget // (shortest + beside), math.ceil(share)))
     length = max(shortest, min(args.token_budget // rows - beside, longest))
-    played = max(played, math.ceil(args.eval_hands / gpus))
-    return Sizes(min(args.rollout_batch, played), rollout, rows, length, length - min(prompts))
+    in_rollout = min(args.rollout_batch, math.ceil(max(played, args.eval_hands) / gpus))
+    return Sizes(in_rollout, rollout, rows, length, length - min(prompts))
 
 
 def slices(parameters, gpus):
@@ -404,12 +402,12 @@ def main(argv=None):
         args, typed = parse(rest)
         if args.resume or args.algo not in ("sft", "ppo"):
             what = spelled(args, "resume" if args.resume else "algo")
-            raise SettingError(f"{what}: expected with train.py; planned are --algo sft and ppo, from the "
-                               "start")
+            raise ranges.SettingError(f"{what}: expected with train.py; planned are --algo sft and ppo, from "
+                                      "the start")
         expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.task)
         settle(args, config, typed, own.gpus)
-    except SettingError as error:
+    except ranges.SettingError as error:
         parser.error(str(error))
     show(config, args, own.gpus, own.gpu_memory)
     if args.algo == "ppo":

@@ -74,13 +74,10 @@ class Runner:
                 needed |= {run.name, *run.after}
         return [run for run in self.runs if run.name in needed and not self.done(run.name)]
 
-    def waiting(self):
-        """Return missing runs that were not begun."""
-        return [run for run in self.missing() if run.name not in self.begun]
-
     def ready(self):
-        """Return runs that can start now, in order. One whose needs failed never can."""
-        return [run for run in self.waiting() if all(map(self.done, run.after))]
+        """Return missing runs that can start now, in order. One whose needs failed never can."""
+        return [run for run in self.missing()
+                if run.name not in self.begun and all(map(self.done, run.after))]
 
     def start(self, run):
         folder, argv = self.root / run.name, [word.format(root=self.root) for word in run.argv]
@@ -107,14 +104,13 @@ class Runner:
                     print(f"{name} failed; see {self.root / name}.output", flush=True)
 
     def left(self):
-        """Return seconds until all is done, from how long runs of the same kind (or else all) took; None
-        before any has ended."""
+        """Return about how many seconds the missing runs take, as those of the same kind (or else all) took;
+        None before any has ended."""
         if not self.seconds:
             return None
         average = fmean(map(fmean, self.seconds.values()))
-        usual = lambda name: fmean(self.seconds.get(kind(name), [average]))
-        under_way = (max(0.0, usual(name) - time.time() + began) for name, (_, began) in self.going.items())
-        return (sum(usual(run.name) for run in self.waiting()) + sum(under_way)) / self.workers
+        usual = (fmean(self.seconds.get(kind(run.name), [average])) for run in self.missing())
+        return sum(usual) / self.workers
 
     def report(self):
         done, now, left = len(self.runs) - len(self.missing()), ", ".join(self.going) or "none", self.left()
