@@ -41,13 +41,17 @@ def load(folder):
     import transformers                        # slow to import, and not there without the 'test' extra
     kind = transformers.MllamaForConditionalGeneration
     if any(Path(folder).glob("*.safetensors")):
-        return [each.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval() for each in (Llama, kind)]
-    torch.set_default_dtype(DTYPE)
-    with DEVICE:
-        models = (Llama(Config.from_pretrained(folder)),
-                  kind(transformers.AutoConfig.from_pretrained(folder)).eval())
-    torch.set_default_dtype(torch.float32)
-    return models
+        ours, theirs = (each.from_pretrained(folder, dtype=DTYPE).to(DEVICE) for each in (Llama, kind))
+    else:
+        torch.set_default_dtype(DTYPE)
+        with DEVICE:
+            ours = Llama(Config.from_pretrained(folder))
+            theirs = kind(transformers.AutoConfig.from_pretrained(folder))
+        torch.set_default_dtype(torch.float32)
+    # transformers 5 keeps the output of layer i, not its input, as Meta trained the weights
+    theirs.model.vision_model.intermediate_layers_indices = [
+        i - 1 for i in ours.config.vision.intermediate_layers_indices]
+    return ours, theirs.eval()
 
 
 def draw_prompts(folder, config, image, batch):

@@ -110,8 +110,8 @@ def exact_loss(hidden, weight, *others):
 
 
 def torch_chunks(hidden, weight, targets):
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum",
+                                  options=torch.nn.LinearCrossEntropyOptions())
 
 
 def liger(hidden, weight, targets):
@@ -157,17 +157,17 @@ def logprob_cases(name, sizes, dtype):
 
 def see_whom(kind, B, T, S):
     """Return the arguments of `Visible` for a kind of case. Rows differ, as conversations of a batch do."""
+    ends = {"ragged": (T, T // 8), "resumed": (S - T, 0), "decode": (S - 1, S // 2)}.get(kind)
+    if ends:                                                   # resumed: a later turn of a conversation
+        fall = torch.linspace(*ends, B, dtype=torch.float64, device=DEVICE).long()
+        return {"causal": True, "lengths" if kind == "ragged" else "starts": fall}
+    if kind == "causal":
+        return {"causal": True}
     b, s = (torch.arange(n, device=DEVICE) for n in (B, S))
     tiles = torch.tensor([4, 2, 1, 3], device=DEVICE)[b % 4, None]
     patches = (S // 4 - 1) // 8 * 8 + 1                        # 1601 of 1608
     real = (s // (S // 4) < tiles) & (s % (S // 4) < patches)                  # (B, S)
-    fall = lambda *ends: torch.linspace(*ends, B, dtype=torch.float64, device=DEVICE).long()
-    return {"causal": dict(causal=True),
-            "ragged": dict(causal=True, lengths=fall(T, T // 8)),
-            "resumed": dict(causal=True, starts=fall(S - T, 0)),       # a later turn of a conversation
-            "decode": dict(causal=True, starts=fall(S - 1, S // 2)),
-            "cross": dict(key_mask=real),
-            "vision": dict(key_mask=real, see_all=real)}[kind]
+    return {"key_mask": real} | ({"see_all": real} if kind == "vision" else {})
 
 
 def sees(masks, b, t, s):
@@ -253,8 +253,8 @@ def attention_cases(name, sizes, dtype):
     real = seen.any(2)
     mask = (seen | ~real[:, :, None])[:, None]                 # padding sees all: else it would be NaN
     draw = partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE, dtype=dtype)
-    cached = kind in ("decode", "resumed")                     # else keys and values are views of projections
-    kv = draw(B, 2, K, S, D) if cached else draw(B, 2, S, K, D).transpose(2, 3)
+    # Keys and values are a cache, or views of projections.
+    kv = draw(B, 2, K, S, D) if kind in ("decode", "resumed") else draw(B, 2, S, K, D).transpose(2, 3)
     args = [x.detach().requires_grad_() for x in (draw(B, T, H, D), *kv.unbind(1))]
     inputs = args, draw(B, T, H, D) * real[:, :, None, None]
     pairs, traffic = int(seen.sum()), 2 * D * dtype.itemsize * int(H * real.sum() + K * seen.any(1).sum())

@@ -23,7 +23,7 @@ from harness.ranges import FOLDER, command_line, integer, one_of, several, shown
 from harness.terminal import command
 from study import figures, records, tables
 from study.experiments import EXPERIMENTS, SEEDS
-from study.runner import Runner
+from study.runner import Runner, with_needs
 
 DOCS = Path("docs/study")
 PAGE = """# The study
@@ -49,11 +49,7 @@ def at_scale(run, model, ranks):
 
 def chosen(runs, only):
     """Return the runs whose name holds a text, and what they need."""
-    names = set()
-    for run in reversed(runs):
-        if only in run.name or run.name in names:
-            names |= {run.name, *run.after}
-    return [run for run in runs if run.name in names]
+    return with_needs(runs, lambda name, needed: only in name or name in needed)
 
 
 def page(folder):

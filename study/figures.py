@@ -69,9 +69,9 @@ def glance(groups, file):
             for i, algo in enumerate(COLOR):
                 if group := known[task, name].get(algo):
                     paper = PAPER.get((task, name), (0, 0, 0))
-                    pale = (paper[1 + i] - paper[0], 0) if "paper" in title else change_of(
-                        group, f"{name}-unseen")
-                    for j, (change, error) in enumerate((change_of(group, name), pale)):
+                    pale = (paper[1 + i] - paper[0], 0) if "paper" in title else group.change(
+                        f"{name}-unseen")
+                    for j, (change, error) in enumerate((group.change(name), pale)):
                         axis.barh(-k - 0.38 * i - 0.17 * j, change, 0.16, xerr=error, color=COLOR[algo],
                                   alpha=0.4 if j else 1, label=None if k + j else algo.upper())
         axis.set_yticks([-k - 0.28 for k in range(len(rows))], map("\n".join, rows))
@@ -81,11 +81,6 @@ def glance(groups, file):
         axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=150)
-
-
-def change_of(group, name):
-    """Return (change from the first evaluation to the last, its standard error), in points."""
-    return records.change(group.at(-1, name), group.at(0, name), headline_of(group.task, name))
 
 
 def rate(group, points, name):

@@ -110,29 +110,28 @@ def fused_norm(norm, x):
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """The products of kernels/logprob.py in the backward pass, in slabs of the vocabulary of `workspace`
-    bytes. Those of the forward pass stay on the chip."""
+    """The products of kernels/logprob.py in the backward pass, in slabs of the vocabulary of WORKSPACE bytes.
+    Those of the forward pass stay on the chip."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, workspace):
+    def forward(ctx, hidden, weight):
         ctx.save_for_backward(hidden, weight)
-        ctx.columns = max(1, workspace // (max(1, len(hidden)) * hidden.element_size()))
         return tuple(hidden.new_empty(2, len(hidden), dtype=torch.float32))
 
     @staticmethod
     def backward(ctx, *upstream):
         hidden, weight = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.empty_like(weight)
-        for slab in weight.split(ctx.columns):
+        for slab in weight.split(logits.WORKSPACE // hidden[:, 0].nbytes):
             dlogits = hidden @ slab.T
             dlogits @ slab, dlogits.T @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight
 
 
-def fused_logprobs(hidden, weight, targets, temperature=1.0, workspace=logits.WORKSPACE):
+def fused_logprobs(hidden, weight, targets, temperature):
     """Do what token_logprobs does, as far as memory goes."""
     asked = (targets >= 0).nonzero()[:, 0]
-    found = FusedLogprobs.apply(hidden[asked], weight, workspace)
+    found = FusedLogprobs.apply(hidden[asked], weight)
     return [x.new_zeros(len(targets)).index_copy(0, asked.to(x.device), x) for x in found]
 
 

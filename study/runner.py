@@ -37,6 +37,15 @@ def kind(name):
     return name.rpartition("-")[0]
 
 
+def with_needs(runs, asked):
+    """Return the runs for which asked(name, names that others need), and those that they need, in order."""
+    needed = set()
+    for run in reversed(runs):                                 # what is needed comes before
+        if asked(run.name, needed):
+            needed |= {run.name, *run.after}
+    return [run for run in runs if run.name in needed]
+
+
 @dataclass
 class Runner:
     """Where runs lie, and what is under way. Of runs in `runs` that others need and that come before them,
@@ -68,11 +77,8 @@ class Runner:
 
     def missing(self):
         """Return runs that have no record, and those whose weights they need and that are not there."""
-        needed = set()
-        for run in reversed(self.runs):
-            if run.name not in self.recorded or (run.name in needed and not self.done(run.name)):
-                needed |= {run.name, *run.after}
-        return [run for run in self.runs if run.name in needed and not self.done(run.name)]
+        again = lambda name, needed: name not in self.recorded or (name in needed and not self.done(name))
+        return [run for run in with_needs(self.runs, again) if not self.done(run.name)]
 
     def ready(self):
         """Return missing runs that can start now, in order. One whose needs failed never can."""

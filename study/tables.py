@@ -37,6 +37,11 @@ class Group:
         """Return the k-th evaluations of all seeds on one set."""
         return [record["curve"][k]["eval"][name] for record in self.records]
 
+    def change(self, name):
+        """Return (change from the first evaluations to the last, its standard error) of the headline metric
+        on a set, in points."""
+        return records.change(self.at(-1, name), self.at(0, name), headline_of(self.task, name))
+
     def mean(self, key):
         return np.mean([record[key] for record in self.records])
 
@@ -95,7 +100,7 @@ def headline(groups):
     numbers."""
     rows = []
     for task, known in by_task(groups).items():
-        one = next(iter(known.values()))
+        one, *_ = known.values()
         other = "first" if one.metric == "success" else "success"
         for name, metric in product(one.sets, (one.metric, other)):
             cells = [cell(known[algo].at(-1, name), metric, known[algo].at(0, name)) if algo in known else "-"
@@ -130,8 +135,8 @@ def explained(groups):
     rows = []
     for task, known in by_task(groups).items():
         ends = {name: [record["curve"][-1] for record in group.records] for name, group in known.items()}
-        first = next(iter(known.values())).records[0]["curve"][0]
-        for name, points in ({"init": [first]} | ends).items():
+        one, *_ = known.values()
+        for name, points in ({"init": one.records[0]["curve"][:1]} | ends).items():
             rows.append([task, name])
             for title, path in MEASURED.items():
                 values = [measured(point, 100 if "%" in title else 1, *path.split()) for point in points]
@@ -148,10 +153,9 @@ def changes(groups):
         for name in dict.fromkeys(name for group in known.values() for name in group.sets):
             for group in known.values():
                 if name in group.sets:
-                    change = records.change(group.at(-1, name), group.at(0, name), group.metric)
                     rows.append([f"{task}, {name}", group.name, str(len(group.records)),
-                                 *(cell(group.at(k, name), group.metric) for k in (0, -1)),
-                                 with_error(change, "+"), f"{group.mean('counted_tflops'):.1f}"])
+                                 *(cell(group.at(k, name), headline_of(task, name)) for k in (0, -1)),
+                                 with_error(group.change(name), "+"), f"{group.mean('counted_tflops'):.1f}"])
     return markdown(["task, tested on", "arm", "seeds", "before", "after", "change", "TFLOPs"], rows)
 
 

@@ -40,24 +40,19 @@ def run(case):
     return {row["implementation"]: row for row in bench.bench(case, CEILINGS, 1, 0)}
 
 
-@cases("kind", TINY)
-def test_attention_cases_agree(kind):
-    for case in attention_cases(kind):
+@cases("name", [*TINY, "logprob", "logprob-entropy"])
+def test_cases_agree(name):
+    for case in attention_cases(name) if name in TINY else [logprob_case(name)]:
         rows = run(case)
-        timed = {name: row for name, row in rows.items() if "ms" in row}
-        assert timed.keys() >= {"ours", "naive"} and any(name.startswith("sdpa math") for name in timed)
-        assert all(row["error"] < 1e-5 for row in timed.values())
-        assert all(len(row["no"].split()) == 3 for name, row in rows.items() if name not in timed)
-        assert all(row["ratio"] == row["ms"] / rows["ours"]["ms"] for row in timed.values())
-
-
-@cases("name", ["logprob", "logprob-entropy"])
-def test_logprob_cases_agree(name):
-    rows = run(logprob_case(name))
-    assert rows["ours"]["ms"] > 0 and rows["naive"]["ms"] > 0
+        timed = {way: row for way, row in rows.items() if "ms" in row}
+        assert timed.keys() >= {"ours", "naive"}
+        assert name not in TINY or any(way.startswith("sdpa math") for way in timed)
+        assert all(row["error"] < 1e-5 and row["ratio"] == row["ms"] / rows["ours"]["ms"]
+                   for row in timed.values())
+        assert all(len(row["no"].split()) == 3 for way, row in rows.items() if way not in timed)
     if name == "logprob":
-        assert rows["liger"]["no"]
-        assert not hasattr(torch.nn, "LinearCrossEntropyOptions") or rows["torch chunks"]["error"] < 1e-5
+        assert "liger" in rows
+        assert "torch chunks" in timed or not hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
 def test_the_exact_answers_are_those_of_the_naive_form():
