@@ -108,8 +108,9 @@ def headline(groups):
             theirs = PAPER.get((task, name), ()) if metric == headline_of(task, name) else ()
             rows.append([f"{task}, {name}", metric.replace("_", "-"), cell(one.at(0, name)[:1], metric),
                          *cells, ", ".join(map(str, theirs))])
-    return markdown(["task, tested on", "what", "init", "SFT (change)", "PPO (change)",
-                     "paper: init, SFT, RL"], rows)
+    head = ["task, tested on", "what", "init", "SFT (change)", "PPO (change)", "paper: init, SFT, RL"]
+    width = 6 if any(row[-1] for row in rows) else 5           # the paper has nothing to say on other shifts
+    return markdown(head[:width], [row[:width] for row in rows])
 
 
 # Columns of `explained`: where a probe tells the number.
