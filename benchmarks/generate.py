@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels import measure_ceilings
-from benchmarks.measure import DEVICE, GPU, head, machine, milliseconds, show, take_turns
+from benchmarks.measure import DEVICE, GPU, columns, head, machine, milliseconds, save, show, take_turns
 from envs import GeneralPoints
-from harness.files import to_json
 from harness.ranges import FILE, command_line, integer, several, text
 from harness.terminal import command
 from llama.config import Config
@@ -34,15 +33,14 @@ from model import Llama
 
 TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp-vl"
 DTYPE = torch.bfloat16 if GPU else torch.float32
-COLUMNS = {"prompts": "7", "batch": "5", "of": "12", "tokens/s": "8.0f", "step": "7.2f", "weights": "7.0f",
-           "ratio": "5.2f"}
+COLUMNS = columns("prompts 7, batch 5, of 12, tokens/s 8.0f, step 7.2f, weights 7.0f, ratio 5.2f")
 
 
 def load(folder):
     """Return our model and that of transformers."""
     import transformers                        # slow to import, and not there without the 'test' extra
-    kind, trained = transformers.MllamaForConditionalGeneration, any(Path(folder).glob("*.safetensors"))
-    if trained:
+    kind = transformers.MllamaForConditionalGeneration
+    if any(Path(folder).glob("*.safetensors")):
         ours, theirs = (each.from_pretrained(folder, dtype=DTYPE).to(DEVICE) for each in (Llama, kind))
     else:
         torch.set_default_dtype(DTYPE)
@@ -63,15 +61,13 @@ def draw_prompts(folder, config, image, batch):
         prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
         pictures = [prompt.images[0] if image else None for prompt in prompts]
         return [prompt.ids for prompt in prompts], processor.images(pictures)
-    conversations = torch.randint(0, config.vocab_size, (batch, 256)).tolist()
+    prompts = torch.randint(0, config.vocab_size, (batch, 256))
     if not image:
-        return conversations, None
-    tiles, size, rows = config.vision.max_num_tiles, config.vision.image_size, torch.arange(batch)
-    for ids in conversations:
-        ids[0] = config.image_token_id
-    layout = config.vision.supported_aspect_ratios.index([1, tiles]) + 1
-    return conversations, Images(list(torch.rand(batch, tiles, 3, size, size)), 0 * rows + layout,
-                                 torch.ones(batch, tiles, dtype=torch.int64), rows)
+        return prompts.tolist(), None
+    prompts[:, 0] = config.image_token_id
+    size, real = config.vision.image_size, torch.ones(batch, config.vision.max_num_tiles, dtype=torch.int64)
+    pixels = torch.rand(*real.shape, 3, size, size)
+    return prompts.tolist(), Images([*pixels], real[:, 0], real, torch.arange(batch))
 
 
 def reference_inputs(image_token_id, conversations, images):
@@ -90,18 +86,18 @@ def reference_inputs(image_token_id, conversations, images):
 
 def measure(ours, theirs, conversations, images, tokens, repeats):
     """Return {name: (milliseconds of a whole answer, of its first token alone)}."""
-    batch, inputs = len(conversations), reference_inputs(ours.config.image_token_id, conversations, images)
+    inputs = reference_inputs(ours.config.image_token_id, conversations, images)
 
     def we(n, graph=None):
-        generate(ours, conversations, images=images, max_new_tokens=n, stop_ids=[], seeds=list(range(batch)),
-                 graph=graph)
+        generate(ours, conversations, images=images, max_new_tokens=n, stop_ids=[],
+                 seeds=list(range(len(conversations))), graph=graph)
 
     def they(n):
         theirs.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=0, top_p=1.0,
                         temperature=1.0, pad_token_id=0)
 
     ways = {"ours": we, "transformers": they} | ({"ours, eager": partial(we, graph=False)} if GPU else {})
-    runs = {(name, n): partial(lambda way, n, i: milliseconds(way, n), way, n)
+    runs = {(name, n): lambda i, way=way, n=n: milliseconds(way, n)
             for name, way in ways.items() for n in (tokens, 1)}
     times = {key: statistics.median(found) for key, found in take_turns(runs, repeats).items()}
     return {name: (times[name, tokens], times[name, 1]) for name in ways}
@@ -124,25 +120,21 @@ def main(argv=None):
     parser.add_argument("--json", type=FILE, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    ours, theirs = load(args.model)
+    (ours, theirs), ceilings, rows = load(args.model), measure_ceilings(DTYPE), []
     print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {args.new_tokens} new tokens; "
-          f"{machine()}\n{(ceilings := measure_ceilings(DTYPE, True))}")
+          f"{machine()}\n{ceilings}")
     head(COLUMNS)
-    rows = []
     for image, batch in itertools.product((False, True), map(int, args.batches.split(","))):
         prompts = draw_prompts(args.model, ours.config, image, batch)
         found = measure(ours, theirs, *prompts, args.new_tokens, args.repeats)
-        needed = weights_of_a_step(ours, image)
+        needed = weights_of_a_step(ours, image) * DTYPE.itemsize
         for name, (ms, first) in found.items():
             step = (ms - first) / (args.new_tokens - 1)
-            row = {"prompts": "image" if image else "text", "batch": batch, "of": name, "step": step,
-                   "tokens/s": 1000 * batch * args.new_tokens / ms,
-                   "weights": needed * DTYPE.itemsize / 1e6 / step, "ratio": found["transformers"][0] / ms}
-            rows.append(row)
-            show(row, COLUMNS)
-    if args.json:
-        result = machine() | {"ceilings": ceilings, "rows": rows}
-        Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
+            rows.append({"prompts": "image" if image else "text", "batch": batch, "of": name, "step": step,
+                         "tokens/s": 1000 * batch * args.new_tokens / ms, "weights": needed / 1e6 / step,
+                         "ratio": found["transformers"][0] / ms})
+            show(rows[-1], COLUMNS)
+    save(args.json, machine() | {"ceilings": ceilings, "rows": rows})
     return rows
 
 

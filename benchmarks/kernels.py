@@ -32,9 +32,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import DEVICE, GPU, head, machine, milliseconds, show, take_turns
+from benchmarks.measure import DEVICE, GPU, columns, head, machine, milliseconds, save, show, take_turns
 from benchmarks.rivals import LARGE, SMALL, attention_cases, logprob_cases
-from harness.files import to_json
 from harness.ranges import FILE, above, command_line
 from harness.terminal import command
 
@@ -56,17 +55,13 @@ def attempt(row, run):
     try:
         return run()
     except Exception as error:
-        text = row["message"] = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-            row["no"] = "out of memory"
-            return
-        if row["implementation"] == "ours":
+        said = row["message"] = str(error)
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said
+        if row["implementation"] == "ours" and not full:
             raise
-        row["no"] = f"raises {type(error).__name__} here"
-        if isinstance(error, ImportError):
-            row["no"] = "not installed here"
-        if "No available kernel" in text or "No viable backend" in text:
-            row["no"] = "backend declines it"
+        declines = "No available kernel" in said or "No viable backend" in said
+        row["no"] = ("out of memory" if full else "not installed here" if isinstance(error, ImportError)
+                     else "backend declines it" if declines else f"raises {type(error).__name__} here")
 
 
 def peak_memory(run):
@@ -99,7 +94,7 @@ def worst_error(case, found, exact):
 
 def examine(case, row, way, exact, bound):
     """Check and weigh one implementation -> whether it is right."""
-    run = partial(case.run, way, *case.inputs)
+    run = lambda: case.prepare(way, *case.inputs)()
     row["error"] = worst_error(case, run(), exact)
     if not row["error"] <= bound:                              # NaN is not, either
         row["no"] = "result is wrong"
@@ -119,53 +114,52 @@ def bench(case, ceilings, rounds, seconds):
     """
     args, upstream = case.inputs
     doubles = [x.detach().double().requires_grad_() if x.requires_grad else x for x in args]
-    exact = case.run(case.exact, doubles, upstream)
-    rows, ready, bound = {}, {}, BOUND[args[0].dtype]
+    exact = case.prepare(case.exact, doubles, upstream)()
+
+    def turn(row, way, i):
+        return attempt(row, lambda: milliseconds(case.prepare(way, args, upstream)))
+
+    rows, turns, bound = {}, {}, BOUND[args[0].dtype]
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()                 # it gives up on functions that it compiled for too many shapes
     for name, way in case.ways.items():
         row = rows[name] = dict(case=case.name, part=case.part, implementation=name)
         allowed = bound + (case.terms * 2**-24 if name == "naive" else 0)
         if attempt(row, partial(examine, case, row, way, exact, allowed)):
-            ready[name] = way
+            turns[name] = partial(turn, row, way)
             if name == "naive":
                 bound = max(bound, 2 * row["error"])
-
-    def turn(name, i):
-        way = ready[name]
-        return attempt(rows[name], lambda: milliseconds(
-            partial(case.finish, way, args, upstream), case.begin(way, args)))
-
-    times = take_turns({name: partial(turn, name) for name in ready}, rounds, seconds)
+    times = take_turns(turns, rounds, seconds)
     work = {"TFLOP/s": case.flops / 1e12, "GB/s": case.bytes / 1e9}
     unit = max(work, key=lambda unit: work[unit] / ceilings[unit])
-    for name, found in times.items():
-        ms = statistics.median(found)
-        rows[name] |= dict(ms=ms, all_ms=found, flops=case.flops, bytes=case.bytes, unit=unit,
-                           rate=1000 * work[unit] / ms, ceiling=1000 * work[unit] / ms / ceilings[unit])
-        if "ours" in times:
-            rows[name]["ratio"] = ms / statistics.median(times["ours"])
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, ms in medians.items():
+        rate = 1000 * work[unit] / ms
+        rows[name] |= dict(ms=ms, all_ms=times[name], flops=case.flops, bytes=case.bytes, unit=unit,
+                           rate=rate, ceiling=rate / ceilings[unit])
+        if "ours" in medians:
+            rows[name]["ratio"] = ms / medians["ours"]
     for row in rows.values():
-        show(row, COLUMNS)
+        show(row | {"ms": f"no: {row['no']}"} if "no" in row else row, COLUMNS)
     return list(rows.values())
 
 
-def measure_ceilings(dtype, quick):
+def measure_ceilings(dtype):
     """Return the rates of a large product and of a large copy, which reads and writes."""
-    n, size = (8192, 2**30) if GPU else (512, 2**26) if quick else (1536, 2**28)
+    n, size = (8192, 2**30) if GPU else (1536, 2**28)
     a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=DEVICE)
     times = take_turns({"TFLOP/s": lambda i: milliseconds(torch.mm, a, b),
                         "GB/s": lambda i: milliseconds(target.copy_, source)}, 20, 2)
-    return {unit: 1000 * work / statistics.median(times[unit])
-            for unit, work in (("TFLOP/s", 2 * n**3 / 1e12), ("GB/s", 2 * size / 1e9))}
+    work = {"TFLOP/s": 2 * n**3 / 1e12, "GB/s": 2 * size / 1e9}
+    return {unit: 1000 * work[unit] / statistics.median(found) for unit, found in times.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The table
 
-COLUMNS = {"case": "15", "part": "8", "implementation": "32", "ms": "8.4g", "rate": "8.3g", "unit": "7",
-           "ceiling": "7.0%", "MiB": "8.1f", "error": "7.1e", "ratio": "5.2f"}
+COLUMNS = columns("case 15, part 8, implementation 32, ms 8.4g, rate 8.3g, unit 7, ceiling 7.0%, MiB 8.1f, "
+                  "error 7.1e, ratio 5.2f")
 
 
 def main(argv=None):
@@ -183,23 +177,22 @@ def main(argv=None):
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")                            # backends explain at length why they decline
     dtype, sizes = torch.bfloat16 if GPU else torch.float32, LARGE if GPU and not args.quick else SMALL
-    called = {name: {name, name.split("-")[0]} for name in sizes}
-    for word in args.only:
-        if not any(word in names for names in called.values()):
+    called = {word: [name for name in sizes if word in (name, name.split("-")[0])] for word in args.only}
+    for word, names in called.items():
+        if not names:
             parser.error(f"--only {word}: expected one of {', '.join(sizes)}")
     result = {"machine": machine() | {"type": str(dtype), "sizes": "large" if sizes is LARGE else "small"},
-              "ceilings": measure_ceilings(dtype, args.quick), "rows": []}
+              "ceilings": measure_ceilings(dtype), "rows": []}
     print(f"{result['machine']}\n{result['ceilings']}\n")
     head(COLUMNS)
-    for name, names in called.items():
-        if names & set(args.only) or not args.only and name != "vocabulary-128k":
-            build = logprob_cases if len(sizes[name]) == 3 else attention_cases
-            for case in build(name, sizes[name], dtype):
-                case.ways = {name: way for name, way in case.ways.items() if name not in args.skip}
-                rounds = (3, 0) if args.quick else (50, args.seconds)
-                result["rows"] += bench(case, result["ceilings"], *rounds)
-    if args.json:
-        Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
+    usual = [name for name in sizes if name != "vocabulary-128k"]
+    for name in dict.fromkeys(sum(called.values(), [])) or usual:
+        build = logprob_cases if len(sizes[name]) == 3 else attention_cases
+        for case in build(name, sizes[name], dtype):
+            case.ways = {name: way for name, way in case.ways.items() if name not in args.skip}
+            rounds = (3, 0) if args.quick else (50, args.seconds)
+            result["rows"] += bench(case, result["ceilings"], *rounds)
+    save(args.json, result)
     wrong = [f"{row['case']} {row['part']}" for row in result["rows"]
              if row["implementation"] == "ours" and row.get("no") == "result is wrong"]
     if wrong:

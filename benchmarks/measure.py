@@ -3,9 +3,11 @@ import importlib.metadata
 import math
 import platform
 import time
+from pathlib import Path
 
 import torch
 
+from harness.files import to_json
 from harness.folder import git_commit
 
 GPU = torch.cuda.is_available()
@@ -63,18 +65,29 @@ def machine():
             "HIP": torch.version.hip} | {name: versions.get(name) for name in sorted(PACKAGES)}
 
 
+def columns(text):
+    """Read "name format, ..." -> {name of a column: the format of its numbers}."""
+    return dict(part.rsplit(" ", 1) for part in text.split(", "))
+
+
 def head(columns):
-    """Print the head of a table. columns: {name: the format of its numbers}."""
+    """Print the head of a table."""
     show({name: name for name in columns}, columns)
     show({name: "-" * int(form.split(".")[0]) for name, form in columns.items()}, columns)
 
 
 def show(row, columns):
     """Print a line of the table. A column that is not in the row stays empty."""
-    if "no" in row:
-        row = row | {"ms": f"no: {row['no']}"}
     cells = []
     for name, form in columns.items():
-        value = "" if row.get(name) is None else row[name]
-        cells.append(f"{value:<{form.split('.')[0] if isinstance(value, str) else form}}")
+        value = row.get(name)
+        if value is None or isinstance(value, str):
+            value, form = value or "", form.split(".")[0]
+        cells.append(f"{value:<{form}}")
     print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def save(file, result):
+    """Write a result as JSON, if there is a file to write to."""
+    if file:
+        Path(file).write_text(to_json(result, indent=1), encoding="utf-8")

@@ -66,20 +66,19 @@ class Case:
     terms: int         # of the longest sum: over keys, or the vocabulary
     real: object = ...     # (B, T) queries that are no padding: their outputs count
 
-    def begin(self, way, args):
-        """Do what comes before the timed part."""
-        return way(*args) if self.part == "backward" else None
+    def prepare(self, way, args, upstream):
+        """Do what comes before the timed part. Return that, a function -> (output, *gradients of the
+        arguments that want one)."""
+        made = way(*args) if self.part == "backward" else None
 
-    def finish(self, way, args, upstream, out):
-        """Do the timed part -> (output, *gradients of the arguments that want one)."""
-        if self.part == "forward":
-            with torch.no_grad():
-                return (way(*args),)
-        out = way(*args) if out is None else out
-        return out.detach(), *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
+        def timed():
+            if self.part == "forward":
+                with torch.no_grad():
+                    return (way(*args),)
+            out = way(*args) if made is None else made
+            return out.detach(), *torch.autograd.grad(out, [x for x in args if x.requires_grad], upstream)
 
-    def run(self, way, args, upstream):
-        return self.finish(way, args, upstream, self.begin(way, args))
+        return timed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -111,8 +110,8 @@ def exact_loss(hidden, weight, *others):
 
 
 def torch_chunks(hidden, weight, targets):
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum",
+                                  options=torch.nn.LinearCrossEntropyOptions())
 
 
 def liger(hidden, weight, targets):
@@ -158,17 +157,17 @@ def logprob_cases(name, sizes, dtype):
 
 def see_whom(kind, B, T, S):
     """Return the arguments of `Visible` for a kind of case. Rows differ, as conversations of a batch do."""
+    ends = {"ragged": (T, T // 8), "resumed": (S - T, 0), "decode": (S - 1, S // 2)}.get(kind)
+    if ends:                                                   # resumed: a later turn of a conversation
+        fall = torch.linspace(*ends, B, dtype=torch.float64, device=DEVICE).long()
+        return {"causal": True, "lengths" if kind == "ragged" else "starts": fall}
+    if kind == "causal":
+        return {"causal": True}
     b, s = (torch.arange(n, device=DEVICE) for n in (B, S))
     tiles = torch.tensor([4, 2, 1, 3], device=DEVICE)[b % 4, None]
     patches = (S // 4 - 1) // 8 * 8 + 1                        # 1601 of 1608
     real = (s // (S // 4) < tiles) & (s % (S // 4) < patches)                  # (B, S)
-    fall = lambda *ends: torch.linspace(*ends, B, dtype=torch.float64, device=DEVICE).long()
-    return {"causal": dict(causal=True),
-            "ragged": dict(causal=True, lengths=fall(T, T // 8)),
-            "resumed": dict(causal=True, starts=fall(S - T, 0)),       # a later turn of a conversation
-            "decode": dict(causal=True, starts=fall(S - 1, S // 2)),
-            "cross": dict(key_mask=real),
-            "vision": dict(key_mask=real, see_all=real)}[kind]
+    return {"key_mask": real} | ({"see_all": real} if kind == "vision" else {})
 
 
 def sees(masks, b, t, s):
@@ -196,11 +195,11 @@ def naive_attention(q, k, v, mask):
 
 def exact_attention(q, k, v, mask):
     """Compute the same from one key head of one row at a time."""
-    def row(q, k, v, mask):
-        heads = zip(q.split(q.shape[2] // k.shape[1], 2), k.split(1, 1), v.split(1, 1))
-        return torch.cat([checkpoint(naive_attention, *x, mask, use_reentrant=False) for x in heads], 2)
-
-    return torch.cat([row(*x) for x in zip(*(x.split(1) for x in (q, k, v, mask)))])
+    group, rows = q.shape[2] // k.shape[1], []
+    for q, k, v, mask in zip(*(x.split(1) for x in (q, k, v, mask))):
+        heads = zip(q.split(group, 2), k.split(1, 1), v.split(1, 1))
+        rows.append(torch.cat([checkpoint(naive_attention, *x, mask, use_reentrant=False) for x in heads], 2))
+    return torch.cat(rows)
 
 
 def sdpa(q, k, v, backend, mask=None):
@@ -254,8 +253,8 @@ def attention_cases(name, sizes, dtype):
     real = seen.any(2)
     mask = (seen | ~real[:, :, None])[:, None]                 # padding sees all: else it would be NaN
     draw = partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE, dtype=dtype)
-    cached = kind in ("decode", "resumed")                     # else keys and values are views of projections
-    kv = draw(B, 2, K, S, D) if cached else draw(B, 2, S, K, D).transpose(2, 3)
+    # Keys and values are a cache, or views of projections.
+    kv = draw(B, 2, K, S, D) if kind in ("decode", "resumed") else draw(B, 2, S, K, D).transpose(2, 3)
     args = [x.detach().requires_grad_() for x in (draw(B, T, H, D), *kv.unbind(1))]
     inputs = args, draw(B, T, H, D) * real[:, :, None, None]
     pairs, traffic = int(seen.sum()), 2 * D * dtype.itemsize * int(H * real.sum() + K * seen.any(1).sum())

@@ -17,25 +17,26 @@ import torch
 
 import train
 from benchmarks.generate import TINY
-from benchmarks.measure import head, machine, show
+from benchmarks.measure import columns, head, machine, show
+from harness.files import read_lines
 from harness.folder import RunFolder
 from harness.ranges import command_line, text
 from harness.terminal import command
 from llama.config import Config
 from model import Llama
 
-COLUMNS = {"step": "4", "rollout_seconds": "15.2f", "drawn_tokens": "12.0f", "update_seconds": "14.2f",
-           "trained_tokens": "14.0f", "memory_gb": "9.1f"}
+COLUMNS = columns("step 4, rollout_seconds 15.2f, drawn_tokens 12.0f, update_seconds 14.2f, "
+                  "trained_tokens 14.0f, memory_gb 9.1f")
 
 
 def make_folder(shape, folder):
     """Write what --model takes, but for weights: the shape's config and the tiny model's tokenizer."""
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    tiny, config, pictures = (json.loads(Path(file).read_text(encoding="utf-8")) for file in (
+    shutil.copytree(TINY, folder)
+    tiny, config, pictures = (json.loads(file.read_bytes()) for file in (
         TINY / "config.json", Path(shape) / "config.json", TINY / "preprocessor_config.json"))
-    config["image_token_index"] = tiny["image_token_index"]
     side = config["vision_config"]["image_size"]
-    pictures["size"] = {"height": side, "width": side}
+    config |= {"image_token_index": tiny["image_token_index"]}
+    pictures |= {"size": {"height": side, "width": side}}
     for name, content in (("config", config), ("preprocessor_config", pictures)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -57,7 +58,7 @@ def main(argv=None):
         make_folder(args.shape, model)
         words = f"--algo ppo --preset paper --eval-hands 0 --model {model} --out {out}".split()
         train.main(words + settings)
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_lines(out / "log.jsonl", {"event": str})
     print(machine())
     head(COLUMNS)
     for row in rows:

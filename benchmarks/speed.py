@@ -9,31 +9,28 @@ of learning and of both, the share of padding in what is learnt from, peak memor
 both, divided by those of the older commit; "to one": divided by those of the same code on one thread of the
 quiet machine. Takes an hour.
 """
-import io
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from benchmarks import generate
-from benchmarks.measure import head, machine, show, take_turns
+from benchmarks.measure import columns, head, machine, save, show, take_turns
 from harness import WAITING
-from harness.files import to_json
 from harness.ranges import FILE, command_line, integer, text
 from harness.terminal import command
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "--algo ppo --device cpu --eval-hands 0 --probe-hands 0 --save-every 1000"
-MEDIANS = {"rollout_seconds": "15.2f", "update_seconds": "14.2f", "both": "6.2f", "padding": "7.1%",
-           "GB": "5.2f"}
-COLUMNS = {"task": "5", "threads": "7", "commit": "10", **MEDIANS, "to old": "6.2f", "to one": "6.2f"}
+MEDIANS = columns("rollout_seconds 15.2f, update_seconds 14.2f, both 6.2f, padding 7.1%, GB 5.2f")
+COLUMNS = columns("task 5, threads 7, commit 10") | MEDIANS | columns("to old 6.2f, to one 6.2f")
 
 
 def start(stack, *words, **how):
@@ -75,8 +72,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rows, one = [], {}
     with tempfile.TemporaryDirectory() as old:
-        archive = subprocess.check_output(["git", "-C", ROOT, "archive", args.against])
-        tarfile.TarFile(fileobj=io.BytesIO(archive)).extractall(old, filter="data")
+        archive = f"{old}/archive.tar"
+        subprocess.check_call(["git", "-C", ROOT, "archive", "-o", archive, args.against])
+        shutil.unpack_archive(archive, old, filter="data")
         head(COLUMNS)
         for task, busy, threads in itertools.product(("gp-l", "gp-vl"), ("", "+1"), "12"):
             found = measure({"now": ROOT, args.against: old}, args.updates, threads, busy, f"--task {task}")
@@ -86,9 +84,7 @@ def main(argv=None):
                                    "to one": row["both"] / one.setdefault((task, name), row["both"])})
                 show(rows[-1], COLUMNS)
     rates = {threads: generate.main(["--threads", threads]) for threads in "12"}
-    if args.json:
-        result = machine() | {"updates": rows, "generate": rates}
-        Path(args.json).write_text(to_json(result, indent=1), encoding="utf-8")
+    save(args.json, machine() | {"updates": rows, "generate": rates})
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import sys
 from pathlib import Path
 
 from harness.files import write_atomically
-from harness.ranges import FOLDER, SettingError, command_line, integer, one_of, several, shown
-from harness.terminal import command, visible
+from harness.ranges import FOLDER, command_line, integer, one_of, several, shown, text
+from harness.terminal import command
 from study import figures, records, tables
 from study.experiments import EXPERIMENTS, SEEDS
-from study.runner import Runner
+from study.runner import Runner, with_needs
 
 DOCS = Path("docs/study")
 PAGE = """# The study
@@ -49,11 +49,7 @@ def at_scale(run, model, ranks):
 
 def chosen(runs, only):
     """Return the runs whose name holds a text, and what they need."""
-    names = set()
-    for run in reversed(runs):
-        if only in run.name or run.name in names:
-            names |= {run.name, *run.after}
-    return [run for run in runs if run.name in names]
+    return with_needs(runs, lambda name, needed: only in name or name in needed)
 
 
 def page(folder):
@@ -64,9 +60,9 @@ def page(folder):
         if not (folder / f"{name}.jsonl").exists():
             continue
         mine = [found[run.name] for run in experiment.runs(SEEDS) if run.name in found]
-        facts = ((record["config"]["seed"], record["commit"] or "unknown", record["hardware"])
-                 for record in mine)
-        seeds, commits, hardware = (sorted(set(map(str, of_all))) for of_all in zip(*facts))
+        seeds, hardware, commits = (sorted({str(fact(record)) for record in mine}) for fact in (
+            lambda record: record["config"]["seed"], lambda record: record["hardware"],
+            lambda record: record["commit"] or "unknown"))
         findings = [file.read_text(encoding="utf-8").strip() for file in folder.glob(f"{name}.md")]
         pictures = [*folder.glob(f"{name}.png"), *sorted(folder.glob(f"{name}-*.png"))]
         parts += [f"## {name}", experiment.question, f"`python -m study {name}`", *findings,
@@ -83,7 +79,6 @@ def wanted(name, args):
 
 def do(name, args, folder, root):
     """Do one experiment. Return the names of runs that failed."""
-    experiment = EXPERIMENTS[name]
     workers = 1 if args.ranks > 1 else args.workers
     runner = Runner(wanted(name, args), root, folder / f"{name}.jsonl", workers)
     if args.plan:
@@ -93,28 +88,26 @@ def do(name, args, folder, root):
         runner.report()
         return []
     failed, found = runner.work(), records.read(folder)
-    print(experiment.table(found))
-    drawn(experiment.plot, found, folder / f"{name}.png")
+    print(EXPERIMENTS[name].table(found))
+    draw(EXPERIMENTS[name].plot, found, folder / f"{name}.png")
     write_atomically(folder / "README.md", page(folder))
     print(f"wrote {folder / 'README.md'}")
     return failed
 
 
-def drawn(draw, *given):
-    """Draw, where that is possible. Return whether it was."""
+def draw(figure, found, file):
+    """Draw a figure, where that is possible."""
     try:
-        draw(*given)
-        return True
+        figure(found, file)
     except ImportError:
         print("no figure, which needs matplotlib: pip install -e '.[plot]'")
 
 
-def plot(folders, file=Path("success.png")):
-    """Print the table and draw the figure of run folders."""
+def plot(folders):
+    """Print the table of run folders, and draw success.png."""
     groups = tables.read_runs(folders)
-    print(tables.headline(groups))
-    if drawn(figures.draw, groups, file):
-        print(f"wrote {file}")
+    print(f"{tables.headline(groups)}\n\ndrawing success.png", flush=True)
+    draw(figures.draw, groups, "success.png")
 
 
 def main(argv=None):
@@ -125,7 +118,9 @@ def main(argv=None):
     parser.add_argument("folders", nargs="*", metavar="RUN", help="folders of runs, of plot")
     parser.add_argument("--seeds", type=several(integer(0, SEEDS[-1])), default="0,1,2",
                         help="of training, joined by commas (default: %(default)s)")
-    parser.add_argument("--model", help="init checkpoint to begin with instead of the tiny model's")
+    parser.add_argument("--model", type=text("a folder with a config.json",
+                                             lambda name: (Path(name) / "config.json").is_file()),
+                        help="init checkpoint to begin with instead of the tiny model's")
     parser.add_argument("--ranks", type=integer(1), default=1,
                         help="processes of each run, by torchrun (default: %(default)s)")
     parser.add_argument("--records", type=FOLDER, help="folder of the records, a file per experiment and a "
@@ -139,13 +134,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.folders) != (args.experiment == "plot"):
         parser.error("RUN ...: expected with plot, and with plot alone")
-    names = EXPERIMENTS if args.experiment == "all" else [args.experiment] * (not args.folders)
+    names = {"all": EXPERIMENTS, "plot": []}.get(args.experiment, [args.experiment])
     names = [name for name in names if wanted(name, args)]
     if not names and not args.folders:
         parser.error(f"--only {shown(args.only)}: expected part of the name of a run of {args.experiment}; "
                      "--plan lists them")
-    if args.model and not (Path(args.model) / "config.json").is_file():
-        parser.error(f"--model {shown(args.model)}: expected a folder with a config.json")
     own = args.model and Path("runs") / f"study-{Path(args.model).name}"
     folder, root = Path(args.records or own or DOCS), Path(args.runs or own or "runs/study")
     for name in (signal.SIGINT, signal.SIGTERM):               # a shell's & turns the first off
@@ -158,10 +151,8 @@ def main(argv=None):
         sys.exit("stopped; the same command goes on")
     except BrokenPipeError:
         raise
-    except SettingError as error:
-        parser.error(str(error))
     except (OSError, ValueError) as error:
-        sys.exit(f"python -m study: error: {visible(str(error))}")
+        parser.error(str(error))
     if failed:
         sys.exit(f"without {len(failed)} runs that failed: {', '.join(failed)}")
 

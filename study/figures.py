@@ -14,51 +14,42 @@ COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 COLOR = {"sft": COLORS[0], "ppo": COLORS[1]}
 
 
-def seeds_of(evaluations, metric):
-    """Return the rate of each seed."""
-    return [records.rate([one], metric)[0] for one in evaluations]
-
-
 def draw(groups, file):
     """Draw the headline metric against training compute: seeds thin, their mean thick with its standard
     error."""
-    def curve(axis, group, name, color):
+    for axis, group, name, color in panels(groups, file, "training compute (TFLOPs)"):
         for record in group.records:
             x = [point["counted_tflops"] for point in record["curve"]]
-            y = seeds_of([point["eval"][name] for point in record["curve"]], group.metric)
+            y = [rate(group, [point], name)[0] for point in record["curve"]]
             axis.plot(x, y, color=color, lw=0.7, alpha=0.45, marker=".", ms=3)
-        x = [fmean(point["counted_tflops"] for point in points) for points in shared(group)]
-        y, error = rates(group, name)
-        axis.errorbar(x, y, yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2,
+        points = shared(group)
+        y, error = zip(*(rate(group, of_all, name) for of_all in points))
+        axis.errorbar([fmean(point["counted_tflops"] for point in of_all) for of_all in points], y,
+                      yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2,
                       label=f"{group.name} ({len(group.records)} seed{'s' * (len(group.records) > 1)})")
-
-    panels(groups, file, "training compute (TFLOPs)", curve)
 
 
 def scatter(groups, file, label, x):
     """Draw the headline metric against something else that was measured at the same time, x(point of a curve,
     set): every evaluation of every seed, the later the larger."""
-    def points(axis, group, name, color):
-        known = [(k, point) for record in group.records for k, point in enumerate(record["curve"])]
-        axis.scatter([x(point, name) for _, point in known],
-                     seeds_of([point["eval"][name] for _, point in known], group.metric),
-                     s=[12 + 12 * k for k, _ in known], color=color, alpha=0.6, lw=0, label=group.name)
-
-    panels(groups, file, label, points)
+    for axis, group, name, color in panels(groups, file, label):
+        drawn = [(x(point, name), rate(group, [point], name)[0], 12 + 12 * k)
+                 for record in group.records for k, point in enumerate(record["curve"])]
+        axis.scatter(*zip(*drawn), color=color, alpha=0.6, lw=0, label=group.name)
 
 
 def tradeoff(groups, file):
     """Draw the headline metric on each other set against the same on ID: what is lost, or gained, there by
     the time so much is learnt here."""
-    def path(axis, group, name, color):
-        axis.plot(*(seeds_of(group.at(-1, of), group.metric) for of in ("id", name)),
-                  ".", color=color, ms=5, alpha=0.5)
-        (x, dx), (y, dy) = rates(group, "id"), rates(group, name)
+    for axis, group, name, color in panels(groups, file, "the same on ID (%)", leave_out="id"):
+        for record in group.records:
+            axis.plot(*(rate(group, record["curve"][-1:], of)[0] for of in ("id", name)),
+                      ".", color=color, ms=5, alpha=0.5)
+        (x, dx), (y, dy) = (zip(*(rate(group, points, of) for points in shared(group)))
+                            for of in ("id", name))
         axis.plot(x, y, color=color, lw=1.2, alpha=0.7)
         axis.errorbar(x[-1], y[-1], xerr=dx[-1], yerr=dy[-1], color=color, marker="o", ms=5, capsize=2,
                       label=group.name)
-
-    panels(groups, file, "the same on ID (%)", path, leave_out="id")
 
 
 def glance(groups, file):
@@ -66,22 +57,23 @@ def glance(groups, file):
     whose numbers training dealt, beside those that it never did (pale)."""
     from matplotlib.figure import Figure                       # not all have it
 
-    known = {(group.task, name): group for group in groups for name in group.sets}
+    known = {(group.task, name): by_task(groups)[group.task] for group in groups for name in group.sets}
     parts = {f"{title} (pale: the paper)": [row for row in PAPER if row[0].startswith(game) and row in known]
              for title, game in (("cards", "gp"), ("navigation", "virl"))}
-    unseen = {row: (row[0], f"{row[1]}-unseen") for row in known if (row[0], f"{row[1]}-unseen") in known}
-    parts = {title: rows for title, rows in (parts | {"numbers seen (pale: unseen)": [*unseen]}).items()
-             if rows}
+    parts["numbers seen (pale: unseen)"] = [
+        (task, name) for task, name in known if (task, f"{name}-unseen") in known]
+    parts = {title: rows for title, rows in parts.items() if rows}
     figure = Figure((4.2 * len(parts), 3.4))
     for axis, (title, rows) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items()):
-        for k, row in enumerate(rows):
-            for group in (group for group in groups if group.task == row[0]):
-                paper = dict(zip(COLOR, (after - PAPER[row][0] for after in PAPER.get(row, ())[1:])))
-                pale = change_of(group, unseen[row][1]) if rows == [*unseen] else (paper[group.name], 0)
-                for i, ((change, error), alpha) in enumerate(zip((change_of(group, row[1]), pale), (1, 0.4))):
-                    y = -k - 0.38 * [*COLOR].index(group.name) - 0.17 * i
-                    axis.barh(y, change, 0.16, xerr=error, color=COLOR[group.name], alpha=alpha,
-                              label=None if k + i else group.name.upper())
+        for k, (task, name) in enumerate(rows):
+            for i, algo in enumerate(COLOR):
+                if group := known[task, name].get(algo):
+                    paper = PAPER.get((task, name), (0, 0, 0))
+                    pale = (paper[1 + i] - paper[0], 0) if "paper" in title else group.change(
+                        f"{name}-unseen")
+                    for j, (change, error) in enumerate((group.change(name), pale)):
+                        axis.barh(-k - 0.38 * i - 0.17 * j, change, 0.16, xerr=error, color=COLOR[algo],
+                                  alpha=0.4 if j else 1, label=None if k + j else algo.upper())
         axis.set_yticks([-k - 0.28 for k in range(len(rows))], map("\n".join, rows))
         axis.axvline(0, c="k")
         axis.set(title=title, xlabel="change from init (points)")
@@ -91,9 +83,9 @@ def glance(groups, file):
     figure.savefig(file, dpi=150)
 
 
-def change_of(group, name):
-    """Return (change from the first evaluation to the last, its standard error), in points."""
-    return records.change(group.at(-1, name), group.at(0, name), headline_of(group.task, name))
+def rate(group, points, name):
+    """Return the headline metric on a set at these points, one of each seed, and its error."""
+    return records.rate([point["eval"][name] for point in points], group.metric)
 
 
 def shared(group):
@@ -102,32 +94,25 @@ def shared(group):
     return [[curve[step] for curve in curves] for step in curves[0] if all(step in curve for curve in curves)]
 
 
-def rates(group, name):
-    """Return the headline metric on a set at each of these, and its errors."""
-    return zip(*[records.rate([point["eval"][name] for point in points], group.metric)
-                 for points in shared(group)])
-
-
-def panels(groups, file, label, fill, leave_out=""):
-    """Draw a row per task, a column per set but the one to leave out, each filled by fill(axis, group, set,
-    color)."""
+def panels(groups, file, label, leave_out=""):
+    """Yield (axis, group, set, color) for each panel and group to draw in it: a row per task, a column per
+    set but the one to leave out. Then add the legends and write the figure."""
     from matplotlib.figure import Figure                       # not all have it
 
     tasks, others = by_task(groups), [group.name for group in groups if group.name not in COLOR]
     sets = list(dict.fromkeys(name for group in groups for name in group.sets if name != leave_out))
     color = COLOR | dict(zip(dict.fromkeys(others), COLORS[2:] + COLORS[:2]))
-    figure = Figure((3.6 * len(sets), 2.3 * len(tasks)))
+    figure, legends = Figure((3.6 * len(sets), 2.3 * len(tasks))), []
     axes = figure.subplots(len(tasks), len(sets), squeeze=False, sharey="row")
-    legends = []
     for (task, known), row in zip(tasks.items(), axes):
         for axis, name in zip(row, sets):
-            axis.set_visible(False)
-            for group in (group for group in known.values() if name in group.sets):
-                axis.set_visible(True)
-                axis.set(title=f"{task}: {name}", xlabel=label)
-                axis.grid(alpha=0.3)
-                fill(axis, group, name, color[group.name])
-        row[0].set_ylabel(f"{group.metric.replace('_', '-')} (%)")
+            shown = [group for group in known.values() if name in group.sets]
+            axis.set_visible(bool(shown))
+            axis.set(title=f"{task}: {name}", xlabel=label)
+            axis.grid(alpha=0.3)
+            for group in shown:
+                yield axis, group, name, color[group.name]
+        row[0].set_ylabel(f"{headline_of(task).replace('_', '-')} (%)")
         last = [axis for axis in row if axis.get_visible()][-1]
         legends.append(last.legend(*row[0].get_legend_handles_labels(), fontsize=7, loc="upper left",
                                    bbox_to_anchor=(1.02, 1.0)))

@@ -10,16 +10,19 @@ worked out by hand. GB are 10^9 bytes.
 import json
 import math
 import weakref
-from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, product, zip_longest
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import model
 import ppo
@@ -27,17 +30,17 @@ from distributed import shard
 from harness import flops, ranges, tiny
 from harness.check import attempt, settle
 from harness.load import choose_what_learns
-from harness.ranges import SettingError
 from harness.settings import parse, spelled
 from harness.terminal import command
 from kernels import logits
-from llama.batches import Batch
+from llama.batches import collate
 from llama.cache import KVCache
 from llama.config import Config
 from llama.frozen import remember
 from llama.generate import draw_tokens
 from llama.images import Images
-from model import Llama
+from llama.processor import Processor
+from rollout import Conversation
 from study.tables import markdown
 from variants import algorithm
 from variants.tune import vision_frozen
@@ -45,6 +48,8 @@ from variants.tune import vision_frozen
 aten = torch.ops.aten
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
+GROWS = ("self KV cache", "cross KV cache", "prefill, growing caches, draws",      # with a batch
+         "activations", "backward pass, log-probs")
 LLAMA_11B = Config.from_pretrained(HERE / "llama-11b")        # as far as config.json is read here
 
 
@@ -64,12 +69,20 @@ class Bytes(TorchDispatchMode):
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tensors(args)}
-        out = without_memory(op, args, kwargs or {})
-        for tensor in tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known:                    # else a view of an argument, or the argument
-                known.add(storage._cdata)
+        known, kwargs = storages(args), kwargs or {}
+        if any(storage.device.type == "meta" for storage in known.values()):
+            if op.overloadpacket in (aten.index, aten.index_put_):
+                # The meta device could not know how many ones a mask has: their places do.
+                places = [x.nonzero().unbind(1) if x is not None and x.dtype == torch.bool else [x]
+                          for x in args[1]]
+                args = (args[0], [*chain(*places)], *args[2:])
+            out = op(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
+        else:
+            out = op(*args, **kwargs)
+            if isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point():
+                out = op(*args, **kwargs | {"device": "cpu"})
+        for name, storage in storages(out).items():
+            if name not in known:                              # else a view of an argument, or the argument
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
         return out
@@ -79,33 +92,16 @@ class Bytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def tensors(values):
-    """Return the tensors among an operator's arguments or results."""
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
-
-
-def without_memory(op, args, kwargs):
-    """Do one operator, on the meta device if an argument is there, else as it comes."""
-    if any(t.is_meta for t in tensors(args)):
-        if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
-            args = (args[0], [i for x in args[1] for i in positions(x)], *args[2:])
-        return op(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, args), **kwargs)
-    out = op(*args, **kwargs)
-    decides = isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point()
-    return op(*args, **kwargs | {"device": "cpu"}) if decides else out
-
-
-def positions(index):
-    """Turn a mask with values into the places of its ones, whose number the meta device could not know."""
-    mask = index is not None and index.dtype == torch.bool
-    return index.nonzero().unbind(1) if mask else [index]
+def storages(values):
+    """Return the memory of the tensors among an operator's arguments or results, each piece once."""
+    found = [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    return {storage._cdata: storage for storage in found}
 
 
 def fused_attention(q, k, v, visible=None):
     """Keep what our kernel keeps for the backward pass: its inputs, its result and a number per query and
     head. It needs no mask."""
-    out, *_ = aten._scaled_dot_product_flash_attention(q.transpose(1, 2), k, v, 0.0, False)
-    return out.transpose(1, 2)
+    return aten._scaled_dot_product_flash_attention(q.transpose(1, 2), k, v, 0.0, False)[0].transpose(1, 2)
 
 
 def fused_norm(norm, x):
@@ -114,29 +110,28 @@ def fused_norm(norm, x):
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """The products of kernels/logprob.py in the backward pass, in slabs of the vocabulary of `workspace`
-    bytes. Those of the forward pass stay on the chip."""
+    """The products of kernels/logprob.py in the backward pass, in slabs of the vocabulary of WORKSPACE bytes.
+    Those of the forward pass stay on the chip."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, workspace):
+    def forward(ctx, hidden, weight):
         ctx.save_for_backward(hidden, weight)
-        ctx.columns = max(1, workspace // (max(1, len(hidden)) * hidden.element_size()))
         return tuple(hidden.new_empty(2, len(hidden), dtype=torch.float32))
 
     @staticmethod
     def backward(ctx, *upstream):
         hidden, weight = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden, dtype=torch.float32), torch.empty_like(weight)
-        for slab in weight.split(ctx.columns):
+        for slab in weight.split(logits.WORKSPACE // hidden[:, 0].nbytes):
             dlogits = hidden @ slab.T
             dlogits @ slab, dlogits.T @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight
 
 
-def fused_logprobs(hidden, weight, targets, temperature=1.0, workspace=logits.WORKSPACE):
+def fused_logprobs(hidden, weight, targets, temperature):
     """Do what token_logprobs does, as far as memory goes."""
     asked = (targets >= 0).nonzero()[:, 0]
-    found = FusedLogprobs.apply(hidden[asked], weight, workspace)
+    found = FusedLogprobs.apply(hidden[asked], weight)
     return [x.new_zeros(len(targets)).index_copy(0, asked.to(x.device), x) for x in found]
 
 
@@ -147,14 +142,10 @@ STAND_INS = [(model, "token_logprobs", fused_logprobs), (model, "attention", fus
 @contextmanager
 def as_kernels():
     """While open, the model keeps what kernels keep; the meta device would go the long ways of a CPU."""
-    own = [getattr(owner, name) for owner, name, _ in STAND_INS]
-    for owner, name, function in STAND_INS:
-        setattr(owner, name, function)
-    try:
+    with ExitStack() as stack:
+        for stand_in in STAND_INS:
+            stack.enter_context(mock.patch.object(*stand_in))
         yield
-    finally:
-        for (owner, name, _), function in zip(STAND_INS, own):
-            setattr(owner, name, function)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,38 +154,40 @@ def as_kernels():
 def make_module(config, args, dtype=torch.bfloat16):
     """Make what is trained, without memory. The value head is float32, as it computes."""
     with torch.device("meta"):
-        llama = Llama(config).to(dtype)
+        llama = model.Llama(config).to(dtype)
         choose_what_learns(llama, args)
         return ppo.ActorCritic(llama, args.critic) if args.algo == "ppo" else llama
 
 
-def blank_batch(config, rows, length, targets=0, image=False):
-    """Make a Batch of rows of one conversation, of which the last `targets` tokens are scored, with an image
-    each of which all tiles are real."""
-    ids = torch.zeros(rows, length, dtype=torch.int64)
-    scored = torch.where(torch.arange(length) >= length - targets, 0, -100).repeat(rows, 1)
-    images, vision = None, config.vision
+def blank(config, counts, image):
+    """Make a conversation of [forced, drawn, forced, ...] tokens, with an image whose tiles are all real."""
+    ids, images, vision = [0] * sum(counts), None, config.vision
     if image:
-        ids[:, 1] = config.image_token_id
-        tiles = torch.ones(rows, vision.max_num_tiles, dtype=torch.int64)
-        shape = rows, vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size
-        images = Images([*torch.empty(shape, device="meta")], tiles[:, 0], tiles, torch.arange(rows))
-    return Batch(ids, torch.full((rows,), length), scored, None, images, None)
+        ids[1] = config.image_token_id
+        side, tiles = vision.image_size, torch.ones(1, vision.max_num_tiles, dtype=torch.int64)
+        pixels = torch.empty(vision.max_num_tiles, vision.num_channels, side, side, device="meta")
+        images = Images([pixels], tiles[0, :1], tiles, torch.tensor([0]))
+    return Conversation(ids, [k % 2 > 0 for k, n in enumerate(counts) for _ in range(n)], images)
 
 
-def features_of(module, batch):
-    """Make what llama/frozen.py remembers of a batch's images."""
-    policy = getattr(module, "policy", module)
-    vision, dtype = policy.config.vision, policy.lm_head.weight.dtype
-    size = vision.max_num_tiles * vision.num_patches, vision.output_size
-    return {pixels: torch.empty(size, dtype=dtype, device="meta") for pixels in batch.images.pixel_values}
+def blank_batch(config, rows, length, targets=0, image=False):
+    """Make a Batch of rows of one conversation, of which the last `targets` tokens are scored."""
+    processor = SimpleNamespace(pad_id=0, cut=lambda image: image)
+    processor.images = partial(Processor.images, processor)
+    return collate(processor, [[blank(config, [length + 1 - targets, targets], image)] for _ in range(rows)])
 
 
-def measure_update(module, batch, features=None):
+def measure_update(module, batch):
     """Pass a micro-batch forward and backward -> {what: bytes}, without weights and gradients, which are
-    there from the one before. features: of its images, where they are remembered."""
+    there from the one before, and without what llama/frozen.py remembers of its images."""
+    policy, features = getattr(module, "policy", module), None
     for parameter in module.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    if batch.images and policy is not module and policy.vision_frozen:         # since the rollout
+        vision = policy.config.vision
+        known = torch.empty(vision.max_num_tiles * vision.num_patches, vision.output_size,
+                            dtype=policy.lm_head.weight.dtype, device="meta")
+        features = dict.fromkeys(batch.images.pixel_values, known)
     with Bytes() as memory, as_kernels(), remember(module, features):
         loss = micro_loss(module, batch)
         kept = memory.live
@@ -228,19 +221,6 @@ def measure_rollout(llama, rows, lengths, image):
             "prefill, growing caches, draws": memory.peak - keys - image_keys}
 
 
-def measure_optimizer(sizes):
-    """Step AdamW over float32 tensors of these shapes -> bytes (state, peak of a step beside it)."""
-    weights = [torch.empty(size, device="meta", requires_grad=True) for size in sizes]
-    for weight in weights:
-        weight.grad = torch.empty_like(weight)
-    with Bytes() as memory:
-        optimizer = torch.optim.AdamW(weights, foreach=True)
-        optimizer.step()
-        state = memory.peak = memory.live
-        optimizer.step()                                       # the second finds the state there
-    return state, memory.peak - state
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Memory of a rank
 
@@ -268,56 +248,51 @@ def recorded():
 
 
 def sizes_of(config, args, gpus):
-    episodes = recorded()[args.task]
+    episodes, new = recorded()[args.task], args.max_new_tokens
     conversations = sum(episodes, [])
     prompts, shortest = [c[0] for c in conversations], min(c[0] + c[1] for c in conversations)
     reply = max((n for c in conversations for n in c[2::2]), default=0)
-    rollout = [max(prompts), args.max_new_tokens] + [reply, args.max_new_tokens] * (args.attempts - 1)
+    rollout = [max(prompts), *[new, reply] * (args.attempts - 1), new]
     if args.algo == "ppo":
-        played, longest = -(-args.hands * args.samples // gpus), sum(rollout)
-        share = -(-played * max(map(len, episodes)) // args.minibatches)       # of an optimizer step
+        played, longest = args.hands * args.samples, sum(rollout)
+        share = math.ceil(played / gpus) * max(map(len, episodes)) / args.minibatches     # of a step
     else:
-        played, share = 0, -(-args.batch_size // gpus)
+        played, share = 0, args.batch_size / gpus
         longest = max(sum(c if args.mistakes else c[:2]) for c in conversations)
     beside = config.image_tokens(vision_frozen(args.tune)) if args.image else 0
-    rows = max(1, min(args.token_budget // (shortest + beside), share))
+    rows = max(1, min(args.token_budget // (shortest + beside), math.ceil(share)))
     length = max(shortest, min(args.token_budget // rows - beside, longest))
-    return Sizes(min(args.rollout_batch, max(played, -(-args.eval_hands // gpus))), rollout,
-                 rows, length, length - min(prompts))
+    in_rollout = min(args.rollout_batch, math.ceil(max(played, args.eval_hands) / gpus))
+    return Sizes(in_rollout, rollout, rows, length, length - min(prompts))
 
 
-def shards(parameters, gpus):
-    """Return shapes of a rank's parts: FSDP cuts the first dimension, rounded up."""
-    return [(-(-p.shape[0] // gpus), *p.shape[1:]) for p in parameters]
+def slices(parameters, gpus):
+    """Count the bytes of a rank's part in float32: FSDP cuts the first dimension, rounded up."""
+    return sum(4 * -(-len(p) // gpus) * p[0].numel() for p in parameters)
 
 
 def memory(config, args, gpus):
-    """Return the sizes and what the fullest rank holds, {phase: ({what: bytes}, {what grows with its batch:
-    bytes})}."""
+    """Return the sizes and what the fullest rank holds, {phase: {what: bytes}}."""
     module, sizes = make_module(config, args), sizes_of(config, args, gpus)
     policy, all_weights = getattr(module, "policy", module), list(module.parameters())
     gpus = 1 if args.lora_rank else gpus                       # each keeps whole weights beside its adapters
     count = lambda part: sum(p.numel() for p in part.parameters())
-    own = lambda parameters: 4 * sum(map(math.prod, shards(parameters, gpus)))
-    trained = [p for p in all_weights if p.requires_grad]
     in_blocks = list(map(count, shard.blocks(module)))
-    block, root = max(in_blocks), count(module) - sum(in_blocks)
-    state, step = measure_optimizer(shards(trained, gpus))
-    base = {"weights, float32": own(all_weights), "optimizer state": state}
-    learning = base | {"gradients, float32": own(trained)}
-    several = gpus > 1
+    block, root, several = max(in_blocks), count(module) - sum(in_blocks), gpus > 1
+    learnt = slices([p for p in all_weights if p.requires_grad], gpus)
+    base = {"weights, float32": slices(all_weights, gpus), "optimizer state": 2 * learnt}       # two moments
+    learning = base | {"gradients, float32": learnt}
     update = learning | {                                      # one GPU: autocast's copies
         "gathered weights": 2 * (root + 2 * block) if several else 2 * count(module),  # one is being reduced
         "gradients before reduction": several * (2 * (root + block) + 4 * block)}
     batch = blank_batch(config, sizes.rows, sizes.length, sizes.targets, args.image)
-    kept = args.algo == "ppo" and args.image and policy.vision_frozen      # from the rollout to the update
-    features = features_of(module, batch) if kept else None
-    phases = {"rollout": (base | {"gathered weights": 2 * count(policy)},
-                          measure_rollout(policy, sizes.rollout_rows, sizes.rollout, args.image)),
-              "update": (update, measure_update(module, batch, features))}
+    rollout = measure_rollout(policy, sizes.rollout_rows, sizes.rollout, args.image)
+    phases = {"rollout": base | {"gathered weights": 2 * count(policy)} | rollout,
+              "update": update | measure_update(module, batch)}
     shard.checkpoint_activations(module)
-    phases["update, recomputing"] = update, measure_update(module, batch, features)
-    phases["optimizer step"] = learning | {"temporaries of the step": max(step, several * 4 * root)}, {}
+    phases["update, recomputing"] = update | measure_update(module, batch)
+    # Adam divides one moment by the root of the other, for all weights at once.
+    phases["optimizer step"] = learning | {"temporaries of the step": max(learnt, several * 4 * root)}
     return sizes, phases
 
 
@@ -328,17 +303,8 @@ def recorded_trees(episodes, samples):
     """Take every `samples` episodes in a row for those of a hand -> lists of the conversations that they have
     at the same place: trees (llama/batches.py), with the prompt of the first."""
     hands = [episodes[i:i + samples] for i in range(0, len(episodes), samples)]
-    return [list(filter(None, tree)) for hand in hands for tree in zip_longest(*hand)]
-
-
-def passed(config, trees, image, **how):
-    """Return the quantities (harness/flops.py) of trees of conversations, [forced, drawn, ...] tokens
-    each."""
-    tiles, total = config.vision.max_num_tiles if image else 0, Counter()
-    for tree in trees:
-        total += flops.quantities(config, tree[0][0] - 1, sum(sum(c[1::2]) for c in tree), tiles, 1,
-                                  branches=[sum(c[1:]) for c in tree], **how)
-    return total
+    trees = [list(filter(None, tree)) for hand in hands for tree in zip_longest(*hand)]
+    return [[[tree[0][0], *c[1:]] for c in tree] for tree in trees]
 
 
 def schedule(config, args, trees, released=False):
@@ -350,11 +316,12 @@ def schedule(config, args, trees, released=False):
     in its favour.
     """
     if released:
-        trees = [[[sum(c[:k]), c[k]]] for c in sum(trees, []) for k in range(1, len(c), 2)]
+        trees = [[[sum(c[:k]), c[k]]] for c in chain(*trees) for k in range(1, len(c), 2)]
         args = replace(args, critic="shared", advantage="gae")
-    module, turns = make_module(config, args), sum(map(len, sum(trees, []))) // 2
-    seen = passed(config, trees, args.image, cached=True)
-    known = passed(config, trees, args.image, encode=released or not module.policy.vision_frozen)
+    module, made = make_module(config, args), [[blank(config, c, args.image) for c in tree] for tree in trees]
+    seen = flops.passed(config, made, cached=True)
+    known = flops.passed(config, made, encode=released or not module.policy.vision_frozen)
+    turns = sum(map(len, chain(*trees))) // 2
     rollout, scoring, update = flops.of_ppo(args, module, algorithm(args)[0], seen, known, turns)
     return rollout, rollout if released else scoring, update
 
@@ -372,62 +339,53 @@ def read_config(name, task):
 
 def memory_table(phases):
     """Lay out GB per phase; nothing where it is 0."""
-    held = [fixed | grows for fixed, grows in phases.values()]
-    rows = [[what, *(phase.get(what, 0) for phase in held)] for what in dict.fromkeys(chain(*held))]
-    rows.append(["total", *(sum(phase.values()) for phase in held)])
-    return markdown(["GB a rank", *phases], [
-        [what, *(f"{size / 1e9:.2f}" if size else "" for size in cells)] for what, *cells in rows])
+    held = [phase | {"total": sum(phase.values())} for phase in phases.values()]
+    rows = [[what, *(f"{phase[what] / 1e9:.2f}" if phase.get(what) else "" for phase in held)]
+            for what in [*dict.fromkeys(chain(*phases.values())), "total"]]
+    return markdown(["GB a rank", *phases], rows)
 
 
-def advice(phases, sizes, args, room):
-    """Return the flag to give, the peak with it, and what to change where that is over `room`, in bytes."""
-    total = {name: sum((fixed | grows).values()) for name, (fixed, grows) in phases.items()}
-    recompute, changes = total["update"] > room, {}
+def show(config, args, gpus, gpu_memory):
+    """Print the memory plan of a run with complete settings: which flag to give, the peak with it, and what
+    to change where that does not fit."""
+    sizes, phases = memory(config, args, gpus)
+    total = {name: sum(phase.values()) for name, phase in phases.items()}
+    room, changes = gpu_memory * (1 - HEADROOM) * 1e9, {}
+    recompute = total["update"] > room
     used = {"rollout": ("--rollout-batch", sizes.rollout_rows),        # phase: what it grows with
             "update, recomputing" if recompute else "update": ("--token-budget", args.token_budget),
             "optimizer step": ("", 0)}
     for name, (setting, now) in used.items():
-        grows = sum(phases[name][1].values())
-        fits = int(now * (1 - (total[name] - room) / grows)) if grows else 0
         if total[name] > room:
-            changes[f"about {setting} {fits}" if fits > 0 else "more GPUs (--gpus)"] = True
-    return " with --checkpoint-activations" * recompute, max(map(total.get, used)), list(changes)
-
-
-def show(config, args, gpus, gpu_memory):
-    """Print the memory plan of a run with complete settings."""
-    sizes, phases = memory(config, args, gpus)
-    flag, peak, changes = advice(phases, sizes, args, gpu_memory * (1 - HEADROOM) * 1e9)
+            grows = sum(phases[name].get(what, 0) for what in GROWS)
+            fits = int(now and now * (1 - (total[name] - room) / grows))
+            changes[f"  change: about {setting} {fits}" if fits > 0 else "  change: more GPUs (--gpus)"] = 0
     print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs, bfloat16 compute\n\n"
           f"{memory_table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most "
           f"{sum(sizes.rollout)} tokens; update: "
           f"micro-batches of at most {sizes.rows} conversations{' with an image each' * args.image}, "
           f"{sizes.rows * sizes.length} padded tokens\n{'does NOT fit' if changes else 'fits'} into "
-          f"{gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most {peak / 1e9:.1f} "
-          f"GB{flag}", *(f"  change: {change}" for change in changes), sep="\n")
+          f"{gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most "
+          f"{max(map(total.get, used)) / 1e9:.1f} GB{' with --checkpoint-activations' * recompute}",
+          *changes, sep="\n")
     if args.image and args.algo == "ppo":
-        print(f"host: {per_picture(config.vision, args.tune) / 1e6:.0f} MB per picture of a rollout, until "
-              "its update is done")
-
-
-def per_picture(vision, tune):
-    """Count the bytes of a picture's tiles in float32 and of a frozen encoder's features in bfloat16."""
-    pixels = vision.max_num_tiles * vision.num_channels * vision.image_size**2
-    features = vision.max_num_tiles * vision.num_patches * vision.output_size
-    return 4 * pixels + 2 * features * vision_frozen(tune)
+        vision = config.vision                 # tiles in float32, features of a frozen encoder in bfloat16
+        numbers = (2 * vision.num_channels * vision.image_size**2
+                   + vision.num_patches * vision.output_size * vision_frozen(args.tune))
+        print(f"host: {2 * vision.max_num_tiles * numbers / 1e6:.0f} MB per picture of a rollout, until its "
+              "update is done")
 
 
 def flops_table(config, args):
     """Write the FLOPs of one PPO update on each recorded set of the task, beside those of the released
     schedule."""
-    rows, tunes = [], ["all", "no-vision"] if args.image else ["all"]
-    sets = [(name, episodes) for name, episodes in recorded().items() if name.split()[0] == args.task]
-    for tune, (name, episodes) in product(tunes, sets):
-        conversations, args = sum(episodes, []), replace(args, tune=tune)
-        turns = sum(map(len, conversations)) / 2 / len(conversations)
-        trees = recorded_trees(episodes, args.samples)
-        ours, theirs = (sum(part.total() for part in schedule(config, args, trees, released)) / 1e15
-                        for released in (False, True))
+    rows, sets = [], [name for name in recorded() if name.split()[0] == args.task]
+    for tune, name in product(["all", "no-vision"] if args.image else ["all"], sets):
+        episodes = recorded()[name]
+        turns, trees = fmean(len(c) / 2 for c in chain(*episodes)), recorded_trees(episodes, args.samples)
+        ours, theirs = (
+            sum(part.total() for part in schedule(config, replace(args, tune=tune), trees, released)) / 1e15
+            for released in (False, True))
         numbers = [f"{number:.2f}" for number in (turns, ours, theirs, theirs / ours)]
         rows.append([f"{name}, {len(episodes)} episodes", tune, *numbers])
     return markdown(["PFLOPs of one PPO update on", "--tune", "turns a conversation", "ours", "released",
@@ -441,14 +399,14 @@ def main(argv=None):
     own, rest = parser.parse_known_args(argv)
     try:
         args, typed = parse(rest)
-        for name, unplanned in (("algo", args.algo not in ("sft", "ppo")), ("resume", args.resume)):
-            if unplanned:
-                raise SettingError(f"{spelled(args, name)}: expected with train.py; planned are --algo sft "
-                                   "and ppo, from the start")
+        if args.resume or args.algo not in ("sft", "ppo"):
+            what = spelled(args, "resume" if args.resume else "algo")
+            raise ranges.SettingError(f"{what}: expected with train.py; planned are --algo sft and ppo, from "
+                                      "the start")
         expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.task)
         settle(args, config, typed, own.gpus)
-    except SettingError as error:
+    except ranges.SettingError as error:
         parser.error(str(error))
     show(config, args, own.gpus, own.gpu_memory)
     if args.algo == "ppo":

@@ -2,6 +2,8 @@
 hands."""
 
 import json
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,57 +19,57 @@ KEPT = ("step", "tflops", "counted_tflops", "eval", "probe")       # of a log's 
 
 def read(folder):
     """Return records by name, from all files of a folder; none if it is not there."""
-    found = [read_lines(file, {"name": str, "curve": list}) for file in sorted(Path(folder).glob("*.jsonl"))]
-    return {record["name"]: record for part in found for record in part}
+    return {record["name"]: record for file in sorted(Path(folder).glob("*.jsonl"))
+            for record in read_lines(file, {"name": str, "curve": list})}
+
+
+@contextmanager
+def understood(file):
+    """Refuse a file, or a folder, that turns out to hold something else than a run that has ended."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not of a run that has ended, or a log of another version "
+                         f"({type(error).__name__}: {error}); leave the run out, or make it anew in another "
+                         "folder") from None
 
 
 def of_run(name, folder):
     """Return the record of a run that has ended: how it was called and what it ran on, its evaluations in
     order (an evaluation alone has one, after 0 steps and FLOPs), what it took."""
-    alone = (Path(folder) / "eval.json").exists()
-    file = Path(folder) / ("eval.json" if alone else "log.jsonl")
-    try:
-        if alone:
-            only = json.loads(file.read_text(encoding="utf-8"))
-            told = {key: only[key] for key in OF_ALL} | {"curve": [{"step": 0, "eval": only["eval"]}]}
+    alone, took = Path(folder) / "eval.json", {}
+    with understood(folder):
+        if alone.exists():
+            start = json.loads(alone.read_bytes())
+            points = [{"step": 0, "eval": start["eval"]}]
         else:
-            told = of_log(read_lines(file, {"event": str}))
-    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file}: not of a run that has ended, or of another version ({reason}); leave the "
-                         "run out, or make it anew in another folder") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); make the run anew in another folder") from None
-    return {"name": name} | told
-
-
-def of_log(lines):
-    """Return what the lines of a log tell, as `of_run` does."""
-    start, steps, curve = ([line for line in lines if line["event"] == event]
-                           for event in ("start", "step", "eval"))
-    told = {key: start[0][key] for key in OF_ALL}
-    told |= {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
-    return told | {"seconds": sum(line["seconds"] for line in steps),
-                   "memory_gb": max(line["memory_gb"] for line in steps),
-                   "curve": [{key: line[key] for key in KEPT if key in line} for line in curve]}
+            lines = defaultdict(list)
+            for line in read_lines(Path(folder) / "log.jsonl", {"event": str}):
+                lines[line["event"]].append(line)
+            start, points, steps = lines["start"][0], lines["eval"], lines["step"]
+            took = {key: steps[-1][key] for key in ("tflops", "counted_tflops", "flops")}
+            took |= {"seconds": sum(step["seconds"] for step in steps),
+                     "memory_gb": max(step["memory_gb"] for step in steps)}
+        curve = [{key: point[key] for key in KEPT if key in point} |
+                 {"eval": {name: pack(results) for name, results in point["eval"].items()}}
+                 for point in points]
+        return {"name": name, **{key: start[key] for key in OF_ALL}, **took, "curve": curve}
 
 
 def append(file, record):
-    """Add a record as one line, with a character for each number of a hand."""
-    file = Path(file)
+    """Add a record as one line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    curve = [point | {"eval": {name: results | {key: pack(results[key]) for key in OF_EACH if key in results}
-                               for name, results in point["eval"].items()}} for point in record["curve"]]
-    append_line(file, record | {"curve": curve})
+    append_line(file, record)
 
 
-def pack(numbers):
-    """Write whole numbers as one string, where all are below 36."""
-    return "".join(DIGITS[n] for n in numbers) if max(numbers) < 36 else numbers
+def pack(results):
+    """Write the numbers of all hands as one string, a character each, where all are below 36."""
+    return results | {key: "".join(DIGITS[n] for n in results[key])
+                      for key in OF_EACH if max(results[key]) < 36}
 
 
 def unpack(numbers):
-    return [DIGITS.index(digit) for digit in numbers] if isinstance(numbers, str) else numbers
+    return [int(digit, 36) for digit in numbers] if isinstance(numbers, str) else numbers
 
 
 def crossed_error(scores):
@@ -80,12 +82,13 @@ def crossed_error(scores):
     differ: the error is that of the hands.
     """
     seeds, hands = scores.shape
-    mean, of_seed, of_hand = scores.mean(), scores.mean(1, keepdims=True), scores.mean(0, keepdims=True)
-    ms_hands = seeds * ((of_hand - mean) ** 2).sum() / (hands - 1)
+    of_seed, of_hand = scores.mean(1, keepdims=True), scores.mean(0)
+    ms_hands = seeds * of_hand.var(ddof=1)
     if seeds == 1:
         return np.sqrt(ms_hands / hands)
-    ms_seeds = hands * ((of_seed - mean) ** 2).sum() / (seeds - 1)
-    ms_rest = ((scores - of_seed - of_hand + mean) ** 2).sum() / (seeds - 1) / (hands - 1)
+    ms_seeds = hands * of_seed.var(ddof=1)
+    rest = scores - of_seed - of_hand + scores.mean()
+    ms_rest = (rest**2).sum() / (seeds - 1) / (hands - 1)
     return np.sqrt(max(ms_seeds, ms_hands, ms_seeds + ms_hands - ms_rest) / (seeds * hands))
 
 

@@ -7,11 +7,10 @@ others, does only what is missing. With the records alone, as they come from git
 """
 
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,16 @@ class Run:
 
 def kind(name):
     """Return a run's name without the seed: runs of a kind take about the same time."""
-    return re.sub(r"-\d+$", "", name)
+    return name.rpartition("-")[0]
+
+
+def with_needs(runs, asked):
+    """Return the runs for which asked(name, names that others need), and those that they need, in order."""
+    needed = set()
+    for run in reversed(runs):                                 # what is needed comes before
+        if asked(run.name, needed):
+            needed |= {run.name, *run.after}
+    return [run for run in runs if run.name in needed]
 
 
 @dataclass
@@ -48,40 +56,34 @@ class Runner:
     workers: int = os.cpu_count()
     command: tuple = TRAIN
     going: dict = field(default_factory=dict)      # name: (process, when it was started)
-    failed: set = field(default_factory=set)
+    begun: set = field(default_factory=set)        # names, also of those that failed
 
     def __post_init__(self):
-        self.recorded, self.seconds = set(), {}        # kind: [seconds that its runs took]
-        for name, record in records.read(self.file.parent).items():
-            self.recorded.add(name)
+        known = records.read(self.file.parent)
+        self.recorded, self.seconds = {*known}, defaultdict(list)      # kind: [seconds that its runs took]
+        for name, record in known.items():
             if "seconds" in record:                    # of an evaluation alone nothing is told
-                self.seconds.setdefault(kind(name), []).append(record["seconds"])
+                self.seconds[kind(name)].append(record["seconds"])
 
     def done(self, name):
         """Tell whether a run has ended well: its last file is there."""
         return (self.root / name / "final").exists() or (self.root / name / "eval.json").exists()
 
-    def note(self, run):
+    def note(self, name):
         """Record a run that has ended well."""
-        if self.done(run.name) and run.name not in self.recorded:
-            records.append(self.file, records.of_run(run.name, self.root / run.name))
-            self.recorded.add(run.name)
+        if self.done(name) and name not in self.recorded:
+            records.append(self.file, records.of_run(name, self.root / name))
+            self.recorded.add(name)
 
     def missing(self):
         """Return runs that have no record, and those whose weights they need and that are not there."""
-        needed = set()
-        for run in reversed(self.runs):
-            if run.name not in self.recorded or (run.name in needed and not self.done(run.name)):
-                needed |= {run.name, *run.after}
-        return [run for run in self.runs if run.name in needed and not self.done(run.name)]
-
-    def waiting(self):
-        """Return missing runs that were not begun."""
-        return [run for run in self.missing() if run.name not in {*self.going, *self.failed}]
+        again = lambda name, needed: name not in self.recorded or (name in needed and not self.done(name))
+        return [run for run in with_needs(self.runs, again) if not self.done(run.name)]
 
     def ready(self):
-        """Return runs that can start now, in order. One whose needs failed never can."""
-        return [run for run in self.waiting() if all(map(self.done, run.after))]
+        """Return missing runs that can start now, in order. One whose needs failed never can."""
+        return [run for run in self.missing()
+                if run.name not in self.begun and all(map(self.done, run.after))]
 
     def start(self, run):
         folder, argv = self.root / run.name, [word.format(root=self.root) for word in run.argv]
@@ -94,48 +96,45 @@ class Runner:
             process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
                                        env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.going[run.name] = process, time.time()
+        self.begun.add(run.name)
 
     def collect(self):
         """Take note of runs that have ended."""
-        for run in self.runs:
-            if run.name in self.going and self.going[run.name][0].poll() is not None:
-                _, began = self.going.pop(run.name)
-                self.note(run)
-                if self.done(run.name):
-                    self.seconds.setdefault(kind(run.name), []).append(time.time() - began)
+        for name, (process, began) in list(self.going.items()):
+            if process.poll() is not None:
+                del self.going[name]
+                self.note(name)
+                if self.done(name):
+                    self.seconds[kind(name)].append(time.time() - began)
                 else:
-                    self.failed.add(run.name)
-                    print(f"{run.name} failed; see {self.root / run.name}.output", flush=True)
+                    print(f"{name} failed; see {self.root / name}.output", flush=True)
 
     def left(self):
-        """Return seconds until all is done, from how long runs of the same kind (or else all) took; None
-        before any has ended."""
+        """Return about how many seconds the missing runs take, as those of the same kind (or else all) took;
+        None before any has ended."""
         if not self.seconds:
             return None
         average = fmean(map(fmean, self.seconds.values()))
-        usual = lambda name: fmean(self.seconds.get(kind(name), [average]))
-        waiting = sum(usual(run.name) for run in self.waiting())
-        under_way = sum(max(0.0, usual(name) - time.time() + began)
-                        for name, (_, began) in self.going.items())
-        return (waiting + under_way) / self.workers
+        usual = (fmean(self.seconds.get(kind(run.name), [average])) for run in self.missing())
+        return sum(usual) / self.workers
 
     def report(self):
-        done, left = len(self.runs) - len(self.missing()), self.left()
+        done, now, left = len(self.runs) - len(self.missing()), ", ".join(self.going) or "none", self.left()
         left = "" if left is None else f"; about {int(left) // 3600}:{int(left) // 60 % 60:02d} hours left"
-        now = ", ".join(self.going) or "none"
         print(f"{done} of {len(self.runs)} runs done; now {now}{left}", flush=True)
 
     def work(self, pause=1.0):
         """Do all runs. Return the names of those that failed, or that needed one that did. On Ctrl-C every
         run saves, then KeyboardInterrupt. Held if another process works in the same folders."""
-        if all(run.name in self.recorded for run in self.runs) and not self.missing():
+        names = [run.name for run in self.runs]
+        if self.recorded.issuperset(names) and not self.missing():
             return []
         with ExitStack() as stack:
             for folder in {folder.resolve() for folder in (self.root, self.file.parent)}:
                 stack.callback(Lock(folder, "--runs and --records").release)
             self.__post_init__()                       # another process may have done some of it meanwhile
-            for run in self.runs:
-                self.note(run)
+            for name in names:
+                self.note(name)
             stack.callback(self.stop)
             while self.going or self.ready():
                 for run in self.ready()[:self.workers - len(self.going)]:
@@ -148,6 +147,6 @@ class Runner:
     def stop(self):
         """Tell what is under way to save and end, and wait for it."""
         for process, _ in self.going.values():
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
         for process, _ in self.going.values():
             process.wait()

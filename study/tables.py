@@ -1,6 +1,7 @@
 """Markdown tables of groups of runs. A group is one way to learn on one task, with a record per seed."""
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ class Group:
         """Return the k-th evaluations of all seeds on one set."""
         return [record["curve"][k]["eval"][name] for record in self.records]
 
-    def rate(self, k, name):
-        """Return (rate, standard error) of the headline metric there, in %."""
-        return records.rate(self.at(k, name), self.metric)
+    def change(self, name):
+        """Return (change from the first evaluations to the last, its standard error) of the headline metric
+        on a set, in points."""
+        return records.change(self.at(-1, name), self.at(0, name), headline_of(self.task, name))
 
     def mean(self, key):
         return np.mean([record[key] for record in self.records])
@@ -65,19 +67,16 @@ def read_runs(folders):
         if not (folder / "log.jsonl").exists():
             raise SettingError(f"plot {folder}: expected a folder that train.py wrote, with a log.jsonl")
         record = records.of_run(folder.name, folder)
-        try:
-            kind = record["config"]["task"], record["config"]["algo"]
-            sets = [sorted((name, *(len(results[key]) for key in records.OF_EACH))
-                           for name, results in point["eval"].items()) for point in record["curve"]]
-            known = tested.setdefault((kind[0], TASKS[kind[0]]), sets[:1])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder}: a log of another version ({reason}); leave it out") from None
-        if not sets or any(one != known[0] for one in sets):
+        with records.understood(folder):
+            task, algo = (record["config"][name] for name in ("task", "algo"))
+            sets = [{name: [len(results[key]) for key in records.OF_EACH] for name, results in known.items()}
+                    for known in (point["eval"] for point in record["curve"])]
+            first = tested.setdefault((task, TASKS[task]), sets[:1])
+        if not sets or any([one] != first for one in sets):
             what = "evaluated on other sets or hands than the run before" if sets else "not evaluated yet"
             raise ValueError(f"{folder}: {what}; leave it out")
-        groups.setdefault(kind, []).append(record)
-    return [Group(task, algo, found) for (task, algo), found in sorted(groups.items())]
+        groups.setdefault((task, algo), []).append(record)
+    return [Group(*ways, found) for ways, found in sorted(groups.items())]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,31 +100,26 @@ def headline(groups):
     numbers."""
     rows = []
     for task, known in by_task(groups).items():
-        one = next(iter(known.values()))
+        one, *_ = known.values()
         other = "first" if one.metric == "success" else "success"
-        for name, metric in ((name, metric) for name in one.sets for metric in (one.metric, other)):
+        for name, metric in product(one.sets, (one.metric, other)):
             cells = [cell(known[algo].at(-1, name), metric, known[algo].at(0, name)) if algo in known else "-"
                      for algo in ("sft", "ppo")]
             theirs = PAPER.get((task, name), ()) if metric == headline_of(task, name) else ()
-            init = cell(one.at(0, name)[:1], metric)
-            rows.append([f"{task}, {name}", metric.replace("_", "-"), init, *cells,
-                         ", ".join(map(str, theirs))])
+            rows.append([f"{task}, {name}", metric.replace("_", "-"), cell(one.at(0, name)[:1], metric),
+                         *cells, ", ".join(map(str, theirs))])
     head = ["task, tested on", "what", "init", "SFT (change)", "PPO (change)", "paper: init, SFT, RL"]
     width = 6 if any(row[-1] for row in rows) else 5           # the paper has nothing to say on other shifts
     return markdown(head[:width], [row[:width] for row in rows])
 
 
-# Columns of `explained`: factor, and where a probe tells the number.
+# Columns of `explained`: where a probe tells the number.
 MEASURED = {
-    "KL(init ∥ policy), nats an answer": (1, "forward_kl_answer"),
-    "KL(policy ∥ init)": (1, "reverse_kl_answer"),
-    "weights changed, %": (100, "weights", "changed", "all"),
-    "distance of the head, %": (100, "weights", "distance", "head"),
-    "distance of attention, %": (100, "weights", "distance", "attention"),
-    "entropy, nats a token": (1, "id", "entropy"),
-    "tokens an answer": (1, "id", "length"),
-    "pass@1, %": (100, "id", "pass@1"), "pass@8, %": (100, "id", "pass@8"),
-    "pass@8 on rule-ood, %": (100, "rule-ood", "pass@8")}
+    "KL(init ∥ policy), nats an answer": "forward_kl_answer", "KL(policy ∥ init)": "reverse_kl_answer",
+    "weights changed, %": "weights changed all", "distance of the head, %": "weights distance head",
+    "distance of attention, %": "weights distance attention", "entropy, nats a token": "id entropy",
+    "tokens an answer": "id length", "pass@1, %": "id pass@1", "pass@8, %": "id pass@8",
+    "pass@8 on rule-ood, %": "rule-ood pass@8"}
 
 
 def measured(point, factor, *path):
@@ -139,18 +133,17 @@ def measured(point, factor, *path):
 def explained(groups):
     """Show what a probe measured before and after, on the training game but for the last column; a way is the
     distance from init by init's norm. Of several seeds the mean, in brackets the lowest and the highest."""
-    def spread(points, where):
-        values = [x for x in (measured(point, *where) for point in points) if not np.isnan(x)]
-        if not values:
-            return "-"
-        return f"{np.mean(values):.3g}" + f" [{min(values):.3g}, {max(values):.3g}]" * (len(values) > 1)
-
     rows = []
     for task, known in by_task(groups).items():
-        finals = {name: [record["curve"][-1] for record in group.records] for name, group in known.items()}
-        first = next(iter(known.values())).records[0]["curve"][0]
-        for name, points in ({"init": [first]} | finals).items():
-            rows.append([task, name, *(spread(points, where) for where in MEASURED.values())])
+        ends = {name: [record["curve"][-1] for record in group.records] for name, group in known.items()}
+        one, *_ = known.values()
+        for name, points in ({"init": one.records[0]["curve"][:1]} | ends).items():
+            rows.append([task, name])
+            for title, path in MEASURED.items():
+                values = [measured(point, 100 if "%" in title else 1, *path.split()) for point in points]
+                values = [x for x in values if not np.isnan(x)]
+                spread = f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else ""
+                rows[-1].append(f"{np.mean(values):.3g}{spread}" if values else "-")
     return markdown(["task", "", *MEASURED], rows)
 
 
@@ -159,43 +152,29 @@ def changes(groups):
     rows = []
     for task, known in by_task(groups).items():
         for name in dict.fromkeys(name for group in known.values() for name in group.sets):
-            for group in (group for group in known.values() if name in group.sets):
-                change = records.change(group.at(-1, name), group.at(0, name), group.metric)
-                rows.append([f"{task}, {name}", group.name, str(len(group.records)),
-                             with_error(group.rate(0, name)), with_error(group.rate(-1, name)),
-                             with_error(change, "+"), f"{group.mean('counted_tflops'):.1f}"])
+            for group in known.values():
+                if name in group.sets:
+                    rows.append([f"{task}, {name}", group.name, str(len(group.records)),
+                                 *(cell(group.at(k, name), headline_of(task, name)) for k in (0, -1)),
+                                 with_error(group.change(name), "+"), f"{group.mean('counted_tflops'):.1f}"])
     return markdown(["task, tested on", "arm", "seeds", "before", "after", "change", "TFLOPs"], rows)
 
 
-def ends(group, reference=None):
-    """Write the rates that a group ends with; in brackets the change from what a reference with as many seeds
-    ends with."""
-    if not group:
-        return [""] * len(TITLES)
-    comparable = reference and reference is not group and len(reference.records) == len(group.records)
-    return [cell(group.at(-1, name), group.metric, reference.at(-1, name) if comparable else None)
-            for name in TITLES]
-
-
-def begins(known):
-    """Write the rates that the groups of a task begin with."""
-    one = next(iter(known.values()))
-    return [cell(one.at(0, name)[:1], one.metric) for name in TITLES]
-
-
-def algo_of(variant):
-    return "sft" if variant.startswith("SFT") else "ppo"
-
-
 def variants(groups):
-    """Show a row per variant: rates, the change from the preset of the same algorithm, what a run took."""
-    tasks = by_task(groups)
-    names = dict.fromkeys(group.name for group in groups)
+    """Show a row per variant: rates, the change from the preset of the same algorithm (where that has as many
+    seeds), what a run took."""
+    tasks, presets = by_task(groups), {}
     head = ["", "variant", *(f"{task} {title}" for task in tasks for title in TITLES.values())]
-    rows = [["", "init", *sum(map(begins, tasks.values()), []), "", "", ""]]
-    for name in names:
-        preset = next(other for other in names if algo_of(other) == algo_of(name))
-        cells = sum((ends(known.get(name), known.get(preset)) for known in tasks.values()), [])
+    inits = [next(iter(known.values())) for known in tasks.values()]
+    rows = [["", "init", *(cell(one.at(0, name)[:1], one.metric) for one in inits for name in TITLES),
+             "", "", ""]]
+    for name in dict.fromkeys(group.name for group in groups):
+        preset, cells = presets.setdefault(name.startswith("SFT"), name), []   # the first of its algorithm
+        for known in tasks.values():
+            group, other = known.get(name), known.get(preset)
+            compared = group and other and name != preset and len(other.records) == len(group.records)
+            cells += [group and cell(group.at(-1, of), group.metric, compared and other.at(-1, of)) or ""
+                      for of in TITLES]
         for key, unit, digits in (("counted_tflops", 1, 1), ("seconds", 60, 1), ("memory_gb", 1, 2)):
             cells.append(" / ".join(f"{known[name].mean(key) / unit:.{digits}f}"
                                     for known in tasks.values() if name in known))

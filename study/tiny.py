@@ -7,31 +7,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from harness.ranges import command_line, one_of
 from harness.terminal import command
 from harness.tiny import FOUNDATIONS
 
-HERE = Path(__file__).parents[1]
 # Cards with pictures go on from the words; in navigation eyes come first, from street views to describe.
-STAGES = {"gp-l": ["--task gp-l"], "gp-vl": ["--task gp-vl"],
-          "virl": ["--task virl-vl --describe --steps 400 --batch-size 64 --eval-hands 0", "--task virl-vl"]}
+STAGES = {"gp-l": ["--model tiny --task gp-l"], "gp-vl": ["--model docs/tiny/gp-l --task gp-vl"],
+          "virl": ["--model tiny --task virl-vl --describe --steps 400 --batch-size 64 --eval-hands 0",
+                   "--model {folder}/0/final --task virl-vl"]}
+TRAIN = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py --algo pretrain"
 
 
 def main():
     parser = command_line("python -m study.tiny", "Make the foundation of the built-in tiny model anew.")
     parser.add_argument("name", type=one_of(tuple(STAGES)), metavar="|".join(STAGES))
-    name = parser.parse_args().name
-    model = FOUNDATIONS / "gp-l" if name == "gp-vl" else "tiny"
+    name, root = parser.parse_args().name, FOUNDATIONS.parents[1]
     with tempfile.TemporaryDirectory() as folder:
         for k, stage in enumerate(STAGES[name]):
-            out = Path(folder) / str(k)
-            launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-            train = [sys.executable, *launcher, HERE / "train.py", "--algo", "pretrain"]
-            subprocess.run([*train, "--model", model, *stage.split(), "--out", out], check=True)
-            model = out / "final"
-        shutil.copytree(model, FOUNDATIONS / name, dirs_exist_ok=True)
+            words = f"{TRAIN} {stage} --out {{folder}}/{k}".format(folder=folder).split()
+            subprocess.run([sys.executable, *words], cwd=root, check=True)
+        shutil.copytree(f"{folder}/{k}/final", FOUNDATIONS / name, dirs_exist_ok=True)
     print(f"the foundation is in {FOUNDATIONS / name}")
 
 
