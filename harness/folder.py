@@ -173,12 +173,12 @@ class RunFolder:
         in `model`. A foundation is kept in bfloat16: it lies in git."""
         aside, final = self.path / ".final", self.path / "final"
         first(lambda: (checkpoint.remove(aside), processor.save_pretrained(aside)))
-        if args.algo == "pretrain":
-            model = model.to(torch.bfloat16)
         if args.shard == "on":
             model.save_pretrained(aside, rank=self.processes.rank, world=self.processes.world)
         elif self.processes.rank == 0:
             lora.merge(model.float())                          # see load.halve_frozen
+            if args.algo == "pretrain":
+                model.to(torch.bfloat16)
             model.save_pretrained(aside)
         self.processes.barrier()
         first(lambda: (checkpoint.remove(final), aside.rename(final)))

@@ -238,8 +238,7 @@ PRESETS = entries("""
         --minibatches 1 --save-every 150 --probe-hands 0 --steps 300 --lr 3e-3 --batch-size 64
         --mistakes 0.3 --eval-every 150
     tiny pretrain gp-vl: --steps 225 --warmup 0.08889 --save-every 75
-    tiny pretrain virl: --steps 560 --lr-schedule cosine --warmup 0.05 --batch-size 40 --mistakes 0.2
-        --learn-prompts --eval-every 280
+    tiny pretrain virl: --steps 245 --batch-size 40 --mistakes 0.2 --learn-prompts
 
     paper: --weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512
         --probe-hands 0 --rollout-batch 40 --eval-hands 100

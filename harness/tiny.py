@@ -3,7 +3,7 @@
     python -m study.tiny gp-l                  # make its foundation anew
 
 The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
-task or game in docs/tiny, stands for that: it has seen the game under many rules and looks. From it `prepare`
+task in docs/tiny, stands for that: it has seen the game under many rules and looks. From it `prepare`
 makes the paper's *init* on first use, by a brief SFT on the training rule. Both training lengths are chosen
 so that init scores about as the paper's does (docs/lab-book.md).
 """
@@ -30,7 +30,7 @@ from model import Llama
 from rollout import readable
 
 FOUNDATIONS = Path(__file__).parents[1] / "docs" / "tiny"
-INIT_STEPS = {"gp": 12}                        # SFT steps from the foundation to init, of other games 60
+INIT_STEPS = {"gp": 12, "virl": 24}            # SFT steps from the foundation to init, of other games 60
 
 CONFIG = json.loads((FOUNDATIONS / "config.json").read_text(encoding="utf-8"))          # its shape
 IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
@@ -54,7 +54,7 @@ def prepare(args, processes, learn):
 
     It is kept in runs/, by a name that follows from the foundation's weights and the game.
     """
-    foundation = foundation_of(args.task)
+    foundation = FOUNDATIONS / args.task
     if not (foundation / "model.safetensors").exists():
         raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the "
                         "README.md there says")
@@ -77,12 +77,6 @@ def prepare(args, processes, learn):
                                 "anew")
         processes.barrier()                    # until it has its name
     return ready / "final"
-
-
-def foundation_of(task):
-    """Return the folder of the foundation of a task, or of its game."""
-    own = FOUNDATIONS / task
-    return own if own.exists() else FOUNDATIONS / task.split("-")[0]
 
 
 def from_scratch(args, device):

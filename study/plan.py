@@ -332,7 +332,7 @@ def schedule(config, args, trees, released=False):
 def read_config(name, task):
     """Read a folder's config.json, or the built-in one of tiny or of Llama-3.2-11B-Vision and -Instruct,
     should no folder have that name."""
-    folder = tiny.foundation_of(task) if name == "tiny" else Path(name)
+    folder = tiny.FOUNDATIONS / task if name == "tiny" else Path(name)
     built_in = folder.name.removesuffix("-Instruct") == "Llama-3.2-11B-Vision" and not folder.is_dir()
     return LLAMA_11B if built_in else Config.from_pretrained(folder)
 

@@ -62,9 +62,9 @@ def saved(gp, tmp_path):
 # Ours, read by transformers
 
 
-@pytest.mark.parametrize("kind", ["llama3", "base", "chatml", "gp-vl", "virl"])
+@pytest.mark.parametrize("kind", ["llama3", "base", "chatml", "gp-vl", "virl-vl"])
 def test_transformers_renders_as_we_do(transformers, tmp_path, kind):
-    folder = TINY / kind if kind in ("gp-vl", "virl") else tmp_path
+    folder = TINY / kind if kind in ("gp-vl", "virl-vl") else tmp_path
     if folder == tmp_path:
         processor_of(kind).save_pretrained(folder)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Processor.from_pretrained(folder)
@@ -76,7 +76,7 @@ def test_transformers_renders_as_we_do(transformers, tmp_path, kind):
             assert ids == ours.render(messages, reply=reply).ids
 
 
-@pytest.mark.parametrize("game", ["gp-vl", "virl", "small"])
+@pytest.mark.parametrize("game", ["gp-vl", "virl-vl", "small"])
 def test_transformers_sees_as_we_do(transformers, small, game):
     folder = small[0] if game == "small" else TINY / game
     theirs, ours = transformers.AutoProcessor.from_pretrained(folder), Processor.from_pretrained(folder)

@@ -48,7 +48,7 @@ def medium():
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor.from_pretrained(tiny.foundation_of("gp-vl"))
+    return Processor.from_pretrained(tiny.FOUNDATIONS / "gp-vl")
 
 
 @pytest.fixture(params=["gp-l", "gp-vl"])

@@ -220,7 +220,8 @@ def test_tiny_makes_its_init_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("task", ["gp-vl", "virl-l"])
 def test_a_foundation_is_made_from_nothing(tmp_path, task):
     run("--task", task, "--algo pretrain --steps 1 --batch-size 2 --eval-hands 0 --out", tmp_path)
-    assert Llama.from_pretrained(tmp_path / "final").config.hidden_size == 128
+    model = Llama.from_pretrained(tmp_path / "final")
+    assert model.config.hidden_size == 128 and model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_routes_of_ones_own(small, tmp_path, capsys):
