@@ -19,8 +19,8 @@ def routes(steps):
 
 
 # Cards with pictures go on from the words; in navigation eyes come first, from street views to describe.
-EYES = ("--model tiny --task virl-vl --describe --steps 400 --batch-size 64 --lr-schedule cosine --warmup 0.05 "
-        "--eval-hands 0")
+EYES = ("--model tiny --task virl-vl --describe --steps 400 --batch-size 64 --lr-schedule cosine "
+        "--warmup 0.05 --eval-hands 0")
 STAGES = {"gp-l": ["--model tiny --task gp-l"], "gp-vl": ["--model docs/tiny/gp-l --task gp-vl"],
           "virl-l": [EYES, routes(350)], "virl-vl": [EYES, routes(245)]}
 TRAIN = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py --algo pretrain"
