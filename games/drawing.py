@@ -69,9 +69,9 @@ def board(color, emblem_name, kind, pixels):
 
 
 @lru_cache(maxsize=512)     # of 0.1 MB each; those as wide as FULL, which only wide pictures show, of 1.3 MB
-def _sign(mark, strip, width):
-    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, name, posts. strip: colors
-    (background, letters)."""
+def _sign(mark, width, background, ink):
+    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, name on a strip of two colors,
+    posts."""
     pixels = max(width, SMALL)
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
@@ -79,11 +79,11 @@ def _sign(mark, strip, width):
     for x in (0.2, 0.8):
         draw.rectangle(((x - 0.02) * pixels, bottom, (x + 0.02) * pixels, TOP * scale), "#46464a")
     image.paste(board(mark.color, mark.emblem, mark.board, pixels), (0, 0))
-    draw.rectangle((0, top, pixels, bottom), strip[0])
-    for line, middle in ((f"{mark.color} {mark.emblem}", 0.27), (mark.name.split(" ", 2)[2], 0.75)):
+    draw.rectangle((0, top, pixels, bottom), background)
+    for line, middle in ((f"{mark.color} {mark.emblem}", 0.27), (mark.word, 0.75)):
         size = 0.7 * scale      # 0.7 m, less where the line is too long
         size *= min(1, 0.94 * pixels / font(size).getlength(line))
-        draw.text((pixels / 2, top + (bottom - top) * middle), line, strip[1], font(size), "mm",
+        draw.text((pixels / 2, top + (bottom - top) * middle), line, ink, font(size), "mm",
                   stroke_width=pixels // 256)
     return np.asarray(image.resize((width, round(width * TOP / SIGN)), Image.Resampling.BOX))
 
@@ -121,8 +121,9 @@ def _fronts(town, rng):
     # where the walls along a street begin: {(node, neighbor, side): metres from the node}, side 1 right and -1
     # left of the street as one leaves the node
     starts, fronts = {}, []
+    both_ways = [*town.edges, *([b, a] for a, b in town.edges)]
     for node, here in enumerate(town.nodes):
-        turns = sorted((bearing(here, town.nodes[other]), other) for other in town.neighbors[node])
+        turns = sorted((bearing(here, town.nodes[other]), other) for start, other in both_ways if start == node)
         for (heading, first), (next_heading, second) in pairwise([*turns, turns[0]]):
             half = math.radians((next_heading - heading) % 360) / 2
             start = max(WALL / math.tan(half), -WALL)
@@ -137,7 +138,7 @@ def _fronts(town, rng):
         here, there = town.nodes[[a, b]]
         for side in (1, -1):
             begin, end = starts[a, b, side], math.dist(here, there) - starts[b, a, -side]
-            pieces = max(1, round((end - begin) / rng.uniform(*town.city.look["fronts"])))
+            pieces = max(1, round((end - begin) / rng.uniform(*town.look["fronts"])))
             cuts = [_at(here, there, along, side * WALL) for along in np.linspace(begin, end, pieces + 1)]
             fronts += [pair[::-side] for pair in pairwise(cuts)]
     return fronts
@@ -146,7 +147,7 @@ def _fronts(town, rng):
 @cache
 def _walls(town):
     """Return all walls of a town, (M,) records: ends p and q, height and so on."""
-    rng, rows, look = random.Random(f"houses of {town.name}"), [], town.city.look
+    rng, rows, look = random.Random(f"houses of {town.name}"), [], town.look
     for p, q in _fronts(town, rng):
         tower = rng.random() < look["towers"]
         floors, storey = rng.randint(*look["floors"]), rng.uniform(3.1, 3.7)
@@ -229,11 +230,11 @@ def _paint_ground(town, eye, xy, distance):
     joints = (off > ROAD) & (distance < 25) & (_fraction(xy / 1.6).min(0) < 0.045)
     light[joints | (off > ROAD - 0.5) & (off < ROAD)] *= 0.88       # and the gutter
     light[(off >= ROAD) & (off < ROAD + 0.35)] *= 1.12              # the kerb
-    color = np.float32(town.city.look["ground"])[np.digitize(off, (ROAD, WALL + 4))]
+    color = np.float32(town.look["ground"])[np.digitize(off, (ROAD, WALL + 4))]
     dashes = (across < 0.14) & (along > 17) & (_fraction(along / 6) < 0.5)
     zebra = (along > 10.5) & (along < 14) & (off < ROAD - 0.6) & (_fraction(across / 1.2 + 0.25) < 0.5)
     color[dashes | zebra] = 226
-    return _mix(color * light[:, None], town.city.look["sky"][1], 1 - np.exp(-distance / 500))
+    return _mix(color * light[:, None], town.look["sky"][1], 1 - np.exp(-distance / 500))
 
 
 def _paint_sky(look, eye, xy, rise):
@@ -253,7 +254,7 @@ def _paint_sky(look, eye, xy, rise):
 def _scene(town, eye, rays, rise):
     """Return walls, ground and sky seen from eye along rays (C, 2); rise (R, 1) = tangent of the elevation of
     each row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
-    look, walls = town.city.look, _walls(town)
+    look, walls = town.look, _walls(town)
     p, q = walls["p"], walls["q"]
     away = np.minimum(*(np.hypot(*(ends - eye).T) for ends in (p, q)))
     walls = walls[(away < FAR) & (cross(q - p, eye - p) < 0)]       # and facing us
@@ -282,7 +283,7 @@ def _trees(town):
     """Return where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
     corners."""
     rng, trees = random.Random(f"trees of {town.name}"), []
-    for here, there in zip(*town.ends) if town.city.look["trees"] else ():
+    for here, there in zip(*town.ends) if town.look["trees"] else ():
         pieces = pieces_of(here, there)
         spots = [_at(here, there, math.dist(here, there) / pieces * (k + 0.5), right)
                  for k in range(1, pieces - 1) for right in (-7, 7)]
@@ -293,13 +294,13 @@ def _trees(town):
 def _sprites(town, eye, density):
     """Return signs and trees around eye, farthest first: (place, point that it faces, width, top, image (rows,
     columns, 4)). density: columns of the picture per radian."""
-    look = town.city.look
+    look = town.look
     found = [(xy, eye, 5, 8, _tree(look["trees"])) for xy in _trees(town) if 3 < math.dist(xy, eye) < 90]
     for mark in town.landmarks:
         xy, reader, distance = np.array(mark.xy), town.panoramas[mark.at], math.dist(mark.xy, eye)
         if distance < 120:
             width = next((w for w in (8, 16, 32, 64, SMALL) if w >= 0.9 * SIGN * density / distance), FULL)
-            image = _sign(mark, look["strip"], width)
+            image = _sign(mark, width, *look["strip"])
             if np.dot(eye - xy, reader - xy) < 0:       # seen from behind, it is grey
                 image = image * np.uint8((0, 0, 0, 1)) + np.uint8((96, 96, 100, 0))
             found.append((xy, reader, SIGN, TOP, image))
