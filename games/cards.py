@@ -79,7 +79,10 @@ PIPS = {rank.strip(): [[int(row) / 6 for row in column.split()] for column in co
     7  | -6 0 6    | -3
     8  | -6 0 6    | -3 3
     9  | -6 -2 2 6 | 0
-    10 | -6 -2 2 6 | -4 4""".split("\n")[1:])}
+    10 | -6 -2 2 6 | -4 4
+    J  |           |
+    Q  |           |
+    K  |           | """.split("\n")[1:])}
 
 # The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand
 # carries.
@@ -175,11 +178,9 @@ def _draw_face(card, rank, mark, colors):
         _fill(draw, COURT[rank], colors, outline=colors["line"])
         _fill(draw, FEATURES, colors)
         _fill(draw, mark, colors, 500, 655, 72)
-    card.paste(card.crop((0, 0, 1000, 700)).rotate(180), (0, 700))
-    if rank in FACES:
         draw.rectangle((190, 690, 809, 709), colors["gold"], colors["line"], 5)
         draw.rectangle((190, 100, 809, 1299), None, colors["line"], 8)
-        return
+    card.paste(card.crop((0, 0, 1000, 700)).rotate(180), (0, 700))
     sides, middle = PIPS[rank]
     size = 480 if rank == "A" else 200
     for x, rows in ((315, sides), (685, sides), (500, middle)):

@@ -70,8 +70,8 @@ def board(color, emblem_name, kind, pixels):
 
 @lru_cache(maxsize=512)     # of 0.1 MB each; those as wide as FULL, which only wide pictures show, of 1.3 MB
 def _sign(mark, width, background, ink):
-    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, name on a strip of two colors,
-    posts."""
+    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, posts, and a strip of one color
+    with the name in another."""
     pixels = max(width, SMALL)
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
@@ -116,14 +116,14 @@ def _at(a, b, along, right):
 
 
 def _fronts(town, rng):
-    """Return the fronts of all houses: [(p, q), ...], p to q with the house on the left. A corner is cut back to
-    13.5 m along its bisector, behind any sign, and has a front across it."""
-    # where the walls along a street begin: {(node, neighbor, side): metres from the node}, side 1 right and -1
-    # left of the street as one leaves the node
+    """Return the fronts of all houses: [(p, q), ...], p to q with the house on the left. A corner is cut back
+    to 13.5 m along its bisector, behind any sign, and has a front across it."""
+    # {(node, neighbor, side): metres from the node to where the walls along a street begin}, on its right (1)
+    # and its left (-1) as one leaves the node
     starts, fronts = {}, []
     both_ways = [*town.edges, *([b, a] for a, b in town.edges)]
     for node, here in enumerate(town.nodes):
-        turns = sorted((bearing(here, town.nodes[other]), other) for start, other in both_ways if start == node)
+        turns = sorted((bearing(here, town.nodes[b]), b) for a, b in both_ways if a == node)
         for (heading, first), (next_heading, second) in pairwise([*turns, turns[0]]):
             half = math.radians((next_heading - heading) % 360) / 2
             start = max(WALL / math.tan(half), -WALL)
@@ -292,8 +292,8 @@ def _trees(town):
 
 
 def _sprites(town, eye, density):
-    """Return signs and trees around eye, farthest first: (place, point that it faces, width, top, image (rows,
-    columns, 4)). density: columns of the picture per radian."""
+    """Return signs and trees around eye, farthest first: (place, point that it faces, width, top, image
+    (rows, columns, 4)). density: columns of the picture per radian."""
     look = town.look
     found = [(xy, eye, 5, 8, _tree(look["trees"])) for xy in _trees(town) if 3 < math.dist(xy, eye) < 90]
     for mark in town.landmarks:

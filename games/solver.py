@@ -23,8 +23,8 @@ def arith(a, op, b):
 
 
 # An expression is the sorted tuple of its operands, each behind its sign: ("+1", "+2*3", "-4") is the sum
-# 1+2*3-4, ("*(1+2)", "/3") the product (1+2)/3, ("+7",) a number. + sorts before -, and * before /. Equal up to
-# commuting and associating means equal.
+# 1+2*3-4, ("*(1+2)", "/3") the product (1+2)/3, ("+7",) a number. + sorts before -, and * before /. Equal up
+# to commuting and associating means equal.
 _INVERSE = dict(zip("+-*/", "-+/*"))
 
 

@@ -45,7 +45,7 @@ class Town:
     name: str
     origin: list[float]         # [lat, lon]
     look: dict                  # for games/drawing.py
-    digest: str                 # eight characters: change them with anything of the city, as files keep to them
+    digest: str                 # eight characters, to change with anything of the city: files keep to them
     nodes: np.ndarray           # (N, 2)
     edges: list                 # [[a, b], ...], a < b
     ends: np.ndarray            # of every street, (2, E, 2)
@@ -58,12 +58,13 @@ class Town:
     def geocode(self, xy):
         """Return [lat, lon], to the centimetre."""
         lat, lon = self.origin
-        return [round(lat + xy[1] / DEGREE, 7), round(lon + xy[0] / (DEGREE * math.cos(math.radians(lat))), 7)]
+        wide = DEGREE * math.cos(math.radians(lat))
+        return [round(lat + xy[1] / DEGREE, 7), round(lon + xy[0] / wide, 7)]
 
 
 SPECS = tomllib.loads(Path(__file__).with_name("cities.toml").read_text(encoding="utf-8"))
 COLORS = {name: tuple(rgb) for name, rgb in SPECS["colors"].items()}
-EMBLEMS, CITIES = SPECS["emblems"], SPECS["cities"]     # {name: the color of its disc}, {name: what it looks like}
+EMBLEMS, CITIES = SPECS["emblems"], SPECS["cities"]     # {name: color of its disc}, {name: origin and look}
 OTHERS = tuple(CITIES)[1:10]        # the paper's nine benchmark cities
 # For pre-training, with the words of all cities in their names, as a foundation model knows them all.
 BROAD = tuple(CITIES)[10:]

@@ -36,7 +36,8 @@ def read_rotation(panorama):
     path = Path(panorama).with_suffix(".metadata.json")
     data = read_bytes(path)
     with suppress(ValueError, TypeError, KeyError, RecursionError):
-        if is_number(rotation := json.loads(data)["rotation"], int, float) and abs(rotation) < 1e9:     # no NaN
+        rotation = json.loads(data)["rotation"]
+        if is_number(rotation, int, float) and abs(rotation) < 1e9:     # False for NaN, too
             return rotation
     raise ValueError(f"{path}: expected a JSON object with a number `rotation` in degrees")
 
