@@ -18,7 +18,7 @@ from PIL import Image
 from games import drawing
 from games.compass import SIDES, word
 from games.streets import bearing, town
-from harness.files import aside, replace, sweep, write_atomically
+from harness.files import aside, replace, write_atomically
 from harness.ranges import integer
 
 WIDTH = integer(64, 8192, step=2)      # pixels of a panorama
@@ -61,8 +61,6 @@ def build(name, root, *, width=256):
         raise ValueError(f"width {WIDTH.refusal(width)}")
     folder = Path(root) / f"{name}-{width}-{plan.digest}"
     if folder.is_dir():
-        sweep(folder.parent, f".{folder.name}-*")
-        sweep(folder / "street_views", ".*-*")
         return folder
     files = {"city.json": {"city": name, "width": width, "digest": plan.digest}}
     for file, paths in {"route_infos.json": plan.routes, "held_out_infos.json": plan.held_out}.items():

@@ -131,9 +131,9 @@ def claims(observation, landmark="", others=()):
 
     names: the landmarks that are claimed; HERE stands for `landmark`, "" for one without a name."""
     said = fold(re.sub(r"[\r\n]+", " ; ", observation))
-    elsewhere = [(name, ELSEWHERE) for name in sorted(others, key=len, reverse=True)]   # one may hold another
-    for name, mark in [(landmark, HERE), *elsewhere]:
-        said = _hide(said, name, mark)
+    said = _hide(said, landmark, HERE)
+    for name in sorted(others, key=len, reverse=True):      # one may hold another
+        said = _hide(said, name, ELSEWHERE)
     names, unseen, claimed, refused = set(), False, False, False
     for words, name, denied, side in _clauses(said):
         if any("intersection" in word for word in words):
