@@ -129,9 +129,8 @@ def _items(value):
 
 
 _RANKS = {"ACE": "A", "T": "10", "TEN": "10", "JACK": "J", "QUEEN": "Q", "KING": "K"}
-_SIGNS = str.maketrans({
-    **dict.fromkeys("xX×·•∙⋅∗⁎✕✖⨉⨯", "*"), **dict.fromkeys("÷∕⁄➗", "/"), "➕": "+",
-    **dict.fromkeys("−–—‐‑‒➖", "-"), "。": ".", "\ufe0f": " "})      # U+FE0F: shown as an emoji
+_SIGNS = str.maketrans("xX×·•∙⋅∗⁎✕✖⨉⨯" "÷∕⁄➗" "−–—‐‑‒➖" "➕。\ufe0f",     # U+FE0F: shown as an emoji
+                       "*" * 13 + "/" * 4 + "-" * 7 + "+. ")
 _LATEX = {"times": "*", "cdot": "*", "ast": "*", "div": "/", "left": " ", "right": " "}
 _LATEX_SIGN = re.compile(rf"(?<!\\)\\++({'|'.join(_LATEX)})(?![A-Za-z])")
 _FORMS = ("<wide>", "<narrow>", "<small>", "<font>")     # NFKC of <super>, <fraction>, ... changes the value

@@ -83,11 +83,12 @@ def draw(panorama):
     spec = path.parent.parent / "city.json"
     try:
         city = json.loads(spec.read_text(encoding="utf-8"))
-        plan, width, digest = town(city["city"]), city["width"], city["digest"]
+        plan, width = town(city["city"]), city["width"]
+        if city["digest"] != plan.digest:
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{spec}: not a built-in city's file; build the city again") from None
-    if digest != plan.digest:
-        raise ValueError(f"{spec}: made by another version of this program; build the city again")
+        raise ValueError(f"{spec}: not a built-in city's file, or one of another version of this program; "
+                         "build the city again") from None
     if path.suffix != ".jpg" or path.stem not in plan.ids:
         raise ValueError(f"{path}: {plan.name} has no panorama of that name")
     number = plan.ids.index(path.stem)

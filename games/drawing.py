@@ -70,8 +70,8 @@ def board(color, emblem_name, kind, pixels):
 
 @lru_cache(maxsize=512)     # of 0.1 MB each; those as wide as FULL, which only wide pictures show, of 1.3 MB
 def _sign(mark, width, background, ink):
-    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, posts, and a strip of one color
-    with the name in another."""
+    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, posts, and a strip of one
+    color with the name in another."""
     pixels = max(width, SMALL)
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
@@ -121,9 +121,9 @@ def _fronts(town, rng):
     # {(node, neighbor, side): metres from the node to where the walls along a street begin}, on its right (1)
     # and its left (-1) as one leaves the node
     starts, fronts = {}, []
-    both_ways = [*town.edges, *([b, a] for a, b in town.edges)]
     for node, here in enumerate(town.nodes):
-        turns = sorted((bearing(here, town.nodes[b]), b) for a, b in both_ways if a == node)
+        others = [sum(edge) - node for edge in town.edges if node in edge]
+        turns = sorted((bearing(here, town.nodes[other]), other) for other in others)
         for (heading, first), (next_heading, second) in pairwise([*turns, turns[0]]):
             half = math.radians((next_heading - heading) % 360) / 2
             start = max(WALL / math.tan(half), -WALL)
@@ -159,11 +159,11 @@ def _walls(town):
         room = distances(back[:, None], *town.ends).min() > WALL        # for the other three walls
         rows += [(*ends, SHOP + storey * floors, color, storey, bay, seed, awning, 0, 0)
                  for ends in pairwise((p, q, *back, p))][:4 if room else 1]
-    walls = np.array(rows, {"names": "p q height color storey bay seed awning width light".split(),
-                            "formats": "2f4 2f4 f4 3f4 f4 f4 f4 3f4 f4 f4".split()})
-    east, north = (walls["q"] - walls["p"]).T
-    walls["width"] = np.hypot(east, north)
-    walls["light"] = 0.84 + 0.16 * np.cos(2 * np.arctan2(north, east) - 1)      # in the sun or in the shade
+    walls = np.rec.array(rows, names="p,q,height,color,storey,bay,seed,awning,width,light",
+                         formats="2f4,2f4,f4,3f4,f4,f4,f4,3f4,f4,f4")
+    east, north = (walls.q - walls.p).T
+    walls.width = np.hypot(east, north)
+    walls.light = 0.84 + 0.16 * np.cos(2 * np.arctan2(north, east) - 1)      # in the sun or in the shade
     return walls
 
 
@@ -190,11 +190,11 @@ def _noise(x, y, seed, scale):
 
 def _paint_walls(look, wall, z, u, distance):
     """Return colors (N, 3) of points on walls (N,), z metres up, u metres along, `distance` metres away."""
-    (wide, tall, frame), below = look["window"], wall["height"] - z
-    color, light = wall["color"], wall["light"]
-    row, column = (z - SHOP) / wall["storey"], u / wall["bay"]
+    (wide, tall, frame), below = look["window"], wall.height - z
+    color, light = wall.color, wall.light
+    row, column = (z - SHOP) / wall.storey, u / wall.bay
     y, x = np.abs(_fraction(row) - 0.52), np.abs(_fraction(column) - 0.5)
-    pane = _noise(row, column, wall["seed"] * 40, 43.7)
+    pane = _noise(row, column, wall.seed * 40, 43.7)
     upper = (z > SHOP) & (below > 0.95)
     color[upper & (x < wide / 2 + 0.05) & (y < tall / 2 + 0.05)] = frame
     inside = upper & (x < wide / 2) & (y < tall / 2) & ((x > 0.02) | (distance > 40))
@@ -204,7 +204,7 @@ def _paint_walls(look, wall, z, u, distance):
     color[inside] = np.float32((46, 52, 60)) + 70 * ((0.5 - x) * pane)[inside, None]
     awning = (z >= 2.9) & (z < 3.7) & (x < 0.46)
     stripe = np.where(_fraction(u[awning] / 1.2) < 0.5, 0.75, 1.1)
-    color[awning] = wall["awning"][awning] * stripe[:, None]
+    color[awning] = wall.awning[awning] * stripe[:, None]
     light[(below < 0.7) | ((z > SHOP - 0.4) & (z < SHOP))] *= 1.14      # cornices
     light[(below > 0.7) & (below < 0.95)] *= 0.6                        # and a shadow
     return _mix(color * light[:, None], look["sky"][1], 1 - np.exp(-distance / 600))
@@ -255,11 +255,11 @@ def _scene(town, eye, rays, rise):
     """Return walls, ground and sky seen from eye along rays (C, 2); rise (R, 1) = tangent of the elevation of
     each row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
     look, walls = town.look, _walls(town)
-    p, q = walls["p"], walls["q"]
+    p, q = walls.p, walls.q
     away = np.minimum(*(np.hypot(*(ends - eye).T) for ends in (p, q)))
     walls = walls[(away < FAR) & (cross(q - p, eye - p) < 0)]       # and facing us
-    hit, share = _cast(eye, rays[:, None], walls["p"], walls["q"])      # (C, M)
-    tops = (walls["height"] - EYE) / hit        # tangent of the elevation, 0 where missed
+    hit, share = _cast(eye, rays[:, None], walls.p, walls.q)      # (C, M)
+    tops = (walls.height - EYE) / hit        # tangent of the elevation, 0 where missed
     # the nearest wall, and the one that stands out highest behind it
     first, second = hit.argmin(1), tops.argmax(1)
     reach, low = hit.min(1), tops[np.arange(len(rays)), first]
@@ -274,7 +274,7 @@ def _scene(town, eye, rays, rise):
     up = rise[r, 0]
     which = np.where(up <= low[c], first[c], second[c])
     distance, wall = hit[c, which], walls.take(which)       # some 25 times as fast as walls[which]
-    picture[r, c] = _paint_walls(look, wall, EYE + up * distance, share[c, which] * wall["width"], distance)
+    picture[r, c] = _paint_walls(look, wall, EYE + up * distance, share[c, which] * wall.width, distance)
     return picture, reach
 
 

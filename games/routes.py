@@ -178,16 +178,17 @@ def _get(raw, *keys):
     return raw
 
 
+# "key": "value", on a line of its own, quoted or not
+FIELD = re.compile(r"""^[{\s]*["']*([^:\n]*?)["']*[^\S\n]*:"""
+                   r"""[^\S\n]*["']*(.*?)["']*[^\S\n]*,*[^\S\n]*$""", re.M)
+
+
 def _blocks(text):
     """Return milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a
     field at the end of its line, and commas and quotes around it do not matter."""
     if not isinstance(text, str):
         raise ValueError(f"milestone_info: expected a string, got {_brief(text)}")
-    blocks = []
-    for block in text.split("}"):
-        fields = (line.strip().rstrip(",").split(":", 1) for line in block.strip().lstrip("{").split("\n"))
-        blocks.append(dict([part.strip().strip("\"'") for part in pair] for pair in fields if len(pair) == 2))
-    return list(filter(None, blocks))
+    return [dict(fields) for block in text.split("}") if (fields := FIELD.findall(block))]
 
 
 def _read_block(block):

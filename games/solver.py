@@ -50,9 +50,8 @@ def _join(a, op, b):
 
 def _splits(numbers):
     """Return the distinct ways to deal a sorted tuple into two non-empty ones, each in both orders."""
-    masks = range(1, 2 ** len(numbers) - 1)             # neither part may be empty
     return {tuple(tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for side in (1, 0))
-            for mask in masks}
+            for mask in range(1, 2 ** len(numbers) - 1)}        # neither part may be empty
 
 
 @lru_cache(maxsize=2048)
@@ -69,7 +68,7 @@ def _reachable(numbers):
             for w, ways_w in _reachable(right).items():
                 for op in "+-*/" if left <= right else "-/":
                     value = arith(v, op, w)
-                    if value is not None and value[0] >= 0:
+                    if value and value[0] >= 0:
                         table.setdefault(value, set()).update(_join(a, op, b) for a in ways_v for b in ways_w)
     return table
 
@@ -107,5 +106,5 @@ def miss(numbers, target, rng):
             op = rng.choice("++--**/")
             parts.append((arith(v, op, w), _join(a, op, b)))
         value, expression = parts[0]
-        if value is not None and value != (target, 1):
+        if value not in (None, (target, 1)):
             return f"{_text(expression)}={target}"

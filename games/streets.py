@@ -113,9 +113,8 @@ def town(name):
     for a, b in zip(*ends):
         pieces = pieces_of(a, b)
         panoramas += [a + (b - a) * k / pieces for k in range(1, pieces)]
-    # like those of the released panoramas
-    hashes = (hashlib.sha256(f"{name} {i}".encode()).digest() for i in range(len(panoramas)))
-    ids = [base64.urlsafe_b64encode(digest)[:22].decode() for digest in hashes]
+    ids = [base64.urlsafe_b64encode(hashlib.sha256(f"{name} {i}".encode()).digest())[:22].decode()
+           for i in range(len(panoramas))]      # like those of the released panoramas
     landmarks = [Landmark(*row) for row in plan.pop("landmarks")]
     return Town(name, nodes=nodes, ends=ends, panoramas=np.array(panoramas), ids=ids, landmarks=landmarks,
                 **CITIES[name], **plan)
