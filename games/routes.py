@@ -143,11 +143,9 @@ def read_mapping(path):
     """Return {(latitude, longitude): panorama id} of a gps_pano_mapping.pkl.
 
     ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
-    table = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load())
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: not a table of panoramas")
+    entries = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load().items())
     mapping = {}
-    for row, (point, name) in enumerate(table.items()):
+    for row, (point, name) in enumerate(entries):
         what = f"{path}: entry {row}"
         point = _geocode(point, what)
         if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[\w:.=-]{1,200}", name):

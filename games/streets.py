@@ -25,7 +25,7 @@ import numpy as np
 DEGREE = math.pi / 180 * 6371000    # metres in a degree of latitude
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Landmark:
     color: str
     emblem: str

@@ -168,14 +168,13 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
     own, foreign = panorama_of(lima, "lima", 0), panorama_of(lima, "cairo", 0)
     raises(f"{foreign.name}: lima has no panorama of that name", cities.draw, foreign)
     raises("no panorama", cities.draw, own.with_suffix(".png"))
-    raises("city.json: not a built-in city's file", cities.draw, tmp_path / "street_views" / "x.jpg")
     old = (lima / "city.json").read_text(encoding="utf-8").replace('"digest": "', '"digest": "0')
     other = '{"city": %s, "width": 2, "digest": ""}'
-    texts = "[]", "{", other % '"atlantis"', other % "[]", old
-    for text in texts:
-        (tmp_path / "city.json").write_text(text, encoding="utf-8")
-        what = "another version of this program" if text == old else "not a built-in city's file"
-        raises(f"{what}; build the city again", cities.draw, tmp_path / "street_views" / own.name)
+    for text in (None, "[]", "{", other % '"atlantis"', other % "[]", old):
+        if text:
+            (tmp_path / "city.json").write_text(text, encoding="utf-8")
+        raises("city.json: not a built-in city's file, or one of another version", cities.draw,
+               tmp_path / "street_views" / own.name)
 
 
 # ------------------------------------------------------------------------------------------------ the streets
