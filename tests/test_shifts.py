@@ -18,7 +18,7 @@ from games.solver import solve
 from games.verifier import SPACES
 from harness.environments import evaluation_sets, make_env, training_env
 from harness.settings import Args, apply_preset
-from tables import cases, raises, rows
+from tables import cases, rows
 from test_envs import HAND, SMALL, answer, differs, replayed, values_of
 from test_hostile import value_of
 from test_navigation import game, here    # noqa: F401 (here is a fixture)
@@ -165,20 +165,6 @@ def test_faces_of_another_value(value):
 def test_targets(target):
     text = GeneralPoints(**GP[f"target-{target}"]).reset(0)[0].messages[0]["content"]
     assert f"to make {target}." in text and f"={target}" in text
-
-
-@cases("game, settings", """
-    gp   | {"cards": 2}
-    gp   | {"cards": 6}
-    gp   | {"cards": "5"}
-    gp   | {"style": "upside-down"}
-    gp   | {"style": "mirrored"}
-    gp   | {"judged_rule": "ten"}
-    virl | {"judged_rule": "10"}
-    virl | {"wording": "5"}""")
-def test_bad_settings_are_named(game, settings):
-    settings = json.loads(settings)
-    assert str(*settings.values()) in raises("expected", GAMES[game], **settings)
 
 
 # --------------------------------------------------------------------------------------------------- pictures
