@@ -18,7 +18,7 @@ from games.prompts import PROMPTS
 from games.rails import Point, instructions, rail, relative_turn
 from games.routes import Leg, Place, Route
 from games.verifier import SPACES, TURNS, judge_step
-from tables import cases, raises, rows
+from tables import cases, lines, raises, rows
 
 
 def place(name):
@@ -245,12 +245,13 @@ EAST = answer(action="turn_direction(east)")
 
 
 @cases("text", [
-    EAST, f"I think:\n```json\n{EAST}\n```\nDone.", EAST.replace('"', "'"),
-    "{current observation: Joe's Diner, current instruction: go, action: turn_direction(east)}",
-    '{"action": "Turn_Direction( East )"}', '{"action": "turn_direction(\\"east\\")"}',
-    '{"action": "turn_direction(\'east\')",}',
-    '{\n  "current observation": "a, b; c",\n  "action": "turn_direction(east)"\n',
-    '{"action": "stop()"} {"action": "turn_direction(east)"}'])
+    EAST, f"I think:\n```json\n{EAST}\n```\nDone.", EAST.replace('"', "'"), *lines(r"""
+    {current observation: Joe's Diner, current instruction: go, action: turn_direction(east)}
+    {"action": "Turn_Direction( East )"}
+    {"action": "turn_direction(\"east\")"}
+    {"action": "turn_direction('east')",}
+    {↵  "current observation": "a, b; c",↵  "action": "turn_direction(east)"↵
+    {"action": "stop()"} {"action": "turn_direction(east)"}""")])
 def test_right_actions_are_found_in_any_dress(text):
     assert verdict(text).code == "right_action"
 
