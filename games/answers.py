@@ -24,6 +24,8 @@ A string is read to its end and judged as a whole: "(7+8-7)*3=24, no wait, =25" 
 import json
 import re
 import unicodedata
+from contextlib import suppress
+from itertools import pairwise
 
 MAX_TOKENS = 2_000      # braces, strings, words between commas; an answer has some 30
 MAX_FORMULA = 200       # characters; bounds the verifier's recursion and the size of its integers
@@ -40,7 +42,7 @@ _QUOTED = "|".join(
     rf"[{opening}](?:[^{closing}\\]|\\(?:.|\Z)|[{closing}](?!{_ENDS}))*+([{closing}]|\Z)"
     for opening, closing in (('"', '"'), ("'", "'"), ("“”„«»", "“”«»\""), ("‘’`", "‘’`'")))
 _WORD = rf"[^\s{{}},:\[\]{_QUOTES}][^{{}},:\[\]\n]*+"
-_STRING = re.compile(_QUOTED, re.DOTALL)
+_STRING = re.compile(rf"(?:{_QUOTED})(?=\s*(?://|\n|\Z))", re.DOTALL)     # and nothing else on its line
 _TOKEN = re.compile(rf"(?:[\s,\[\]]|```\w*+|(?<!:)//[^\n]*+)*+"
                     rf"(?:(?P<brace>[{{}}])|(?P<name>{_QUOTED}|{_WORD})\s*+(?P<colon>:)?|:|\Z)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)     # \x: of Python
@@ -63,16 +65,11 @@ def _key(name):
 
 def _objects(text, keys):
     """Return {key: the object that ends last among those that have it} in one pass; an object is a list of
-    its own [key, start of the value, end]."""
+    its own (key, start of the key, start of the value), and at last ("", its end, its end)."""
     found, unclosed, at = {}, [], 0
 
-    def end_value(end):
-        if unclosed[-1]:
-            unclosed[-1][-1][2] = end
-
     def close(end):
-        end_value(end)
-        entries = unclosed.pop()
+        entries = [*unclosed.pop(), ("", end, end)]
         found.update(dict.fromkeys(keys & {key for key, *_ in entries}, entries))
     for _ in range(MAX_TOKENS):
         if not unclosed:        # quotes in prose mean nothing: go on at the next brace
@@ -86,8 +83,7 @@ def _objects(text, keys):
         elif token["brace"]:
             close(at - 1)
         elif token["colon"]:
-            end_value(token.start("name"))
-            unclosed[-1].append([_key(token["name"]), at, at])
+            unclosed[-1].append((_key(token["name"]), token.start("name"), at))
         elif at == len(text):
             break
     else:
@@ -101,13 +97,10 @@ def _value(text):
     """Return the str or list after a key: by JSON, else a string in any quotes, else the text itself."""
     text = text.strip(_EDGES)
     if text.count("[") + text.count("{") <= MAX_NESTING:
-        try:        # numbers stay text: int() refuses 5,000 digits
+        with suppress(ValueError):      # numbers stay text: int() refuses 5,000 digits
             value = json.loads(text, strict=False, parse_int=str, parse_float=str, parse_constant=str)
             return value if isinstance(value, (str, list)) else ""
-        except ValueError:
-            pass
-    string = _STRING.match(text)
-    if string and re.match(r"\s*(?://|\Z)|\s*\n", text[string.end():]):
+    if string := _STRING.match(text):
         closed = string[string.lastindex]
         text = string[0][1:-1] if closed else string[0].strip(_EDGES + _MARKS + "}]")
         text = re.sub(rf"\A([{_QUOTES}])(.*)\1\Z", r"\2", text, flags=re.DOTALL)        # ""1+1=2""
@@ -119,13 +112,12 @@ def _value(text):
 def _fields(text, *keys):
     """Return the values of `keys`, the most wanted first, all from one object; None where it lacks a key."""
     if text.lstrip()[:1] == '"':        # json.dumps of an answer
-        try:
+        with suppress(ValueError):
             text = json.loads(text, strict=False)
-        except ValueError:
-            pass
     objects = _objects(text, set(keys))     # without an action the observation is judged all the same
     entries = next((objects[key] for key in keys if key in objects), [])
-    own = {key: _value(text[start:end]) for key, start, end in entries if key in keys}
+    own = {key: _value(text[start:end])
+           for (key, _, start), (_, end, _) in pairwise(entries) if key in keys}
     return [own.get(key) for key in keys]
 
 
@@ -137,9 +129,8 @@ def _items(value):
 
 
 _RANKS = {"ACE": "A", "T": "10", "TEN": "10", "JACK": "J", "QUEEN": "Q", "KING": "K"}
-_SIGNS = str.maketrans({
-    **dict.fromkeys("xX×·•∙⋅∗⁎✕✖⨉⨯", "*"), **dict.fromkeys("÷∕⁄➗", "/"), "➕": "+",
-    **dict.fromkeys("−–—‐‑‒➖", "-"), "。": ".", "\ufe0f": " "})      # U+FE0F: shown as an emoji
+_SIGNS = str.maketrans("xX×·•∙⋅∗⁎✕✖⨉⨯" "÷∕⁄➗" "−–—‐‑‒➖" "➕。\ufe0f",     # U+FE0F: shown as an emoji
+                       "*" * 13 + "/" * 4 + "-" * 7 + "+. ")
 _LATEX = {"times": "*", "cdot": "*", "ast": "*", "div": "/", "left": " ", "right": " "}
 _LATEX_SIGN = re.compile(rf"(?<!\\)\\++({'|'.join(_LATEX)})(?![A-Za-z])")
 _FORMS = ("<wide>", "<narrow>", "<small>", "<font>")     # NFKC of <super>, <fraction>, ... changes the value
@@ -165,7 +156,7 @@ def read_answer(text):
     text = _LATEX_SIGN.sub(lambda sign: _LATEX[sign[1]], text)      # JSON makes a tab and "imes" of \times
     formula, cards, number = _fields(text, "formula", "cards", "number")
     if cards is not None:   # "Ace of Spades", 'q', 10, T
-        words = [[*re.findall("[A-Z0-9]+", item.upper()), ""][0] for item in _items(cards)]
+        words = [re.search("[A-Z0-9]+|$", item.upper())[0] for item in _items(cards)]
         cards = [_RANKS.get(word, word) for word in words]
     if number is not None:
         number = [item.strip(_MARKS + " ") for item in _items(number)]

@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 RANKS = tuple("A 2 3 4 5 6 7 8 9 10 J Q K".split())
 FACES = RANKS[-3:]
@@ -19,10 +19,10 @@ LOOKS["all"] = LOOKS["black"] + LOOKS["red"]
 def card_values(rule):
     """Return {rank: value}: A counts 1, a number card its number, J, Q and K 10 by the rule "10", 11, 12 and
     13 by "11-12-13". ValueError for a bad rule."""
-    faces = str(rule).split("-")
-    if len(faces) not in (1, 3) or not all(re.fullmatch("[1-9][0-9]{0,5}", face) for face in faces):
+    if not re.fullmatch("N(-N-N)?".replace("N", "[1-9][0-9]{0,5}"), rule):
         raise ValueError(f"rule {rule!r}: expected one positive integer for J, Q and K, as in '10', "
                          "or three, as in '11-12-13'")
+    faces = rule.split("-")
     return dict(zip(RANKS, [*range(1, 11), *map(int, faces * (3 // len(faces)))]))
 
 
@@ -47,9 +47,9 @@ def _shapes(text):
 
 
 def _colors(text):
-    """Return {name: (red, green, blue)} of words "name #rrggbb"."""
+    """Return {name: color} of words "name #rrggbb"."""
     words = text.split()
-    return dict(zip(words[::2], map(ImageColor.getrgb, words[1::2])))
+    return dict(zip(words[::2], words[1::2]))
 
 
 COLORS = _colors("""
@@ -79,7 +79,10 @@ PIPS = {rank.strip(): [[int(row) / 6 for row in column.split()] for column in co
     7  | -6 0 6    | -3
     8  | -6 0 6    | -3 3
     9  | -6 -2 2 6 | 0
-    10 | -6 -2 2 6 | -4 4""".split("\n")[1:])}
+    10 | -6 -2 2 6 | -4 4
+    J  |           |
+    Q  |           |
+    K  |           | """.split("\n")[1:])}
 
 # The upper half of a court card, from back to front: hair, robe and face, then headgear and what the hand
 # carries.
@@ -162,7 +165,7 @@ def _glyph(card, rank, color, x, y, width, height):
     ImageDraw.Draw(mask).text((-left, -top), rank, 255, font, stroke_width=12)
     width = min(width, round(mask.width * height / mask.height))
     mask = mask.resize((width, height), Image.Resampling.LANCZOS)
-    card.paste(color, (x - mask.width // 2, y), mask)
+    card.paste(color, (x - width // 2, y), mask)
 
 
 def _draw_face(card, rank, mark, colors):
@@ -175,11 +178,9 @@ def _draw_face(card, rank, mark, colors):
         _fill(draw, COURT[rank], colors, outline=colors["line"])
         _fill(draw, FEATURES, colors)
         _fill(draw, mark, colors, 500, 655, 72)
-    card.paste(card.crop((0, 0, 1000, 700)).rotate(180), (0, 700))
-    if rank in FACES:
         draw.rectangle((190, 690, 809, 709), colors["gold"], colors["line"], 5)
         draw.rectangle((190, 100, 809, 1299), None, colors["line"], 8)
-        return
+    card.paste(card.crop((0, 0, 1000, 700)).rotate(180), (0, 700))
     sides, middle = PIPS[rank]
     size = 480 if rank == "A" else 200
     for x, rows in ((315, sides), (685, sides), (500, middle)):

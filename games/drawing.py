@@ -40,16 +40,10 @@ font = lru_cache(maxsize=64)(ImageFont.load_default)        # Pillow's own, so m
 def emblem(name, pixels):
     """Return the silhouette of one of EMBLEMS, an "L" image of pixels x pixels, drawn at 4 times the size for
     smooth edges."""
-    n = 4 * pixels
-    mask = Image.new("L", (n, n))
+    mask = Image.new("L", (4 * pixels,) * 2)
     draw = ImageDraw.Draw(mask)
-    for kind, *numbers in SPECS["shapes"][name]:
-        points = np.reshape(numbers, (-1, 2))
-        if kind == "polygon":
-            draw.polygon((points * n).ravel().tolist(), 255)
-        else:
-            center, radii = points
-            draw.ellipse([*(center - radii) * n, *(center + radii) * n], 255 if kind == "disc" else 0)
+    for kind, fill, *numbers in SPECS["shapes"][name]:
+        getattr(draw, kind)([4 * pixels * x for x in numbers], fill)
     return mask.resize((pixels, pixels), Image.Resampling.BOX)
 
 
@@ -57,31 +51,27 @@ def board(color, emblem_name, kind, pixels):
     """Return the board of a sign, an RGB image: the landmark's color with the emblem on a disc of the
     emblem's own color; kind 0 fills the square, 1 is a disc on black, 2 a square with its corners cut off, on
     white."""
-    image = Image.new("RGB", (pixels, pixels), (DARK, "black", "white")[kind])
-    draw, color, end = ImageDraw.Draw(image), COLORS[color], pixels - 1
-    edge, cut = round(0.02 * pixels), 0.3 * pixels
-    inside = edge, edge, end - edge, end - edge
-    if kind == 0:
-        draw.rectangle(inside, color)
-    elif kind == 1:
-        draw.ellipse(inside, color)
+    color, own, end = COLORS[color], COLORS[EMBLEMS[emblem_name]], pixels - 1
+    image = Image.new("RGB", (pixels, pixels), (color, "black", "white")[kind])
+    draw, edge, cut = ImageDraw.Draw(image), round(0.02 * pixels), 0.3 * pixels
+    if kind == 1:
+        draw.ellipse((edge, edge, end - edge, end - edge), color)
     else:
         far = end - cut
         draw.polygon((cut, 0, far, 0, end, cut, end, far, far, end, cut, end, 0, far, 0, cut), color)
         draw.rectangle((0, 0, end, end), None, DARK, edge)
-    own = COLORS[EMBLEMS[emblem_name]]
-    for radius, fill in ((0.4, "white"), (0.35, own)):
-        draw.ellipse(((0.5 - radius) * pixels,) * 2 + ((0.5 + radius) * pixels,) * 2, fill)
-    size = round(0.42 * pixels)
+    middle, size = (pixels / 2,) * 2, round(0.42 * pixels)
+    draw.circle(middle, 0.4 * pixels, "white")
+    draw.circle(middle, 0.35 * pixels, own)
     ink = "black" if np.dot(own, (0.3, 0.59, 0.11)) > 125 else "white"
     image.paste(ink, ((pixels - size) // 2,) * 2, emblem(emblem_name, size))
     return image
 
 
-@lru_cache(maxsize=2048)    # those of some cities are kept for good; 0.1 MB each at most, see _sprites
-def _sign(mark, strip, width):
-    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, name, posts. strip: colors
-    (background, letters)."""
+@lru_cache(maxsize=512)     # of 0.1 MB each; those as wide as FULL, which only wide pictures show, of 1.3 MB
+def _sign(mark, width, background, ink):
+    """Return a landmark's whole sign, (rows, width, 4) uint8 with alpha: board, posts, and a strip of one
+    color with the name in another."""
     pixels = max(width, SMALL)
     scale = pixels / SIGN
     image = Image.new("RGBA", (pixels, round(TOP * scale)))
@@ -89,11 +79,11 @@ def _sign(mark, strip, width):
     for x in (0.2, 0.8):
         draw.rectangle(((x - 0.02) * pixels, bottom, (x + 0.02) * pixels, TOP * scale), "#46464a")
     image.paste(board(mark.color, mark.emblem, mark.board, pixels), (0, 0))
-    draw.rectangle((0, top, pixels, bottom), strip[0])
-    for line, middle in ((f"{mark.color} {mark.emblem}", 0.27), (mark.name.split(" ", 2)[2], 0.75)):
+    draw.rectangle((0, top, pixels, bottom), background)
+    for line, middle in ((f"{mark.color} {mark.emblem}", 0.27), (mark.word, 0.75)):
         size = 0.7 * scale      # 0.7 m, less where the line is too long
         size *= min(1, 0.94 * pixels / font(size).getlength(line))
-        draw.text((pixels / 2, top + (bottom - top) * middle), line, strip[1], font(size), "mm",
+        draw.text((pixels / 2, top + (bottom - top) * middle), line, ink, font(size), "mm",
                   stroke_width=pixels // 256)
     return np.asarray(image.resize((width, round(width * TOP / SIGN)), Image.Resampling.BOX))
 
@@ -111,10 +101,9 @@ def _tree(kind):
             x, y = math.cos(angle), math.sin(angle)
             draw.line((80, 75, 80 + 37 * x, 58 + 30 * y, 80 + 74 * x, 75 + 46 * y + 34 * abs(x)), color, 6)
         else:
-            leaves = {"round": (rng.gauss(80, 24), rng.gauss(88, 32), 20),
-                      "cypress": (rng.gauss(80, 9), rng.uniform(15, 215), 15)}
-            *middle, radius = leaves[kind]
-            draw.circle(middle, radius, color)
+            leaves = {"round": ((rng.gauss(80, 24), rng.gauss(88, 32)), 20),
+                      "cypress": ((rng.gauss(80, 9), rng.uniform(15, 215)), 15)}
+            draw.circle(*leaves[kind], color)
     return np.asarray(image)
 
 
@@ -126,60 +115,55 @@ def _at(a, b, along, right):
     return a + along * forward + right * side
 
 
-def _starts(town):
-    """Return where the walls along a street begin at a node: {(node, neighbor, side): metres from the node},
-    side 1 right and -1 left of the street as one leaves the node; and the walls across the corners, [(p, q),
-    ...]. The corner is cut back to 13.5 m along its bisector, behind any sign."""
-    starts, corners = {}, []
-    for node, streets in enumerate(town.neighbors):
-        here = town.nodes[node]
-        turns = sorted((bearing(here, town.nodes[other]), other) for other in streets)
+def _fronts(town, rng):
+    """Return the fronts of all houses: [(p, q), ...], p to q with the house on the left. A corner is cut back
+    to 13.5 m along its bisector, behind any sign, and has a front across it."""
+    # {(node, neighbor, side): metres from the node to where the walls along a street begin}, on its right (1)
+    # and its left (-1) as one leaves the node
+    starts, fronts = {}, []
+    for node, here in enumerate(town.nodes):
+        others = [sum(edge) - node for edge in town.edges if node in edge]
+        turns = sorted((bearing(here, town.nodes[other]), other) for other in others)
         for (heading, first), (next_heading, second) in pairwise([*turns, turns[0]]):
-            half = math.radians((next_heading - heading) % 360 or 360) / 2
+            half = math.radians((next_heading - heading) % 360) / 2
             start = max(WALL / math.tan(half), -WALL)
             if half < 1.3:
                 start = max(start + 2, (13.5 - WALL * math.sin(half)) / math.cos(half))
             starts[node, first, 1] = starts[node, second, -1] = start
-            there = town.nodes[[first, second]]
-            ends = [_at(here, xy, start, right) for xy, right in zip(there, (WALL, -WALL))]
-            if math.dist(*ends) > 1 and start < 0.6 * min(math.dist(here, xy) for xy in there):
-                corners.append(ends)
-    return starts, corners
-
-
-def _fronts(town, rng):
-    """Return the fronts of all houses: [(p, q), ...], p to q with the house on the left."""
-    starts, fronts = _starts(town)     # across the corners, to begin with
+            ends = [_at(here, town.nodes[other], start, right)
+                    for other, right in ((first, WALL), (second, -WALL))]
+            if math.dist(*ends) > 1:
+                fronts.append(ends)
     for a, b in town.edges:
         here, there = town.nodes[[a, b]]
         for side in (1, -1):
             begin, end = starts[a, b, side], math.dist(here, there) - starts[b, a, -side]
-            pieces = max(1, round((end - begin) / rng.uniform(*town.city.look["fronts"])))
+            pieces = max(1, round((end - begin) / rng.uniform(*town.look["fronts"])))
             cuts = [_at(here, there, along, side * WALL) for along in np.linspace(begin, end, pieces + 1)]
-            if end - begin > 5:
-                fronts += [pair[::-side] for pair in pairwise(cuts)]
+            fronts += [pair[::-side] for pair in pairwise(cuts)]
     return fronts
 
 
 @cache
 def _walls(town):
     """Return all walls of a town, (M,) records: ends p and q, height and so on."""
-    rng, rows, look = random.Random(f"houses of {town.name}"), [], town.city.look
+    rng, rows, look = random.Random(f"houses of {town.name}"), [], town.look
     for p, q in _fronts(town, rng):
         tower = rng.random() < look["towers"]
         floors, storey = rng.randint(*look["floors"]), rng.uniform(3.1, 3.7)
-        floors = round(floors * rng.uniform(2, 4)) if tower else floors
+        if tower:
+            floors = round(floors * rng.uniform(2, 4))
         color = np.array(rng.choice(look["walls"])) * rng.uniform(0.88, 1.08)
         bay, seed, awning = rng.uniform(2.4, 3.4), rng.random(), rng.choice(SPECS["awnings"])
         back = (q, p) - 12 * axes(p, q)[1]
         room = distances(back[:, None], *town.ends).min() > WALL        # for the other three walls
         rows += [(*ends, SHOP + storey * floors, color, storey, bay, seed, awning, 0, 0)
                  for ends in pairwise((p, q, *back, p))][:4 if room else 1]
-    walls = np.array(rows, {"names": "p q height color storey bay seed awning width light".split(),
-                            "formats": "2f4 2f4 f4 3f4 f4 f4 f4 3f4 f4 f4".split()})
-    east, north = (walls["q"] - walls["p"]).T
-    walls["width"] = np.hypot(east, north)
-    walls["light"] = 0.84 + 0.16 * np.cos(2 * np.arctan2(north, east) - 1)      # in the sun or in the shade
+    walls = np.rec.array(rows, names="p,q,height,color,storey,bay,seed,awning,width,light",
+                         formats="2f4,2f4,f4,3f4,f4,f4,f4,3f4,f4,f4")
+    east, north = (walls.q - walls.p).T
+    walls.width = np.hypot(east, north)
+    walls.light = 0.84 + 0.16 * np.cos(2 * np.arctan2(north, east) - 1)      # in the sun or in the shade
     return walls
 
 
@@ -206,11 +190,11 @@ def _noise(x, y, seed, scale):
 
 def _paint_walls(look, wall, z, u, distance):
     """Return colors (N, 3) of points on walls (N,), z metres up, u metres along, `distance` metres away."""
-    (wide, tall, frame), below = look["window"], wall["height"] - z
-    color, light = wall["color"], wall["light"]
-    row, column = (z - SHOP) / wall["storey"], u / wall["bay"]
+    (wide, tall, frame), below = look["window"], wall.height - z
+    color, light = wall.color, wall.light
+    row, column = (z - SHOP) / wall.storey, u / wall.bay
     y, x = np.abs(_fraction(row) - 0.52), np.abs(_fraction(column) - 0.5)
-    pane = _noise(row, column, wall["seed"] * 40, 43.7)
+    pane = _noise(row, column, wall.seed * 40, 43.7)
     upper = (z > SHOP) & (below > 0.95)
     color[upper & (x < wide / 2 + 0.05) & (y < tall / 2 + 0.05)] = frame
     inside = upper & (x < wide / 2) & (y < tall / 2) & ((x > 0.02) | (distance > 40))
@@ -220,7 +204,7 @@ def _paint_walls(look, wall, z, u, distance):
     color[inside] = np.float32((46, 52, 60)) + 70 * ((0.5 - x) * pane)[inside, None]
     awning = (z >= 2.9) & (z < 3.7) & (x < 0.46)
     stripe = np.where(_fraction(u[awning] / 1.2) < 0.5, 0.75, 1.1)
-    color[awning] = wall["awning"][awning] * stripe[:, None]
+    color[awning] = wall.awning[awning] * stripe[:, None]
     light[(below < 0.7) | ((z > SHOP - 0.4) & (z < SHOP))] *= 1.14      # cornices
     light[(below > 0.7) & (below < 0.95)] *= 0.6                        # and a shadow
     return _mix(color * light[:, None], look["sky"][1], 1 - np.exp(-distance / 600))
@@ -231,27 +215,26 @@ def _paint_walls(look, wall, z, u, distance):
 def _paint_ground(town, eye, xy, distance):
     """Return colors (N, 3) of points xy (2, N) on the ground, `distance` metres from eye; the nearest street
     counts."""
-    off = np.full(len(distance), np.inf, np.float32)
-    along = across = off
+    nearest = np.full((3, len(distance)), np.inf, np.float32)
     for a, b in zip(*town.ends[:, distances(eye, *town.ends) < 60]):
         x, y = xy - np.float32(a)[:, None]
         size = np.float32(np.linalg.norm(b - a))
         east, north = np.float32((b - a) / size)
         ahead, aside = x * east + y * north, x * north - y * east
         away = (ahead - np.clip(ahead, 0, size))**2 + aside**2
-        near = away < off
-        off, across = np.where(near, away, off), np.where(near, np.abs(aside), across)
-        along = np.where(near, np.minimum(ahead, size - ahead), along)      # from the nearer end
+        street = away, np.abs(aside), np.minimum(ahead, size - ahead)       # the last from the nearer end
+        nearest = np.where(away < nearest[0], street, nearest)
+    off, across, along = nearest
     off = np.sqrt(off)
     light = 0.97 + 0.06 * _noise(*xy * 4, 0, 437.5) * np.maximum(1 - distance / 30, 0)
-    light[(off > ROAD) & (distance < 25) & (_fraction(xy / 1.6).min(0) < 0.045)] *= 0.88        # joints
-    light[(off > ROAD - 0.5) & (off < ROAD)] *= 0.88        # gutter and kerb
-    light[(off >= ROAD) & (off < ROAD + 0.35)] *= 1.12
-    color = np.float32(town.city.look["ground"])[(off >= ROAD).astype(int) + (off >= WALL + 4)]
+    joints = (off > ROAD) & (distance < 25) & (_fraction(xy / 1.6).min(0) < 0.045)
+    light[joints | (off > ROAD - 0.5) & (off < ROAD)] *= 0.88       # and the gutter
+    light[(off >= ROAD) & (off < ROAD + 0.35)] *= 1.12              # the kerb
+    color = np.float32(town.look["ground"])[np.digitize(off, (ROAD, WALL + 4))]
     dashes = (across < 0.14) & (along > 17) & (_fraction(along / 6) < 0.5)
     zebra = (along > 10.5) & (along < 14) & (off < ROAD - 0.6) & (_fraction(across / 1.2 + 0.25) < 0.5)
     color[dashes | zebra] = 226
-    return _mix(color * light[:, None], town.city.look["sky"][1], 1 - np.exp(-distance / 500))
+    return _mix(color * light[:, None], town.look["sky"][1], 1 - np.exp(-distance / 500))
 
 
 def _paint_sky(look, eye, xy, rise):
@@ -271,12 +254,12 @@ def _paint_sky(look, eye, xy, rise):
 def _scene(town, eye, rays, rise):
     """Return walls, ground and sky seen from eye along rays (C, 2); rise (R, 1) = tangent of the elevation of
     each row, top to bottom. -> picture (R, C, 3) float32, metres to the nearest wall (C,)."""
-    look, walls = town.city.look, _walls(town)
-    p, q = walls["p"], walls["q"]
+    look, walls = town.look, _walls(town)
+    p, q = walls.p, walls.q
     away = np.minimum(*(np.hypot(*(ends - eye).T) for ends in (p, q)))
     walls = walls[(away < FAR) & (cross(q - p, eye - p) < 0)]       # and facing us
-    hit, share = _cast(eye, rays[:, None], walls["p"], walls["q"])      # (C, M)
-    tops = (walls["height"] - EYE) / hit        # tangent of the elevation, 0 where missed
+    hit, share = _cast(eye, rays[:, None], walls.p, walls.q)      # (C, M)
+    tops = (walls.height - EYE) / hit        # tangent of the elevation, 0 where missed
     # the nearest wall, and the one that stands out highest behind it
     first, second = hit.argmin(1), tops.argmax(1)
     reach, low = hit.min(1), tops[np.arange(len(rays)), first]
@@ -291,7 +274,7 @@ def _scene(town, eye, rays, rise):
     up = rise[r, 0]
     which = np.where(up <= low[c], first[c], second[c])
     distance, wall = hit[c, which], walls.take(which)       # some 25 times as fast as walls[which]
-    picture[r, c] = _paint_walls(look, wall, EYE + up * distance, share[c, which] * wall["width"], distance)
+    picture[r, c] = _paint_walls(look, wall, EYE + up * distance, share[c, which] * wall.width, distance)
     return picture, reach
 
 
@@ -300,7 +283,7 @@ def _trees(town):
     """Return where trees stand, [(2,), ...]: on both pavements, half-way between two panoramas, away from the
     corners."""
     rng, trees = random.Random(f"trees of {town.name}"), []
-    for here, there in zip(*town.ends) if town.city.look["trees"] else ():
+    for here, there in zip(*town.ends) if town.look["trees"] else ():
         pieces = pieces_of(here, there)
         spots = [_at(here, there, math.dist(here, there) / pieces * (k + 0.5), right)
                  for k in range(1, pieces - 1) for right in (-7, 7)]
@@ -309,28 +292,23 @@ def _trees(town):
 
 
 def _sprites(town, eye, density):
-    """Return signs and trees around eye, farthest first: (distance, place, point that it faces, width, top,
-    image (rows, columns, 4)). density: columns of the picture per radian."""
-    found, look = [], town.city.look
+    """Return signs and trees around eye, farthest first: (place, point that it faces, width, top, image
+    (rows, columns, 4)). density: columns of the picture per radian."""
+    look = town.look
+    found = [(xy, eye, 5, 8, _tree(look["trees"])) for xy in _trees(town) if 3 < math.dist(xy, eye) < 90]
     for mark in town.landmarks:
         xy, reader, distance = np.array(mark.xy), town.panoramas[mark.at], math.dist(mark.xy, eye)
         if distance < 120:
             width = next((w for w in (8, 16, 32, 64, SMALL) if w >= 0.9 * SIGN * density / distance), FULL)
-            draw = _sign.__wrapped__ if width == FULL else _sign        # 1.3 MB, and seldom asked for again
-            image = draw(mark, look["strip"], width)
+            image = _sign(mark, width, *look["strip"])
             if np.dot(eye - xy, reader - xy) < 0:       # seen from behind, it is grey
                 image = image * np.uint8((0, 0, 0, 1)) + np.uint8((96, 96, 100, 0))
-            found.append((distance, xy, reader, SIGN, TOP, image))
-    for xy in _trees(town):
-        distance = math.dist(xy, eye)
-        if 3 < distance < 90:
-            found.append((distance, xy, eye, 5, 8, _tree(look["trees"])))
-    return sorted(found, key=lambda sprite: -sprite[0])
+            found.append((xy, reader, SIGN, TOP, image))
+    return sorted(found, key=lambda sprite: -math.dist(sprite[0], eye))
 
 
-def _paste(picture, eye, rays, rise, reach, sprite):
+def _paste(picture, eye, rays, rise, reach, xy, reader, width, top, image):
     """Paste one sprite over the picture, where no wall is nearer."""
-    _, xy, reader, width, top, image = sprite
     left = axes(xy, reader)[1] * width / 2
     hit, share = _cast(eye, rays, *np.float32((xy + left, xy - left)))
     c = np.flatnonzero(hit < reach)
@@ -358,7 +336,7 @@ def panorama(town, index, rotation, width):
     for rays in np.split(directions, range(step, len(directions), step)):
         picture, reach = _scene(town, eye, rays, rise)
         for sprite in sprites:
-            _paste(picture, eye, rays, rise, reach, sprite)
+            _paste(picture, eye, rays, rise, reach, *sprite)
         mean = sum(picture[i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
         blocks.append((np.clip(mean, 0, 255) + 0.5).astype(np.uint8))
     return np.concatenate(blocks, 1)

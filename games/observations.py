@@ -13,8 +13,7 @@ import unicodedata
 HERE, ELSEWHERE = "\ue000", "\ue001"    # stand for the landmark's name and for other names of the route
 MAX_OBSERVATION = 2_000     # characters; one that says so much more than the truth claims too much
 
-_QUOTES = str.maketrans({**dict.fromkeys("“”„‟«»″", '"'), **dict.fromkeys("‘’‚‛`´′", "'"),
-                         HERE: " ", ELSEWHERE: " "})
+_QUOTES = str.maketrans("“”„‟«»″" "‘’‚‛`´′" + HERE + ELSEWHERE, '"' * 7 + "'" * 7 + " " * 2)
 
 # Words that name nothing. Beside a name only some of them end it: in "I see Park" the name is Park, in
 # "Corner Park" it is not.
@@ -44,7 +43,7 @@ _NOUNS = frozenset("""
     probably current both sides middle continues me us
 """.split())
 _IDLE = _ARTICLES | _VERBS | _PLACES | _NOUNS
-_LANDMARK = frozenset(("landmark", "landmarks"))
+_LANDMARK = {"landmark", "landmarks"}
 # "No other landmarks" contradicts no landmark.
 _BESIDES = frozenset("other else more further additional".split())
 # A clause with one of these stands for itself: "no landmarks and an intersection" claims the second.
@@ -79,13 +78,12 @@ def _denying(word):
 
 
 def _idle(word):
-    number = re.fullmatch("(o_)?[0-9]+", word)      # O_4: of the history
-    return bool(number) or word in _IDLE or "intersection" in word or _denying(word)
+    return (word in _IDLE or "intersection" in word or _denying(word)
+            or re.fullmatch("(o_)?[0-9]+", word))       # O_4: of the history
 
 
 def _words(text):
-    parts = (part.strip("\"'[]{}<>*?-") for part in re.findall(r"[:=]|[^\s:=]+", text))
-    return [part for part in parts if part]
+    return [*filter(None, (part.strip("\"'[]{}<>*?-") for part in re.findall(r"[:=]|[^\s:=]+", text)))]
 
 
 def _hide(said, name, mark):
@@ -123,7 +121,7 @@ def _clauses(said):
         lead, name = _name(_words(clause[:told.start()]) if told else words, told)
         shared = joint == "and" and denied and not _OWN & {*words}      # "no landmarks and intersections"
         denied = any(map(_denying, lead if told else words)) or shared  # not in "Bar None is on your left"
-        yield {*words}, name, denied, bool(re.search(rf"\b{_SIDE}", clause))
+        yield {*words}, name, denied, re.search(rf"\b{_SIDE}", clause)
 
 
 def claims(observation, landmark="", others=()):
@@ -131,9 +129,9 @@ def claims(observation, landmark="", others=()):
 
     names: the landmarks that are claimed; HERE stands for `landmark`, "" for one without a name."""
     said = fold(re.sub(r"[\r\n]+", " ; ", observation))
-    elsewhere = [(name, ELSEWHERE) for name in sorted(others, key=len, reverse=True)]   # one may hold another
-    for name, mark in [(landmark, HERE), *elsewhere]:
-        said = _hide(said, name, mark)
+    said = _hide(said, landmark, HERE)
+    for name in sorted(others, key=len, reverse=True):      # one may hold another
+        said = _hide(said, name, ELSEWHERE)
     names, unseen, claimed, refused = set(), False, False, False
     for words, name, denied, side in _clauses(said):
         if any("intersection" in word for word in words):

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -79,8 +80,7 @@ def distance(a, b):
 def _brief(value):
     """Return a value of unknown size and origin as one short line."""
     plain = isinstance(value, (str, float)) or isinstance(value, int) and value.bit_length() < 99
-    text = repr(value if plain else type(value).__name__).strip("'")
-    return text if len(text) <= 80 else text[:77] + "..."
+    return repr(value if plain else type(value).__name__).strip("'")[:80]
 
 
 def _number(value, what):
@@ -106,15 +106,15 @@ class _Dtype:
     def __init__(self, letters, *_):
         if not re.fullmatch("[fiub][1248]|U[0-9]{1,4}", letters):
             raise ValueError(f"refused the numpy.dtype {_brief(letters)}, neither a number nor a string")
-        self.letters, self.order = letters, "="
+        self.dtype = np.dtype(letters)
 
     def __setstate__(self, state):
-        self.order = state[1] if state[1] in ("<", ">", "|") else "="
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _scalar(dtype, data):
     """Make a number or string of its bytes, as numpy's function does that a pickle names."""
-    return np.frombuffer(data, dtype.order + dtype.letters)[0].item()
+    return np.frombuffer(data, dtype.dtype)[0].item()
 
 
 class _Plain(pickle._Unpickler):    # the one in Python: the one in C can be made to fill all memory
@@ -143,11 +143,9 @@ def read_mapping(path):
     """Return {(latitude, longitude): panorama id} of a gps_pano_mapping.pkl.
 
     ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
-    table = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load())
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: not a table of panoramas")
+    entries = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load().items())
     mapping = {}
-    for row, (point, name) in enumerate(table.items()):
+    for row, (point, name) in enumerate(entries):
         what = f"{path}: entry {row}"
         point = _geocode(point, what)
         if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[\w:.=-]{1,200}", name):
@@ -178,16 +176,17 @@ def _get(raw, *keys):
     return raw
 
 
+# "key": "value", on a line of its own, quoted or not
+FIELD = re.compile(r"""^[{\s]*["']*([^:\n]*?)["']*[^\S\n]*:"""
+                   r"""[^\S\n]*["']*(.*?)["']*[^\S\n]*,*[^\S\n]*$""", re.M)
+
+
 def _blocks(text):
     """Return milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a
     field at the end of its line, and commas and quotes around it do not matter."""
     if not isinstance(text, str):
         raise ValueError(f"milestone_info: expected a string, got {_brief(text)}")
-    blocks = []
-    for block in text.split("}"):
-        fields = (line.strip().rstrip(",").split(":", 1) for line in block.strip().lstrip("{").split("\n"))
-        blocks.append(dict([part.strip().strip("\"'") for part in pair] for pair in fields if len(pair) == 2))
-    return list(filter(None, blocks))
+    return [dict(fields) for block in text.split("}") if (fields := FIELD.findall(block))]
 
 
 def _read_block(block):
@@ -199,9 +198,7 @@ def _read_block(block):
                          f'got {_brief(towards)}')
     heading, direction = int(match[1]) % 360, match[2].lower()
     remark = block.get("landmarks", "No landmark nearby")
-    if remark.lower() in ("no landmark nearby", "no landmarks nearby"):
-        return heading, direction, None, None
-    match = re.fullmatch(rf"(.*\S) is on your ({'|'.join(SIDES)})\.?", remark)
+    match = re.fullmatch(rf"(?i:no landmarks? nearby)|(.*\S) is on your ({'|'.join(SIDES)})\.?", remark)
     if not match:
         raise ValueError('landmarks: expected the like of "Joe\'s Diner is on your left behind", '
                          f'got {_brief(remark)}')
@@ -222,52 +219,52 @@ def _between(start, end, known):
     return tuple(places)
 
 
+def _place(value, what, known):
+    """Return the Place nearest to a point of a file."""
+    if place := _snap(_geocode(value, what), known):
+        return place
+    raise ValueError(f"{what} has no panorama within {RADIUS:.0f} m in {MAPPING}")
+
+
 def _route(raw, name, known):
     """Return a Route from an entry of route_infos.json; ValueError (one line) if it is bad."""
-    start = _geocode(_get(raw, "start_place", "relocated_geocode"), "start_place.relocated_geocode")
+    start = _get(raw, "start_place", "relocated_geocode")
     ends, blocks = _get(raw, "route_results", "geocode_list"), _blocks(_get(raw, "milestone_info"))
     if not isinstance(ends, list) or not ends:
         raise ValueError("geocode_list: expected a list of turning points")
     if len(blocks) != len(ends):
         raise ValueError(f"milestone_info has {len(blocks)} blocks for {len(ends)} turning points")
-    ends = [_geocode(end, f"geocode_list[{i}]") for i, end in enumerate(ends)]
-    places, legs = [_snap(point, known) for point in (start, *ends)], []
-    if None in places:
-        i = places.index(None)
-        point = f"turning point {i - 1}" if i else "the start"
-        raise ValueError(f"{point} has no panorama within {RADIUS:.0f} m in {MAPPING}")
-    for i, (block, begin, end) in enumerate(zip(blocks, places, places[1:])):
+    place = start = _place(start, "start_place.relocated_geocode", known)
+    legs = []
+    for i, (block, end) in enumerate(zip(blocks, ends)):
+        before, place = place, _place(end, f"geocode_list[{i}]", known)
         try:
-            legs.append(Leg(*_read_block(block), _between(begin, end, known), end))
+            legs.append(Leg(*_read_block(block), _between(before, place, known), place))
         except ValueError as error:
             raise ValueError(f"milestone_info, block {i}: {error}") from None
     heading = int(_number(raw.get("init_heading", 0), "init_heading"))
-    return Route(name, places[0], heading and (heading - 1) % 360 + 1, tuple(legs))
+    return Route(name, start, heading and (heading - 1) % 360 + 1, tuple(legs))
 
 
 def _check_picture(panorama):
     """Raise ValueError if a panorama's jpg or metadata is bad. Quick: a jpg that ends with the end marker is
     not decoded; some have more bytes after it."""
-    try:
-        with open(panorama, "rb") as file:
-            head = file.read(2)
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            tail = file.read().rstrip(b"\0")
-    except OSError as error:
-        raise ValueError(f"{panorama}: {error.strerror or error}") from None
     views.read_rotation(panorama)
-    if head != b"\xff\xd8" or not tail.endswith(b"\xff\xd9"):
-        try:
-            views.load(panorama, 256)
-        except ValueError:
-            what = "a truncated jpg" if head else "an empty file"
-            raise ValueError(f"{panorama}: {what}, download it again") from None
+    with suppress(OSError), open(panorama, "rb") as file:
+        head = file.read(2)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        if head == b"\xff\xd8" and file.read().rstrip(b"\0").endswith(b"\xff\xd9"):
+            return
+    try:
+        views.load(panorama, 256)
+    except ValueError as error:
+        raise ValueError(f"{error}; download it again") from None
 
 
 def pictures_of(route):
-    """Return the paths of all panoramas that a route may show, each once."""
+    """Return the paths of all panoramas that a route may show."""
     places = [route.start, *(place for leg in route.legs for place in (*leg.between, leg.end))]
-    return list(dict.fromkeys(place.panorama for place in places))
+    return [place.panorama for place in places]
 
 
 @lru_cache(maxsize=16)
@@ -283,16 +280,18 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     folder = Path(folder)
     infos = folder / "held_out_infos.json"
     infos = infos if held_out and infos.exists() else folder / "route_infos.json"
-    raws = _read(infos, "a JSON file")
-    if not isinstance(raws, list) or not raws or not isinstance(raws[0], list):
-        raise ValueError(f"{infos}: expected [routes, count]")
+    match _read(infos, "a JSON file"):
+        case [[_, *_] as raws, *_]:
+            pass
+        case _:
+            raise ValueError(f"{infos}: expected [routes, count], with a route at least")
     places = [Place(point, str(folder / "street_views" / f"{name}.jpg"))
               for point, name in sorted(read_mapping(folder / MAPPING).items())]
     known = np.reshape([place.geocode for place in places], (-1, 2)), places
     check = cache(_check_picture)
     look = pictures and not (folder / "city.json").exists()
     routes, skipped = [], []
-    for i, raw in enumerate(raws[0]):
+    for i, raw in enumerate(raws):
         name = f"route {i} of {infos}"
         try:
             route = _route(raw, name, known)
@@ -304,5 +303,5 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
             if not skip_bad:
                 raise ValueError(f"{skipped[0]} (--skip-bad-routes leaves such routes out)") from None
     if not routes:
-        raise ValueError(f"{infos}: " + (f"no route is left; {skipped[0]}" if skipped else "no routes in it"))
+        raise ValueError(f"{infos}: no route is left; {skipped[0]}")
     return World(tuple(routes), tuple(skipped))

@@ -22,36 +22,36 @@ def arith(a, op, b):
     return n // g, d // g
 
 
-# An expression is (kind, operands, inverse operands): kind "+" is a sum less its inverses, "*" a product over
-# its inverses, "" a number. Operands are sorted strings: equal up to commuting and associating means equal.
+# An expression is the sorted tuple of its operands, each behind its sign: ("+1", "+2*3", "-4") is the sum
+# 1+2*3-4, ("*(1+2)", "/3") the product (1+2)/3, ("+7",) a number. + sorts before -, and * before /. Equal up
+# to commuting and associating means equal.
+_INVERSE = dict(zip("+-*/", "-+/*"))
+
 
 def _text(expression):
-    kind, operands, inverses = expression
-    inverse = "-" if kind == "+" else "/"
-    return kind.join(operands) + "".join(inverse + operand for operand in inverses)
+    return "".join(expression)[1:]
 
 
 def _operands(expression, kind):
-    """Return (operands, inverses) of an expression looked at as a sum ("+") or as a product ("*")."""
-    if expression[0] == kind:
-        return expression[1:]
+    """Return the operands of an expression looked at as a sum ("+") or as a product ("*")."""
+    if expression[0][0] == kind:
+        return expression
     text = _text(expression)
-    return ((f"({text})" if expression[0] == "+" else text,), ())
+    return (f"*({text})" if kind == "*" and len(expression) > 1 else kind + text),
 
 
 def _join(a, op, b):
     kind = "+" if op in "+-" else "*"
-    (p, q), (r, s) = _operands(a, kind), _operands(b, kind)
+    right = _operands(b, kind)
     if op in "-/":
-        r, s = s, r
-    return kind, tuple(sorted(p + r)), tuple(sorted(q + s))
+        right = tuple(_INVERSE[operand[0]] + operand[1:] for operand in right)
+    return tuple(sorted(_operands(a, kind) + right))
 
 
 def _splits(numbers):
     """Return the distinct ways to deal a sorted tuple into two non-empty ones, each in both orders."""
-    masks = range(1, 2 ** len(numbers) - 1)             # neither part may be empty
     return {tuple(tuple(n for i, n in enumerate(numbers) if mask >> i & 1 == side) for side in (1, 0))
-            for mask in masks}
+            for mask in range(1, 2 ** len(numbers) - 1)}        # neither part may be empty
 
 
 @lru_cache(maxsize=2048)
@@ -61,41 +61,30 @@ def _reachable(numbers):
     Values below zero are left out, and nothing is lost: where x-y is negative, y-x and the opposite sign one
     step later will do."""
     if len(numbers) == 1:
-        return {(numbers[0], 1): {("", (str(numbers[0]),), ())}}
+        return {(numbers[0], 1): {(f"+{numbers[0]}",)}}
     table = {}
     for left, right in _splits(numbers):
         for v, ways_v in _reachable(left).items():
             for w, ways_w in _reachable(right).items():
                 for op in "+-*/" if left <= right else "-/":
                     value = arith(v, op, w)
-                    if value is not None and value[0] >= 0:
+                    if value and value[0] >= 0:
                         table.setdefault(value, set()).update(_join(a, op, b) for a in ways_v for b in ways_w)
     return table
 
 
-def _last_steps(numbers, target):
-    """Yield (expressions, op, expressions) for every last operation that makes the target.
-
-    Meet in the middle: a value v of the smaller part leaves one other value w for each operation, and that is
-    looked up."""
-    t = (target, 1)
-    for small, large in _splits(numbers):
-        others = _reachable(large) if len(small) <= len(large) else {}
-        for v, ways in _reachable(small).items() if others else ():
-            for op, w in (("+", arith(t, "-", v)), ("-", arith(v, "-", t)),        # v op w = t
-                          ("*", arith(t, "/", v)), ("/", arith(v, "/", t))):
-                if w in others and arith(v, op, w) == t:
-                    yield ways, op, others[w]
-            for op, w in (("-", arith(t, "+", v)), ("/", arith(t, "*", v))):       # w op v = t
-                if w in others and arith(w, op, v) == t:
-                    yield others[w], op, ways
-
-
 @lru_cache(maxsize=1 << 14)
 def _solve(numbers, target):
-    found = {str(target)} if numbers == (target,) else set()
-    for left, op, right in _last_steps(numbers, target):
-        found |= {_text(_join(a, op, b)) for a in left for b in right}
+    """Meet in the middle: for the last operation, a value v of one part leaves one other value w, and that is
+    looked up."""
+    t, found = (target, 1), {str(target)} if numbers == (target,) else set()
+    for left, right in _splits(numbers):
+        others = _reachable(right)
+        for v, ways in _reachable(left).items():
+            for op in "+-*/":
+                w = arith(v, op, t) if op in "-/" else arith(t, _INVERSE[op], v)
+                if w in others and arith(v, op, w) == t:        # w = 0 would be v / t for v = 0
+                    found |= {_text(_join(a, op, b)) for a in ways for b in others[w]}
     return tuple(f"{text}={target}" for text in sorted(found))
 
 
@@ -111,11 +100,11 @@ def solve(numbers, target=24):
 def miss(numbers, target, rng):
     """Return some formula of all `numbers` that claims to make the target and does not."""
     while True:
-        parts = [((n, 1), ("", (str(n),), ())) for n in numbers]
+        parts = [((n, 1), (f"+{n}",)) for n in numbers]
         while len(parts) > 1:
             (v, a), (w, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
             op = rng.choice("++--**/")
             parts.append((arith(v, op, w), _join(a, op, b)))
         value, expression = parts[0]
-        if value is not None and value != (target, 1):
+        if value not in (None, (target, 1)):
             return f"{_text(expression)}={target}"

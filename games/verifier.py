@@ -51,32 +51,31 @@ class Verdict:
 _LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
-def _climb(tokens, level, arith):
-    """Take an expression off the end of `tokens` (last token first) by precedence climbing; return its
-    value."""
-    token = tokens.pop() if tokens else ""
-    if token == "(":
-        value = _climb(tokens, 1, arith)
-        if not tokens or tokens.pop() != ")":
-            raise ValueError("unbalanced parentheses")
-    elif token == "-":      # a sign binds more tightly than any operation
-        value = arith((0, 1), "-", _climb(tokens, 3, arith))
-    elif token.isascii() and token.isdecimal():
-        value = (int(token), 1)
-    else:
-        raise ValueError(f"unexpected {token!r}")
-    while tokens and _LEVELS.get(tokens[-1], 0) >= level:
-        op = tokens.pop()
-        value = arith(value, op, _climb(tokens, _LEVELS[op] + 1, arith))
-    return value
-
-
 def evaluate(tokens, arith=arith):
     """Return the value (n, d) of an expression, None where it divides by zero.
 
     ValueError if it is none. MAX_FORMULA bounds the nesting."""
     rest = tokens[::-1]
-    value = _climb(rest, 1, arith)
+
+    def climb(level):
+        """Take an expression off the end of `rest` by precedence climbing; return its value."""
+        token = rest.pop() if rest else ""
+        if token == "(":
+            value = climb(1)
+            if not rest or rest.pop() != ")":
+                raise ValueError("unbalanced parentheses")
+        elif token == "-":      # a sign binds more tightly than any operation
+            value = arith((0, 1), "-", climb(3))
+        elif token.isascii() and token.isdecimal():
+            value = (int(token), 1)
+        else:
+            raise ValueError(f"unexpected {token!r}")
+        while rest and _LEVELS.get(rest[-1], 0) >= level:
+            op = rest.pop()
+            value = arith(value, op, climb(_LEVELS[op] + 1))
+        return value
+
+    value = climb(1)
     if rest:
         raise ValueError(f"unexpected {rest[-1]!r}")
     return value
@@ -84,7 +83,7 @@ def evaluate(tokens, arith=arith):
 
 def number_faults(tokens, numbers):
     """Return {code: the smallest number concerned} of what is wrong with the numbers in a formula."""
-    used, dealt = Counter(int(token) for token in tokens if token.isdecimal()), Counter(numbers)
+    used, dealt = Counter(map(int, filter(str.isdecimal, tokens))), Counter(numbers)
     found = {"foreign_number": used.keys() - dealt.keys(), "used_twice": used - dealt,
              "left_out": dealt - used}
     return {code: str(min(wrong)) for code, wrong in found.items() if wrong}

@@ -6,6 +6,7 @@ A panorama is equirectangular: columns are compass directions, rows elevations. 
 """
 import json
 import math
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from games import cities
+from harness.ranges import is_number
 
 CROSS = 5           # black pixels between the four views of a grid
 # a panorama with more columns than this per pixel in a view's middle is made smaller, lest it alias
 FINEST = 1.75
-MEMORY = 512 << 20  # bytes of the panoramas and of the grids of one size that are kept
+MEMORY = 512 << 20  # bytes of the grids of one size that are kept
 
 
 def read_bytes(path):
@@ -33,12 +35,10 @@ def read_rotation(panorama):
     is none."""
     path = Path(panorama).with_suffix(".metadata.json")
     data = read_bytes(path)
-    try:
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         rotation = json.loads(data)["rotation"]
-        if type(rotation) in (int, float) and abs(rotation) < 1e9:      # False for NaN, too
-            return float(rotation)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
+        if is_number(rotation, int, float) and abs(rotation) < 1e9:     # False for NaN, too
+            return rotation
     raise ValueError(f"{path}: expected a JSON object with a number `rotation` in degrees")
 
 
@@ -115,20 +115,19 @@ def load(panorama, finest):
 
 @lru_cache(maxsize=2)
 def _cutter(size):
-    """Return the function that makes grids of this size. It keeps those used last and their panoramas, as
-    many of each as fit into MEMORY."""
-    # a view's middle has size/2 pixels per radian, as has a panorama of pi * size
-    side, finest = size + CROSS, round(FINEST * math.pi * size)
-    kept = lru_cache(MEMORY // (3 * finest * finest // 2))(load)
+    """Return the function that makes grids of this size. It keeps those used last, as many as fit into
+    MEMORY."""
+    step, side = size + CROSS, 2 * size + CROSS
 
-    @lru_cache(MEMORY // (3 * (side + size)**2))
+    @lru_cache(MEMORY // (3 * side**2))
     def make(panorama, heading):
-        pixels, full, rotation = kept(panorama, finest)
-        lon = heading - 180 + rotation      # released code
-        squares = [view(pixels, lon + turn, size, full=full) for turn in (0, 90, 180, 270)]
-        squares = np.pad(squares, ((0, 0), (0, CROSS), (0, CROSS), (0, 0)))
-        whole = squares.reshape(2, 2, side, side, 3).swapaxes(1, 2).reshape(2 * side, 2 * side, 3)
-        return Image.fromarray(whole[:-CROSS, :-CROSS])
+        # a view's middle has size/2 pixels per radian, as has a panorama of pi * size
+        pixels, full, rotation = load(panorama, round(FINEST * math.pi * size))
+        whole = Image.new("RGB", (side, side))
+        for i in range(4):
+            square = view(pixels, heading - 180 + rotation + 90 * i, size, full=full)      # released code
+            whole.paste(Image.fromarray(square), (i % 2 * step, i // 2 * step))
+        return whole
     return make
 
 

@@ -8,6 +8,11 @@ def rows(text):
     return [[cell.strip() for cell in f"{line} ".split(" | ")] for line in lines]
 
 
+def lines(text, end="\n"):
+    """Return the lines of a table with one cell each; ↵ stands for `end` in a line."""
+    return [line.replace("↵", end) for line, in rows(text)]
+
+
 def cases(names, table, **options):
     """Return pytest's decorator that runs a test per case of a list, or per row of a text."""
     return pytest.mark.parametrize(names, rows(table) if isinstance(table, str) else table, **options)

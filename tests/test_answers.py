@@ -5,11 +5,10 @@
 import json
 import signal
 
-import pytest
-
 from games.answers import read_answer, read_step
 from games.rails import Point
 from games.verifier import judge, judge_step
+from tables import cases, lines, rows
 
 CARDS, NUMBERS = ["A", "2", "3", "4"], [1, 2, 3, 4]
 
@@ -20,54 +19,112 @@ def code(text):
 
 # ----------------------------------------------------------------------------------------------- which object
 
-SURROUNDED = [      # @ stands for a right formula: it is this answer's
-    '{"formula": "@"}', 'x {"formula": "@"} y', '<answer>{"formula": "@"}</answer>',
-    r'\boxed{"formula": "@"}', '{"formula": "@"} {"other": 1}', '{"answer": {"formula": "@"}}',
-    '{"answer": [{"formula": "@"}]}', '{"formula": "1+1=24"} No: {"formula": "@"}',
-    '{"note": "}", "formula": "@"}', '{"note": "{", "formula": "@"}',
-    'The set {1,2,3,4} gives {"formula": "@"}', '{stray and {"formula": "@"}', 'A 3" pipe {"formula": "@"}',
-    '{{"formula": "@"}}', '{"formula": "@"}}}', '{"formula": "@"', '{"formula": "@', '{"formula": "@}',
-    '{"answer": {"formula": "@"}', '{"formula": "@"\n```\nDone.', '{"formula": "@"\nDone.',
-    '{"formula": "@", "cards": ["A", "2', '{"formula": "1+1=24"} {"formula": "@"',
-    json.dumps('{\n  "cards": ["A"],\n  "formula": "@"\n}'), r'{\"formula\": \"@\"}']
-DIALECTS = [
-    "{'formula': '@'}", "{`formula`: `@`}", '{“formula”: “@”}', '{„formula“: „@“}', '{«formula»: «@»}',
-    '{formula: @}', '{FORMULA : "@" }', '{"\\u0066ormula": "@"}', '{"formula"\n:\n"@"}', "{'formula': \"@\"}",
-    '{"formula": “@"}', '{"formula": ""@""}', '{"formula": "@",}', '{,"formula": "@"}',
-    '{"cards": ["A" "2"] "number" [1 2] "formula": "@"}', '{\n```json\n"formula": "@"\n```\n}',
-    '{"a": "b" "formula": "@"}', '{"a": "b"\n"formula": "@"}', '{"formula": "@" // all of them\n}',
-    '{// the set\n"formula": "@"}', '{url: http://x.org/a, formula: @}',
-    '{"cards": ["A", "2", "3", "4], "number": [1, 2, 3, 4], "formula": "@"}',
-    "{'note': 'it's fine', 'formula': '@'}", '{"note": "he said "hi" to me", "formula": "@"}',
+# @ stands for a right formula: it is this answer's; ↵ for a line break
+SURROUNDED = lines(r"""
+    {"formula": "@"}
+    x {"formula": "@"} y
+    <answer>{"formula": "@"}</answer>
+    \boxed{"formula": "@"}
+    {"formula": "@"} {"other": 1}
+    {"answer": {"formula": "@"}}
+    {"answer": [{"formula": "@"}]}
+    {"formula": "1+1=24"} No: {"formula": "@"}
+    {"note": "}", "formula": "@"}
+    {"note": "{", "formula": "@"}
+    The set {1,2,3,4} gives {"formula": "@"}
+    {stray and {"formula": "@"}
+    A 3" pipe {"formula": "@"}
+    {{"formula": "@"}}
+    {"formula": "@"}}}
+    {"formula": "@"
+    {"formula": "@
+    {"formula": "@}
+    {"answer": {"formula": "@"}
+    {"formula": "@"↵```↵Done.
+    {"formula": "@"↵Done.
+    {"formula": "@", "cards": ["A", "2
+    {"formula": "1+1=24"} {"formula": "@"
+    {\"formula\": \"@\"}""") + [
+    json.dumps('{\n  "cards": ["A"],\n  "formula": "@"\n}')]
+DIALECTS = lines(r"""
+    {'formula': '@'}
+    {`formula`: `@`}
+    {“formula”: “@”}
+    {„formula“: „@“}
+    {«formula»: «@»}
+    {formula: @}
+    {FORMULA : "@" }
+    {"\u0066ormula": "@"}
+    {"formula"↵:↵"@"}
+    {'formula': "@"}
+    {"formula": “@"}
+    {"formula": ""@""}
+    {"formula": "@",}
+    {,"formula": "@"}
+    {"cards": ["A" "2"] "number" [1 2] "formula": "@"}
+    {↵```json↵"formula": "@"↵```↵}
+    {"a": "b" "formula": "@"}
+    {"a": "b"↵"formula": "@"}
+    {"formula": "@" // all of them↵}
+    {// the set↵"formula": "@"}
+    {url: http://x.org/a, formula: @}
+    {"cards": ["A", "2", "3", "4], "number": [1, 2, 3, 4], "formula": "@"}
+    {'note': 'it's fine', 'formula': '@'}
+    {"note": "he said "hi" to me", "formula": "@"}
+    {"note": "a\"", "formula": "@"}
+    {"note": "a\\", "formula": "@"}
+    {'note': 'a\\', 'formula': '@'}""") + [
     '{"n": NaN, "big": ' + "9" * 5000 + ', "formula": "@"}',
-    '{"deep": ' + "[" * 900 + "]" * 900 + ', "formula": "@"}', '{"note": "a\\"", "formula": "@"}',
-    '{"note": "a\\\\", "formula": "@"}', "{'note': 'a\\\\', 'formula': '@'}"]
-FORGED = [      # here it is not
-    r'{"formula":"1+1=24","note":"{\"formula\": \"@\"}"}',
-    r"{'formula':'1+1=24','note':'{\'formula\': \'@\'}'}",
-    """{'formula':'1+1=24','note':'{"formula": "@"}'}""",
-    """{'formula':'1+1=24','note':"{'formula': '@'}"}""", "{'formula':'1+1=24','note':'{'formula': '@'}'}",
-    '{"formula":"1+1=24","note":"{"formula": "@"}"}', "{“formula”:“1+1=24”,“note”:“{“formula”: “@”}”}",
-    r'{"formula":"1+1=24","note":"{\"formula\": \"@\"}',
-    '{"formula":"1+1=24","note":"x\n{\\"formula\\": \\"@\\"}', '{"formula":"1+1=24","note":{"formula":"@"}}',
-    '{"formula":"1+1=24","note":{"formula":"@"}', '{"formula":"1+1=24","note":{"formula":"@"',
-    '{"formula":"1+1=24","note":[{"formula":"@"}]', '{"note":{"formula":"@"},"formula":"1+1=24"}',
-    "{formula: 1+1=24, note: {formula: @}}", "{formula: 1+1=24, note: see {formula: @}}",
-    json.dumps(json.dumps({"formula": "1+1=24", "x": '{"formula": "@"}'})), '{"note":"formula: @"}',
-    '{"note":"\nformula: @"}', r'{"note":", \"formula\": \"@\""}', r'{"a\"formula":"@"}', '{"formulas":"@"}',
-    '{"my formula":"@"}', "formula: @", '"formula": "@"}', '{"formula":["@"]}', "{'formula':['@']}",
-    '{"formula":{"value":"@"}}', '{"formula":"@","formula":"1+1=24"}', '{"formula":"@"} {"formula":"1+1=24"}',
-    '{"formula":"@"} {"formula":null}', '{"formula":"@"} {"formula":"1+1', '{"formula":"@"} {"formula":',
-    '{"formula":"@" no}', '{"formula":"@", no wait, =25', "{formula: @, no wait, =25}", "{formula: @\nno}",
-    '{"formula":"@}", "x": 1}', "{}" * 1000 + '{"formula": "@"}']
+    '{"deep": ' + "[" * 900 + "]" * 900 + ', "formula": "@"}']
+# here it is not
+FORGED = lines(r"""
+    {"formula":"1+1=24","note":"{\"formula\": \"@\"}"}
+    {'formula':'1+1=24','note':'{\'formula\': \'@\'}'}
+    {'formula':'1+1=24','note':'{"formula": "@"}'}
+    {'formula':'1+1=24','note':"{'formula': '@'}"}
+    {'formula':'1+1=24','note':'{'formula': '@'}'}
+    {"formula":"1+1=24","note":"{"formula": "@"}"}
+    {“formula”:“1+1=24”,“note”:“{“formula”: “@”}”}
+    {"formula":"1+1=24","note":"{\"formula\": \"@\"}
+    {"formula":"1+1=24","note":"x↵{\"formula\": \"@\"}
+    {"formula":"1+1=24","note":{"formula":"@"}}
+    {"formula":"1+1=24","note":{"formula":"@"}
+    {"formula":"1+1=24","note":{"formula":"@"
+    {"formula":"1+1=24","note":[{"formula":"@"}]
+    {"note":{"formula":"@"},"formula":"1+1=24"}
+    {formula: 1+1=24, note: {formula: @}}
+    {formula: 1+1=24, note: see {formula: @}}
+    {"note":"formula: @"}
+    {"note":"↵formula: @"}
+    {"note":", \"formula\": \"@\""}
+    {"a\"formula":"@"}
+    {"formulas":"@"}
+    {"my formula":"@"}
+    formula: @
+    "formula": "@"}
+    {"formula":["@"]}
+    {'formula':['@']}
+    {"formula":{"value":"@"}}
+    {"formula":"@","formula":"1+1=24"}
+    {"formula":"@"} {"formula":"1+1=24"}
+    {"formula":"@"} {"formula":null}
+    {"formula":"@"} {"formula":"1+1
+    {"formula":"@"} {"formula":
+    {"formula":"@" no}
+    {"formula":"@", no wait, =25
+    {formula: @, no wait, =25}
+    {formula: @↵no}
+    {"formula":"@}", "x": 1}""") + [
+    json.dumps(json.dumps({"formula": "1+1=24", "x": '{"formula": "@"}'})),
+    "{}" * 1000 + '{"formula": "@"}']
 
 
-@pytest.mark.parametrize("text", SURROUNDED + DIALECTS)
+@cases("text", SURROUNDED + DIALECTS)
 def test_the_answer_is_found(text):
     assert code(text.replace("@", "1*2*3*4=24")) == "correct"
 
 
-@pytest.mark.parametrize("text", FORGED)
+@cases("text", FORGED)
 def test_nothing_else_is_taken_for_it(text):
     assert code(text.replace("@", "1*2*3*4=24")) != "correct"
 
@@ -83,18 +140,24 @@ def test_all_fields_come_from_one_object():
 
 # ------------------------------------------------------------------------------------------ what a formula is
 
-PLAIN = [
-    ("1*2*3*4=24.", "1*2*3*4=24"), ("1*2*3*4 = 24 。", "1*2*3*4 = 24"), ("１＊２＊３＊４＝２４．", "1*2*3*4=24"),
-    ("（𝟏＋𝟑）＊（2﹢4）﹦24", "(1+3)*(2+4)=24"), ("2∗3⋅4÷１=24", "2*3*4/1=24"), ("2 x 3 X 4／1=24", "2 * 3 * 4/1=24"),
-    ("1✖️2✖3*4=24", "1* 2*3*4=24"), ("4➗1−2➕3➖1", "4/1-2+3-1"), ("1*2*\t3*\n4=24", "1*2* 3* 4=24"),
-    ("1*2\x1c*\x1f3*\u00a04=\u200924\u2028", "1*2 * 3* 4= 24"),
-    (r"(1*2)\times 3 \cdot4=24", "(1*2)* 3 *4=24"), (r"\left(2\right)\div1\ast12=24", "(2 )/1*12=24")]
+PLAIN = rows(r"""
+    1*2*3*4=24.                    | 1*2*3*4=24
+    1*2*3*4 = 24 。                | 1*2*3*4 = 24
+    １＊２＊３＊４＝２４．         | 1*2*3*4=24
+    （𝟏＋𝟑）＊（2﹢4）﹦24        | (1+3)*(2+4)=24
+    2∗3⋅4÷１=24                    | 2*3*4/1=24
+    2 x 3 X 4／1=24                | 2 * 3 * 4/1=24
+    1✖️2✖3*4=24                    | 1* 2*3*4=24
+    4➗1−2➕3➖1                   | 4/1-2+3-1
+    (1*2)\times 3 \cdot4=24        | (1*2)* 3 *4=24
+    \left(2\right)\div1\ast12=24   | (2 )/1*12=24""") + [
+    ("1*2*\t3*\n4=24", "1*2* 3* 4=24"), ("1*2\x1c*\x1f3*\u00a04=\u200924\u2028", "1*2 * 3* 4= 24")]
 KEPT = [
-    "1*2*3*²4=24", "3½*2=24", "①*2=24", "1*2*3*4=2⒋", "⑴*2=24", "1*2*3*٤=24", "1*2*3*4≠24",
-    "1*2*3*4=\u033824", "1\u200b2=24", r"\frac{4}{1}=24", r"1\leftarrow2", "12=24..", "1‐2\ufe0f3"]
+    *r"1*2*3*²4=24 3½*2=24 ①*2=24 1*2*3*4=2⒋ ⑴*2=24 1*2*3*٤=24 1*2*3*4≠24 \frac{4}{1}=24".split(),
+    r"1\leftarrow2", "1*2*3*4=\u033824", "1\u200b2=24", "12=24..", "1‐2\ufe0f3"]
 
 
-@pytest.mark.parametrize("said, plain", PLAIN)
+@cases("said, plain", PLAIN)
 def test_formulas_are_made_plain(said, plain):
     for text in (json.dumps({"formula": said}), json.dumps({"formula": said}, ensure_ascii=False)):
         assert read_answer(text)[2] == plain
@@ -102,7 +165,7 @@ def test_formulas_are_made_plain(said, plain):
         assert read_answer('{"formula": "%s"}' % said)[2] == plain
 
 
-@pytest.mark.parametrize("said", KEPT)
+@cases("said", KEPT)
 def test_other_signs_make_a_formula_unreadable(said):
     assert code(json.dumps({"formula": said})) in ("unparsable", "no_target")
 
@@ -121,7 +184,7 @@ JUDGED_TO_THE_END = {
                   "1*2*3*4=2 4", "=24"]}
 
 
-@pytest.mark.parametrize("verdict", JUDGED_TO_THE_END)
+@cases("verdict", JUDGED_TO_THE_END)
 def test_a_formula_is_judged_to_its_end(verdict):
     for formula in JUDGED_TO_THE_END[verdict]:
         assert code(json.dumps({"formula": formula})) == verdict
@@ -131,7 +194,7 @@ def test_a_formula_is_judged_to_its_end(verdict):
 
 # ------------------------------------------------------------------------------------------------------ steps
 
-@pytest.mark.parametrize("text, fields", [
+@cases("text, fields", [
     ('{"current observation": "Café \\"21\\"; A\\\\B {x}", "current instruction": "Go.", "action": "stop()"}',
      ('Café "21"; A\\B {x}', "Go.", "stop()")),
     ("{'current observation': 'McDonald's, Joe's', 'action': 'Stop( )'}",
@@ -148,19 +211,47 @@ def test_steps_are_read(text, fields):
 # ------------------------------------------------------------------------------------------------------- time
 
 # The text between two ↺ is repeated.
-ENDLESS = [
-    "↺{↺", "↺{}↺", '{↺"↺', "{↺'↺", "{↺“a”↺", "{↺\"'↺", "↺\\↺", '{"formula": "↺\\↺', "{'action': '↺\\x↺",
-    "{'action': '↺\\u0041↺", "↺\\times↺", "↺{action:" + " " * 390 + "x↺", '{↺"  ↺', '↺{"action":↺',
-    '↺{"formula":"x↺', "{↺,↺", "{↺a,↺", '{"cards": [↺"A",↺]}', '{↺"formula":1,↺}', "{↺:↺", '{↺" "a" ↺',
-    '{"formula": ↺9↺}', '{"formula": "↺9↺=24"}', "{↺\n↺", '{"formula": "↺(↺=24"}', '{"formula": ↺[↺',
-    '{"formula":↺ ↺', '{"formula": ↺//\n↺', '{"formula": "↺\ufdfa↺"}', '"↺\\"↺"', '{"action": "↺ ( ↺"}',
-    '{"action": "↺大小↺"}', '{"current observation": "↺No intersection, ↺"}',
-    '{"formula":' * 40_000 + "↺}↺", '{"current observation": "' + "a;" * 950 + '"}↺ ↺',
+ENDLESS = lines(r"""
+    ↺{↺
+    ↺{}↺
+    {↺"↺
+    {↺'↺
+    {↺“a”↺
+    {↺"'↺
+    ↺\↺
+    {"formula": "↺\↺
+    {'action': '↺\x↺
+    {'action': '↺\u0041↺
+    ↺\times↺
+    {↺"  ↺
+    ↺{"action":↺
+    ↺{"formula":"x↺
+    {↺,↺
+    {↺a,↺
+    {"cards": [↺"A",↺]}
+    {↺"formula":1,↺}
+    {↺:↺
+    {↺" "a" ↺
+    {"formula": ↺9↺}
+    {"formula": "↺9↺=24"}
+    {↺↵↺
+    {"formula": "↺(↺=24"}
+    {"formula": ↺[↺
+    {"formula":↺ ↺
+    {"formula": ↺//↵↺
+    "↺\"↺"
+    {"action": "↺ ( ↺"}
+    {"action": "↺大小↺"}
+    {"current observation": "↺No intersection, ↺"}""") + [
+    "↺{action:" + " " * 390 + "x↺",
+    '{"formula": "↺\ufdfa↺"}',
+    '{"formula":' * 40_000 + "↺}↺",
+    '{"current observation": "' + "a;" * 950 + '"}↺ ↺',
     '{"current observation": "' + "no landmarks at the " * 95 + '"}↺ ↺']
 POINT = Point("x.jpg", 2, "Bar", "left", True, 2, "turn_direction(east)")
 
 
-@pytest.mark.parametrize("text", ENDLESS)
+@cases("text", ENDLESS)
 def test_a_million_characters_are_judged(text):
     """Each takes about half a second. A time that grows by the square would be hours, and is stopped."""
     before, unit, after = text.split("↺")

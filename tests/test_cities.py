@@ -60,6 +60,12 @@ def signed(angle):
     return (angle + 180) % 360 - 180
 
 
+def signs(town):
+    """Return the landmarks at corners, and those along streets."""
+    corners = [mark for mark in town.landmarks if mark.at < len(town.nodes)]
+    return corners, [mark for mark in town.landmarks if mark not in corners]
+
+
 def panorama_of(folder, name, index):
     return folder / "street_views" / f"{streets.town(name).ids[index]}.jpg"
 
@@ -69,8 +75,12 @@ def panorama_of(folder, name, index):
 def test_the_lists_of_cities():
     assert ("new-york", *streets.OTHERS, *streets.BROAD) == tuple(streets.CITIES)
     assert len(streets.OTHERS) == 9 and streets.BROAD == ("paris", "tokyo", "cairo", "lima")
-    words = Counter(word for city in streets.CITIES.values() for word in set(city.types))
-    assert max(words.values()) == 2        # New York's two parts share theirs
+    kinds = {name: {(mark.word, mark.board) for mark in streets.town(name).landmarks}
+             for name in streets.CITIES}
+    assert len(dict(every := set().union(*kinds.values()))) == len(every) == 39     # the board tells the word
+    shared = Counter(kind for name in kinds if name not in streets.BROAD for kind in kinds[name])
+    assert max(shared.values()) == 2        # New York's two parts share theirs
+    assert {name for name in kinds if len(kinds[name]) > 3} == {*streets.BROAD}
 
 
 BLOCK = r"""{
@@ -157,14 +167,13 @@ def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
     own, foreign = panorama_of(lima, "lima", 0), panorama_of(lima, "cairo", 0)
     raises(f"{foreign.name}: lima has no panorama of that name", cities.draw, foreign)
     raises("no panorama", cities.draw, own.with_suffix(".png"))
-    raises("city.json: not a built-in city's file", cities.draw, tmp_path / "street_views" / "x.jpg")
     old = (lima / "city.json").read_text(encoding="utf-8").replace('"digest": "', '"digest": "0')
     other = '{"city": %s, "width": 2, "digest": ""}'
-    texts = "[]", "{", other % '"atlantis"', other % "[]", old
-    for text in texts:
-        (tmp_path / "city.json").write_text(text, encoding="utf-8")
-        what = "another version of this program" if text == old else "not a built-in city's file"
-        raises(f"{what}; build the city again", cities.draw, tmp_path / "street_views" / own.name)
+    for text in (None, "[]", "{", other % '"atlantis"', other % "[]", old):
+        if text:
+            (tmp_path / "city.json").write_text(text, encoding="utf-8")
+        raises("city.json: not a built-in city's file, or one of another version", cities.draw,
+               tmp_path / "street_views" / own.name)
 
 
 # ------------------------------------------------------------------------------------------------ the streets
@@ -174,24 +183,24 @@ def test_streets_and_signs_keep_their_distances(name):
     town = streets.town(name)
     lengths = np.linalg.norm(town.ends[0] - town.ends[1], axis=1)
     assert lengths.min() >= 60 and lengths.max() <= 140 and len(town.nodes) >= 50
-    for node, neighbors in enumerate(town.neighbors):
-        headings = sorted(streets.bearing(town.nodes[node], town.nodes[other]) for other in neighbors)
+    for node in town.nodes:
+        own = (town.ends == node).all(-1)
+        headings = sorted(streets.bearing(node, other) for other in town.ends[::-1][own])
         assert len(headings) >= 2 and min(np.diff([*headings, headings[0] + 360])) >= 25
     gaps = np.linalg.norm(town.panoramas[:, None] - town.panoramas, axis=-1)
     np.fill_diagonal(gaps, 99)
     assert gaps.min() > 8 and gaps.min(0).max() < 25
-    assert len(town.corners) > 0.6 * len(town.nodes) and len(town.places) > 0.35 * len(town.edges)
-    for node, mark in town.corners.items():
-        assert mark.at == node and 9.9 < math.dist(mark.xy, town.nodes[node]) < 14
-    for edge, mark in town.places.items():
+    corners, places = signs(town)
+    assert len(corners) > 0.6 * len(town.nodes) and len(places) > 0.35 * len(town.edges)
+    for mark in town.landmarks:
         at = town.panoramas[mark.at]
-        assert math.dist(mark.xy, at) == pytest.approx(8)
-        assert np.linalg.norm(town.ends[:, edge] - at, axis=1).min() >= 20
-    spoken = streets.CITIES.values() if name in streets.BROAD else [town.city]
+        if mark in corners:
+            assert 9.9 < math.dist(mark.xy, at) < 14
+        else:
+            assert math.dist(mark.xy, at) == pytest.approx(8)
+            assert np.linalg.norm(town.nodes - at, axis=1).min() >= 20
+    assert len({mark.at for mark in town.landmarks}) == len(town.landmarks)
     for i, mark in enumerate(town.landmarks):
-        color, emblem, kind = mark.name.split(" ", 2)
-        assert (color, emblem) == (mark.color, mark.emblem)
-        assert kind in [city.types[mark.board] for city in spoken]
         same = [other.xy for other in town.landmarks[:i] if other.name == mark.name]
         assert all(math.dist(mark.xy, xy) > 400 for xy in same)
 
@@ -230,9 +239,7 @@ def test_a_sign_is_where_the_geometry_says_and_not_hidden(root, name):
 def area(town, mark, index):
     """Return the percent of the panorama in which one sign's own colors are seen: what changes without it.
     (Its back is grey.)"""
-    def others(marks):
-        return {key: other for key, other in marks.items() if other is not mark}
-    without = dataclasses.replace(town, corners=others(town.corners), places=others(town.places))
+    without = dataclasses.replace(town, landmarks=[other for other in town.landmarks if other is not mark])
     seen, own = picture(town, index), [streets.COLORS[c] for c in (mark.color, streets.EMBLEMS[mark.emblem])]
     colored = np.min([np.abs(seen - color).sum(-1) for color in own], axis=0) < 90
     changed = np.abs(seen - picture(without, index)).sum(-1) > 12
@@ -241,7 +248,8 @@ def area(town, mark, index):
 
 def test_a_sign_is_large_at_its_own_point_only():
     town = streets.town("new-york")
-    for mark in [*town.corners.values()][::25] + [*town.places.values()][::40]:
+    corners, places = signs(town)
+    for mark in corners[::25] + places[::40]:
         gaps = np.linalg.norm(town.panoramas - town.panoramas[mark.at], axis=1)
         elsewhere = [area(town, mark, i) for i in np.flatnonzero((gaps > 0) & (gaps < 24))]
         assert len(elsewhere) >= 2 and 0.3 < area(town, mark, mark.at) > 2.5 * max(elsewhere)

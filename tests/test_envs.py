@@ -25,7 +25,7 @@ from games.cards import RANKS
 from games.prompts import PROMPTS, load_prompts
 from games.solver import solve
 from games.verifier import judge
-from tables import cases, numbers, raises, rows
+from tables import cases, lines, numbers, raises, rows
 from test_hostile import OPERATORS, value_of
 
 SMALL = dict(image=True, size=(56, 14))
@@ -80,9 +80,10 @@ def random_hands(count, distinct):
 
 @cases("target, hands", [
     (24, random_hands(14, True)), (24, random_hands(13, False)),
-    (24, [(3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1), (5, 5, 7, 24)]),
-    (24, [(1, 1, 1, 1, 1), (9, 10, 10, 10, 10), (1, 1, 9, 10, 10), (1, 1, 2, 2, 2), (2, 9, 9, 9, 10)]),
-    (10, random_hands(5, True)), (37, random_hands(6, True)), (1, random_hands(4, True))])
+    *((24, [tuple(map(int, hand.split())) for hand in row]) for row in rows("""
+    3 3 8 8 | 1 5 5 5 | 1 1 1 1 | 5 5 7 24
+    1 1 1 1 1 | 9 10 10 10 10 | 1 1 9 10 10 | 1 1 2 2 2 | 2 9 9 9 10""")),
+    *((target, random_hands(count, True)) for target, count in ((10, 5), (37, 6), (1, 4)))])
 def test_solver_finds_what_brute_force_finds(target, hands):
     for hand in hands:
         formulas, leaves = solve(hand, target), at_two_points(hand)
@@ -157,13 +158,38 @@ def test_values_and_rules(rule, values):
     assert values_of("A 10 J Q K 7".split(), rule) == numbers(values)
 
 
-@cases("name, value", [
-    *(("rule", rule) for rule in ("ten", "10-11", "0", "-5", "1-2-3-4", "", "9" * 9000)), ("look", "green"),
-    ("deal", "faces"), *(("target", target) for target in (0, 2.5, True)), ("attempts", 0),
-    *(("size", size) for size in ((0, 56), (224, -1)))])
-def test_bad_arguments_are_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name} .*expected"):
-        GeneralPoints(**{name: value})
+@cases("game, message, settings", """
+    gp   | rule 'ten': expected | {"rule": "ten"}
+    gp   | rule '10-11': expected | {"rule": "10-11"}
+    gp   | rule '0': expected | {"rule": "0"}
+    gp   | rule '-5': expected | {"rule": "-5"}
+    gp   | rule '1-2-3-4': expected | {"rule": "1-2-3-4"}
+    gp   | rule '': expected        | {"rule": ""}
+    gp   | rule '9999999': expected | {"rule": "9999999"}
+    gp   | rule 'ten': expected | {"judged_rule": "ten"}
+    gp   | look green: expected     | {"look": "green"}
+    gp   | deal faces: expected     | {"deal": "faces"}
+    gp   | target 0: expected       | {"target": 0}
+    gp   | target 2.5: expected     | {"target": 2.5}
+    gp   | target True: expected    | {"target": True}
+    gp   | attempts 0: expected     | {"attempts": 0}
+    gp   | size 0,56: expected      | {"size": (0, 56)}
+    gp   | size 224,-1: expected    | {"size": (224, -1)}
+    gp   | cards 2: expected        | {"cards": 2}
+    gp   | cards 6: expected        | {"cards": 6}
+    gp   | cards 5: expected        | {"cards": "5"}
+    gp   | style upside-down: expected | {"style": "upside-down"}
+    gp   | style mirrored: no card is drawn for a text task | {"style": "mirrored"}
+    virl | rule 10: expected        | {"rule": "10"}
+    virl | judged_rule 10: expected | {"judged_rule": "10"}
+    virl | wording 5: expected      | {"wording": "5"}
+    virl | expected image=True      | {"describe": True}
+    virl | attempts 0: expected     | {"attempts": 0}
+    virl | size 0: expected         | {"size": 0}
+    virl | after_failure cry: expected | {"after_failure": "cry"}
+    virl | prompts: 'virl-l' lacks  | {"prompts": {"virl-l": "{history}"}}""")
+def test_bad_settings_are_named(game, message, settings):
+    raises(message, envs.GAMES[game], **ast.literal_eval(settings))
 
 
 def test_impossible_requests_are_refused():
@@ -275,32 +301,29 @@ def test_number_is_reported_and_not_rewarded():
     assert good.translated and not bad.translated and good.reward == bad.reward == 5
 
 
-LENIENT = [
-    "{'cards': ['A', '2', '3', '4'], 'number': [1, 2, 3, 4], 'formula': '1*2*3*4=24'}",
-    '{"cards": [A, 2, 3, 4], "number": [1, 2, 3, 4], "formula": "1*2*3*4=24",}',
-    '{"cards": ["A", "2", "3", "4",], "number": [1, 2, 3, 4,], "formula": "1*2*3*4=24",\n}',
-    '```json\n{\n  "cards": ["A", "2", "3", "4"],\n  "number": [1, 2, 3, 4],\n'
-    '  "formula": "1*2*3*4=24"\n}\n```',
-    'Let me think (formula: 1+2).\r\n{\r\n"cards": ["Ace of Spades", "2", "3♣", "4"],\r\n'
-    '"number": ["1","2","3","4"],\r\n"formula": "1 * 2 * 3 * 4 = 24"\r\n}\r\nThe formula: it uses all.',
-    '{cards: (a, 2, 3, 4), number: (1, 2, 3, 4), formula: 1×2·3*4=24}',
-    '{"cards": ["4","3","2","A"], "number": [4,3,2,1], "formula": "4 x 3 X 2 ÷ 1 = 24"}',
-    '{"cards": ["4","3","2","a"], "number": [4,3,2,1], "formula": "−1×（−2）×3×4=24"}',
-    '{"formula": "1*2*3*4=24", "number": [1, 2, 3, 4], "cards": ["A", "2", "3", "4"]}',
-    '{"answer": {"x": {"cards": ["A", "2", "3", "4"], "number": [1, 2, 3, 4], "formula": "1*2*3*4=24"}}}',
-    '{"cards": ["A", "2", "3", "4"] "number": [1, 2, 3, 4] "formula": "1*2*3*4\\u003d24"}',
-    '{"cards": ["A", "2", "3", "4"], "number": [1, 2, 3, 4], "formula": "2*3*4\\/1=24"}',
-    r'"{\"cards\": [\"A\", \"2\", \"3\", \"4\"], \"number\": [1, 2, 3, 4], \"formula\": \"1*2*3*4=24\"}"',
-    '{“cards”: [“A”, “2”, “3”, “4”], “number”: [1, 2, 3, 4], “formula”: “1*2*3*4=24”}',
-    '{"Cards": ["A", "2", "3", "4"], "Number": [1, 2, 3, 4], "FORMULA": "1*2*3*4=24"}',
-    '{"cards": ["A", "2", "3", "4"], "number": [1, 2, 3, 4], "formula": "1*2*3*4=24',
-    '{"cards": ["A", "2", "3", "4"], "number": [1, 2, 3, 4], "formula": "１*２*３*４=24"}',
-    'First {"cards": ["K"], "number": [10], "formula": "1=24"}, no: {"cards": ["A", "2", "3", "4"], '
-    '"number": [1, 2, 3, 4], "formula": "1*2*3*4=24"}']
-
-
-@cases("text", LENIENT)
+# @ stands for cards and numbers.
+@cases("text", lines(r"""
+    {'cards': ['A', '2', '3', '4'], 'number': [1, 2, 3, 4], 'formula': '1*2*3*4=24'}
+    {"cards": [A, 2, 3, 4], "number": [1, 2, 3, 4], "formula": "1*2*3*4=24",}
+    {"cards": ["A", "2", "3", "4",], "number": [1, 2, 3, 4,], "formula": "1*2*3*4=24",↵}
+    ```json↵{↵  "cards": ["A", "2", "3", "4"],↵  "number": [1, 2, 3, 4],↵  "formula": "1*2*3*4=24"↵}↵```
+    {↵"cards": ["Ace of Spades", "2", "3♣", "4"],↵number: ["1", 2, 3, 4], "formula": "1*2*3*4=24"↵}
+    Think (formula: 1+2).↵{↵@,↵"formula": "1 * 2 * 3 * 4 = 24"↵}↵The formula: it uses all.
+    {cards: (a, 2, 3, 4), number: (1, 2, 3, 4), formula: 1×2·3*4=24}
+    {"cards": ["4","3","2","A"], "number": [4,3,2,1], "formula": "4 x 3 X 2 ÷ 1 = 24"}
+    {"cards": ["4","3","2","a"], "number": [4,3,2,1], "formula": "−1×（−2）×3×4=24"}
+    {"formula": "1*2*3*4=24", "number": [1, 2, 3, 4], "cards": ["A", "2", "3", "4"]}
+    {"answer": {"x": {@, "formula": "1*2*3*4=24"}}}
+    {"cards": ["A", "2", "3", "4"] "number": [1, 2, 3, 4] "formula": "1*2*3*4\u003d24"}
+    {@, "formula": "2*3*4\/1=24"}
+    "{\"cards\": [\"A\", \"2\", \"3\", \"4\"], \"number\": [1, 2, 3, 4], \"formula\": \"1*2*3*4=24\"}"
+    {“cards”: [“A”, “2”, “3”, “4”], “number”: [1, 2, 3, 4], “formula”: “1*2*3*4=24”}
+    {"Cards": ["A", "2", "3", "4"], "Number": [1, 2, 3, 4], "FORMULA": "1*2*3*4=24"}
+    {@, "formula": "1*2*3*4=24
+    {@, "formula": "１*２*３*４=24"}
+    First {"cards": ["K"], "formula": "1=24"}, no: {@, "formula": "1*2*3*4=24"}""", "\r\n"))
 def test_any_dialect_is_read(text):
+    text = text.replace("@", '"cards": ["A", "2", "3", "4"], "number": [1, 2, 3, 4]')
     result = verdict(text, image=True)
     assert (result.code, result.reward, result.recognized, result.translated) == ("correct", 5, True, True)
 
@@ -315,16 +338,16 @@ def long(*units, before=""):
 
 
 HOSTILE = [
-    "", "None", "null", "\0", "{", "}", "[]", "{}", '{"formula"', '{"formula":', '{"formula": null}',
-    '{"formula": ["1*2*3*4=24"]}', '{"cards": null, "number": {}, "formula": {}}', "formula", "\ud800",
-    "\\ud800\\u0000", "9**9**9", '{"cards": [' + "[" * 1000 + "]" * 1000 + '], "formula": "1"}',
+    *' None null \0 { } [] {} formula \ud800 \\ud800\\u0000 9**9**9 {"formula" {"formula":'.split(" "),
+    *'{"formula":null} {"formula":["1*2*3*4=24"]} {"cards":null,"number":{},"formula":{}}'.split(),
+    '{"cards": [' + "[" * 1000 + "]" * 1000 + '], "formula": "1"}',
     *long(*'a ( { [ " , \\ \\u {"a": {"formula": {"cards":[ {"formula"'.split(), "\0", "\n", "\n\t"),
     *long(" ", before="{"), *long(" ", before='{"formula"'), *long("\n", before='{"cards":'),
     *long("=", before='{"formula": "'), *long("A,", before='{"cards": ['),
     *(answer(f"{left}=24") for left in [
-        "9**9**9", "9" * 100_000, "*".join(["99"] * 60), "٣*²", "²", "(" * 100_000 + "1" + ")" * 100_000,
-        "(" * 95 + "1" + ")" * 95, "-" * 190 + "1", "-" * 100_000 + "1", "x" * 150, "1//0", "1e5", "0x18",
-        "__import__('os').system('true')", "１*２*３*４"]),
+        *"9**9**9 ٣*² ² 1//0 1e5 0x18 __import__('os').system('true') １*２*３*４".split(), "9" * 100_000,
+        "*".join(["99"] * 60), *("(" * n + "1" + ")" * n for n in (95, 100_000)), "x" * 150,
+        *("-" * n + "1" for n in (190, 100_000))]),
     *map(answer, ["1=" + "9" * 100_000, "1*2*3*4=" + "0" * 5000 + "24", "{0.__class__}{target}=24",
                   "1*2*3*4=24\0"])]
 

@@ -18,7 +18,7 @@ from games.prompts import PROMPTS
 from games.rails import Point, instructions, rail, relative_turn
 from games.routes import Leg, Place, Route
 from games.verifier import SPACES, TURNS, judge_step
-from tables import cases, raises, rows
+from tables import cases, lines, raises, rows
 
 
 def place(name):
@@ -245,12 +245,13 @@ EAST = answer(action="turn_direction(east)")
 
 
 @cases("text", [
-    EAST, f"I think:\n```json\n{EAST}\n```\nDone.", EAST.replace('"', "'"),
-    "{current observation: Joe's Diner, current instruction: go, action: turn_direction(east)}",
-    '{"action": "Turn_Direction( East )"}', '{"action": "turn_direction(\\"east\\")"}',
-    '{"action": "turn_direction(\'east\')",}',
-    '{\n  "current observation": "a, b; c",\n  "action": "turn_direction(east)"\n',
-    '{"action": "stop()"} {"action": "turn_direction(east)"}'])
+    EAST, f"I think:\n```json\n{EAST}\n```\nDone.", EAST.replace('"', "'"), *lines(r"""
+    {current observation: Joe's Diner, current instruction: go, action: turn_direction(east)}
+    {"action": "Turn_Direction( East )"}
+    {"action": "turn_direction(\"east\")"}
+    {"action": "turn_direction('east')",}
+    {↵  "current observation": "a, b; c",↵  "action": "turn_direction(east)"↵
+    {"action": "stop()"} {"action": "turn_direction(east)"}""")])
 def test_right_actions_are_found_in_any_dress(text):
     assert verdict(text).code == "right_action"
 
@@ -317,17 +318,6 @@ def test_descriptions_tell_what_is_in_the_picture(here):
         marks[point.landmark] += 1
     assert set(marks) == {None, "Red Star Diner", "Blue Fish Hotel"}
     assert marks[None] < 60         # mostly at a landmark
-
-
-@cases("word, settings", """
-    rule          | {"rule": "10"}
-    image=True    | {"describe": true}
-    attempts      | {"attempts": 0}
-    size          | {"size": 0}
-    after_failure | {"after_failure": "cry"}
-    virl-l        | {"prompts": {"virl-l": "{history}"}}""")
-def test_bad_settings_are_named(here, word, settings):
-    raises(word, Navigation, **json.loads(settings))
 
 
 # ------------------------------------------------------------------------------------------ the built-in city

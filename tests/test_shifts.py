@@ -18,7 +18,7 @@ from games.solver import solve
 from games.verifier import SPACES
 from harness.environments import evaluation_sets, make_env, training_env
 from harness.settings import Args, apply_preset
-from tables import cases, raises, rows
+from tables import cases, rows
 from test_envs import HAND, SMALL, answer, differs, replayed, values_of
 from test_hostile import value_of
 from test_navigation import game, here    # noqa: F401 (here is a fixture)
@@ -152,33 +152,20 @@ def test_five_cards_of_the_released_deck():
     assert faces.shape == (200, 5) and faces.any(1).all() and faces.any(0).all()
 
 
-@cases("value", [5, 7])
-def test_faces_of_another_value(value):
-    env = GeneralPoints(look="all", **GP[f"face-{value}"])
+@cases("name, said", """
+    face-5    | J, Q and K all count as 5.
+    face-7    | J, Q and K all count as 7.
+    target-12 | to make 12.
+    target-20 | to make 20.
+    target-36 | to make 36.""")
+def test_other_faces_and_targets(name, said):
+    env, (kind, value) = GeneralPoints(look="all", **GP[name]), name.split("-")
     for seed in range(60):
         observation, info = env.reset(seed)
-        assert f"J, Q and K all count as {value}." in observation.messages[0]["content"]
-        assert {n for rank, n in zip(info["cards"], info["numbers"]) if rank in "JQK"} == {value}
-
-
-@cases("target", [12, 20, 36])
-def test_targets(target):
-    text = GeneralPoints(**GP[f"target-{target}"]).reset(0)[0].messages[0]["content"]
-    assert f"to make {target}." in text and f"={target}" in text
-
-
-@cases("game, settings", """
-    gp   | {"cards": 2}
-    gp   | {"cards": 6}
-    gp   | {"cards": "5"}
-    gp   | {"style": "upside-down"}
-    gp   | {"style": "mirrored"}
-    gp   | {"judged_rule": "ten"}
-    virl | {"judged_rule": "10"}
-    virl | {"wording": "5"}""")
-def test_bad_settings_are_named(game, settings):
-    settings = json.loads(settings)
-    assert str(*settings.values()) in raises("expected", GAMES[game], **settings)
+        text = observation.messages[0]["content"]
+        assert said in text and f"={env.target}" in text
+        faces = {n for rank, n in zip(info["cards"], info["numbers"]) if rank in "JQK"}
+        assert faces == {int(value)} if kind == "face" else env.target == int(value)
 
 
 # --------------------------------------------------------------------------------------------------- pictures
