@@ -30,7 +30,7 @@ from model import Llama
 from rollout import readable
 
 FOUNDATIONS = Path(__file__).parents[1] / "docs" / "tiny"
-INIT_STEPS = {"gp": 12, "virl": 24}            # SFT steps from the foundation to init, of other games 60
+INIT_STEPS = {"gp": 12, "virl": 25}            # SFT steps from the foundation to init, of other games 60
 
 CONFIG = json.loads((FOUNDATIONS / "config.json").read_text(encoding="utf-8"))          # its shape
 IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
