@@ -119,7 +119,7 @@ SUBOPTIMAL = arms("""
     gp-l   sft             --algo sft
     gp-l   sft-suboptimal  --algo sft --mistakes 1 --steps 224 --eval-every 112 --skip-first-eval
     virl-l sft             --algo sft
-    virl-l sft-suboptimal  --algo sft --mistakes 1 --steps 186 --eval-every 93 --skip-first-eval
+    virl-l sft-suboptimal  --algo sft --mistakes 1 --steps 176 --eval-every 88 --skip-first-eval
 """)
 FREEZE = arms("\n".join(
     f"gp-vl sft-{lr}-{tune} --algo sft --lr {lr} --tune {tune} --steps 150 --skip-first-eval"
@@ -176,7 +176,7 @@ for task in ("gp-l", "gp-vl"):
 # KL penalty were not tuned.
 
 ONCE = "--eval-every 0 --skip-first-eval --probe-hands 0 --keep 1"
-HALF = {"ppo": {"gp-l": 20, "virl-l": 15}, "sft": {"gp-l": 262, "virl-l": 110}}        # of the presets' steps
+HALF = {"ppo": {"gp-l": 20, "virl-l": 30}, "sft": {"gp-l": 262, "virl-l": 105}}        # of the presets' steps
 VARIANTS = """
     advantage: gae-loo (preset)  | | 1
     advantage: gae               | --advantage gae | 1
