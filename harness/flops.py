@@ -123,12 +123,10 @@ def block(layer, token, key, pair, width, flows, seen=None):
     width: channels of all heads; flows, seen: have its tokens, and the image that they look at, a gradient to
     hand on? Return whether its output has.
     """
-    attn = layer.cross_attn if isinstance(layer, CrossLayer) else layer.self_attn
+    attn = layer.self_attn if seen is None else layer.cross_attn
     x = flows or learns(layer.input_layernorm)
     source = x if seen is None else seen
-    q = linear(token, attn.q_proj, x) or seen is not None and learns(attn.q_norm)
-    k = linear(key, attn.k_proj, source) or seen is not None and learns(attn.k_norm)
-    v = linear(key, attn.v_proj, source)
+    q, k, v = linear(token, attn.q_proj, x), linear(key, attn.k_proj, source), linear(key, attn.v_proj, source)
     pair[0] += 2 * 2 * width                                   # scores, values
     pair[1] += 2 * width * (v + (q or k) + q + k)              # of values, probabilities, queries and keys
     flows = linear(token, attn.o_proj, q or k or v) or flows
@@ -167,11 +165,11 @@ def rates(llama, value_head=(), detached=False):
     return rate
 
 
-def cost(rate, done, backward=False):
-    """Return {part: FLOPs} of a forward, or a backward, pass over what is `done`."""
+def cost(rate, done, forward=1, backward=0):
+    """Return {part: FLOPs} of so many forward and backward passes over what is `done`."""
     sums = Counter()
     for name, number in done.items():
-        sums[PART[name]] += number * rate[name][backward]
+        sums[PART[name]] += number * (forward * rate[name][0] + backward * rate[name][1])
     return sums
 
 
@@ -190,32 +188,28 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
     seen: quantities of all conversations in the rollout; known: in later passes, where the features of a
     frozen encoder are known; values: how many are read, of turns or of tokens.
     """
-    trunk = module.trunk
+    trunk, n = module.trunk, args.epochs
     policy = rates(module.policy, () if trunk else module.value_head, module.critic == "detached")
     critic = rates(trunk, module.value_head) if trunk else policy
     states = {name: number for name, number in known.items() if name != "targets"}
     read = {"values": values} | (states if trunk else {})
-    scoring = cost(reference(module.policy), known) if args.kl_coef else Counter()
-    if args.rescore == "on":
-        scoring += cost(policy, known)
-    update = cost(policy, known)
+    update, scoring = cost(policy, known, n, n * train_policy), cost(policy, known, args.rescore == "on")
+    if args.kl_coef:
+        scoring += cost(reference(module.policy), known)
     if estimator.values:
         scoring += cost(critic, read | (states if estimator.per == "token" else {}))
-        update += cost(critic, read) + cost(critic, read, backward=True)
-    if train_policy:
-        update += cost(policy, known, backward=True)
-    elif estimator.values and module.critic == "shared":
-        update += cost(policy, states, backward=True)
-    return cost(policy, seen), scoring, sum([update] * args.epochs, Counter())
+        update += cost(critic, read, n, n)
+        if not train_policy and module.critic == "shared":
+            update += cost(policy, states, 0, n)
+    return cost(policy, seen), scoring, update
 
 
 def of_sft(args, llama, seen, learnt):
     """Return the same of a step of SFT. seen: quantities of the conversations that it played to learn from
     its own right answers; learnt: of its examples."""
     before, rate = SFT_LOSSES[args.sft_loss].before, rates(llama)
-    scoring = cost(reference(llama) if before == "initial" else rate, learnt) if before else Counter()
-    update = cost(rate, learnt) + cost(rate, learnt, backward=True)
-    return cost(rate, seen), scoring, sum([update] * args.epochs, Counter())
+    scoring = cost(reference(llama) if before == "initial" else rate, learnt, bool(before))
+    return cost(rate, seen), scoring, cost(rate, learnt, args.epochs, args.epochs)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,11 +230,9 @@ class Ledger:
 
     def add_ppo(self, estimator, episodes, train_policy, trained_tokens):
         """Add a step that learnt from episodes."""
-        llama, conversations = self.llama, [c for e in episodes for c in e.conversations]
+        trees, conversations, seen = self.played(episodes)
+        known = passed(self.llama.config, trees, encode=not self.llama.vision_frozen)
         values = count(conversations)[estimator.per]
-        trees = sum(trees_of_hands(episodes), [])
-        seen = passed(llama.config, trees, cached=True)
-        known = passed(llama.config, trees, encode=not llama.vision_frozen)
         spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
         passes = 1 + bool(self.args.kl_coef) + (self.args.rescore == "on") + (
             estimator.per == "token" and estimator.values)
@@ -248,11 +240,15 @@ class Ledger:
 
     def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
-        conversations = [c for episode in episodes for c in episode.conversations]
-        seen = passed(self.llama.config, sum(trees_of_hands(episodes), []), cached=True)
+        _, conversations, seen = self.played(episodes)
         learnt = passed(self.llama.config, [[example] for example in examples])
         scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
         self.add(of_sft(self.args, self.llama, seen, learnt), conversations + scored, trained_tokens)
+
+    def played(self, episodes):
+        """Return the trees and conversations of episodes, and the quantities of their rollout."""
+        trees = sum(trees_of_hands(episodes), [])
+        return trees, sum(trees, []), passed(self.llama.config, trees, cached=True)
 
     def add(self, phases, scored, trained_tokens):
         """Add what all ranks spent, {part: FLOPs} per phase; to the formula 2 N per token of what this rank

@@ -12,14 +12,14 @@ import json
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from distributed import checkpoint
 from distributed.processes import first
-from harness.files import Held, Lock, read_lines, replace, sweep, to_json, write_atomically
+from harness.files import Held, holder_of, lock, read_lines, replace, to_json, write_atomically
 from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible
@@ -49,39 +49,30 @@ def chosen(args, processes):
 
 
 def choose(args, processes, held):
-    """Return the folder, as text, and whether a run is resumed there. Its lock is released with `held`."""
+    """Return the folder, as text, and whether a run is resumed there. It is locked as long as `held` is open."""
     base = Path(f"runs/{args.task}-{args.algo}")
     names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
     taken = [name for name in names if (name / LOG).exists()]
-    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
+    own = [name for name in taken if processes.restarted and holder_of(name)[1] == processes.launch]
     if args.resume and not taken:
         raise SettingError(f"--resume: expected a run in {shown(names[0])}")
     resume = args.resume or bool(own)
     if resume:
-        names = [*taken, *own][-1:]
+        names = (own or taken)[-1:]
     elif not args.out:
         names = [name for name in names if name not in taken]
     for name in names:
         try:
-            lock = Lock(name, launch=processes.launch)
+            held.enter_context(lock(name, launch=processes.launch))
         except Held:
             if name == names[-1]:
                 raise
             continue
         # A new run would drop its checkpoints as older than those of a run whose log is gone.
         if resume or not any((name / left).exists() for left in (LOG, "checkpoints")):
-            held.callback(lock.release)        # nobody can change that from now on
-            return str(name), resume
-        lock.release()
+            return str(name), resume           # nobody can change that from now on
     raise SettingError(f"--out {shown(name)}: expected a folder without a run or its checkpoints; --resume "
                        "goes on with a run")
-
-
-def launch_of(run):
-    """Return which launch of torchrun began or resumed a run last; None for a log that does not tell."""
-    with suppress(ValueError):
-        starts = [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
-        return starts[-1].get("launch") if starts else None
 
 
 def record_of(path):
@@ -102,9 +93,9 @@ def git_commit():
         done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
         return done.stdout.decode("utf-8", "replace").strip()
 
-    commit = shutil.which("git") and git("rev-parse", "--short", "HEAD")
-    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    return commit + "+" * bool(changed) if commit else None
+    if shutil.which("git") and (commit := git("rev-parse", "--short", "HEAD")):
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return commit + "+" * bool(changed)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,7 +127,6 @@ class RunFolder:
         """Open the log; on resuming, drop what was logged after the checkpoint."""
         def begin():
             self.path.mkdir(parents=True, exist_ok=True)
-            sweep(self.path, ".*-*")
             lines = read_lines(self.log_file, LINE) if args.resume else []
             kept = [to_json(line) + "\n" for line in lines if line["step"] <= step and step]
             write_atomically(self.path / "config.json", to_json(dataclasses.asdict(args), indent=2))
