@@ -74,8 +74,9 @@ def outcome(episode):
     turns = judged(episode)
     right, seen = (sum(turn.info[what] for turn in turns) for what in ("correct", "recognized"))
     at_landmarks = [turn.info["recognized"] for turn in turns if turn.info.get("landmark")]
-    return (episode.seed, int(episode.success), int(episode.success and right == len(turns)), right, len(turns),
-            seen, sum(turn.reward for turn in turns), sum(at_landmarks), len(at_landmarks))
+    at_once = episode.success and right == len(turns)
+    return (episode.seed, int(episode.success), int(at_once), right, len(turns), seen,
+            sum(turn.reward for turn in turns), sum(at_landmarks), len(at_landmarks))
 
 
 def rate(name, above, below):

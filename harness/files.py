@@ -33,7 +33,7 @@ def lock(folder, flag="--out", launch=None, patience=120):
     Another holder is waited for if it began with the same `launch`, because it is about to end: torchrun may
     start a worker again before the one that failed is gone, and NFS takes 90 s to forget a host that died.
     Held names any other. flag: what the user gave. The file itself stays: it is the kernel that knows who
-    holds it, and a file that were removed could be locked by two.
+    holds it, and a lock on a file that is removed keeps nobody out.
     """
     path, until = Path(folder) / LOCK, time.monotonic() + patience
     try:
@@ -41,7 +41,8 @@ def lock(folder, flag="--out", launch=None, patience=120):
         file = open(path, "a+", encoding="utf-8",
                     opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644))
     except OSError as error:
-        raise SettingError(f"{folder}: cannot write there ({error.strerror}); choose another {flag}") from None
+        raise SettingError(f"{folder}: cannot write there ({error.strerror}); choose another "
+                           f"{flag}") from None
     while not take(file):
         holder, its_launch = holder_of(folder)
         if not launch or its_launch != launch or time.monotonic() > until:

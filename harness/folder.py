@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def chosen(args, processes):
 
 
 def choose(args, processes, held):
-    """Return the folder, as text, and whether a run is resumed there. It is locked as long as `held` is open."""
+    """Return the folder, as text, and whether a run is resumed there. It is locked while `held` is open."""
     base = Path(f"runs/{args.task}-{args.algo}")
     names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
     taken = [name for name in names if (name / LOG).exists()]
@@ -114,14 +115,11 @@ class RunFolder:
         """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
         checkpoint that is not as it was written."""
         newest = first(self.checkpoints.newest)
-        if not newest:                                         # it was stopped before the first
-            file = self.path / "config.json"
-            if not file.exists():
-                raise UserError(f"{self.path}: neither a checkpoint nor config.json to go on from; "
-                                "begin anew with another --out")
-            return None, resumed(args, typed, read_json(self.path, file.name), file)
-        self.checkpoints.verify(newest)
-        return newest, resumed(args, typed, record_of(newest)["config"], newest)
+        if newest:
+            self.checkpoints.verify(newest)
+        # without one it was stopped before the first
+        config = record_of(newest)["config"] if newest else read_json(self.path, "config.json")
+        return newest, resumed(args, typed, config, newest or self.path / "config.json")
 
     def start(self, args, step):
         """Open the log; on resuming, drop what was logged after the checkpoint."""
@@ -176,20 +174,18 @@ class RunFolder:
     def dump(self, step, batch):
         """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures
         beside it. Returns the folder."""
-        folder, pictures = self.path / f"broken_step_{step:06d}", []
-        folder.mkdir(exist_ok=True)
+        name, numbers = self.path / f"broken_step_{step:06d}" / f"rank_{self.processes.rank}", count()
+        name.parent.mkdir(exist_ok=True)
 
         def plain(x):
             if dataclasses.is_dataclass(x):
                 return vars(x)
             if isinstance(x, torch.Tensor):
                 return f"tensor of shape {list(x.shape)}"
-            pictures.append(f"rank_{self.processes.rank}_{len(pictures)}.png")
-            replace(folder / pictures[-1], lambda file: x.save(file, "PNG"))
-            return pictures[-1]
+            return save_picture(x, f"{name}_{next(numbers)}.png")
 
-        write_atomically(folder / f"rank_{self.processes.rank}.json", to_json(batch, default=plain))
-        return folder
+        write_atomically(name.with_suffix(".json"), to_json(batch, default=plain))
+        return name.parent
 
     def transcript(self, step, episode):
         """Write one episode as a person would like to read it, and the pictures it was about."""
@@ -200,5 +196,10 @@ class RunFolder:
         text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
         write_atomically(folder / f"step_{step:06d}.txt", visible(text) + "\n")
         for k, image in enumerate(episode.pictures):
-            picture = folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png"
-            replace(picture, lambda file: image.save(file, "PNG"))
+            save_picture(image, folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png")
+
+
+def save_picture(image, path):
+    """Write a PNG that replaces no file but its own. Return its name."""
+    replace(Path(path), lambda file: image.save(file, "PNG"))
+    return Path(path).name

@@ -91,8 +91,7 @@ class Probe:
         return play(self.model, self.processor, args, self.processes, factory, hands, 1.0, args.probe_samples)
 
     def score(self, episodes):
-        """Return what variants/reference.py `scores` each episode's sampled tokens with, a list of (2, tokens)
-        in float64."""
+        """Return each episode's `scores` (variants/reference.py), a list of (2, tokens) in float64."""
         filler = make_example(self.processor, self.sets["id"](), seed=0)       # a rank may have no hand
         trees = sum(trees_of_hands(episodes), [])
         found = {id(c): both.double() for c, both in scores(

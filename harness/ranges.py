@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -74,9 +75,8 @@ def arg(default, kind, help, needs=""):
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "needs": needs})
 
 
-def optional(kind, help, needs=""):
-    """Declare a setting that may be left open, as None: the preset says it then, the game, or nobody."""
-    return arg(None, kind, help, needs)
+# A setting that may be left open: the preset says it then, the game, or nobody.
+optional = partial(arg, None)
 
 
 def flag(default, help, needs=""):

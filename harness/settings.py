@@ -271,17 +271,16 @@ def apply_preset(args, hidden_size):
     run = {args.preset, args.algo, args.game, args.task}
     game = GAMES[args.game]
     presets = PRESETS | getattr(game, "presets", {})
-    lines = [line for words, line in presets.items() if run.issuperset(words.split())]
+    line = " ".join(line for words, line in presets.items() if run.issuperset(words.split()))
     defaults = {name: parameter.default for name, parameter in inspect.signature(game).parameters.items()}
-    defaults |= {"look": game.looks[args.image]}
     defaults |= {"routes": None, "ood_routes": None} if args.game == "virl" else {}
     for name in ("routes", "ood_routes", *GAME_SETTINGS):
         if getattr(args, name) is not None and name not in defaults:
             raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
     if args.routes and args.look not in (None, args.routes):
         raise SettingError(f"{spelled(args, 'look')}: expected a built-in look, without --routes")
-    args.look = args.look or args.routes
-    for name, value in (defaults | vars(options().parse_args(" ".join(lines).split()))).items():
+    args.look = args.look or args.routes or game.looks[args.image]
+    for name, value in (defaults | vars(options().parse_args(line.split()))).items():
         if getattr(args, name, "") is None:
             setattr(args, name, value)
     # One's own routes are tested on one's own other look, or on none.
@@ -315,12 +314,12 @@ def options(description=None, everything=True):
         kind, help = field.metadata["kind"], field.metadata["help"]
         if field.default not in (None, False):
             help += f" (default: {field.default})"
-        how = dict(help=SUPPRESS if hidden else help, action="store_true")
+        how = dict(action="store_true")
         if field.type is not bool:
-            metavar = "{" + ",".join(kind.names) + "}" if kind.names else field.type.__name__.upper()
             late = isinstance(kind.names, dict)                # --custom can add to it, see `load_custom`
-            how |= dict(action="store", metavar=metavar, type=str if late else kind)
-        group.add_argument(flag_of(name), **how)
+            how = dict(type=str if late else kind,
+                       metavar=f"{{{','.join(kind.names)}}}" if kind.names else field.type.__name__.upper())
+        group.add_argument(flag_of(name), help=SUPPRESS if hidden else help, **how)
     return parser
 
 
@@ -348,12 +347,11 @@ def load_custom(file):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {reason}") from error
     tables = {"ESTIMATORS": ESTIMATORS, "LOSSES": LOSSES, "SFT_LOSSES": SFT_LOSSES, "GAMES": GAMES}
-    found = [(table, names[name]) for name, table in tables.items() if name in names]
-    if not found:
+    if not tables.keys() & names.keys():
         raise SettingError(f"--custom {file}: expected a dict {', '.join(tables)} in it")
-    for table, own in found:
+    for title, table in tables.items():
         kind = type(next(iter(table.values())))
-        for name, entry in own.items():
+        for name, entry in names.get(title, {}).items():
             if not isinstance(entry, kind):
                 raise SettingError(f"--custom {file}: expected {kind.__name__}(function, ...) as '{name}', "
                                    f"not {entry!r}")

@@ -103,7 +103,7 @@ def test_divergences_of_all_answers_enumerated(model, processor):
     probe = probe_of(policy, processor, start, attempts=1, probe_hands=1, probe_samples=200)
     del probe.sets["rule-ood"]
     play, played = probe.play, []
-    probe.play = lambda factory: played.append(play(factory)) or played[-1]
+    probe.play = lambda name: played.append(play(name)) or played[-1]
     result = probe()
     ids = Player(probe.sets["id"](), 0, 0, processor).episode.conversations[0].ids
     expected, tokens = exact(policy, model, ids, processor.stop_ids)
@@ -126,8 +126,8 @@ def test_scores_are_those_of_all_logits(model, processor, task):
     """Log-probs and entropies of the sampled tokens, in the order of the episodes, whatever conversations
     share a batch."""
     probe = probe_of(model, processor, None, task, token_budget=300)
-    episodes = probe.play(probe.sets["id"])
-    for episode, found in zip(episodes, probe.score("id", episodes), strict=True):
+    episodes = probe.play("id")
+    for episode, found in zip(episodes, probe.score(episodes), strict=True):
         scores, drawn = map(torch.cat, zip(*(scores_of(model, processor, c) for c in episode.conversations)))
         expected = [scores.gather(1, drawn)[:, 0], -(scores.exp() * scores).sum(1)]
         assert torch.allclose(found, torch.stack(expected), atol=1e-4)

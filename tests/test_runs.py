@@ -82,59 +82,42 @@ def content(path):
 
 @pytest.mark.parametrize("command", ["resume", "sft --model {}", "eval --model {}", "ppo --model {}"])
 def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
-    before, lock = content(sft), files.Lock(sft)
+    before, lock = content(sft), files.lock(sft)
     said = refused(f"{command.format(small[0])} --out {sft}")
     assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
     assert content(sft) == before
-    lock.release()
-    assert not (sft / files.LOCK).exists()
+    lock.close()
 
 
 @pytest.mark.parametrize("held", ['{"pid": 1}', "\0\xff", "[" * 100_000, "", "[1]"])
 def test_a_holder_that_did_not_say_who_it_is(tmp_path, held):
-    lock = files.Lock(tmp_path)
-    (tmp_path / files.LOCK).write_text(held)
-    with pytest.raises(files.Held, match="in use by another process"):
-        files.Lock(tmp_path)
-    lock.release()
-    files.Lock(tmp_path).release()
+    with files.lock(tmp_path):
+        (tmp_path / files.LOCK).write_text(held)
+        with pytest.raises(files.Held, match="in use by another process"):
+            files.lock(tmp_path)
+    files.lock(tmp_path).close()
 
 
 def test_the_dead_hold_nothing(tmp_path):
-    script = ("import sys, time; from harness import files; lock = files.Lock(sys.argv[1]);"
+    script = ("import sys, time; from harness import files; lock = files.lock(sys.argv[1]);"
               "print(flush=True); time.sleep(60)")
     argv = [sys.executable, "-c", script, tmp_path / "run"]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"\n"
     with pytest.raises(files.Held, match=f"process {process.pid} "):
-        files.Lock(tmp_path / "run")
+        files.lock(tmp_path / "run")
     process.kill()
     process.communicate()
-    assert (tmp_path / "run" / files.LOCK).exists()
-    files.Lock(tmp_path / "run").release()
+    files.lock(tmp_path / "run").close()
 
 
 def test_a_worker_that_is_started_again_waits_for_the_one_before(tmp_path):
-    lock = files.Lock(tmp_path, launch="a")
+    lock = files.lock(tmp_path, launch="a")
     with pytest.raises(files.Held):
-        files.Lock(tmp_path, launch="b")
-    threading.Timer(0.3, lock.release).start()
-    files.Lock(tmp_path, launch="a").release()
-    lock = files.Lock(tmp_path, launch="a")
-    with pytest.raises(files.Held):
-        files.Lock(tmp_path, launch="a", patience=0.1)
-    lock.release()
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_folder_that_was_made_for_nothing_goes(tmp_path, kept):
-    lock = files.Lock(tmp_path / "run")
-    if kept:
-        (tmp_path / "run/log.jsonl").touch()
-    lock.release()
-    assert (tmp_path / "run").exists() == kept
-    files.Lock(tmp_path).release()
-    assert tmp_path.exists()                                   # it was there before
+        files.lock(tmp_path, launch="b")
+    threading.Timer(0.3, lock.close).start()
+    with files.lock(tmp_path, launch="a"), pytest.raises(files.Held):
+        files.lock(tmp_path, launch="a", patience=0.1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
@@ -143,7 +126,7 @@ def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys, numbe
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    files.Lock(tmp_path / "run").release()
+    files.lock(tmp_path / "run").close()
     with files.aside(tmp_path / "made") as private:
         (private / "a").touch()
     files.append_line(tmp_path / "lines", {})
@@ -185,9 +168,9 @@ def test_default_folders(tmp_path, monkeypatch, runs):
         Path("runs", name, "log.jsonl").touch()
     assert starts_at_once(Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
     assert starts_at_once(Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
-    lock = files.Lock("runs/gp-l-sft-2")
+    lock = files.lock("runs/gp-l-sft-2")
     assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
-    lock.release()
+    lock.close()
     assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(Args(resume=True), 1)[0])
     assert not Path("runs/gp-l-ppo").exists()
 
@@ -234,20 +217,16 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_crash_left_goes_and_what_others_make_stays(tmp_path):
-    names = {name: tmp_path / f".made-{name}" for name in ("dead", "file", "live", "young")}
-    for path in names.values():
-        path.touch() if path.name.endswith("file") else path.mkdir()
-        os.utime(path, (0, 0))
-    os.utime(names["young"])
-    handle = os.open(names["live"], os.O_RDONLY)
-    files.hold(handle)
+def test_what_a_crash_left_goes_after_a_day(tmp_path):
+    for name in ("folder", "file", "young"):
+        path = tmp_path / f".made-{name}"
+        path.touch() if name == "file" else path.mkdir()
+        os.utime(path, None if name == "young" else (0, 0))
     (tmp_path / "made").mkdir()
     (tmp_path / "made/half").touch()                           # under its name, but not to its end
     with files.aside(tmp_path / "made", "final") as private:
         (private / "final").mkdir()
-    os.close(handle)
-    assert {path.name for path in tmp_path.iterdir()} == {".made-live", ".made-young", "made"}
+    assert {path.name for path in tmp_path.iterdir()} == {".made-young", "made"}
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["final"]
 
 
@@ -269,12 +248,12 @@ def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
 def test_two_studies_at_once(tmp_path):
     """The second does nothing; with nothing to do it needs no lock."""
     runner = Runner([Run("a-0", ())], tmp_path / "runs", tmp_path / "records/a.jsonl", command=("false", ""))
-    lock = files.Lock(tmp_path / "records")
+    lock = files.lock(tmp_path / "records")
     with pytest.raises(files.Held, match="another --runs and --records"):
         runner.work()
     records.append(runner.file, {"name": "a-0", "curve": []})
     assert Runner(runner.runs, runner.root, runner.file).work() == []
-    lock.release()
+    lock.close()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import train
 from distributed import checkpoint
 from envs import GAMES
 from games import cities, rails, routes
-from harness import tiny
+from harness import evaluation, tiny
 from harness.settings import GAME_SETTINGS, Args, apply_preset
 from model import Llama
 from study import __main__ as study
@@ -147,8 +147,9 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
 def test_in_bfloat16_every_step_sees_the_one_before(small, tmp_path, monkeypatch):
     """As on CUDA, where autocast remembers what it cast; without its memory the same comes out."""
     for remembers in (True, False):
-        monkeypatch.setattr(train, "autocast", lambda *args: torch.autocast(
-            "cpu", torch.bfloat16, cache_enabled=remembers))
+        for module in (train, evaluation):
+            monkeypatch.setattr(module, "autocast", lambda *args: torch.autocast(
+                "cpu", torch.bfloat16, cache_enabled=remembers))
         out = tmp_path / str(remembers)
         run("--task gp-vl --steps 2 --lr 1e-2 --critic shared --model", small[0], "--out", out)
     assert learnt(tmp_path / "True", "step") == learnt(tmp_path / "False", "step")
