@@ -212,8 +212,9 @@ class Trainer:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
             with autocast(self.args, self.processes.device):
                 probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
-            folder.log(event="eval", step=i, tflops=self.ledger.formula / 1e12,
-                       counted_tflops=self.ledger.tflops, eval=results, **probe)
+            taken = self.ledger.summary()
+            del taken["flops"]                 # those of the step before it tell the same
+            folder.log(event="eval", step=i, **taken, eval=results, **probe)
 
     def step(self, loss):
         """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's

@@ -7,6 +7,7 @@ out of its range (declared in settings.py), has no effect, or is at odds with th
 """
 
 import math
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ def settle(args, config, typed=frozenset(), world=1):
         load_custom(args.custom)
     check_ranges(args)
     apply_preset(args, config.hidden_size)
-    check_words(args)
     check_needs(args, typed)
+    check_words(args)
     for name, expected in conflicts(args, config, world):
         raise SettingError(f"{spelled(args, name)}: expected {expected}")
     check_files(args)
@@ -59,8 +60,7 @@ def check_words(args):
     """Do the same for settings of which the game or the disk says what they may be."""
     game = envs.GAMES[args.game]
     rule = game.kinds["rule"]
-    look = ROUTES if args.routes else game.kinds["look"]       # `apply_preset` has left them the same
-    check_ranges(args, {"out": FOLDER, "routes": ROUTES, "ood_routes": ROUTES, "look": look,
+    check_ranges(args, {"out": FOLDER, "routes": ROUTES, "ood_routes": ROUTES, "look": game.kinds["look"],
                         "rule": rule, "rules": several(rule)})
     sets = game.shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
@@ -129,12 +129,11 @@ def check_files(args):
     if args.prompts:
         attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
     size = envs.GAMES[args.game].sizes[args.preset]
-    for name in ("routes", "ood_routes", "look"):
+    for name, held_out in product(("routes", "ood_routes", "look"), (False, True)):
         folder = getattr(args, name)
         if args.game == "virl" and folder and folder not in rails.LOOKS:
-            for held_out in (False, True):
-                attempt(args, name, ROUTES.expected, rails.known_routes, folder, held_out, args.image, size,
-                        bool(args.skip_bad_routes))
+            attempt(args, name, ROUTES.expected, rails.known_routes, folder, held_out, args.image, size,
+                    bool(args.skip_bad_routes))
 
 
 def check_parts(args, config):

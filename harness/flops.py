@@ -260,12 +260,9 @@ class Ledger:
             self.total[phase][part] += number
         self.formula += self.size * (2 * tokens + 6 * trained_tokens)
 
-    @property
-    def tflops(self):
-        return sum(sum(parts.values()) for parts in self.total.values()) / 1e12
-
     def summary(self):
         """Return what the log says of it, in TFLOPs since the run began."""
-        return {"tflops": self.formula / 1e12, "counted_tflops": self.tflops,
-                "flops": {phase: {part: round(number / 1e12, 6) for part, number in parts.items()}
-                          for phase, parts in self.total.items()}}
+        split = {phase: {part: round(number / 1e12, 6) for part, number in parts.items()}
+                 for phase, parts in self.total.items()}
+        counted = sum(sum(parts.values()) for parts in self.total.values())
+        return {"tflops": self.formula / 1e12, "counted_tflops": counted / 1e12, "flops": split}

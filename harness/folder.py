@@ -12,7 +12,6 @@ import json
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -37,20 +36,13 @@ RECORD = {"step": int, "compute": (int, float), "flops": dict, "skipped": int, "
 # ------------------------------------------------------------------------------------------------------------
 # Its choice
 
-@contextmanager
-def chosen(args, processes):
-    """Fill in --out and hold that folder: no other process may look at it or write there meanwhile.
-
-    It is runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the newest run
-    there. Workers that torchrun starts again resume the run that they began.
-    """
-    with ExitStack() as held:                  # by the first rank; the others go with it
-        args.out, args.resume = first(lambda: choose(args, processes, held))
-        yield
-
-
 def choose(args, processes, held):
-    """Return the folder, as text, and whether a run is resumed there. It is locked while `held` is open."""
+    """Return the folder of a run, as text, and whether a run is resumed there. It is locked while `held`, an
+    ExitStack, is open: no other process may look at it or write there meanwhile.
+
+    It is --out, else runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the
+    newest run there. Workers that torchrun starts again resume the run that they began.
+    """
     base = Path(f"runs/{args.task}-{args.algo}")
     names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
     taken = [name for name in names if (name / LOG).exists()]
@@ -103,7 +95,7 @@ def git_commit():
 # Its files
 
 class RunFolder:
-    """The folder in --out, which `chosen` holds."""
+    """The folder in --out, which `choose` has locked."""
 
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
@@ -132,8 +124,7 @@ class RunFolder:
 
         first(begin)
         self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(),
-                 launch=self.processes.launch, hardware=self.processes.hardware,
-                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                 hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def log(self, **record):
         """Append one JSON line."""

@@ -21,7 +21,7 @@ import torch
 
 from distributed.processes import gather
 from harness.environments import evaluation_sets
-from harness.evaluation import fixed_hands, judged, play, rate
+from harness.evaluation import fixed_hands, outcome, play, rate
 from harness.load import compares_with_start
 from rollout import trees_of_hands
 from sft import make_example
@@ -77,11 +77,9 @@ class Probe:
         result |= self.divergence("reverse_kl", played["id"], scored["id"], initially)
         result |= self.divergence("forward_kl", *self.begun, self.score(self.begun[0]))
         result["weights"] = changed(self.model, self.start, self.processes.all_reduce)
-        rates = [f"{name} pass@{k} {100 * result[name][f'pass@{k}']:.1f} %"
-                 for name in self.sets for k in self.ks[::len(self.ks) - 1 or 1]]
         self.processes.print(
-            f"{progress}  probe       {'  '.join(rates)}   KL reverse {result['reverse_kl']:.4f} forward "
-            f"{result['forward_kl']:.4f} a token   changed {100 * result['weights']['changed']['all']:.1f} %")
+            f"{progress}  probe       KL per token: reverse {result['reverse_kl']:.4f}, forward "
+            f"{result['forward_kl']:.4f}   weights changed {100 * result['weights']['changed']['all']:.1f} %")
         return result
 
     def play(self, name):
@@ -103,12 +101,12 @@ class Probe:
         `score`; others: by the policy compared with."""
         stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: 0)
         for episode, (logprobs, entropy), (other, _) in zip(episodes, scored, others or scored):
-            right = all(turn.info["correct"] for turn in judged(episode))
+            seed, solved, at_once, *_ = outcome(episode)
             cut = [turn.end - turn.start == longest and c.ids[turn.end - 1] not in stop
                    for c in episode.conversations for turn in c.turns]
-            row = [episode.success, episode.success and right, len(cut), len(logprobs), sum(cut),
-                   entropy.sum(), (logprobs - other).sum()]
-            sums[episode.seed] += torch.tensor(row, dtype=torch.float64)
+            row = [solved, at_once, len(cut), len(logprobs), sum(cut), entropy.sum(),
+                   (logprobs - other).sum()]
+            sums[seed] += torch.tensor(row, dtype=torch.float64)
         rows = sorted(gather([(seed, row.tolist()) for seed, row in sums.items()]))
         return dict(zip(COLUMNS, torch.tensor([row for _, row in rows], dtype=torch.float64).T))
 

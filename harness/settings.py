@@ -32,6 +32,7 @@ EVAL_TEMPERATURE = real("0 (greedy) or a number from 0.01 to 100", lambda x: x =
 # Needs of settings, without which they have no effect; see ranges.arg.
 LEARNING, SFT, PPO = "--algo sft, ppo or pretrain", "--algo sft or pretrain", "--algo ppo"
 POST_TRAINING = "--algo sft or ppo"
+CARDS, ROUTES = "--task gp-l or gp-vl", "--task virl-l or virl-vl"
 EXPERT = SFT + "; --sft-data expert"
 CRITIC = PPO + "; --advantage gae, gae-loo, gae-token or gae-two-level"
 CLIPS = "--loss ppo, grpo, gspo, clip-higher, dapo or dual-clip"
@@ -61,9 +62,9 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                          "or broad (those of pre-training)")
     attempts: int = optional(integer(1, 1000),
                              "judged answers (default: 5 a hand, 2 a point of a route)")
-    target: int = optional(integer(1), "gp: the number to make (default: 24)")
+    target: int = optional(integer(1), "gp: the number to make (default: 24)", CARDS)
     routes: str = optional(text("a folder of routes"),
-                           "virl: folder of routes in the released format to train on")
+                           "virl: folder of routes in the released format to train on", ROUTES)
 
     steps: int = optional(integer(1), "PPO updates or SFT optimizer steps", LEARNING)
     lr: float = optional(above(0), "learning rate", LEARNING)
@@ -116,11 +117,11 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                           "about", POST_TRAINING)
     ood_routes: str = optional(text("a folder of routes"),
                                "virl: routes of the visual-ood set, instead of the nine built-in cities",
-                               "--eval-sets visual-ood")
-    skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many")
+                               ROUTES + "; --eval-sets visual-ood")
+    skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many", ROUTES)
     hide_landmarks: bool = flag(None,
                                 "virl: leave the landmarks' names out of the instructions, so that only what "
-                                "is seen tells them")
+                                "is seen tells them", ROUTES)
     prompts: str = optional(text("a JSON file"),
                             "JSON file of templates that replace the built-in prompts and verifier messages")
     custom: str = optional(text("a Python file"),
@@ -273,10 +274,6 @@ def apply_preset(args, hidden_size):
     presets = PRESETS | getattr(game, "presets", {})
     line = " ".join(line for words, line in presets.items() if run.issuperset(words.split()))
     defaults = {name: parameter.default for name, parameter in inspect.signature(game).parameters.items()}
-    defaults |= {"routes": None, "ood_routes": None} if args.game == "virl" else {}
-    for name in ("routes", "ood_routes", *GAME_SETTINGS):
-        if getattr(args, name) is not None and name not in defaults:
-            raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
     if args.routes and args.look not in (None, args.routes):
         raise SettingError(f"{spelled(args, 'look')}: expected a built-in look, without --routes")
     args.look = args.look or args.routes or game.looks[args.image]
