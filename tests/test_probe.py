@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from test_train import in_parts, learnt, on_two_ranks, records, run, weights
+from test_train import equal, in_parts, learnt, on_two_ranks, records, run, weights
 from torch.utils._pytree import tree_leaves
 
 from distributed.processes import Processes
@@ -206,8 +206,7 @@ def test_a_run_learns_the_same_without_probes(small, tmp_path, algo):
     for folder, more in ((with_, SMALL), (without, "")):
         run("--task gp-l --lr-schedule constant --lr 1e-3 --steps 2 --model", small[0], more,
             "--out", folder, "--algo", algo)
-    a, b = weights(with_ / "final"), weights(without / "final")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert equal(*(weights(folder / "final") for folder in (with_, without)))
     assert learnt(with_, "step") == learnt(without, "step")    # the training compute, too
     assert not any("probe" in record for record in records(without, "eval"))
 

@@ -82,11 +82,11 @@ def content(path):
 
 @pytest.mark.parametrize("command", ["resume", "sft --model {}", "eval --model {}", "ppo --model {}"])
 def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
-    before, lock = content(sft), files.lock(sft)
-    said = refused(f"{command.format(small[0])} --out {sft}")
+    before = content(sft)
+    with files.lock(sft):
+        said = refused(f"{command.format(small[0])} --out {sft}")
     assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
     assert content(sft) == before
-    lock.close()
 
 
 @pytest.mark.parametrize("held", ['{"pid": 1}', "\0\xff", "[" * 100_000, "", "[1]"])
@@ -135,21 +135,17 @@ def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys, numbe
 
 def starts_at_once(args, n):
     """Let so many processes, for which threads stand, choose their folders at the same moment."""
-    barrier = threading.Barrier(n)
+    barrier, alone = threading.Barrier(n), SimpleNamespace(restarted=False, launch=None)
 
     def choose(k):
-        own, held = Args(**vars(args)), contextlib.ExitStack()
         barrier.wait()
         try:
-            return folder.choose(own, SimpleNamespace(restarted=False, launch=None), held)[0], held
+            return folder.choose(args, alone, held)[0]
         except ValueError as error:
-            return error, held
+            return error
 
-    with ThreadPoolExecutor(n) as pool:
-        found = list(pool.map(choose, range(n)))
-    for _, held in found:
-        held.close()
-    return [name for name, _ in found]
+    with contextlib.ExitStack() as held, ThreadPoolExecutor(n) as pool:
+        return list(pool.map(choose, range(n)))
 
 
 def test_of_many_starts_each_gets_a_folder_of_its_own_or_one_gets_it(tmp_path, monkeypatch):
@@ -168,9 +164,8 @@ def test_default_folders(tmp_path, monkeypatch, runs):
         Path("runs", name, "log.jsonl").touch()
     assert starts_at_once(Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
     assert starts_at_once(Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
-    lock = files.lock("runs/gp-l-sft-2")
-    assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
-    lock.close()
+    with files.lock("runs/gp-l-sft-2"):
+        assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
     assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(Args(resume=True), 1)[0])
     assert not Path("runs/gp-l-ppo").exists()
 
@@ -248,12 +243,11 @@ def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
 def test_two_studies_at_once(tmp_path):
     """The second does nothing; with nothing to do it needs no lock."""
     runner = Runner([Run("a-0", ())], tmp_path / "runs", tmp_path / "records/a.jsonl", command=("false", ""))
-    lock = files.lock(tmp_path / "records")
-    with pytest.raises(files.Held, match="another --runs and --records"):
-        runner.work()
-    records.append(runner.file, {"name": "a-0", "curve": []})
-    assert Runner(runner.runs, runner.root, runner.file).work() == []
-    lock.close()
+    with files.lock(tmp_path / "records"):
+        with pytest.raises(files.Held, match="another --runs and --records"):
+            runner.work()
+        records.append(runner.file, {"name": "a-0", "curve": []})
+        assert Runner(runner.runs, runner.root, runner.file).work() == []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -326,26 +320,24 @@ def test_a_runs_log(sft, name, monkeypatch):
         run(f"plot {sft}", study.main)
 
 
-def log_of(**changes):
-    """Return a log of one step that was not evaluated, with other settings, or another time."""
-    config = {"task": "gp-l", "algo": "sft"} | changes.pop("config", {})
-    step = dict(event="step", step=1, tflops=1, counted_tflops=1, flops={}, seconds=1, memory_gb=1) | changes
-    start = dict(event="start", step=0, config=config, commit="c", hardware="h")
-    return "".join(json.dumps(line) + "\n" for line in (start, step)).encode()
-
-
-@pytest.mark.parametrize("content, words", [
-    (None, "cannot be read (Is a directory)"), (b"", "not of a run that has ended"),
-    (log_of().splitlines()[0], "not of a run that has ended"),
-    (log_of().splitlines()[1], "not of a run that has ended"),
-    (log_of(seconds="x"), "not of a run that has ended"),
-    (log_of(config={"task": "chess"}), "a log of another version"), (log_of(), "not evaluated yet")])
-def test_logs_that_cannot_be_plotted(tmp_path, content, words):
-    log = tmp_path / "run/log.jsonl"
-    log.parent.mkdir()
-    log.write_bytes(content) if content is not None else log.mkdir()
-    said = refused(f"plot {log.parent}", study.main)
-    assert str(log.parent) in said and words in said
+# Which lines of a log are there, and what is put in place of a word in it.
+@pytest.mark.parametrize("events, word, other, words", rows("""
+                |         |          | not of a run that has ended
+    start       |         |          | not of a run that has ended
+    step        |         |          | not of a run that has ended
+    start, step | seconds | second   | not of a run that has ended
+    start, step | gp-l    | chess    | a log of another version
+    start, step |         |          | not evaluated yet
+"""))
+def test_logs_that_cannot_be_plotted(sft, events, word, other, words):
+    log = sft / "log.jsonl"
+    lines = [line for line in log.read_text().splitlines() if json.loads(line)["event"] in events.split(", ")]
+    log.write_text("".join(line.replace(f'"{word}"', f'"{other}"') + "\n" for line in lines))
+    said = refused(f"plot {sft}", study.main)
+    assert str(sft) in said and words in said
+    log.unlink()
+    log.mkdir()
+    assert "cannot be read (Is a directory)" in refused(f"plot {sft}", study.main)
 
 
 def test_runs_that_were_tested_otherwise_are_not_plotted_together(runs, sft):

@@ -225,12 +225,6 @@ def test_is_refused(start, line):
     assert message in start(command)
 
 
-def test_two_flags_of_which_one_was_wrong_go_on_as_one_run(start):
-    """A wrong command leaves nothing behind, so that the right one needs no --resume."""
-    assert start("--eval-sets id,rule-odd --out run")
-    assert start("--eval-sets id,rule-ood --out run") is None
-
-
 @pytest.mark.parametrize("flag, name, text, words", rows("""
     --prompts | bad.json   | {                         | not a JSON file
     --prompts | list.json  | []                        | a JSON object
