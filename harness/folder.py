@@ -56,7 +56,7 @@ def choose(args, processes, held):
         names = [name for name in names if name not in taken]
     for name in names:
         try:
-            held.enter_context(lock(name, launch=processes.launch))
+            file = held.enter_context(lock(name, launch=processes.launch))
         except Held:
             if name == names[-1]:
                 raise
@@ -64,6 +64,7 @@ def choose(args, processes, held):
         # A new run would drop its checkpoints as older than those of a run whose log is gone.
         if resume or not any((name / left).exists() for left in (LOG, "checkpoints")):
             return str(name), resume           # nobody can change that from now on
+        file.truncate(0)                       # a restart would take the run there for its own
     raise SettingError(f"--out {shown(name)}: expected a folder without a run or its checkpoints; --resume "
                        "goes on with a run")
 
