@@ -97,8 +97,8 @@ def conflicts(args, config, world):
         yield "compat", f"official alone, or {own}"
     if args.shard == "on" and (world == 1 or args.algo == "pretrain" or args.lora_rank):
         # Muon steps in whole matrices; beside adapters there are whole copies of weights that do not change
-        yield "shard", ("several ranks (torchrun --nproc-per-node 2), another --algo than pretrain and no "
-                        "--lora-rank")
+        yield "shard", (
+            "several ranks (torchrun --nproc-per-node 2), another --algo than pretrain and no --lora-rank")
     if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
         yield "tune", "with pictures to learn from: --task gp-vl or virl-vl, --algo sft or ppo"
     if args.algo == "eval":

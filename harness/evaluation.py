@@ -64,14 +64,10 @@ def play(model, processor, args, processes, factory, seeds, temperature, samples
                        batch=args.rollout_batch, max_new_tokens=args.max_new_tokens)
 
 
-def judged(episode):
-    """Return its turns but for those that --compat leaves without a verdict."""
-    return [turn for turn in episode.turns if turn.info["verdict"] != "unjudged"]
-
-
 def outcome(episode):
-    """Return the numbers of an episode that `summarize` adds up."""
-    turns = judged(episode)
+    """Return the numbers of an episode that `summarize` adds up, of all turns but those that --compat leaves
+    without a verdict."""
+    turns = [turn for turn in episode.turns if turn.info["verdict"] != "unjudged"]
     right, seen = (sum(turn.info[what] for turn in turns) for what in ("correct", "recognized"))
     at_landmarks = [turn.info["recognized"] for turn in turns if turn.info.get("landmark")]
     at_once = episode.success and right == len(turns)

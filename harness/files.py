@@ -41,13 +41,13 @@ def lock(folder, flag="--out", launch=None, patience=120):
         file = open(path, "a+", encoding="utf-8",
                     opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644))
     except OSError as error:
-        raise SettingError(f"{folder}: cannot write there ({error.strerror}); choose another "
-                           f"{flag}") from None
+        raise SettingError(
+            f"{folder}: cannot write there ({error.strerror}); choose another {flag}") from None
     while not take(file):
         holder, its_launch = holder_of(folder)
         if not launch or its_launch != launch or time.monotonic() > until:
-            raise Held(f"{folder}: in use by {holder}; wait until it has ended, stop it, or choose another "
-                       f"{flag}")
+            raise Held(
+                f"{folder}: in use by {holder}; wait until it has ended, stop it, or choose another {flag}")
         time.sleep(0.2)
     file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -12,8 +12,8 @@ for its products. So here a forward pass is
                                                         patches, targets, ...
 
 `quantities` takes the numbers from the conversations, after a step is done; `rates` takes the FLOPs of one of
-each from the weights of the model; `of_ppo` and `of_sft` say how many passes over them each network makes. A
-multiply-add is 2 FLOPs. Norms, RoPE, softmax and the optimizer are left out (they are no products of
+each from the weights of the model; `of_ppo` and `Ledger.add_sft` say how many passes over them each network
+makes. A multiply-add is 2 FLOPs. Norms, RoPE, softmax and the optimizer are left out (they are no products of
 matrices). What is counted is what the maths asks for:
 
 - Padding and hidden keys cost nothing, although CPUs compute them. (The tower's padding does cost: real
@@ -47,11 +47,9 @@ from rollout import trees_of_hands
 from variants import SFT_LOSSES, lora
 
 PHASES = "rollout", "scoring", "update"
-PART = {"tokens": "text", "pairs": "text",             # of the text with itself
-        "patches": "vision", "vision tokens": "vision", "vision pairs": "vision", "features": "vision",
-        "image keys": "cross_attention", "looks": "cross_attention", "glances": "cross_attention",
-        "targets": "head", "values": "critic"}
-PARTS = tuple(dict.fromkeys(PART.values()))
+PARTS = {"text": "tokens, pairs", "vision": "patches, vision tokens, vision pairs, features",
+         "cross_attention": "image keys, looks, glances", "head": "targets", "critic": "values"}
+PART = {name: part for part, names in PARTS.items() for name in names.split(", ")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -205,14 +203,6 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
     return cost(policy, seen), scoring, update
 
 
-def of_sft(args, llama, seen, learnt):
-    """Return the same of a step of SFT. seen: quantities of the conversations that it played to learn from
-    its own right answers; learnt: of its examples."""
-    before, rate = SFT_LOSSES[args.sft_loss].before, rates(llama)
-    scoring = cost(reference(llama) if before == "initial" else rate, learnt, bool(before))
-    return cost(rate, seen), scoring, cost(rate, learnt, args.epochs, args.epochs)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The ledger
 
@@ -242,9 +232,11 @@ class Ledger:
     def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
         _, conversations, seen = self.played(episodes)
-        learnt = passed(self.llama.config, [[example] for example in examples])
-        scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
-        self.add(of_sft(self.args, self.llama, seen, learnt), conversations + scored, trained_tokens)
+        learnt, rate = passed(self.llama.config, [[example] for example in examples]), rates(self.llama)
+        before, n = SFT_LOSSES[self.args.sft_loss].before, self.args.epochs
+        scoring = cost(reference(self.llama) if before == "initial" else rate, learnt, bool(before))
+        spent = cost(rate, seen), scoring, cost(rate, learnt, n, n)
+        self.add(spent, conversations + examples * bool(before), trained_tokens)
 
     def played(self, episodes):
         """Return the trees and conversations of episodes, and the quantities of their rollout."""

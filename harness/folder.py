@@ -84,8 +84,8 @@ def git_commit():
     Other files say nothing of the code: the study appends its records to some that git tracks.
     """
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
-        return done.stdout.decode("utf-8", "replace").strip()
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True,
+                              encoding="utf-8", errors="replace").stdout.strip()
 
     if shutil.which("git") and (commit := git("rev-parse", "--short", "HEAD")):
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
@@ -118,8 +118,8 @@ class RunFolder:
         """Open the log; on resuming, drop what was logged after the checkpoint."""
         def begin():
             self.path.mkdir(parents=True, exist_ok=True)
-            lines = read_lines(self.log_file, LINE) if args.resume else []
-            kept = [to_json(line) + "\n" for line in lines if line["step"] <= step and step]
+            lines = read_lines(self.log_file, LINE) if step else []
+            kept = [to_json(line) + "\n" for line in lines if line["step"] <= step]
             write_atomically(self.path / "config.json", to_json(dataclasses.asdict(args), indent=2))
             write_atomically(self.log_file, "".join(kept))
 

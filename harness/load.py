@@ -42,9 +42,9 @@ def agree(processes, args, typed=frozenset(), newest=None):
 
 def config_of(args, processes, newest=None):
     """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
-    if args.model == "tiny" and not newest:
-        return Config.from_dict(tiny.CONFIG)
     if not newest:                             # `RunFolder.resume` has looked at the other
+        if args.model == "tiny":
+            return Config.from_dict(tiny.CONFIG)
         verify(args.model, processes)
     expected = "tiny, a checkpoint or a folder with a config.json"
     return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)

@@ -12,9 +12,9 @@ it would without.
 """
 
 import dataclasses
-import functools
 import math
 from collections import defaultdict
+from functools import partial
 from itertools import product
 
 import torch
@@ -44,7 +44,7 @@ def started(args, model):
     probe, or None: contexts in which the model is the one that the run began with."""
     if not (compares_with_start(args) or args.probe_hands):
         return None, None
-    start = functools.partial(lora.disabled, model) if args.lora_rank else initial(model)
+    start = partial(lora.disabled, model) if args.lora_rank else initial(model)
     return start if compares_with_start(args) else None, start
 
 
@@ -54,7 +54,7 @@ class Probe:
 
     def __init__(self, args, model, processor, processes, start):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
-        self.start = start
+        self.start, self.player = start, partial(play, model, processor, args, processes)
         self.sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
         self.ks = [k for k in (1, 2, 4, 8) if k <= args.probe_samples]
         self.begun = None      # episodes of "id" that the initial policy played, and how it scored them
@@ -84,9 +84,8 @@ class Probe:
 
     def play(self, name):
         """Play this rank's hands of a set, --probe-samples episodes of each, by the model as it is now."""
-        args, factory = self.args, self.sets[name]
-        hands = fixed_hands(args.probe_hands, factory, self.processes)
-        return play(self.model, self.processor, args, self.processes, factory, hands, 1.0, args.probe_samples)
+        hands = fixed_hands(self.args.probe_hands, self.sets[name], self.processes)
+        return self.player(self.sets[name], hands, 1.0, self.args.probe_samples)
 
     def score(self, episodes):
         """Return each episode's `scores` (variants/reference.py), a list of (2, tokens) in float64."""

@@ -87,7 +87,7 @@ def flag(default, help, needs=""):
 def met(args, clause):
     """Return whether settings are as one clause of `needs` says: "--kl-coef above 0", "--resume", or that one
     of several has one of the values named, "--algo ppo or --sft-loss psft or iw-sft"."""
-    for word in clause.replace(" or ", ", ").split(", "):
+    for word in re.split(", | or ", clause):
         if word.startswith("--"):
             flag, _, word = word.partition(" ")
             found = getattr(args, flag[2:].replace("-", "_"))

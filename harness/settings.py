@@ -33,8 +33,8 @@ EVAL_TEMPERATURE = real("0 (greedy) or a number from 0.01 to 100", lambda x: x =
 LEARNING, SFT, PPO = "--algo sft, ppo or pretrain", "--algo sft or pretrain", "--algo ppo"
 POST_TRAINING = "--algo sft or ppo"
 CARDS, ROUTES = "--task gp-l or gp-vl", "--task virl-l or virl-vl"
-EXPERT = SFT + "; --sft-data expert"
-CRITIC = PPO + "; --advantage gae, gae-loo, gae-token or gae-two-level"
+EXPERT = f"{SFT}; --sft-data expert"
+CRITIC = f"{PPO}; --advantage gae, gae-loo, gae-token or gae-two-level"
 CLIPS = "--loss ppo, grpo, gspo, clip-higher, dapo or dual-clip"
 
 
@@ -82,23 +82,23 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                         "an expert's dialogues, or the model's own right answers (rejection sampling)",
                         "--algo sft")
     mistakes: float = optional(between(0, 1), "share of dialogues with wrong answers before the right one",
-                               EXPERT + "; --attempts above 1")
+                               f"{EXPERT}; --attempts above 1")
 
     hands: int = optional(integer(1, 10**6), "hands (or routes) per update, over all ranks", PPO)
     samples: int = optional(integer(1, 10**6), "episodes played of each", PPO)
-    temperature: float = optional(TEMPERATURE, "of the rollout", PPO + " or --sft-data own")
+    temperature: float = optional(TEMPERATURE, "of the rollout", f"{PPO} or --sft-data own")
     max_new_tokens: int = optional(integer(1, 131072), "longest answer, in tokens")
     advantage: str = optional(one_of(ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
     loss: str = arg("ppo", one_of(LOSSES), "see ppo.py and variants/losses.py", PPO)
     unit: str = optional(one_of(("turn", "token")), "unit of a ratio, where --loss leaves it open",
-                         PPO + "; --loss ppo, clip-higher, dual-clip or reinforce")
+                         f"{PPO}; --loss ppo, clip-higher, dual-clip or reinforce")
     clip: float = optional(inside(0, 1), "clip range of the ratio",
                            f"{PPO} or --sft-loss psft or iw-sft; {CLIPS}")
     gamma: float = arg(0.9, between(0, 1), "discount from turn to turn",
                        f"{PPO}; --advantage gae, gae-loo, gae-two-level, monte-carlo, rloo, grpo or "
                        "grpo-no-std")
     lam: float = arg(0.95, between(0, 1), "lambda of GAE, from turn to turn",
-                     PPO + "; --advantage gae, gae-loo or gae-two-level")
+                     f"{PPO}; --advantage gae, gae-loo or gae-two-level")
     value_coef: float = optional(at_least(0), "weight of the value loss", CRITIC)
     entropy_coef: float = optional(at_least(0), "weight of an entropy bonus", PPO)
     critic: str = optional(one_of(("shared", "detached", "separate")),
@@ -117,7 +117,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                           "about", POST_TRAINING)
     ood_routes: str = optional(text("a folder of routes"),
                                "virl: routes of the visual-ood set, instead of the nine built-in cities",
-                               ROUTES + "; --eval-sets visual-ood")
+                               f"{ROUTES}; --eval-sets visual-ood")
     skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many", ROUTES)
     hide_landmarks: bool = flag(None,
                                 "virl: leave the landmarks' names out of the instructions, so that only what "
@@ -165,7 +165,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     transcript_every: int = arg(10, integer(1), "steps between sample transcripts", PPO)
 
     describe: bool = flag(None, "virl-vl: learn to tell what is in the pictures rather than the way",
-                          EXPERT + "; --task virl-vl")
+                          f"{EXPERT}; --task virl-vl")
     learn_prompts: bool = flag(None, "also learn to predict the prompts", EXPERT)
 
     @property

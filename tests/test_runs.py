@@ -121,16 +121,13 @@ def test_a_worker_that_is_started_again_waits_for_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
     files.lock(tmp_path / "run").close()
-    with files.aside(tmp_path / "made") as private:
-        (private / "a").touch()
-    files.append_line(tmp_path / "lines", {})
-    assert capsys.readouterr().err.count("no lock") == 1 and (tmp_path / "made/a").exists()
+    assert "no lock" in capsys.readouterr().err
 
 
 def starts_at_once(args, n):
@@ -471,11 +468,10 @@ def test_another_algorithm_cannot_go_on(sft):
     assert "--algo ppo cannot go on" in refused(f"resume --algo ppo --override --out {sft}")
 
 
-@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo --steps 1"), ("ppo", "sft --steps 1"),
-                                            ("ppo", "eval")])
+@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo"), ("ppo", "sft")])
 def test_weights_of_any_algorithm_begin_another(runs, tmp_path, begun, goes_on):
-    run(f"{goes_on} --model {runs / begun / LAST} --out {tmp_path / 'run'}")
-    assert (tmp_path / "run" / ("eval.json" if goes_on == "eval" else "final")).exists()
+    run(f"{goes_on} --steps 1 --model {runs / begun / LAST} --out {tmp_path / 'run'}")
+    assert (tmp_path / "run/final").exists()
 
 
 class Payload:
@@ -689,14 +685,15 @@ def test_a_commit_is_marked_where_its_python_differs(tmp_path, monkeypatch):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
 
     monkeypatch.setattr(folder, "__file__", str(tmp_path / "harness/folder.py"))
-    for name in ("code.py", "records.jsonl"):
-        (tmp_path / name).write_text("1\n", encoding="utf-8")
+    code, table = tmp_path / "code.py", tmp_path / "records.jsonl"
+    for file in (code, table):
+        file.write_text("1\n", encoding="utf-8")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "Begin")
-    commit = folder.git_commit()
-    assert commit and "+" not in commit
-    (tmp_path / "records.jsonl").write_text("2\n", encoding="utf-8")
-    assert folder.git_commit() == commit
-    (tmp_path / "code.py").write_text("2\n", encoding="utf-8")
-    assert folder.git_commit() == commit + "+"
+    found = [folder.git_commit()]
+    for file in (table, code):
+        file.write_text("2\n", encoding="utf-8")
+        found.append(folder.git_commit())
+    commit = found[0]
+    assert commit and "+" not in commit and found == [commit, commit, commit + "+"]
