@@ -42,7 +42,8 @@ def episode(hand, answers, success, stop):
     for tokens, right, ended in answers:
         start = len(conversation.ids)
         conversation.append([9] * (tokens - 1) + [stop if ended else 9], sampled=True)
-        conversation.turns.append(Turn(start, start + tokens, 0.0, {"correct": right, "verdict": "judged"}))
+        info = {"correct": right, "recognized": right, "verdict": "judged"}
+        conversation.turns.append(Turn(start, start + tokens, 0.0, info))
     return Episode(hand, [conversation], success)
 
 
