@@ -25,7 +25,7 @@ from distributed.processes import interruptible
 from games.seeds import TRAINING, derive
 from harness import terminal, tiny
 from harness.environments import training_env, training_mixture
-from harness.evaluation import evaluate, evaluate_alone, summarize
+from harness.evaluation import evaluate, evaluate_alone, play, summarize
 from harness.flops import Ledger
 from harness.folder import RunFolder
 from harness.launch import launch
@@ -34,7 +34,6 @@ from harness.probe import Probe, started
 from harness.progress import describe
 from harness.ranges import UserError
 from llama.frozen import remember
-from rollout import rollout
 from variants import SFT_LOSSES, algorithm
 from variants.own_answers import own_answers
 from variants.reference import rescore, score, score_reference
@@ -175,14 +174,10 @@ class Trainer:
         return metrics
 
     def play(self, seeds, samples=1, features=None):
-        """Return a rollout of the training game. features: collects what a frozen encoder
-        makes, see llama/frozen.py."""
-        args, self.batch = self.args, None                     # two would be much memory
-        with (autocast(args, self.processes.device), shard.for_rollout(self.model) as player,
-              remember(player, features)):
-            return rollout(player, self.processor, self.env, seeds, samples=samples,
-                           temperature=args.temperature, batch=args.rollout_batch,
-                           max_new_tokens=args.max_new_tokens)
+        """Return a rollout of the training game. features: see harness/evaluation.py."""
+        self.batch = None                      # of the step before: two would be much memory
+        return play(self.model, self.processor, self.args, self.processes, self.env, seeds,
+                    self.args.temperature, samples, features)
 
     def ppo_update(self, i):
         """Play, and learn from what was played."""
@@ -205,7 +200,7 @@ class Trainer:
         revised = [episode for episode in episodes if len(episode.turns) > 1]
         self.sample = (revised or episodes)[0]
         self.ledger.add_ppo(self.estimator, episodes, train_policy, metrics["trained_tokens"])
-        summary = summarize(episodes, processes)
+        summary = summarize(episodes)
         told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
         return metrics | {name: summary[name] for name in told if name in summary} | {
             "rollout_seconds": rolled - start, "update_seconds": time.time() - rolled,
@@ -217,8 +212,9 @@ class Trainer:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
             with autocast(self.args, self.processes.device):
                 probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
-            folder.log(event="eval", step=i, tflops=self.ledger.formula / 1e12,
-                       counted_tflops=self.ledger.tflops, eval=results, **probe)
+            taken = self.ledger.summary()
+            del taken["flops"]                 # those of the step before it tell the same
+            folder.log(event="eval", step=i, **taken, eval=results, **probe)
 
     def step(self, loss):
         """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's

@@ -6,8 +6,8 @@
 out of its range (declared in settings.py), has no effect, or is at odds with the rest.
 """
 
-import dataclasses
-import re
+import math
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch
 import envs
 from games import rails
 from games.prompts import load_prompts
+from games.seeds import derive
 from harness.environments import make_env
 from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
 from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
@@ -34,8 +35,8 @@ def settle(args, config, typed=frozenset(), world=1):
         load_custom(args.custom)
     check_ranges(args)
     apply_preset(args, config.hidden_size)
-    check_words(args)
     check_needs(args, typed)
+    check_words(args)
     for name, expected in conflicts(args, config, world):
         raise SettingError(f"{spelled(args, name)}: expected {expected}")
     check_files(args)
@@ -46,22 +47,20 @@ def settle(args, config, typed=frozenset(), world=1):
 
 def check_ranges(args, kinds=None):
     """Refuse a setting that is neither the default nor of its kind. kinds: in place of the declared ones."""
-    declared = {f.name: f.metadata["kind"] for f in dataclasses.fields(Args)}
-    for name, kind in (kinds or declared).items():
-        value, default = getattr(args, name), Args.__dataclass_fields__[name].default
-        if value is None or (value == default and type(value) is type(default)):
-            continue
-        if kind.fit(value) is None:
-            raise SettingError(f"{flag_of(name)} {kind.refusal(value)}")
-        setattr(args, name, kind.fit(value))
+    fields = Args.__dataclass_fields__
+    for name, kind in (kinds or {name: field.metadata["kind"] for name, field in fields.items()}).items():
+        value = getattr(args, name)
+        if repr(value) != repr(fields[name].default):          # True is no 1 here
+            if kind.fit(value) is None:
+                raise SettingError(f"{flag_of(name)} {kind.refusal(value)}")
+            setattr(args, name, kind.fit(value))
 
 
 def check_words(args):
     """Do the same for settings of which the game or the disk says what they may be."""
     game = envs.GAMES[args.game]
     rule = game.kinds["rule"]
-    look = ROUTES if args.routes else game.kinds["look"]       # `apply_preset` has left them the same
-    check_ranges(args, {"out": FOLDER, "routes": ROUTES, "ood_routes": ROUTES, "look": look,
+    check_ranges(args, {"out": FOLDER, "routes": ROUTES, "ood_routes": ROUTES, "look": game.kinds["look"],
                         "rule": rule, "rules": several(rule)})
     sets = game.shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
@@ -78,11 +77,10 @@ def check_needs(args, typed):
 
     With --custom nobody knows what one's own estimators and losses read.
     """
-    for field in dataclasses.fields(Args):
-        for clause in filter(None, field.metadata["needs"].split("; ")):
-            own = args.custom and re.search("--(loss|advantage|sft-loss) ", clause)
-            if field.name in typed and not own and not met(args, clause):
-                raise SettingError(f"{spelled(args, field.name)}: expected with {clause}")
+    for name in () if args.custom else sorted(typed):
+        for clause in filter(None, Args.__dataclass_fields__[name].metadata["needs"].split("; ")):
+            if not met(args, clause):
+                raise SettingError(f"{spelled(args, name)}: expected with {clause}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,44 +88,37 @@ def check_needs(args, typed):
 
 def conflicts(args, config, world):
     """Yield (a setting, what is expected of it) wherever two contradict each other."""
+    ppo = args.algo == "ppo"
     if args.image and config.vision is None:
         yield "task", f"{args.game}-l, as {shown(args.model)} is a text-only model"
-    useful = [*official.OF_GAME.get(args.game, []), *(official.PPO if args.algo == "ppo" else [])]
+    useful = [*official.OF_GAME.get(args.game, []), *(official.PPO if ppo else [])]
     if args.compat not in ("", "official") and set(args.compat.split(",")) - set(useful):
         own = f"what --task {args.task} --algo {args.algo} has: {', '.join(useful)}"
         yield "compat", f"official alone, or {own}"
-    if args.algo == "eval" and args.eval_hands == 0:
-        yield "eval_hands", "at least 1 with --algo eval"
-    if args.shard == "on" and (world == 1 or args.algo == "pretrain"):     # Muon steps in whole matrices
-        yield "shard", "several ranks (torchrun --nproc-per-node 2) and another --algo than pretrain"
-    if args.shard == "on" and args.lora_rank:
-        yield "shard", "off with --lora-rank, which keeps whole copies of weights that do not change"
+    if args.shard == "on" and (world == 1 or args.algo == "pretrain" or args.lora_rank):
+        # Muon steps in whole matrices; beside adapters there are whole copies of weights that do not change
+        yield "shard", (
+            "several ranks (torchrun --nproc-per-node 2), another --algo than pretrain and no --lora-rank")
     if args.tune == "vision" and (not args.image or args.algo == "pretrain"):
         yield "tune", "with pictures to learn from: --task gp-vl or virl-vl, --algo sft or ppo"
-    if args.algo != "eval":
-        yield from conflicts_in_learning(args, world)
-    if args.algo == "ppo":
-        yield from conflicts_in_ppo(args)
-
-
-def conflicts_in_learning(args, world):
-    shared, batch, what = "batch_size", args.batch_size, "--batch-size"
-    if args.algo == "ppo":
-        shared, batch, what = "hands", args.hands * args.samples, "--hands times --samples"
+    if args.algo == "eval":
+        if args.eval_hands == 0:
+            yield "eval_hands", "at least 1 with --algo eval"
+        return
+    shared, batch, what = (("hands", args.hands * args.samples, "--hands times --samples") if ppo
+                           else ("batch_size", args.batch_size, "--batch-size"))
     if getattr(args, shared) < world:
         yield shared, f"at least {world}, one for each rank"
     if args.minibatches > batch:
         yield "minibatches", f"at most {batch}, which is {what}"
-
-
-def conflicts_in_ppo(args):
-    estimator, unit = ESTIMATORS[args.advantage], LOSSES[args.loss].unit or args.unit
-    if estimator.groups and args.samples < 2:
-        yield "advantage", "--samples of at least 2: it compares the episodes of a hand"
-    if estimator.per == "token" and unit == "turn":
-        yield "advantage", "--unit token, or a --loss over tokens or sequences: each token has its own"
-    if args.critic_warmup >= args.steps:
-        yield "critic_warmup", f"less than --steps {args.steps}, or the policy never learns"
+    if ppo:
+        estimator, unit = ESTIMATORS[args.advantage], LOSSES[args.loss].unit or args.unit
+        if estimator.groups and args.samples < 2:
+            yield "advantage", "--samples of at least 2: it compares the episodes of a hand"
+        if estimator.per == "token" and unit == "turn":
+            yield "advantage", "--unit token, or a --loss over tokens or sequences: each token has its own"
+        if args.critic_warmup >= args.steps:
+            yield "critic_warmup", f"less than --steps {args.steps}, or the policy never learns"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,24 +129,28 @@ def check_files(args):
     if args.prompts:
         attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
     size = envs.GAMES[args.game].sizes[args.preset]
-    for name in ("routes", "ood_routes", "look"):
+    for name, held_out in product(("routes", "ood_routes", "look"), (False, True)):
         folder = getattr(args, name)
         if args.game == "virl" and folder and folder not in rails.LOOKS:
-            for held_out in (False, True):
-                attempt(args, name, ROUTES.expected, rails.known_routes, folder, held_out, args.image, size,
-                        bool(args.skip_bad_routes))
+            attempt(args, name, ROUTES.expected, rails.known_routes, folder, held_out, args.image, size,
+                    bool(args.skip_bad_routes))
 
 
 def check_parts(args, config):
     """Refuse --tune and --lora-modules that leave nothing to learn in the model, made without its weights."""
-    if args.algo == "eval" or args.tune == "all" and not args.lora_rank:
-        return
-    with torch.device("meta"):
-        model = Llama(config)
-    attempt(args, "tune", "weights that this model has", tune.freeze, model, args.tune)
+    if args.algo != "eval" and (args.lora_rank or args.tune != "all"):
+        with torch.device("meta"):
+            model = Llama(config)
+        name, of = ("lora_modules", "layers") if args.lora_rank else ("tune", "weights")
+        attempt(args, name, f"{of} that --tune leaves to learn", choose_what_learns, model, args)
+
+
+def choose_what_learns(model, args):
+    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
+    afterwards."""
+    tune.freeze(model, args.tune)
     if args.lora_rank:
-        attempt(args, "lora_modules", "layers that --tune leaves to learn", lora.adapt, model,
-                args.lora_modules, args.lora_rank, args.lora_alpha)
+        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
 
 
 def attempt(args, name, expected, function, *arguments):
@@ -176,19 +171,17 @@ def check_deals(args):
     sets = {f"training by rule {rule}": {"rule": rule} for rule in (args.rules or args.rule).split(",")}
     sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
     for name, changes in sets.items():
-        if not dealt_often(make_env(args, **changes | NO_PICTURE)()):
+        env = make_env(args, **changes | NO_PICTURE)()
+        if sum(draws(env, seed) for seed in range(8)) > 8 * RARE:
             culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
             raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can "
                                f"be solved; there are fewer of {name}")
 
 
-def dealt_often(env, hands=8):
-    """Return whether one of RARE hands, drawn for a few seeds, can be solved."""
-    drawn = 0
-    for seed in range(hands):
-        try:
-            env.reset(seed)
-        except RuntimeError:
-            return False
-        drawn += env.drawn
-    return drawn <= RARE * hands
+def draws(env, seed):
+    """Return how many hands `reset` draws for one that can be solved; inf if it gives up."""
+    try:
+        env.reset(seed)
+        return env.drawn
+    except RuntimeError:
+        return math.inf

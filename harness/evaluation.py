@@ -16,23 +16,18 @@ from harness.environments import evaluation_sets
 from harness.files import to_json, write_atomically
 from harness.folder import git_commit
 from harness.load import autocast, load
+from llama.frozen import remember
 from llama.metrics import error_of_mean, ratio_of_sums
 from rollout import rollout
 
 
 def evaluate(model, processor, args, processes, progress=""):
-    """Play every evaluation set and print its rates -> {set: what `summarize` says, and per hand, in lists,
-    solved (0 or 1), right and answers (how many)}."""
+    """Play every evaluation set and print its rates -> {set: what `summarize` says}."""
     results = {}
     for name, factory in evaluation_sets(args).items():
-        # no route is walked twice
-        seeds = processes.share(range(min(args.eval_hands, factory().distinct)))
-        with autocast(args, processes.device), shard.for_rollout(model) as player:
-            episodes = rollout(player, processor, factory, seeds, temperature=args.eval_temperature,
-                               batch=args.rollout_batch, max_new_tokens=args.max_new_tokens)
-        r = summarize(episodes, processes)
-        hands = sorted(gather([(e.seed, int(e.success), *right_answers(e)) for e in episodes]))
-        results[name] = r | dict(zip(("solved", "right", "answers"), list(zip(*hands))[1:]))
+        hands = fixed_hands(args.eval_hands, factory, processes)
+        r = results[name] = summarize(
+            play(model, processor, args, processes, factory, hands, args.eval_temperature))
         rates = "   ".join(
             f"{what} {100 * r[key]:5.1f} ± {100 * r[key + '_se']:.1f} %"
             for what, key in (("success", "success"), ("first try", "first"), ("per step", "per_step")))
@@ -40,7 +35,6 @@ def evaluate(model, processor, args, processes, progress=""):
         processes.print(
             f"{progress}  {name:<10}  {rates}   {GAMES[args.game].recognition} "
             f"{100 * r['recognized']:5.1f} %{landmarks}   reward {r['reward']:+6.2f}   N {r['n']}")
-        del episodes                           # with their pictures, before the next set is played
     return results
 
 
@@ -57,18 +51,39 @@ def evaluate_alone(args, processes, folder):
         write_atomically(Path(args.out) / "eval.json", to_json(record, indent=2))
 
 
-def judged(episode):
-    """Return its turns but for those that --compat leaves without a verdict."""
-    return [turn for turn in episode.turns if turn.info["verdict"] != "unjudged"]
+def fixed_hands(n, factory, processes):
+    """Return this rank's share of n seeds, or of as many as the game has: no route is walked twice."""
+    return processes.share(range(min(n, factory().distinct)))
 
 
-def right_answers(episode):
-    """Return (right answers, all answers) of an episode."""
-    return sum(turn.info["correct"] for turn in judged(episode)), len(judged(episode))
+def play(model, processor, args, processes, factory, seeds, temperature, samples=1, features=None):
+    """Return a rollout by a model, whole or sharded. features: collects what a frozen encoder makes of
+    pictures, see llama/frozen.py."""
+    with (autocast(args, processes.device), shard.for_rollout(model) as player, remember(player, features)):
+        return rollout(player, processor, factory, seeds, samples=samples, temperature=temperature,
+                       batch=args.rollout_batch, max_new_tokens=args.max_new_tokens)
 
 
-def summarize(episodes, processes):
-    """Return rates over all episodes of all ranks.
+def outcome(episode):
+    """Return the numbers of an episode that `summarize` adds up, of all turns but those that --compat leaves
+    without a verdict."""
+    turns = [turn for turn in episode.turns if turn.info["verdict"] != "unjudged"]
+    right, seen = (sum(turn.info[what] for turn in turns) for what in ("correct", "recognized"))
+    at_landmarks = [turn.info["recognized"] for turn in turns if turn.info.get("landmark")]
+    at_once = episode.success and right == len(turns)
+    return (episode.seed, int(episode.success), int(at_once), right, len(turns), seen,
+            sum(turn.reward for turn in turns), sum(at_landmarks), len(at_landmarks))
+
+
+def rate(name, above, below):
+    """Return the ratio of two sums over hands as NAME, and its standard error as NAME_se."""
+    p, scores = ratio_of_sums(above, below)
+    return {name: p.item(), f"{name}_se": float(error_of_mean(scores))}
+
+
+def summarize(episodes):
+    """Return rates over all episodes of all ranks and, hand by hand, solved (0 or 1), right and answers (how
+    many).
 
     success: solved, a route with every point right, within the attempts; first: without one wrong answer;
     both with the binomial standard error sqrt(P(1-P)/N). per_step: share of all answers that are right; its
@@ -76,19 +91,14 @@ def summarize(episodes, processes):
     observation are right (landmarks: of those given at a landmark). reward: mean over episodes of the sum of
     rewards.
     """
-    turns = [turn for episode in episodes for turn in judged(episode)]
-    right = [right_answers(episode) for episode in episodes]
-    p, scores = ratio_of_sums(*torch.tensor(gather(right), dtype=torch.float64).T)
-
-    def sums(width, rows):
-        return [sum(column) for column in zip([0.0] * width, *rows)]       # a rank may have no episode
-
-    counts = sums(3, [(1, e.success, e.success and k == m) for e, (k, m) in zip(episodes, right)])
-    counts += sums(3, [(1, turn.info["recognized"], turn.reward) for turn in turns])
-    counts += sums(2, [(1, turn.info["recognized"]) for turn in turns if turn.info.get("landmark")])
-    n, success, first, n_turns, recognized, reward, landmarks, read = processes.total(counts)
-    rates = {"per_step": p.item(), "per_step_se": float(error_of_mean(scores)),
-             "recognized": recognized / n_turns, "reward": reward / n, "turns": n_turns / n, "n": int(n)}
-    for name, share in (("success", success / n), ("first", first / n)):
+    _, solved, at_once, right, answers, seen, rewards, seen_at_landmarks, landmarks = zip(
+        *sorted(gather(list(map(outcome, episodes)))))
+    n, turns = len(solved), sum(answers)
+    rates = {"recognized": sum(seen) / turns, "reward": sum(rewards) / n, "turns": turns / n, "n": n}
+    rates |= rate("per_step", *torch.tensor([right, answers], dtype=torch.float64))
+    for name, hits in (("success", solved), ("first", at_once)):
+        share = sum(hits) / n
         rates |= {name: share, f"{name}_se": math.sqrt(share * (1 - share) / n)}
-    return rates | ({"landmarks": read / landmarks} if landmarks else {})
+    if any(landmarks):
+        rates["landmarks"] = sum(seen_at_landmarks) / sum(landmarks)
+    return rates | {"solved": solved, "right": right, "answers": answers}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from harness.ranges import SettingError
 
-LOCK = ".lock"      # inside the folder that it is for
-GRACE = 5.0         # seconds in which a private name may not have its lock yet
+LOCK = ".lock"          # inside the folder that it is for
+DAY = 24 * 3600         # seconds after which whoever made a private file or folder must be dead
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -27,68 +27,54 @@ class Held(SettingError):
     """Another process works in the folder."""
 
 
-class Lock:
-    """A folder that one process works in, until `release` or its death: the kernel forgets its locks then.
+def lock(folder, flag="--out", launch=None, patience=120):
+    """Return an open file: until it is closed, or this process dies, no other can lock the folder.
 
     Another holder is waited for if it began with the same `launch`, because it is about to end: torchrun may
     start a worker again before the one that failed is gone, and NFS takes 90 s to forget a host that died.
-    Held names any other. flag: what the user gave.
+    Held names any other. flag: what the user gave. The file itself stays: it is the kernel that knows who
+    holds it, and a lock on a file that is removed keeps nobody out.
     """
+    path, until = Path(folder) / LOCK, time.monotonic() + patience
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8",
+                    opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644))
+    except OSError as error:
+        raise SettingError(
+            f"{folder}: cannot write there ({error.strerror}); choose another {flag}") from None
+    while not take(file):
+        holder, its_launch = holder_of(folder)
+        if not launch or its_launch != launch or time.monotonic() > until:
+            raise Held(
+                f"{folder}: in use by {holder}; wait until it has ended, stop it, or choose another {flag}")
+        time.sleep(0.2)
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"process {os.getpid()} on {socket.gethostname()}, since {since}; {launch}", end="", file=file,
+          flush=True)
+    return file
 
-    def __init__(self, folder, flag="--out", launch=None, patience=120):
-        self.folder, self.flag, self.handle = Path(folder), flag, None
-        self.made, until = not self.folder.exists(), time.monotonic() + patience
-        while not self.take():
-            holder, its_launch = self.holder()
-            if not launch or its_launch != launch or time.monotonic() > until:
-                raise Held(f"{folder}: in use by {holder}; wait until it has ended, stop it, or choose "
-                           f"another {flag}")
-            time.sleep(0.2)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        told = f"process {os.getpid()} on {socket.gethostname()}, since {since}; {launch}"
-        with suppress(OSError):                                # a full disk; the lock holds all the same
-            os.ftruncate(self.handle, 0)
-            os.pwrite(self.handle, told.encode(), 0)
 
-    def take(self):
-        """Try once. Where a file system has no locks, say so and go on without."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise SettingError(f"{self.folder}: cannot write there ({error.strerror}); choose another "
-                               f"{self.flag}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return False
-        except OSError as error:
-            print(f"{self.folder}: no lock, which this file system does not know ({error.strerror}); "
-                  "see to it that no second process works there", file=sys.stderr)
-        self.handle = handle
-        with suppress(OSError):                                # its last holder may just have removed it
-            if os.path.samestat(os.fstat(handle), os.stat(self.folder / LOCK)):
-                return True
-        os.close(handle)
-        return self.take()
+def take(file):
+    """Try to lock an open file. Where a file system has no locks, say so and go on without."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"{file.name}: no lock, which this file system does not know ({error.strerror}); "
+              "see to it that no second process works there", file=sys.stderr)
+    return True
 
-    def holder(self):
-        """Return what the holder wrote of itself, and its launch, where that can be read."""
-        with suppress(OSError, ValueError):
-            told = (self.folder / LOCK).read_text(encoding="utf-8")
-            if found := re.fullmatch(r"(process \d+ on \S+, since [-:\d ]+); ([!-~]*)", told):
-                return found.groups()
-        return "another process", None
 
-    def release(self):
-        """Let the folder go, and remove it if it was made for this and nothing came into it."""
-        with suppress(OSError):
-            (self.folder / LOCK).unlink()
-        os.close(self.handle)
-        if self.made:
-            with suppress(OSError):
-                self.folder.rmdir()
+def holder_of(folder):
+    """Return what the last holder of a folder wrote of itself, and its launch, as far as they can be read."""
+    with suppress(OSError, ValueError):
+        told = (Path(folder) / LOCK).read_text(encoding="utf-8")
+        if found := re.fullmatch(r"(process \d+ on \S+, since [-:\d ]+); ([!-~]*)", told):
+            return found.groups()
+    return "another process", None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -97,45 +83,30 @@ class Lock:
 @contextmanager
 def aside(final, last=""):
     """Make a folder under a private name, which is renamed to `final` at the end. Where another process was
-    first, its folder stays and this one goes; so does what a crash left behind. A `final` without the file
-    `last` is a crash's, too."""
+    first, its folder stays and this one goes. A `final` without the file `last` was left by a crash, and
+    makes room."""
     final.parent.mkdir(parents=True, exist_ok=True)
     if not (final / last).exists():
         shutil.rmtree(final, ignore_errors=True)
     sweep(final.parent, f".{final.name}-*")
-    private = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    private.chmod(0o755)                                       # mkdtemp's are for the owner only
-    handle = os.open(private, os.O_RDONLY)
-    try:
-        hold(handle)
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent,
+                                     ignore_cleanup_errors=True) as name:
+        private = Path(name)
+        private.chmod(0o755)                                   # a temporary one is for its owner only
         yield private
         try:
             private.rename(final)
         except OSError:
             if not (final / last).exists():
                 raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-        os.close(handle)
-
-
-def hold(file):
-    """Wait until no other process holds an open file or folder, where the file system has locks."""
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def sweep(folder, pattern):
-    """Remove files and folders under private names that nobody holds: those of the dead."""
+    """Remove files and folders under private names that a crash left behind a day ago, or earlier."""
     for left in folder.glob(pattern):
         with suppress(OSError):
-            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(handle).st_mtime > GRACE:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            finally:
-                os.close(handle)
+            if time.time() - left.lstat().st_mtime > DAY:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def replace(path, write):
@@ -145,7 +116,6 @@ def replace(path, write):
     handle, private = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            hold(handle)                                       # see `sweep`
             write(file)
         os.chmod(private, 0o644)                               # mkstemp's are for the owner only
         os.replace(private, path)
@@ -195,12 +165,6 @@ def parse(line, needs):
 
 def append_line(file, record):
     """Add a line, under the lock of the file's folder. What a crash left of a last one goes."""
-    line = to_json(record, separators=(",", ":")).encode() + b"\n"
-    with open(file, "a+b") as out:
-        out.seek(0)
-        *lines, last = out.read().split(b"\n")
-        if last and parse(last, {}) is None:
-            out.truncate(out.tell() - len(last))
-        elif last:
-            line = b"\n" + line
-        out.write(line)
+    records = read_lines(file, {}) if file.exists() else []
+    lines = [to_json(each, separators=(",", ":")) + "\n" for each in [*records, record]]
+    write_atomically(file, "".join(lines))

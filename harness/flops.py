@@ -12,8 +12,8 @@ for its products. So here a forward pass is
                                                         patches, targets, ...
 
 `quantities` takes the numbers from the conversations, after a step is done; `rates` takes the FLOPs of one of
-each from the weights of the model; `of_ppo` and `of_sft` say how many passes over them each network makes. A
-multiply-add is 2 FLOPs. Norms, RoPE, softmax and the optimizer are left out (they are no products of
+each from the weights of the model; `of_ppo` and `Ledger.add_sft` say how many passes over them each network
+makes. A multiply-add is 2 FLOPs. Norms, RoPE, softmax and the optimizer are left out (they are no products of
 matrices). What is counted is what the maths asks for:
 
 - Padding and hidden keys cost nothing, although CPUs compute them. (The tower's padding does cost: real
@@ -47,11 +47,9 @@ from rollout import trees_of_hands
 from variants import SFT_LOSSES, lora
 
 PHASES = "rollout", "scoring", "update"
-PART = {"tokens": "text", "pairs": "text",             # of the text with itself
-        "patches": "vision", "vision tokens": "vision", "vision pairs": "vision", "features": "vision",
-        "image keys": "cross_attention", "looks": "cross_attention", "glances": "cross_attention",
-        "targets": "head", "values": "critic"}
-PARTS = tuple(dict.fromkeys(PART.values()))
+PARTS = {"text": "tokens, pairs", "vision": "patches, vision tokens, vision pairs, features",
+         "cross_attention": "image keys, looks, glances", "head": "targets", "critic": "values"}
+PART = {name: part for part, names in PARTS.items() for name in names.split(", ")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,12 +121,11 @@ def block(layer, token, key, pair, width, flows, seen=None):
     width: channels of all heads; flows, seen: have its tokens, and the image that they look at, a gradient to
     hand on? Return whether its output has.
     """
-    attn = layer.cross_attn if isinstance(layer, CrossLayer) else layer.self_attn
+    attn = layer.self_attn if seen is None else layer.cross_attn
     x = flows or learns(layer.input_layernorm)
     source = x if seen is None else seen
-    q = linear(token, attn.q_proj, x) or seen is not None and learns(attn.q_norm)
-    k = linear(key, attn.k_proj, source) or seen is not None and learns(attn.k_norm)
-    v = linear(key, attn.v_proj, source)
+    q = linear(token, attn.q_proj, x)
+    k, v = linear(key, attn.k_proj, source), linear(key, attn.v_proj, source)
     pair[0] += 2 * 2 * width                                   # scores, values
     pair[1] += 2 * width * (v + (q or k) + q + k)              # of values, probabilities, queries and keys
     flows = linear(token, attn.o_proj, q or k or v) or flows
@@ -167,11 +164,11 @@ def rates(llama, value_head=(), detached=False):
     return rate
 
 
-def cost(rate, done, backward=False):
-    """Return {part: FLOPs} of a forward, or a backward, pass over what is `done`."""
+def cost(rate, done, forward=1, backward=0):
+    """Return {part: FLOPs} of so many forward and backward passes over what is `done`."""
     sums = Counter()
     for name, number in done.items():
-        sums[PART[name]] += number * rate[name][backward]
+        sums[PART[name]] += number * (forward * rate[name][0] + backward * rate[name][1])
     return sums
 
 
@@ -190,32 +187,20 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
     seen: quantities of all conversations in the rollout; known: in later passes, where the features of a
     frozen encoder are known; values: how many are read, of turns or of tokens.
     """
-    trunk = module.trunk
+    trunk, n = module.trunk, args.epochs
     policy = rates(module.policy, () if trunk else module.value_head, module.critic == "detached")
     critic = rates(trunk, module.value_head) if trunk else policy
     states = {name: number for name, number in known.items() if name != "targets"}
     read = {"values": values} | (states if trunk else {})
-    scoring = cost(reference(module.policy), known) if args.kl_coef else Counter()
-    if args.rescore == "on":
-        scoring += cost(policy, known)
-    update = cost(policy, known)
+    update, scoring = cost(policy, known, n, n * train_policy), cost(policy, known, args.rescore == "on")
+    if args.kl_coef:
+        scoring += cost(reference(module.policy), known)
     if estimator.values:
         scoring += cost(critic, read | (states if estimator.per == "token" else {}))
-        update += cost(critic, read) + cost(critic, read, backward=True)
-    if train_policy:
-        update += cost(policy, known, backward=True)
-    elif estimator.values and module.critic == "shared":
-        update += cost(policy, states, backward=True)
-    return cost(policy, seen), scoring, sum([update] * args.epochs, Counter())
-
-
-def of_sft(args, llama, seen, learnt):
-    """Return the same of a step of SFT. seen: quantities of the conversations that it played to learn from
-    its own right answers; learnt: of its examples."""
-    before, rate = SFT_LOSSES[args.sft_loss].before, rates(llama)
-    scoring = cost(reference(llama) if before == "initial" else rate, learnt) if before else Counter()
-    update = cost(rate, learnt) + cost(rate, learnt, backward=True)
-    return cost(rate, seen), scoring, sum([update] * args.epochs, Counter())
+        update += cost(critic, read, n, n)
+        if not train_policy and module.critic == "shared":
+            update += cost(policy, states, 0, n)
+    return cost(policy, seen), scoring, update
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,11 +221,9 @@ class Ledger:
 
     def add_ppo(self, estimator, episodes, train_policy, trained_tokens):
         """Add a step that learnt from episodes."""
-        llama, conversations = self.llama, [c for e in episodes for c in e.conversations]
+        trees, conversations, seen = self.played(episodes)
+        known = passed(self.llama.config, trees, encode=not self.llama.vision_frozen)
         values = count(conversations)[estimator.per]
-        trees = sum(trees_of_hands(episodes), [])
-        seen = passed(llama.config, trees, cached=True)
-        known = passed(llama.config, trees, encode=not llama.vision_frozen)
         spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
         passes = 1 + bool(self.args.kl_coef) + (self.args.rescore == "on") + (
             estimator.per == "token" and estimator.values)
@@ -248,11 +231,17 @@ class Ledger:
 
     def add_sft(self, episodes, examples, trained_tokens):
         """Add a step that learnt from examples; episodes: that were played to find them."""
-        conversations = [c for episode in episodes for c in episode.conversations]
-        seen = passed(self.llama.config, sum(trees_of_hands(episodes), []), cached=True)
-        learnt = passed(self.llama.config, [[example] for example in examples])
-        scored = examples if SFT_LOSSES[self.args.sft_loss].before else []
-        self.add(of_sft(self.args, self.llama, seen, learnt), conversations + scored, trained_tokens)
+        _, conversations, seen = self.played(episodes)
+        learnt, rate = passed(self.llama.config, [[example] for example in examples]), rates(self.llama)
+        before, n = SFT_LOSSES[self.args.sft_loss].before, self.args.epochs
+        scoring = cost(reference(self.llama) if before == "initial" else rate, learnt, bool(before))
+        spent = cost(rate, seen), scoring, cost(rate, learnt, n, n)
+        self.add(spent, conversations + examples * bool(before), trained_tokens)
+
+    def played(self, episodes):
+        """Return the trees and conversations of episodes, and the quantities of their rollout."""
+        trees = sum(trees_of_hands(episodes), [])
+        return trees, sum(trees, []), passed(self.llama.config, trees, cached=True)
 
     def add(self, phases, scored, trained_tokens):
         """Add what all ranks spent, {part: FLOPs} per phase; to the formula 2 N per token of what this rank
@@ -263,12 +252,9 @@ class Ledger:
             self.total[phase][part] += number
         self.formula += self.size * (2 * tokens + 6 * trained_tokens)
 
-    @property
-    def tflops(self):
-        return sum(sum(parts.values()) for parts in self.total.values()) / 1e12
-
     def summary(self):
         """Return what the log says of it, in TFLOPs since the run began."""
-        return {"tflops": self.formula / 1e12, "counted_tflops": self.tflops,
-                "flops": {phase: {part: round(number / 1e12, 6) for part, number in parts.items()}
-                          for phase, parts in self.total.items()}}
+        split = {phase: {part: round(number / 1e12, 6) for part, number in parts.items()}
+                 for phase, parts in self.total.items()}
+        counted = sum(sum(parts.values()) for parts in self.total.values())
+        return {"tflops": self.formula / 1e12, "counted_tflops": counted / 1e12, "flops": split}

@@ -12,14 +12,14 @@ import json
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from distributed import checkpoint
 from distributed.processes import first
-from harness.files import Held, Lock, read_lines, replace, sweep, to_json, write_atomically
+from harness.files import Held, holder_of, lock, read_lines, replace, to_json, write_atomically
 from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible
@@ -36,52 +36,37 @@ RECORD = {"step": int, "compute": (int, float), "flops": dict, "skipped": int, "
 # ------------------------------------------------------------------------------------------------------------
 # Its choice
 
-@contextmanager
-def chosen(args, processes):
-    """Fill in --out and hold that folder: no other process may look at it or write there meanwhile.
-
-    It is runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the newest run
-    there. Workers that torchrun starts again resume the run that they began.
-    """
-    with ExitStack() as held:                  # by the first rank; the others go with it
-        args.out, args.resume = first(lambda: choose(args, processes, held))
-        yield
-
-
 def choose(args, processes, held):
-    """Return the folder, as text, and whether a run is resumed there. Its lock is released with `held`."""
+    """Return the folder of a run, as text, and whether a run is resumed there. It is locked while `held`, an
+    ExitStack, is open: no other process may look at it or write there meanwhile.
+
+    It is --out, else runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the
+    newest run there. Workers that torchrun starts again resume the run that they began.
+    """
     base = Path(f"runs/{args.task}-{args.algo}")
     names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
     taken = [name for name in names if (name / LOG).exists()]
-    own = [name for name in taken if processes.restarted and launch_of(name) == processes.launch]
+    own = [name for name in taken if processes.restarted and holder_of(name)[1] == processes.launch]
     if args.resume and not taken:
         raise SettingError(f"--resume: expected a run in {shown(names[0])}")
     resume = args.resume or bool(own)
     if resume:
-        names = [*taken, *own][-1:]
+        names = (own or taken)[-1:]
     elif not args.out:
         names = [name for name in names if name not in taken]
     for name in names:
         try:
-            lock = Lock(name, launch=processes.launch)
+            file = held.enter_context(lock(name, launch=processes.launch))
         except Held:
             if name == names[-1]:
                 raise
             continue
         # A new run would drop its checkpoints as older than those of a run whose log is gone.
         if resume or not any((name / left).exists() for left in (LOG, "checkpoints")):
-            held.callback(lock.release)        # nobody can change that from now on
-            return str(name), resume
-        lock.release()
+            return str(name), resume           # nobody can change that from now on
+        file.truncate(0)                       # a restart would take the run there for its own
     raise SettingError(f"--out {shown(name)}: expected a folder without a run or its checkpoints; --resume "
                        "goes on with a run")
-
-
-def launch_of(run):
-    """Return which launch of torchrun began or resumed a run last; None for a log that does not tell."""
-    with suppress(ValueError):
-        starts = [line for line in read_lines(run / LOG, LINE) if line["event"] == "start"]
-        return starts[-1].get("launch") if starts else None
 
 
 def record_of(path):
@@ -99,19 +84,19 @@ def git_commit():
     Other files say nothing of the code: the study appends its records to some that git tracks.
     """
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True)
-        return done.stdout.decode("utf-8", "replace").strip()
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True,
+                              encoding="utf-8", errors="replace").stdout.strip()
 
-    commit = shutil.which("git") and git("rev-parse", "--short", "HEAD")
-    changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    return commit + "+" * bool(changed) if commit else None
+    if shutil.which("git") and (commit := git("rev-parse", "--short", "HEAD")):
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return commit + "+" * bool(changed)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Its files
 
 class RunFolder:
-    """The folder in --out, which `chosen` holds."""
+    """The folder in --out, which `choose` has locked."""
 
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
@@ -123,29 +108,24 @@ class RunFolder:
         """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
         checkpoint that is not as it was written."""
         newest = first(self.checkpoints.newest)
-        if not newest:                                         # it was stopped before the first
-            file = self.path / "config.json"
-            if not file.exists():
-                raise UserError(f"{self.path}: neither a checkpoint nor config.json to go on from; "
-                                "begin anew with another --out")
-            return None, resumed(args, typed, read_json(self.path, file.name), file)
-        self.checkpoints.verify(newest)
-        return newest, resumed(args, typed, record_of(newest)["config"], newest)
+        if newest:
+            self.checkpoints.verify(newest)
+        # without one it was stopped before the first
+        config = record_of(newest)["config"] if newest else read_json(self.path, "config.json")
+        return newest, resumed(args, typed, config, newest or self.path / "config.json")
 
     def start(self, args, step):
         """Open the log; on resuming, drop what was logged after the checkpoint."""
         def begin():
             self.path.mkdir(parents=True, exist_ok=True)
-            sweep(self.path, ".*-*")
-            lines = read_lines(self.log_file, LINE) if args.resume else []
-            kept = [to_json(line) + "\n" for line in lines if line["step"] <= step and step]
+            lines = read_lines(self.log_file, LINE) if step else []
+            kept = [to_json(line) + "\n" for line in lines if line["step"] <= step]
             write_atomically(self.path / "config.json", to_json(dataclasses.asdict(args), indent=2))
             write_atomically(self.log_file, "".join(kept))
 
         first(begin)
         self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(),
-                 launch=self.processes.launch, hardware=self.processes.hardware,
-                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                 hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def log(self, **record):
         """Append one JSON line."""
@@ -186,20 +166,18 @@ class RunFolder:
     def dump(self, step, batch):
         """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures
         beside it. Returns the folder."""
-        folder, pictures = self.path / f"broken_step_{step:06d}", []
-        folder.mkdir(exist_ok=True)
+        name, numbers = self.path / f"broken_step_{step:06d}" / f"rank_{self.processes.rank}", count()
+        name.parent.mkdir(exist_ok=True)
 
         def plain(x):
             if dataclasses.is_dataclass(x):
                 return vars(x)
             if isinstance(x, torch.Tensor):
                 return f"tensor of shape {list(x.shape)}"
-            pictures.append(f"rank_{self.processes.rank}_{len(pictures)}.png")
-            replace(folder / pictures[-1], lambda file: x.save(file, "PNG"))
-            return pictures[-1]
+            return save_picture(x, f"{name}_{next(numbers)}.png")
 
-        write_atomically(folder / f"rank_{self.processes.rank}.json", to_json(batch, default=plain))
-        return folder
+        write_atomically(name.with_suffix(".json"), to_json(batch, default=plain))
+        return name.parent
 
     def transcript(self, step, episode):
         """Write one episode as a person would like to read it, and the pictures it was about."""
@@ -210,5 +188,10 @@ class RunFolder:
         text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
         write_atomically(folder / f"step_{step:06d}.txt", visible(text) + "\n")
         for k, image in enumerate(episode.pictures):
-            picture = folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png"
-            replace(picture, lambda file: image.save(file, "PNG"))
+            save_picture(image, folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png")
+
+
+def save_picture(image, path):
+    """Write a PNG that replaces no file but its own. Return its name."""
+    replace(Path(path), lambda file: image.save(file, "PNG"))
+    return Path(path).name

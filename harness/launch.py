@@ -4,13 +4,14 @@ line."""
 import os
 import sys
 import traceback
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 
-from distributed.processes import Processes, leave, lost
+from distributed.processes import Processes, first, leave, lost
 from harness import terminal
-from harness.folder import chosen
+from harness.folder import choose
 from harness.load import agree
 from harness.ranges import SettingError, UserError
 from harness.settings import parse
@@ -30,7 +31,8 @@ def launch(argv, description, work):
         processes = Processes(args.device)
         if args.algo == "eval" or not args.resume:             # else `train` reads the run's settings
             agree(processes, args, typed)
-        with chosen(args, processes):
+        with ExitStack() as held:              # by the first rank; the others go with it
+            args.out, args.resume = first(lambda: choose(args, processes, held))
             work(args, processes, typed)
     except BrokenPipeError:
         raise

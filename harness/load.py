@@ -1,8 +1,7 @@
 """Load a model with its processor, choose what learns in it, and make the optimizers."""
 
-import argparse
-import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -12,14 +11,13 @@ from distributed import checkpoint, shard
 from distributed.processes import gather
 from games.seeds import derive
 from harness import tiny
-from harness.check import attempt, settle
+from harness.check import attempt, choose_what_learns, settle
 from harness.folder import record_of
 from harness.ranges import SettingError, UserError
-from harness.settings import Args
 from llama.config import Config
 from llama.processor import Processor
 from model import Linear, Llama
-from variants import SFT_LOSSES, lora, official, tune
+from variants import SFT_LOSSES, lora, official
 
 
 def autocast(args, device):
@@ -33,21 +31,20 @@ def agree(processes, args, typed=frozenset(), newest=None):
 
     newest: the checkpoint that is resumed.
     """
-    refusal = None
+    refusals = []
     try:
         settle(args, config_of(args, processes, newest), typed, processes.world)
     except SettingError as error:
-        refusal = str(error)
-    refusals = [text for text in gather([refusal]) if text]
-    if refusals:
-        raise SettingError(refusals[0])
+        refusals = [str(error)]
+    for refusal in gather(refusals):
+        raise SettingError(refusal)
 
 
 def config_of(args, processes, newest=None):
     """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
-    if args.model == "tiny" and not newest:
-        return Config.from_dict(tiny.CONFIG)
     if not newest:                             # `RunFolder.resume` has looked at the other
+        if args.model == "tiny":
+            return Config.from_dict(tiny.CONFIG)
         verify(args.model, processes)
     expected = "tiny, a checkpoint or a folder with a config.json"
     return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
@@ -66,7 +63,7 @@ def load(args, processes, folder, resumed=None):
     model comes without its weights, and so does one that is to be sharded.
     """
     if not folder and not resumed:
-        args.shard = sharding(args, 0, processes)
+        args.shard = "off"                     # as only pre-training begins so
         return *tiny.from_scratch(args, processes.device), None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:
         folder, resumed = Path(str(record_of(resumed)["began"])), None     # Trainer.restore does the rest
@@ -80,7 +77,7 @@ def load(args, processes, folder, resumed=None):
         if args.shard == "on":
             raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's "
                             "final/, in which they are merged")
-        choose_what_learns(model, argparse.Namespace(**dataclasses.asdict(Args()) | trained))
+        choose_what_learns(model, SimpleNamespace(**trained))
     if args.shard == "off" and checkpoint.is_checkpoint(folder):
         shard.fill(model, None if resumed else folder, processes.device)
         lora.merge(model)
@@ -100,14 +97,6 @@ def sharding(args, size, processes):
 def compares_with_start(args):
     """Return whether the run needs the policy that it began with: a KL penalty or an SFT loss does."""
     return bool(args.kl_coef) if args.algo == "ppo" else SFT_LOSSES[args.sft_loss].before == "initial"
-
-
-def choose_what_learns(model, args):
-    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
-    afterwards."""
-    tune.freeze(model, args.tune)
-    if args.lora_rank:
-        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
 
 
 def build(args, model, processes, folder):
@@ -149,13 +138,12 @@ def optimizers(args, model, module):
     "peak" is its learning rate, before any schedule.
     """
     adam = dict(lr=args.lr, betas=tuple(args.betas), eps=args.adam_eps, weight_decay=args.weight_decay)
-    policy = {id(p) for p in model.parameters()}
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
-    muon = matrices if args.algo == "pretrain" else []
-    rest = [p for p in model.parameters() if p.requires_grad and all(p is not matrix for matrix in muon)]
-    critic = [p for p in module.parameters() if id(p) not in policy and p.requires_grad]
-    groups = [dict(params=rest, peak=args.lr)]
-    groups += [dict(params=critic, peak=args.critic_lr)] if critic else []
+    policy = set(model.parameters())
+    muon = [p for name, p in model.named_parameters()
+            if args.algo == "pretrain" and p.ndim == 2 and "layers." in name]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in set(muon)]
+    critic = [p for p in module.parameters() if p.requires_grad and p not in policy]
+    groups = [dict(params=rest, peak=args.lr)] + [dict(params=critic, peak=args.critic_lr)] * bool(critic)
     found = [torch.optim.AdamW(groups, **adam)]
     if muon:
         found.append(torch.optim.Muon([dict(params=muon, peak=args.lr)], lr=args.lr,

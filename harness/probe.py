@@ -12,22 +12,21 @@ it would without.
 """
 
 import dataclasses
-import functools
 import math
 from collections import defaultdict
+from functools import partial
+from itertools import product
 
 import torch
 
-from distributed import shard
 from distributed.processes import gather
 from harness.environments import evaluation_sets
+from harness.evaluation import fixed_hands, outcome, play, rate
 from harness.load import compares_with_start
-from llama.batches import passes
-from llama.metrics import error_of_mean, ratio_of_sums
-from rollout import rollout, trees_of_hands
+from rollout import trees_of_hands
 from sft import make_example
 from variants import lora
-from variants.reference import initial, local, reshard
+from variants.reference import initial, local, reshard, scores
 from variants.tune import VISION
 
 # Per hand: sums over its samples.
@@ -40,18 +39,12 @@ def pass_at(k, n, c):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def rate(name, above, below):
-    """Return the ratio of two sums over hands as NAME, and its standard error as NAME_se."""
-    p, scores = ratio_of_sums(above, below)
-    return {name: p.item(), f"{name}_se": float(error_of_mean(scores))}
-
-
 def started(args, model):
     """Return the reference (see variants/reference.py) of a KL penalty or an SFT loss, or None, and that of a
     probe, or None: contexts in which the model is the one that the run began with."""
     if not (compares_with_start(args) or args.probe_hands):
         return None, None
-    start = functools.partial(lora.disabled, model) if args.lora_rank else initial(model)
+    start = partial(lora.disabled, model) if args.lora_rank else initial(model)
     return start if compares_with_start(args) else None, start
 
 
@@ -61,10 +54,10 @@ class Probe:
 
     def __init__(self, args, model, processor, processes, start):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
-        self.start = start
+        self.start, self.player = start, partial(play, model, processor, args, processes)
         self.sets = evaluation_sets(dataclasses.replace(args, eval_sets="id,rule-ood"))
         self.ks = [k for k in (1, 2, 4, 8) if k <= args.probe_samples]
-        self.begun = None      # conversations of "id" that the initial policy played, and how it scored them
+        self.begun = None      # episodes of "id" that the initial policy played, and how it scored them
 
     def __call__(self, progress=""):
         """Print the gist and return {"id" and "rule-ood": see `behaviour`, "reverse_kl" and "forward_kl" (see
@@ -73,44 +66,33 @@ class Probe:
         reverse: KL(policy || init), from what the policy plays; forward: KL(init || policy), from what the
         initial policy plays on the same hands.
         """
-        played = {name: self.play(factory) for name, factory in self.sets.items()}
-        scored = {name: self.score(name, episodes) for name, episodes in played.items()}
+        played = {name: self.play(name) for name in self.sets}
+        scored = {name: self.score(episodes) for name, episodes in played.items()}
         with self.start():
-            initially = self.score("id", played["id"])
+            initially = self.score(played["id"])
             if self.begun is None:
-                episodes = self.play(self.sets["id"])
-                self.begun = episodes, self.score("id", episodes)
+                episodes = self.play("id")
+                self.begun = episodes, self.score(episodes)
         result = {name: self.behaviour(played[name], scored[name]) for name in self.sets}
         result |= self.divergence("reverse_kl", played["id"], scored["id"], initially)
-        result |= self.divergence("forward_kl", *self.begun, self.score("id", self.begun[0]))
+        result |= self.divergence("forward_kl", *self.begun, self.score(self.begun[0]))
         result["weights"] = changed(self.model, self.start, self.processes.all_reduce)
-        passes = [f"{name} pass@{k} {100 * result[name][f'pass@{k}']:.1f} %"
-                  for name in self.sets for k in self.ks[::len(self.ks) - 1 or 1]]
         self.processes.print(
-            f"{progress}  probe       {'  '.join(passes)}   KL reverse {result['reverse_kl']:.4f} forward "
-            f"{result['forward_kl']:.4f} a token   changed {100 * result['weights']['changed']['all']:.1f} %")
+            f"{progress}  probe       KL per token: reverse {result['reverse_kl']:.4f}, forward "
+            f"{result['forward_kl']:.4f}   weights changed {100 * result['weights']['changed']['all']:.1f} %")
         return result
 
-    def play(self, factory):
-        """Play this rank's hands, --probe-samples episodes of each, by the model as it is now."""
-        args, processes = self.args, self.processes
-        hands = processes.share(range(min(args.probe_hands, factory().distinct)))
-        with shard.for_rollout(self.model) as player:
-            return rollout(player, self.processor, factory, hands, samples=args.probe_samples,
-                           temperature=1.0, batch=args.rollout_batch, max_new_tokens=args.max_new_tokens)
+    def play(self, name):
+        """Play this rank's hands of a set, --probe-samples episodes of each, by the model as it is now."""
+        hands = fixed_hands(self.args.probe_hands, self.sets[name], self.processes)
+        return self.player(self.sets[name], hands, 1.0, self.args.probe_samples)
 
-    @torch.no_grad()
-    def score(self, name, episodes):
-        """Return log-probs and entropies by the model as it is now of each episode's sampled tokens, a list
-        of (2, tokens) float64 on the host."""
-        filler = make_example(self.processor, self.sets[name](), seed=0)       # a rank may have no hand
-        found, trees = {}, sum(trees_of_hands(episodes), [])
-        for group, batch, weight in passes(self.model, self.processor, trees, self.args.token_budget,
-                                           self.processes, filler):
-            out = self.model(**batch.inputs(), targets=batch.targets)
-            both = torch.stack([out.logprobs, out.entropy])[:, batch.targets >= 0].cpu().double()
-            parts = both.split([sum(c.sampled) for c in group], 1)                     # (2, tokens) each
-            found |= dict(zip(map(id, group), parts)) if weight else {}
+    def score(self, episodes):
+        """Return each episode's `scores` (variants/reference.py), a list of (2, tokens) in float64."""
+        filler = make_example(self.processor, self.sets["id"](), seed=0)       # a rank may have no hand
+        trees = sum(trees_of_hands(episodes), [])
+        found = {id(c): both.double() for c, both in scores(
+            self.model, self.processor, trees, self.args.token_budget, ranks=self.processes, filler=filler)}
         return [torch.cat([found[id(c)] for c in episode.conversations], 1) for episode in episodes]
 
     def of_hands(self, episodes, scored, others=None):
@@ -118,12 +100,12 @@ class Probe:
         `score`; others: by the policy compared with."""
         stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: 0)
         for episode, (logprobs, entropy), (other, _) in zip(episodes, scored, others or scored):
-            right = all(turn.info["correct"] for turn in episode.turns if turn.info["verdict"] != "unjudged")
+            seed, solved, at_once, *_ = outcome(episode)
             cut = [turn.end - turn.start == longest and c.ids[turn.end - 1] not in stop
                    for c in episode.conversations for turn in c.turns]
-            row = [episode.success, episode.success and right, len(cut), len(logprobs), sum(cut),
-                   entropy.sum(), (logprobs - other).sum()]
-            sums[episode.seed] += torch.tensor(row, dtype=torch.float64)
+            row = [solved, at_once, len(cut), len(logprobs), sum(cut), entropy.sum(),
+                   (logprobs - other).sum()]
+            sums[seed] += torch.tensor(row, dtype=torch.float64)
         rows = sorted(gather([(seed, row.tolist()) for seed, row in sums.items()]))
         return dict(zip(COLUMNS, torch.tensor([row for _, row in rows], dtype=torch.float64).T))
 
@@ -131,13 +113,12 @@ class Probe:
         """Return rates, each with its error as NAME_se: pass@k, where a sample is an episode with its
         revisions, and first@k, where an episode counts that has no wrong answer; length, tokens per answer;
         cut, share of answers that --max-new-tokens ended; entropy, nats per token."""
-        hands, n = self.of_hands(episodes, scored), self.args.probe_samples
+        hands = self.of_hands(episodes, scored)
         result = {"n": len(hands["solved"])}
-        for name, column in (("pass", "solved"), ("first", "first")):
-            for k in self.ks:
-                found = torch.tensor([pass_at(k, n, c) for c in hands[column].long().tolist()],
-                                     dtype=torch.float64)
-                result |= rate(f"{name}@{k}", found, torch.ones_like(found))
+        for (name, column), k in product((("pass", "solved"), ("first", "first")), self.ks):
+            found = torch.tensor([pass_at(k, self.args.probe_samples, int(c)) for c in hands[column]],
+                                 dtype=torch.float64)
+            result |= rate(f"{name}@{k}", found, torch.ones_like(found))
         for name, above, below in (("length", "tokens", "answers"), ("cut", "cut", "answers"),
                                    ("entropy", "entropy", "tokens")):
             result |= rate(name, hands[above], hands[below])
@@ -191,7 +172,6 @@ def changed(model, start, all_reduce=lambda x: x):
         other = (now.bfloat16() != then.bfloat16()).sum().item()
         sums[kind(name, model.config)] += torch.tensor([other, now.numel(), *norms], dtype=torch.float64)
     # whole copies count alike above and below
-    totals = all_reduce(torch.stack([sum(sums.values()), *sums.values()])).tolist()
-    named = dict(zip(["all", *sums], totals))
-    return {"changed": {what: other / of for what, (other, of, _, _) in named.items()},
-            "distance": {what: math.sqrt(moved / was) for what, (_, _, moved, was) in named.items()}}
+    other, of, moved, was = all_reduce(torch.stack([sum(sums.values()), *sums.values()])).T
+    shares = {"changed": other / of, "distance": (moved / was).sqrt()}
+    return {name: dict(zip(["all", *sums], share.tolist())) for name, share in shares.items()}

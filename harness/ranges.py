@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -33,8 +34,8 @@ class SettingError(UserError):
 class Kind:
     """A kind of value. As argparse's `type` it turns a word into a value."""
     expected: str | Callable   # what the message says, or a function that returns it
-    read: Callable             # word -> value; ValueError if it cannot be read
     holds: Callable            # value of any type -> is it one of the kind?
+    read: Callable = str       # word -> value; ValueError if it cannot be read
     names: tuple | dict = ()   # all there are, if it is a choice
 
     def __call__(self, word):
@@ -74,20 +75,19 @@ def arg(default, kind, help, needs=""):
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "needs": needs})
 
 
-def optional(kind, help, needs=""):
-    """Declare a setting that may be left open, as None: the preset says it then, the game, or nobody."""
-    return arg(None, kind, help, needs)
+# A setting that may be left open: the preset says it then, the game, or nobody.
+optional = partial(arg, None)
 
 
 def flag(default, help, needs=""):
     """Declare a setting that is on if its flag is there."""
-    return arg(default, Kind("true or false", str, lambda value: isinstance(value, bool)), help, needs)
+    return arg(default, Kind("true or false", lambda value: isinstance(value, bool)), help, needs)
 
 
 def met(args, clause):
     """Return whether settings are as one clause of `needs` says: "--kl-coef above 0", "--resume", or that one
     of several has one of the values named, "--algo ppo or --sft-loss psft or iw-sft"."""
-    for word in clause.replace(" or ", ", ").split(", "):
+    for word in re.split(", | or ", clause):
         if word.startswith("--"):
             flag, _, word = word.partition(" ")
             found = getattr(args, flag[2:].replace("-", "_"))
@@ -110,13 +110,13 @@ def is_number(value, *types):
 def integer(low, high=LARGEST, step=1):
     """Take integers from low to high, every step-th."""
     steps, end = f" in steps of {step}" * (step > 1), "10^9" if high == LARGEST else high
-    return Kind(f"an integer from {low} to {end}{steps}", int,
-                lambda n: is_number(n, int) and low <= n <= high and (n - low) % step == 0)
+    return Kind(f"an integer from {low} to {end}{steps}",
+                lambda n: is_number(n, int) and low <= n <= high and (n - low) % step == 0, int)
 
 
 def real(expected, holds):
     """Take finite numbers for which `holds`."""
-    return Kind(expected, float, lambda x: is_number(x, int, float) and abs(x) < HUGE and holds(x))
+    return Kind(expected, lambda x: is_number(x, int, float) and abs(x) < HUGE and holds(x), float)
 
 
 def above(low):
@@ -140,8 +140,8 @@ def inside(low, high):
 
 def one_of(names):
     """Take one of these names. A dict may grow later: what it holds is looked up each time."""
-    return Kind(lambda: f"one of {', '.join(names)}", str,
-                lambda name: isinstance(name, str) and name in names, names)
+    return Kind(lambda: f"one of {', '.join(names)}",
+                lambda name: isinstance(name, str) and name in names, names=names)
 
 
 def several(kind):
@@ -150,19 +150,19 @@ def several(kind):
         found = [kind.fit(word.strip()) for word in words.split(",")]
         return "" if None in found or len(set(found)) < len(found) else ",".join(map(str, found))
 
-    return Kind(lambda: f"{kind.expect()}; or several, each once, joined by commas", read,
-                lambda words: isinstance(words, str) and words)
+    return Kind(lambda: f"{kind.expect()}; or several, each once, joined by commas",
+                lambda words: isinstance(words, str) and words, read)
 
 
 def pair(expected, kind):
     """Take two numbers of a kind, joined by a comma; the value is a tuple."""
-    return Kind(expected, lambda words: tuple(map(float, words.split(","))),
-                lambda two: isinstance(two, tuple) and len(two) == 2 and all(map(kind.holds, two)))
+    return Kind(expected, lambda two: isinstance(two, tuple) and len(two) == 2 and all(map(kind.holds, two)),
+                lambda words: tuple(map(float, words.split(","))))
 
 
 def text(expected, holds=bool):
     """Take words for which `holds`, but never the empty one."""
-    return Kind(expected, str, lambda word: isinstance(word, str) and word and holds(word))
+    return Kind(expected, lambda word: isinstance(word, str) and word and holds(word))
 
 
 def writable(folder):

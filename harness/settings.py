@@ -32,8 +32,9 @@ EVAL_TEMPERATURE = real("0 (greedy) or a number from 0.01 to 100", lambda x: x =
 # Needs of settings, without which they have no effect; see ranges.arg.
 LEARNING, SFT, PPO = "--algo sft, ppo or pretrain", "--algo sft or pretrain", "--algo ppo"
 POST_TRAINING = "--algo sft or ppo"
-EXPERT = SFT + "; --sft-data expert"
-CRITIC = PPO + "; --advantage gae, gae-loo, gae-token or gae-two-level"
+CARDS, ROUTES = "--task gp-l or gp-vl", "--task virl-l or virl-vl"
+EXPERT = f"{SFT}; --sft-data expert"
+CRITIC = f"{PPO}; --advantage gae, gae-loo, gae-token or gae-two-level"
 CLIPS = "--loss ppo, grpo, gspo, clip-higher, dapo or dual-clip"
 
 
@@ -61,9 +62,9 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                          "or broad (those of pre-training)")
     attempts: int = optional(integer(1, 1000),
                              "judged answers (default: 5 a hand, 2 a point of a route)")
-    target: int = optional(integer(1), "gp: the number to make (default: 24)")
+    target: int = optional(integer(1), "gp: the number to make (default: 24)", CARDS)
     routes: str = optional(text("a folder of routes"),
-                           "virl: folder of routes in the released format to train on")
+                           "virl: folder of routes in the released format to train on", ROUTES)
 
     steps: int = optional(integer(1), "PPO updates or SFT optimizer steps", LEARNING)
     lr: float = optional(above(0), "learning rate", LEARNING)
@@ -81,23 +82,23 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                         "an expert's dialogues, or the model's own right answers (rejection sampling)",
                         "--algo sft")
     mistakes: float = optional(between(0, 1), "share of dialogues with wrong answers before the right one",
-                               EXPERT + "; --attempts above 1")
+                               f"{EXPERT}; --attempts above 1")
 
     hands: int = optional(integer(1, 10**6), "hands (or routes) per update, over all ranks", PPO)
     samples: int = optional(integer(1, 10**6), "episodes played of each", PPO)
-    temperature: float = optional(TEMPERATURE, "of the rollout", PPO + " or --sft-data own")
+    temperature: float = optional(TEMPERATURE, "of the rollout", f"{PPO} or --sft-data own")
     max_new_tokens: int = optional(integer(1, 131072), "longest answer, in tokens")
     advantage: str = optional(one_of(ESTIMATORS), "see ppo.py and variants/advantages.py", PPO)
     loss: str = arg("ppo", one_of(LOSSES), "see ppo.py and variants/losses.py", PPO)
     unit: str = optional(one_of(("turn", "token")), "unit of a ratio, where --loss leaves it open",
-                         PPO + "; --loss ppo, clip-higher, dual-clip or reinforce")
+                         f"{PPO}; --loss ppo, clip-higher, dual-clip or reinforce")
     clip: float = optional(inside(0, 1), "clip range of the ratio",
                            f"{PPO} or --sft-loss psft or iw-sft; {CLIPS}")
     gamma: float = arg(0.9, between(0, 1), "discount from turn to turn",
                        f"{PPO}; --advantage gae, gae-loo, gae-two-level, monte-carlo, rloo, grpo or "
                        "grpo-no-std")
     lam: float = arg(0.95, between(0, 1), "lambda of GAE, from turn to turn",
-                     PPO + "; --advantage gae, gae-loo or gae-two-level")
+                     f"{PPO}; --advantage gae, gae-loo or gae-two-level")
     value_coef: float = optional(at_least(0), "weight of the value loss", CRITIC)
     entropy_coef: float = optional(at_least(0), "weight of an entropy bonus", PPO)
     critic: str = optional(one_of(("shared", "detached", "separate")),
@@ -116,11 +117,11 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                           "about", POST_TRAINING)
     ood_routes: str = optional(text("a folder of routes"),
                                "virl: routes of the visual-ood set, instead of the nine built-in cities",
-                               "--eval-sets visual-ood")
-    skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many")
+                               f"{ROUTES}; --eval-sets visual-ood")
+    skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many", ROUTES)
     hide_landmarks: bool = flag(None,
                                 "virl: leave the landmarks' names out of the instructions, so that only what "
-                                "is seen tells them")
+                                "is seen tells them", ROUTES)
     prompts: str = optional(text("a JSON file"),
                             "JSON file of templates that replace the built-in prompts and verifier messages")
     custom: str = optional(text("a Python file"),
@@ -164,7 +165,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     transcript_every: int = arg(10, integer(1), "steps between sample transcripts", PPO)
 
     describe: bool = flag(None, "virl-vl: learn to tell what is in the pictures rather than the way",
-                          EXPERT + "; --task virl-vl")
+                          f"{EXPERT}; --task virl-vl")
     learn_prompts: bool = flag(None, "also learn to predict the prompts", EXPERT)
 
     @property
@@ -270,17 +271,12 @@ def apply_preset(args, hidden_size):
     run = {args.preset, args.algo, args.game, args.task}
     game = GAMES[args.game]
     presets = PRESETS | getattr(game, "presets", {})
-    lines = [line for words, line in presets.items() if run.issuperset(words.split())]
+    line = " ".join(line for words, line in presets.items() if run.issuperset(words.split()))
     defaults = {name: parameter.default for name, parameter in inspect.signature(game).parameters.items()}
-    defaults |= {"look": game.looks[args.image]}
-    defaults |= {"routes": None, "ood_routes": None} if args.game == "virl" else {}
-    for name in ("routes", "ood_routes", *GAME_SETTINGS):
-        if getattr(args, name) is not None and name not in defaults:
-            raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
     if args.routes and args.look not in (None, args.routes):
         raise SettingError(f"{spelled(args, 'look')}: expected a built-in look, without --routes")
-    args.look = args.look or args.routes
-    for name, value in (defaults | vars(options().parse_args(" ".join(lines).split()))).items():
+    args.look = args.look or args.routes or game.looks[args.image]
+    for name, value in (defaults | vars(options().parse_args(line.split()))).items():
         if getattr(args, name, "") is None:
             setattr(args, name, value)
     # One's own routes are tested on one's own other look, or on none.
@@ -314,12 +310,12 @@ def options(description=None, everything=True):
         kind, help = field.metadata["kind"], field.metadata["help"]
         if field.default not in (None, False):
             help += f" (default: {field.default})"
-        how = dict(help=SUPPRESS if hidden else help, action="store_true")
+        how = dict(action="store_true")
         if field.type is not bool:
-            metavar = "{" + ",".join(kind.names) + "}" if kind.names else field.type.__name__.upper()
             late = isinstance(kind.names, dict)                # --custom can add to it, see `load_custom`
-            how |= dict(action="store", metavar=metavar, type=str if late else kind)
-        group.add_argument(flag_of(name), **how)
+            how = dict(type=str if late else kind,
+                       metavar=f"{{{','.join(kind.names)}}}" if kind.names else field.type.__name__.upper())
+        group.add_argument(flag_of(name), help=SUPPRESS if hidden else help, **how)
     return parser
 
 
@@ -347,12 +343,11 @@ def load_custom(file):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise SettingError(f"--custom {shown(file)}: expected a Python file that runs; {reason}") from error
     tables = {"ESTIMATORS": ESTIMATORS, "LOSSES": LOSSES, "SFT_LOSSES": SFT_LOSSES, "GAMES": GAMES}
-    found = [(table, names[name]) for name, table in tables.items() if name in names]
-    if not found:
+    if not tables.keys() & names.keys():
         raise SettingError(f"--custom {file}: expected a dict {', '.join(tables)} in it")
-    for table, own in found:
+    for title, table in tables.items():
         kind = type(next(iter(table.values())))
-        for name, entry in own.items():
+        for name, entry in names.get(title, {}).items():
             if not isinstance(entry, kind):
                 raise SettingError(f"--custom {file}: expected {kind.__name__}(function, ...) as '{name}', "
                                    f"not {entry!r}")

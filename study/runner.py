@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from harness.files import Lock
+from harness.files import lock
 from study import records
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parents[1] / "train.py"))
@@ -131,7 +131,7 @@ class Runner:
             return []
         with ExitStack() as stack:
             for folder in {folder.resolve() for folder in (self.root, self.file.parent)}:
-                stack.callback(Lock(folder, "--runs and --records").release)
+                stack.enter_context(lock(folder, "--runs and --records"))
             self.__post_init__()                       # another process may have done some of it meanwhile
             for name in names:
                 self.note(name)

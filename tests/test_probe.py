@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from test_train import in_parts, learnt, on_two_ranks, records, run, weights
+from test_train import equal, in_parts, learnt, on_two_ranks, records, run, weights
 from torch.utils._pytree import tree_leaves
 
 from distributed.processes import Processes
@@ -42,7 +42,8 @@ def episode(hand, answers, success, stop):
     for tokens, right, ended in answers:
         start = len(conversation.ids)
         conversation.append([9] * (tokens - 1) + [stop if ended else 9], sampled=True)
-        conversation.turns.append(Turn(start, start + tokens, 0.0, {"correct": right, "verdict": "judged"}))
+        info = {"correct": right, "recognized": right, "verdict": "judged"}
+        conversation.turns.append(Turn(start, start + tokens, 0.0, info))
     return Episode(hand, [conversation], success)
 
 
@@ -103,7 +104,7 @@ def test_divergences_of_all_answers_enumerated(model, processor):
     probe = probe_of(policy, processor, start, attempts=1, probe_hands=1, probe_samples=200)
     del probe.sets["rule-ood"]
     play, played = probe.play, []
-    probe.play = lambda factory: played.append(play(factory)) or played[-1]
+    probe.play = lambda name: played.append(play(name)) or played[-1]
     result = probe()
     ids = Player(probe.sets["id"](), 0, 0, processor).episode.conversations[0].ids
     expected, tokens = exact(policy, model, ids, processor.stop_ids)
@@ -126,8 +127,8 @@ def test_scores_are_those_of_all_logits(model, processor, task):
     """Log-probs and entropies of the sampled tokens, in the order of the episodes, whatever conversations
     share a batch."""
     probe = probe_of(model, processor, None, task, token_budget=300)
-    episodes = probe.play(probe.sets["id"])
-    for episode, found in zip(episodes, probe.score("id", episodes), strict=True):
+    episodes = probe.play("id")
+    for episode, found in zip(episodes, probe.score(episodes), strict=True):
         scores, drawn = map(torch.cat, zip(*(scores_of(model, processor, c) for c in episode.conversations)))
         expected = [scores.gather(1, drawn)[:, 0], -(scores.exp() * scores).sum(1)]
         assert torch.allclose(found, torch.stack(expected), atol=1e-4)
@@ -206,8 +207,7 @@ def test_a_run_learns_the_same_without_probes(small, tmp_path, algo):
     for folder, more in ((with_, SMALL), (without, "")):
         run("--task gp-l --lr-schedule constant --lr 1e-3 --steps 2 --model", small[0], more,
             "--out", folder, "--algo", algo)
-    a, b = weights(with_ / "final"), weights(without / "final")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert equal(*(weights(folder / "final") for folder in (with_, without)))
     assert learnt(with_, "step") == learnt(without, "step")    # the training compute, too
     assert not any("probe" in record for record in records(without, "eval"))
 

@@ -82,91 +82,67 @@ def content(path):
 
 @pytest.mark.parametrize("command", ["resume", "sft --model {}", "eval --model {}", "ppo --model {}"])
 def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
-    before, lock = content(sft), files.Lock(sft)
-    said = refused(f"{command.format(small[0])} --out {sft}")
+    before = content(sft)
+    with files.lock(sft):
+        said = refused(f"{command.format(small[0])} --out {sft}")
     assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
     assert content(sft) == before
-    lock.release()
-    assert not (sft / files.LOCK).exists()
 
 
 @pytest.mark.parametrize("held", ['{"pid": 1}', "\0\xff", "[" * 100_000, "", "[1]"])
 def test_a_holder_that_did_not_say_who_it_is(tmp_path, held):
-    lock = files.Lock(tmp_path)
-    (tmp_path / files.LOCK).write_text(held)
-    with pytest.raises(files.Held, match="in use by another process"):
-        files.Lock(tmp_path)
-    lock.release()
-    files.Lock(tmp_path).release()
+    with files.lock(tmp_path):
+        (tmp_path / files.LOCK).write_text(held)
+        with pytest.raises(files.Held, match="in use by another process"):
+            files.lock(tmp_path)
+    files.lock(tmp_path).close()
 
 
 def test_the_dead_hold_nothing(tmp_path):
-    script = ("import sys, time; from harness import files; lock = files.Lock(sys.argv[1]);"
+    script = ("import sys, time; from harness import files; lock = files.lock(sys.argv[1]);"
               "print(flush=True); time.sleep(60)")
     argv = [sys.executable, "-c", script, tmp_path / "run"]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"\n"
     with pytest.raises(files.Held, match=f"process {process.pid} "):
-        files.Lock(tmp_path / "run")
+        files.lock(tmp_path / "run")
     process.kill()
     process.communicate()
-    assert (tmp_path / "run" / files.LOCK).exists()
-    files.Lock(tmp_path / "run").release()
+    files.lock(tmp_path / "run").close()
 
 
 def test_a_worker_that_is_started_again_waits_for_the_one_before(tmp_path):
-    lock = files.Lock(tmp_path, launch="a")
+    lock = files.lock(tmp_path, launch="a")
     with pytest.raises(files.Held):
-        files.Lock(tmp_path, launch="b")
-    threading.Timer(0.3, lock.release).start()
-    files.Lock(tmp_path, launch="a").release()
-    lock = files.Lock(tmp_path, launch="a")
-    with pytest.raises(files.Held):
-        files.Lock(tmp_path, launch="a", patience=0.1)
-    lock.release()
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_folder_that_was_made_for_nothing_goes(tmp_path, kept):
-    lock = files.Lock(tmp_path / "run")
-    if kept:
-        (tmp_path / "run/log.jsonl").touch()
-    lock.release()
-    assert (tmp_path / "run").exists() == kept
-    files.Lock(tmp_path).release()
-    assert tmp_path.exists()                                   # it was there before
+        files.lock(tmp_path, launch="b")
+    threading.Timer(0.3, lock.close).start()
+    with files.lock(tmp_path, launch="a"), pytest.raises(files.Held):
+        files.lock(tmp_path, launch="a", patience=0.1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    files.Lock(tmp_path / "run").release()
-    with files.aside(tmp_path / "made") as private:
-        (private / "a").touch()
-    files.append_line(tmp_path / "lines", {})
-    assert capsys.readouterr().err.count("no lock") == 1 and (tmp_path / "made/a").exists()
+    files.lock(tmp_path / "run").close()
+    assert "no lock" in capsys.readouterr().err
 
 
 def starts_at_once(args, n):
     """Let so many processes, for which threads stand, choose their folders at the same moment."""
-    barrier = threading.Barrier(n)
+    barrier, alone = threading.Barrier(n), SimpleNamespace(restarted=False, launch=None)
 
     def choose(k):
-        own, held = Args(**vars(args)), contextlib.ExitStack()
         barrier.wait()
         try:
-            return folder.choose(own, SimpleNamespace(restarted=False, launch=None), held)[0], held
+            return folder.choose(args, alone, held)[0]
         except ValueError as error:
-            return error, held
+            return error
 
-    with ThreadPoolExecutor(n) as pool:
-        found = list(pool.map(choose, range(n)))
-    for _, held in found:
-        held.close()
-    return [name for name, _ in found]
+    with contextlib.ExitStack() as held, ThreadPoolExecutor(n) as pool:
+        return list(pool.map(choose, range(n)))
 
 
 def test_of_many_starts_each_gets_a_folder_of_its_own_or_one_gets_it(tmp_path, monkeypatch):
@@ -185,9 +161,8 @@ def test_default_folders(tmp_path, monkeypatch, runs):
         Path("runs", name, "log.jsonl").touch()
     assert starts_at_once(Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
     assert starts_at_once(Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
-    lock = files.Lock("runs/gp-l-sft-2")
-    assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
-    lock.release()
+    with files.lock("runs/gp-l-sft-2"):
+        assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
     assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(Args(resume=True), 1)[0])
     assert not Path("runs/gp-l-ppo").exists()
 
@@ -234,20 +209,16 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_crash_left_goes_and_what_others_make_stays(tmp_path):
-    names = {name: tmp_path / f".made-{name}" for name in ("dead", "file", "live", "young")}
-    for path in names.values():
-        path.touch() if path.name.endswith("file") else path.mkdir()
-        os.utime(path, (0, 0))
-    os.utime(names["young"])
-    handle = os.open(names["live"], os.O_RDONLY)
-    files.hold(handle)
+def test_what_a_crash_left_goes_after_a_day(tmp_path):
+    for name in ("folder", "file", "young"):
+        path = tmp_path / f".made-{name}"
+        path.touch() if name == "file" else path.mkdir()
+        os.utime(path, None if name == "young" else (0, 0))
     (tmp_path / "made").mkdir()
     (tmp_path / "made/half").touch()                           # under its name, but not to its end
     with files.aside(tmp_path / "made", "final") as private:
         (private / "final").mkdir()
-    os.close(handle)
-    assert {path.name for path in tmp_path.iterdir()} == {".made-live", ".made-young", "made"}
+    assert {path.name for path in tmp_path.iterdir()} == {".made-young", "made"}
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["final"]
 
 
@@ -269,12 +240,11 @@ def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
 def test_two_studies_at_once(tmp_path):
     """The second does nothing; with nothing to do it needs no lock."""
     runner = Runner([Run("a-0", ())], tmp_path / "runs", tmp_path / "records/a.jsonl", command=("false", ""))
-    lock = files.Lock(tmp_path / "records")
-    with pytest.raises(files.Held, match="another --runs and --records"):
-        runner.work()
-    records.append(runner.file, {"name": "a-0", "curve": []})
-    assert Runner(runner.runs, runner.root, runner.file).work() == []
-    lock.release()
+    with files.lock(tmp_path / "records"):
+        with pytest.raises(files.Held, match="another --runs and --records"):
+            runner.work()
+        records.append(runner.file, {"name": "a-0", "curve": []})
+        assert Runner(runner.runs, runner.root, runner.file).work() == []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -347,26 +317,24 @@ def test_a_runs_log(sft, name, monkeypatch):
         run(f"plot {sft}", study.main)
 
 
-def log_of(**changes):
-    """Return a log of one step that was not evaluated, with other settings, or another time."""
-    config = {"task": "gp-l", "algo": "sft"} | changes.pop("config", {})
-    step = dict(event="step", step=1, tflops=1, counted_tflops=1, flops={}, seconds=1, memory_gb=1) | changes
-    start = dict(event="start", step=0, config=config, commit="c", hardware="h")
-    return "".join(json.dumps(line) + "\n" for line in (start, step)).encode()
-
-
-@pytest.mark.parametrize("content, words", [
-    (None, "cannot be read (Is a directory)"), (b"", "not of a run that has ended"),
-    (log_of().splitlines()[0], "not of a run that has ended"),
-    (log_of().splitlines()[1], "not of a run that has ended"),
-    (log_of(seconds="x"), "not of a run that has ended"),
-    (log_of(config={"task": "chess"}), "a log of another version"), (log_of(), "not evaluated yet")])
-def test_logs_that_cannot_be_plotted(tmp_path, content, words):
-    log = tmp_path / "run/log.jsonl"
-    log.parent.mkdir()
-    log.write_bytes(content) if content is not None else log.mkdir()
-    said = refused(f"plot {log.parent}", study.main)
-    assert str(log.parent) in said and words in said
+# Which lines of a log are there, and what is put in place of a word in it.
+@pytest.mark.parametrize("events, word, other, words", rows("""
+                |         |          | not of a run that has ended
+    start       |         |          | not of a run that has ended
+    step        |         |          | not of a run that has ended
+    start, step | seconds | second   | not of a run that has ended
+    start, step | gp-l    | chess    | a log of another version
+    start, step |         |          | not evaluated yet
+"""))
+def test_logs_that_cannot_be_plotted(sft, events, word, other, words):
+    log = sft / "log.jsonl"
+    lines = [line for line in log.read_text().splitlines() if json.loads(line)["event"] in events.split(", ")]
+    log.write_text("".join(line.replace(f'"{word}"', f'"{other}"') + "\n" for line in lines))
+    said = refused(f"plot {sft}", study.main)
+    assert str(sft) in said and words in said
+    log.unlink()
+    log.mkdir()
+    assert "cannot be read (Is a directory)" in refused(f"plot {sft}", study.main)
 
 
 def test_runs_that_were_tested_otherwise_are_not_plotted_together(runs, sft):
@@ -500,11 +468,10 @@ def test_another_algorithm_cannot_go_on(sft):
     assert "--algo ppo cannot go on" in refused(f"resume --algo ppo --override --out {sft}")
 
 
-@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo --steps 1"), ("ppo", "sft --steps 1"),
-                                            ("ppo", "eval")])
+@pytest.mark.parametrize("begun, goes_on", [("sft", "ppo"), ("ppo", "sft")])
 def test_weights_of_any_algorithm_begin_another(runs, tmp_path, begun, goes_on):
-    run(f"{goes_on} --model {runs / begun / LAST} --out {tmp_path / 'run'}")
-    assert (tmp_path / "run" / ("eval.json" if goes_on == "eval" else "final")).exists()
+    run(f"{goes_on} --steps 1 --model {runs / begun / LAST} --out {tmp_path / 'run'}")
+    assert (tmp_path / "run/final").exists()
 
 
 class Payload:
@@ -700,14 +667,15 @@ def test_a_commit_is_marked_where_its_python_differs(tmp_path, monkeypatch):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
 
     monkeypatch.setattr(folder, "__file__", str(tmp_path / "harness/folder.py"))
-    for name in ("code.py", "records.jsonl"):
-        (tmp_path / name).write_text("1\n", encoding="utf-8")
+    code, table = tmp_path / "code.py", tmp_path / "records.jsonl"
+    for file in (code, table):
+        file.write_text("1\n", encoding="utf-8")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "Begin")
-    commit = folder.git_commit()
-    assert commit and "+" not in commit
-    (tmp_path / "records.jsonl").write_text("2\n", encoding="utf-8")
-    assert folder.git_commit() == commit
-    (tmp_path / "code.py").write_text("2\n", encoding="utf-8")
-    assert folder.git_commit() == commit + "+"
+    found = [folder.git_commit()]
+    for file in (table, code):
+        file.write_text("2\n", encoding="utf-8")
+        found.append(folder.git_commit())
+    commit = found[0]
+    assert commit and "+" not in commit and found == [commit, commit, commit + "+"]

@@ -137,10 +137,10 @@ REFUSED = """
     --target 0: expected
     --target 1000000: expected a game in which one of 500 hands can be solved
     --target 7000: expected a game
-    --task virl-l | --target 30: expected with another --task than virl-l
-    --after-failure end: expected with another --task
-    --skip-bad-routes: expected with another --task than gp-l
-    --routes x: expected with another --task
+    --task virl-l | --target 30: expected with --task gp-l or gp-vl
+    --after-failure end: expected with --task virl-l or virl-vl
+    --skip-bad-routes: expected with --task virl-l or virl-vl
+    --routes x: expected with --task virl-l or virl-vl
     --task virl-l | --routes no: expected a folder of routes in the released format
     --task virl-l | --routes milan: expected a folder of routes
     --task virl-l --eval-sets visual-ood | --ood-routes no: expected a folder of routes
@@ -223,12 +223,6 @@ def lines_of(table):
 def test_is_refused(start, line):
     command, message = command_of(line)
     assert message in start(command)
-
-
-def test_two_flags_of_which_one_was_wrong_go_on_as_one_run(start):
-    """A wrong command leaves nothing behind, so that the right one needs no --resume."""
-    assert start("--eval-sets id,rule-odd --out run")
-    assert start("--eval-sets id,rule-ood --out run") is None
 
 
 @pytest.mark.parametrize("flag, name, text, words", rows("""

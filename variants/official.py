@@ -47,7 +47,7 @@ class OfficialSettings:
                       "-m variants lists them)")
     after_failure: str = optional(one_of(("end", "walk-on")),
                                   "virl: what follows a point that stays wrong, the end of the episode "
-                                  "(default, the paper) or the next point")
+                                  "(default, the paper) or the next point", "--task virl-l or virl-vl")
 
 
 def switches(text):
