@@ -6,6 +6,7 @@
 out of its range (declared in settings.py), has no effect, or is at odds with the rest.
 """
 
+import inspect
 import math
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from games.prompts import load_prompts
 from games.seeds import derive
 from harness.environments import make_env
 from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
-from harness.settings import Args, apply_preset, flag_of, load_custom, spelled
+from harness.settings import GAME_SETTINGS, Args, apply_preset, flag_of, load_custom, spelled
 from model import Llama
 from variants import ESTIMATORS, LOSSES, lora, official, tune
 
@@ -81,6 +82,10 @@ def check_needs(args, typed):
         for clause in filter(None, Args.__dataclass_fields__[name].metadata["needs"].split("; ")):
             if not met(args, clause):
                 raise SettingError(f"{spelled(args, name)}: expected with {clause}")
+    known = inspect.signature(envs.GAMES[args.game]).parameters
+    for name in GAME_SETTINGS:
+        if getattr(args, name) is not None and name not in known:
+            raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_no_import_circle():
 # more into a line changes nothing.
 
 BUDGETS = {"envs": 3500, "model": 5000, "rollout": 1800, "ppo": 3000, "sft": 900, "train": 2800}
-SOURCE, TESTS = 98_300, 94_600         # of all source without tests, of the tests: they may only fall
+SOURCE, TESTS = 91_000, 90_000         # of all source without tests, of the tests: they may only fall
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
 

@@ -242,6 +242,12 @@ def test_files_that_are_none(start, flag, name, text, words):
     assert f"{flag} {name}: expected" in said and words in said
 
 
+def test_a_setting_of_another_game_beside_ones_own_file(start):
+    Path("mine.py").write_text("ESTIMATORS = {}")
+    said = start("--task virl-l --custom mine.py --target 30")
+    assert "--target 30: expected with another --task than virl-l" in said
+
+
 def test_folders_that_are_none(start):
     Path("file").touch()
     assert "--out file/run: expected a folder" in start("--out file/run")
