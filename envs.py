@@ -1,8 +1,8 @@
 """The games: deal, show, judge, and an expert to learn from. No torch and no model in here.
 
 GeneralPoints (paper, section 4.1 and appendix A): four playing cards, in words or as an image; use each
-exactly once with + - * / ( ) to make 24. Navigation (section 4.2 and appendix B): walk a route through a city
-by instructions, with what is seen on the way told in words or shown as street views. A game has gymnasium's
+exactly once with + - * / ( ) to make 24. Navigation (section 4.2 and appendix B): follow instructions along a
+route through a city; words tell what is seen on the way, or street views show it. A game has gymnasium's
 shape: `reset(seed)` deals, `step(text)` judges an answer; what the model must be told next comes back as chat
 messages. A third game is a class that has what `Env` lists, and an entry in GAMES. Try it:
 

@@ -2,8 +2,9 @@
 
     torchrun train.py --task gp-l --algo ppo
 
-An *action* is one whole turn (the paper's choice), and gamma and lambda count turns. The verifier's words are
-not the model's: their tokens have no ratio, no entropy and no advantage, and discount nothing.
+An *action* is one whole turn (the paper's choice): gamma and lambda apply per turn. The model does not write
+the verifier's words: their tokens have no ratio, no entropy and no advantage, and no discount applies to
+them.
 
 The file reads downwards: advantages, losses, the critic, the update. rollout.py plays the episodes. Other
 estimators and losses (over tokens, against groups of samples, with a KL penalty) are in variants/.

@@ -9,7 +9,7 @@ random. "eager" is ours without its CUDA graph. Medians of interleaved repeats a
 
     tokens/s     with the time to read prompts and images
     step         milliseconds for one token more in every row
-    weights      GB/s at which a step reads the weights that all tokens need; of a large copy: above the table
+    weights      GB/s at which a step reads the weights it needs; above the table stands a large copy's
     ratio        tokens/s divided by those of transformers
 """
 import itertools

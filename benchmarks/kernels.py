@@ -11,13 +11,13 @@ masks and compiling are not timed. A row of the table holds
     rate       of the FLOPs or bytes that the task needs, counted the same for all: results that nobody needs
                and results computed twice do not count
     ceiling    the least time in which this machine could do it, as a share of ms. First the rates of a large
-               matrix product and of a large copy are measured. At these rates either the FLOPs or the bytes
-               take longer: the longer time is the ceiling, and `rate` above has the unit of that one.
-    MiB        most memory beyond inputs and results while it ran (for backward: also forward), with the dense
-               mask if it needs one
-    error      of the worst row of all results (and gradients), relative to the norm of that row, or to the
-               rows' root mean square norm if that is larger; a result is wrong and gets no time if its error
-               is beyond rounding and beyond twice that of the naive form
+               matrix product and of a large copy are measured. At these rates the FLOPs or the bytes take
+               longer: that time is the ceiling, and `rate` counts those.
+    MiB        peak memory beyond inputs and results (a backward pass includes its forward pass), plus the
+               dense mask if it needs one
+    error      the largest over the rows of all results and gradients, relative to the norm of the row or to
+               the root mean square of the rows' norms, whichever is larger. A result whose error is beyond
+               rounding and beyond twice that of the naive form is wrong, and gets no time.
     ratio      ms over those of ours: above 1 is slower
 
 A row whose implementation cannot run the case says "no:" and why.

@@ -2,12 +2,12 @@
 
     python -m benchmarks.speed --against 9745e38 --json speed.json
 
-Cards in words and as pictures, from the init checkpoint, on one thread and on two, on a machine that is quiet
-or has one core busy ("+1"), each in a process of its own. The two commits take turns, update by update, so
-that other load on the machine affects both alike. Medians after an update that warms up: seconds of rollout,
-of learning and of both, the share of padding in what is learnt from, peak memory. "to old": the seconds of
-both, divided by those of the older commit; "to one": divided by those of the same code on one thread of the
-quiet machine. Takes an hour.
+The cases: cards in words and as pictures, from the init checkpoint, on one thread and on two, on a machine
+that is quiet or has one core busy ("+1"). Each run is a process of its own. The two commits take turns,
+update by update, so that other load on the machine affects both alike. Medians after an update that warms up:
+seconds of rollout, of learning and of both, the share of padding in what is learnt from, peak memory. "to
+old": seconds of rollout plus learning, divided by the older commit's; "to one": divided by the same code's on
+one thread of the quiet machine. Takes an hour.
 """
 import itertools
 import json

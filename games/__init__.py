@@ -1,2 +1,1 @@
-"""What the two games of envs.py stand on: solver, reader and verifier, rails, cards, cities and their
-pictures."""
+"""What the two games of envs.py use: solver, parser, verifier; routes, cards, cities and pictures."""

@@ -2,9 +2,9 @@ r"""Parse any text into the fields of an answer, in linear time and without ever
 
     python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
 
-Of the objects in braces that have the wanted key among their own keys, the answer is the one that ends last.
-An object in a string or under another key does not count. What follows a key is decoded as JSON if it is
-valid JSON. The table says what else is read, and what is not:
+The answer is an object in braces that has the key `formula` or `action` at its own level; of several, the one
+that ends last. An object in a string or under another key does not count. What follows a key is decoded as
+JSON if it is valid JSON. The table says what else is read, and what is not:
 
 | otherwise read leniently                                | not read                                     |
 |---------------------------------------------------------|----------------------------------------------|
@@ -12,7 +12,7 @@ valid JSON. The table says what else is read, and what is not:
 | keys in any case; quotes of any kind or none            | an answer in a string of another answer      |
 | too many or too few commas, // comments, line breaks    | over MAX_TOKENS braces, strings and words    |
 | the whole answer encoded as a JSON string               |                                              |
-| formula: white space of all kinds, a final full stop    | digits apart (1 2), other scripts' digits, . |
+| formula: white space of all kinds, a final full stop    | spaced (1 2) or other scripts' digits, 1.5   |
 | full-width, small and bold signs and digits             | 2² 3½ ② ⒋, which NFKC would make digits of   |
 | x × · ∙ ∗ ✖ ÷ ∕ – − and the like                        | words, ^ ! // **, [ ] { } as parentheses     |
 | \times \cdot \ast \div \left \right                     | \frac and other LaTeX                        |

@@ -1,4 +1,4 @@
-"""Write the built-in cities of navigation as folders in the released data format.
+"""Write navigation's built-in cities as folders in the format of the released V-IRL data.
 
 The street views of the paper are not ours to give away, so these cities are made up: a street plan with signs
 for landmarks and routes along the streets (games/streets.py), and panoramas that are drawn when first asked

@@ -1,4 +1,4 @@
-"""What the tiny model's foundation learns before any post-training, as (weight, settings of a game).
+"""What the tiny model learns before any post-training, as (share in the mixture, settings of a game).
 
     python -c "from games import foundation; print(*foundation.cards()[:4], sep='\\n')"
 

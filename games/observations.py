@@ -1,11 +1,11 @@
-"""Judge the observation that an answer reports: the landmark's name and the intersection, not the wording or
-the side.
+"""Judge the observation in an answer: the landmark's name and the intersection count, wording and left or
+right do not.
 
     python -c "from games.observations import claims; print(claims('I see Joe’s Bar, but no intersection'))"
 
 An observation is cut into clauses. Words that name nothing ("I can see the", "is on your left") are taken off
 both ends of a clause. The rest is one name and must equal the landmark's: a list, a longer name that contains
-it, or an extra guess is wrong. A negated clause makes no claim; it says that its subject is absent.
+it, or an extra guess is wrong. A negated clause denies its subject instead of claiming it.
 """
 import re
 import unicodedata

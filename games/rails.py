@@ -1,5 +1,4 @@
-"""Lay routes on rails: the points at which a walker decides, the expert's actions there, and the
-instructions.
+"""Turn a route into the points where a walker decides, the expert's action at each, and the instructions.
 
     python -c "from games import rails; print(rails.relative_turn(350, 10))"
 """

@@ -1,5 +1,5 @@
 """Read the navigation game's routes from a folder in the format of the released V-IRL data. The built-in
-cities (games/cities.py) are written in it, too:
+cities (games/cities.py) use this format, too:
 
     route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}

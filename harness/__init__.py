@@ -1,13 +1,13 @@
-"""What is around the learning: the settings of a run.
+"""Settings, loading, evaluation and files of a run.
 
 It is imported before torch, and limits how long threads of GNU OpenMP spin.
 
 At the end of each small operation the threads wait for each other. By default they wait in a loop for
-milliseconds, about the length of a process's turn on a core. Beside another busy process, which has the core
-that the last thread needs, a rollout on two cores gets dozens of times slower. After some 100 microseconds
-they now sleep. On a quiet machine that costs 5 % of the speed. Beside a busy core, a run on two threads takes
-twice as long as a run on one. (With a GOMP_SPINCOUNT of 3000 it is 15 % and 1.4 times.) libgomp reads this
-once, when torch loads it; a value that the user has set is kept.
+milliseconds, about the length of a process's turn on a core. If another process holds the core that the last
+thread needs, a rollout on two cores gets dozens of times slower. After some 100 microseconds they now sleep.
+On a quiet machine that costs 5 % of the speed. Beside a busy core, a run on two threads takes twice as long
+as a run on one. (With a GOMP_SPINCOUNT of 3000 instead of 10000: 15 %, and 1.4 times as long.) torch loads
+libgomp, which reads the variable once; a value that the user has set is kept.
 """
 
 import os

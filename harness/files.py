@@ -1,5 +1,5 @@
-"""Files that several processes want at once, or that a crash left half written: a folder's lock, private
-names, lines of JSON. All may import it.
+"""Share files among processes, and keep them whole in a crash: lock a folder, write under a temporary name
+and rename, append lines of JSON. All may import it.
 """
 
 import fcntl

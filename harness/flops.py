@@ -1,5 +1,5 @@
-"""FLOPs that training takes, by part and phase, beside the paper's 6 N D: the x axis that is fair to both
-algorithms.
+"""Count the FLOPs of training by part and phase, beside the paper's 6 N D (N weights, D tokens): an x axis
+that is fair to both algorithms.
 
     torchrun train.py --task gp-l --algo sft        # log.jsonl: tflops (6 N D), counted_tflops, flops
 
@@ -11,10 +11,10 @@ for its products. So here a forward pass is
     FLOPs = sum over q of  number[q] x rate[q],      q: tokens, pairs of a query and a key that it sees,
                                                         patches, targets, ...
 
-`quantities` takes the numbers from the conversations, after a step is done; `rates` takes the FLOPs of one of
-each from the weights of the model; `of_ppo` and `Ledger.add_sft` say how many passes over them each network
-makes. A multiply-add is 2 FLOPs. Norms, RoPE, softmax and the optimizer are left out (they are no products of
-matrices). What is counted is what the maths asks for:
+After a step, `quantities` counts number[q] in the conversations. `rates` gets rate[q] from the model's
+weights. `of_ppo` and `Ledger.add_sft` say how many passes each network makes. A multiply-add is 2 FLOPs.
+Norms, RoPE, softmax and the optimizer are left out (they are no products of matrices). What is counted is
+what the maths asks for:
 
 - Padding and hidden keys cost nothing, although CPUs compute them. (The tower's padding does cost: real
   patches see it.)
@@ -22,9 +22,9 @@ matrices). What is counted is what the maths asks for:
   own. So a rollout with a cache costs one forward pass of what it played, without the last token, which is
   never fed to the model.
 - In the backward pass each product leads to two more: one is needed if the weight learns, the other if a
-  gradient goes on to the input. So there a part that learns costs twice its forward pass, a frozen part
-  between it and the loss costs its forward pass once, and a frozen part below it (--tune, the base of LoRA)
-  nothing. Features of an image that a frozen encoder computed in the rollout cost nothing in the update.
+  gradient goes on to the input. So there a part that learns costs twice its forward pass. A frozen part
+  (--tune, LoRA's base) costs it once if the gradient passes through it to a part that learns, else nothing.
+  Features of an image that a frozen encoder computed in the rollout cost nothing in the update.
 - What the samples of a hand have in common, prompt and image, counts once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
   is counted once, so that the settings that a resumed run may change do not distort the x axis.

@@ -1,4 +1,4 @@
-"""The folder of a run: its choice, its lock, and its files.
+"""Choose the folder of a run, lock it, and write its files.
 
     runs/NAME/config.json       the settings
     runs/NAME/log.jsonl         a line of JSON for every start, step and evaluation

@@ -3,12 +3,12 @@ not.
 
     torchrun train.py --task gp-l --algo ppo --probe-hands 32 --probe-samples 8    # log.jsonl: "probe"
 
-Forgetting is said to follow the KL divergence from the model that one began with, on the new task (Shenfeld
-et al. 2025, arXiv 2509.04259). RL is said to change few of the weights (Mukherjee et al. 2025, arXiv
-2505.11711), and to sharpen what the model can do already, so that success at one sample rises and at many
-does not (Yue et al. 2025, arXiv 2504.13837). A probe plays some fixed hands several times at temperature 1,
-with the same draws each time. What is played depends on the hands and the weights alone: training goes on as
-it would without.
+A model is said to forget more, the larger its KL divergence, on the new task, from the model it began as
+(Shenfeld et al. 2025, arXiv 2509.04259). RL is said to change few of the weights (Mukherjee et al. 2025,
+arXiv 2505.11711), and to sharpen what the model can do already, so that success at one sample rises and at
+many does not (Yue et al. 2025, arXiv 2504.13837). A probe plays some fixed hands several times at temperature
+1, with the same draws each time. Its draws depend on the hands and the weights alone, so a probe leaves
+training unchanged.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The built-in tiny model: a Llama-Vision of a million weights, in ordinary Hugging Face folders.
+"""The built-in tiny model: a Llama-Vision of 1.8 million weights, in ordinary Hugging Face folders.
 
     python -m study.tiny gp-l                  # make its foundation anew
 

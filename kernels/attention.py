@@ -11,7 +11,7 @@ waiting. Q, K, V and the output are 4 MB, 2048 FLOPs per byte: if the scores sta
 the matrix products limit the speed. For the backward pass 4 bytes per query and head are kept, from which it
 computes every tile of scores again.
 
-A causal mask hides half of the scores; padding, or other tiles of an image, hide more. Hidden scores are not
+A causal mask hides half of the scores; padding and an image's empty tiles hide more. Hidden scores are not
 computed, and a mask is a few numbers per row instead of B x T x S.
 
 Three files do it on a GPU, and `attention` chooses among them:

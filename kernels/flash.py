@@ -15,14 +15,15 @@ Only O and lse are written, and backward finds every tile of P again from lse al
 
 delta: a softmax does not change when one number is added to all scores of a row. So only the difference
 between dP and its mean under P counts. That mean, delta, is a row of dO times the same row of O. dQ sums over
-keys, dK and dV over queries and over the G query heads that share a key head. One kernel would have to add up
-either dQ or dK and dV atomically, in another order each run. Two kernels compute S and dP twice, 7 products
+keys, dK and dV over queries and over the G query heads that share a key head. One kernel would need atomic
+sums for dQ (or for dK and dV), in another order each run. Two kernels compute S and dP twice, 7 products
 instead of 5, and give the same bits in every run.
 
-In the kernels, t are places of queries, n of keys. The chip has exp2, so `scale` holds log2(e), and lse is in
-the units of q k: P is exp2((q k - lse) scale). A matrix product whose sums start from -lse gives q k - lse at
-once; likewise dP - delta. So no registers are needed to subtract lse and delta later. Queries, outputs and
-their gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or of a projection.
+In the kernels, t are places of queries, n of keys. The chip has exp2, so `scale` has a factor log2(e), and
+lse is divided by `scale`: P = exp2((q k - lse) scale). A matrix product whose sums start from -lse gives q k
+- lse at once; likewise dP - delta. So no registers are needed to subtract lse and delta later. Queries,
+outputs and their gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or of a
+projection.
 """
 import torch
 

@@ -3,14 +3,14 @@
 Both compute the same tile of logits, hidden weight^T, on the chip, and differ in what they make of it.
 
 statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary, with
-m, s and t of its rows in registers. In the end it writes 4 numbers per row and part. 8 blocks of rows, with
-all parts, are launched side by side, so that the tiles of weight that they share stay in the L2 cache. Then
-weight, 1 GB in Llama 3, need not come from memory again for each block.
+m, s and t of its rows in registers. In the end it writes 4 numbers per row and part. For each part of the
+vocabulary 8 blocks of rows start together, so that the tiles of weight that they share stay in the L2 cache.
+Then weight, 1 GB in Llama 3, need not come from memory again for each block.
 
-dlogits_kernel. A program writes one tile of dz, in the type of hidden. `gradients` gives it one slab of the
-vocabulary after the other, as many columns as WORKSPACE holds, and two ordinary matrix products use each up
-before the next overwrites it. d weight of a slab is then complete, and d hidden adds up in float32 in a
-fixed order: no atomics, so the same bits again.
+dlogits_kernel. A program writes one tile of dz, in the type of hidden. `gradients` calls it for one slab of
+the vocabulary at a time, as many columns as WORKSPACE holds. Two ordinary matrix products use that dz before
+the next slab's replaces it. d weight of a slab is then complete, and d hidden adds up in float32 in a fixed
+order: no atomics, so the same bits again.
 
 Logits are in units of log 2 here, since exp2 is what the hardware has: a factor of 1 / (temperature log 2)
 does it all.

@@ -2,7 +2,7 @@
 
 A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and an attention that goes by
 it computes all scores, of which it hides half and more. The masks of this model follow from a description,
-`Visible`. A kernel gets five numbers per row of it and, where images are masked, a byte per key and query.
+`Visible`. Per row, a kernel gets five numbers and, for masked images, one byte a key and one byte a query.
 They tell where its loop over keys (or queries) begins and ends, and which tiles of it need no comparison:
 
     keys     0 .......... full .......... end .......... S

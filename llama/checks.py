@@ -1,4 +1,4 @@
-"""Rules for values that come out of files, and the one line that says what is wrong with one.
+"""Check values read from files against rules, and say in one line what is wrong with a value.
 
     check("m/config.json", {"vocab_size": integer(1, 2**18)}, {"vocab_size": "9"})
     ValueError: m/config.json: vocab_size = '9': expected an integer from 1 to 262144

@@ -1,4 +1,5 @@
-"""Read and write Hugging Face folders: small files, and safetensors in any layout of Llama and mllama."""
+"""Read and write Hugging Face folders: JSON, text, and safetensors with the names of any release of Llama and
+mllama."""
 import contextlib
 import json
 import math

@@ -2,15 +2,15 @@
 
     images = [processor.cut(picture)]                      # once per picture, for all batches that it is in
     features = {} if model.vision_frozen else None         # of one update; None: nothing is remembered
-    with remember(player, features):                       # the rollout's model, or its gathered weights
+    with remember(player, features):                       # what plays: a whole model, never slices
         ...                                                # processor.images(images) goes to player
     with remember(actor_critic, features):                 # what learns: each Llama in it
         ...                                                # processor.images(images): no encoder runs
 
-An image is known by the identity of its tiles: give batches what `Processor.cut` returned, not the picture.
-Features wait on the host (11B: 98 MB per image), and are freed together with `features`. With a sharded
-model, either all ranks must know all images of a pass, or no rank may know any: the encoder's layers wait for
-all ranks. The update after a rollout with gathered weights meets this condition.
+Give batches what `Processor.cut` returned, not the picture: an image is looked up by these tensor objects.
+Features stay in CPU memory (11B: 98 MB per image) until `features` is freed. With a sharded model the
+encoder's layers wait for all ranks: in each pass, all ranks must hold the features of all images, or none of
+any. An update meets this condition: its rollout has encoded every image.
 """
 import contextlib
 from functools import partial

@@ -1,4 +1,4 @@
-"""Average what is measured at each step of an update, and tell the error of a ratio."""
+"""Average metrics over the steps of an update; estimate the error of a ratio of sums."""
 
 
 def averages(steps):

@@ -9,7 +9,7 @@
 
 The folder of records gets a page, README.md, with all experiments that were begun. With --model the paper's
 presets hold, runs go one after the other, each on --ranks GPUs, and everything lies under runs/study-MODEL.
-Arms with numbers in their flags (steps, learning rates: study/experiments.py) are meant for the tiny model.
+Runs that fix steps or learning rates (study/experiments.py) are meant for the tiny model.
 """
 
 import dataclasses

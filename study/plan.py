@@ -1,5 +1,5 @@
-"""Estimate what a run needs before it starts: memory per rank, and the FLOPs of a PPO update compared with
-the released code's schedule.
+"""Estimate what a run needs before it starts: memory per rank, and the FLOPs of a PPO update beside those of
+the released code.
 
     python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision
 

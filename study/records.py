@@ -1,5 +1,5 @@
-"""Store each run as a line of JSON, and compute the error of a rate from several seeds that play the same
-hands."""
+"""Store each run as a line of JSON; compute the standard error of a rate over
+seeds that play the same hands."""
 
 import json
 from collections import defaultdict

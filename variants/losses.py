@@ -1,4 +1,4 @@
-"""Policy losses and KL penalties: numbers in, one loss a unit out.
+"""Policy losses and KL penalties, per turn, token or sequence.
 
     torchrun train.py --task gp-l --algo ppo --advantage grpo --loss dapo --clip 0.2
 

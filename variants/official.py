@@ -2,7 +2,7 @@
 
     torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
 
-Each switch says what it does and why the default differs: a game's own in official_games.py, PPO's here.
+Each switch says what it does and why the default differs: the games' in official_games.py, PPO's here.
 `python -m variants` lists all.
 """
 import math

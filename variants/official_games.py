@@ -1,8 +1,8 @@
-"""The games as the released code plays them: its deals, its verdicts and its names for turns in direction.
+"""The games as the released code plays them: its deals, its verdicts and its names for left and right.
 
     python -c "from variants import official_games as o; print(o.unwrapped_turn(350, 10))"
 
-The games do not know this file: `play` replaces their functions for drawing, judging and naming.
+The games do not know this file: `play` replaces how they deal cards, judge answers and name directions.
 """
 import re
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""The frozen policy with which a KL penalty, an SFT loss or a probe compares, without a second copy on the
-device.
+"""Give KL penalties, SFT losses and probes a frozen policy to compare with; the device holds no second copy.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft
