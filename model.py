@@ -2,9 +2,9 @@
 
 A text-only Llama is the same model without cross-attention layers and vision encoder. It follows Llama 3
 (arXiv 2407.21783, sections 3.2 and 7) and, where that leaves doubt, Hugging Face transformers 5. Tests
-compare the two. In two points transformers departs from Meta's code, which this file follows. No distributed
-code here. In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V vocabulary, N
-images, S vision tokens of an image.
+compare the two. In two points transformers departs from Meta's code; there, this file follows Meta. No
+distributed code here. In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V
+vocabulary, N images, S vision tokens of an image.
 """
 import math
 from dataclasses import dataclass, field

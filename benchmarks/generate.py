@@ -9,7 +9,7 @@ random. "eager" is ours without its CUDA graph. Medians of interleaved repeats a
 
     tokens/s     with the time to read prompts and images
     step         milliseconds for one token more in every row
-    weights      GB/s at which a step reads the weights it needs; above the table stands a large copy's
+    weights      GB/s at which a step reads the weights it needs; above the table: that of a large copy
     ratio        tokens/s divided by those of transformers
 """
 import itertools

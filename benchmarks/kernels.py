@@ -12,7 +12,7 @@ masks and compiling are not timed. A row of the table holds
                and results computed twice do not count
     ceiling    the least time in which this machine could do it, as a share of ms. First the rates of a large
                matrix product and of a large copy are measured. At these rates the FLOPs or the bytes take
-               longer: that time is the ceiling, and `rate` counts those.
+               longer: they set the ceiling, and are what `rate` counts.
     MiB        peak memory beyond inputs and results (a backward pass includes its forward pass), plus the
                dense mask if it needs one
     error      the largest over the rows of all results and gradients, relative to the norm of the row or to

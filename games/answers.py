@@ -12,7 +12,7 @@ JSON if it is valid JSON. The table says what else is read, and what is not:
 | keys in any case; quotes of any kind or none            | an answer in a string of another answer      |
 | too many or too few commas, // comments, line breaks    | over MAX_TOKENS braces, strings and words    |
 | the whole answer encoded as a JSON string               |                                              |
-| formula: white space of all kinds, a final full stop    | spaced (1 2) or other scripts' digits, 1.5   |
+| formula: white space of all kinds, a final full stop    | digits spaced (1 2) or in other scripts, 1.5 |
 | full-width, small and bold signs and digits             | 2² 3½ ② ⒋, which NFKC would make digits of   |
 | x × · ∙ ∗ ✖ ÷ ∕ – − and the like                        | words, ^ ! // **, [ ] { } as parentheses     |
 | \times \cdot \ast \div \left \right                     | \frac and other LaTeX                        |

@@ -1,5 +1,5 @@
-"""Judge the observation in an answer: the landmark's name and the intersection count, wording and left or
-right do not.
+"""Judge the observation in an answer by the landmark's name and the intersection, not by wording or left and
+right.
 
     python -c "from games.observations import claims; print(claims('I see Joe’s Bar, but no intersection'))"
 

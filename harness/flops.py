@@ -23,7 +23,7 @@ what the maths asks for:
   never fed to the model.
 - In the backward pass each product leads to two more: one is needed if the weight learns, the other if a
   gradient goes on to the input. So there a part that learns costs twice its forward pass. A frozen part
-  (--tune, LoRA's base) costs it once if the gradient passes through it to a part that learns, else nothing.
+  (--tune, LoRA's base) costs one forward pass if the gradient goes through it to what learns, else nothing.
   Features of an image that a frozen encoder computed in the rollout cost nothing in the update.
 - What the samples of a hand have in common, prompt and image, counts once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)

@@ -7,8 +7,8 @@ A model is said to forget more, the larger its KL divergence, on the new task, f
 (Shenfeld et al. 2025, arXiv 2509.04259). RL is said to change few of the weights (Mukherjee et al. 2025,
 arXiv 2505.11711), and to sharpen what the model can do already, so that success at one sample rises and at
 many does not (Yue et al. 2025, arXiv 2504.13837). A probe plays some fixed hands several times at temperature
-1, with the same draws each time. Its draws depend on the hands and the weights alone, so a probe leaves
-training unchanged.
+1. Its random numbers come from hand, sample and turn: they are the same each time, and training goes on
+unchanged.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     images = [processor.cut(picture)]                      # once per picture, for all batches that it is in
     features = {} if model.vision_frozen else None         # of one update; None: nothing is remembered
-    with remember(player, features):                       # what plays: a whole model, never slices
+    with remember(player, features):                       # the rollout's model, never sharded
         ...                                                # processor.images(images) goes to player
     with remember(actor_critic, features):                 # what learns: each Llama in it
         ...                                                # processor.images(images): no encoder runs

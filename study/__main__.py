@@ -1,7 +1,6 @@
 """Do the runs of an experiment, as many at once as there are cores; print its table, draw its figures.
 
-    python -m study main                     # continue where it stopped; what the records in git hold is not
-                                             # run again
+    python -m study main                     # continue where it stopped; runs recorded in git are not redone
     python -m study all --plan               # what is there, what is missing, how long that will take
     python -m study main --records runs/mine --seeds 0               # measure anew
     python -m study main --model Llama-3.2-11B-Vision-Instruct --ranks 8 --seeds 0      # ask a real model
