@@ -7,7 +7,7 @@ sums shrink by the same factor:
     l   <- l   exp(m - m') + rowsum exp(S - m')
     acc <- acc exp(m - m') + exp(S - m') V               at the end  O = acc / l,  lse = m + log l
 
-Only O and lse are written, and backward finds every tile of P again from lse alone, without the walk:
+Only O and lse are written. From S and lse backward finds any tile of P again, without the walk:
 
     S = scale Q K^T        P = exp(S - lse)         O = P V          4 T S D FLOPs per head; half if causal
     dV = P^T dO            dP = dO V^T              dS = P * (dP - delta)

@@ -13,7 +13,7 @@ may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gf
 
 The tests compile all kernels for three chips, in half precision and in float32: next to nothing spills, all
 fits, and Hopper's HGMMA does the products. sm_90's tiles were chosen among 44 by their times on an H100: of
-those that do not spill, the fastest or nearly so in causal, cross- and vision attention alike. For dK and dV
+those that do not spill, the fastest or nearly so in causal, cross- and vision attention alike. For dK and dV,
 tiles of 64 x 64 with 4 warps and 2 stages are 3 to 9 % faster, but spill with every version of Triton.
 """
 import torch

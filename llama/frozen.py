@@ -9,8 +9,8 @@
 
 Give batches what `Processor.cut` returned, not the picture: an image is looked up by these tensor objects.
 Features stay in CPU memory (11B: 98 MB per image) until `features` is freed. With a sharded model the
-encoder's layers wait for all ranks: in each pass, all ranks must hold the features of all images, or none of
-any. An update meets this condition: its rollout has encoded every image.
+encoder's layers wait for all ranks: in each pass, either all ranks hold the features of all their images, or
+no rank holds any. An update meets this condition: its rollout has encoded every image.
 """
 import contextlib
 from functools import partial

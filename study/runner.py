@@ -3,7 +3,8 @@ what is left.
 
 A run is a command line of train.py and the name of its folder. It leaves its folder and a line in a file of
 records. Nothing else is remembered. After a stop (Ctrl-C saves each run), a new start, with the same runs or
-others, does only what is missing. In a fresh clone, which has only the records, nothing is done again.
+others, does only what is missing. A run of which there is only the record, as in a fresh clone, is done again
+only if another needs its weights.
 """
 
 import os

@@ -8,9 +8,9 @@ penalty of each sampled token where that is part of the reward, else empty), `va
 `info`; of an episode `turns`, in order, and `seed`, the hand that was dealt. Text that was not sampled
 (prompts, verifier messages) is in none of these, and so changes no advantage.
 
-An estimator over turns gives a turn one number as its advantage, value and target (what the critic learns).
-One over tokens gives lists with a number per sampled token; a value is V of the state before that token.
-`gae`, the paper's, is in ppo.py.
+An estimator over turns gives a turn one advantage, one value and one target (what the critic learns). One
+over tokens gives lists with a number per sampled token; a value is V of the state before that token. `gae`,
+the paper's, is in ppo.py.
 """
 
 import statistics

@@ -4,8 +4,8 @@
 
 How to add one: write a function (logprobs, rows, examples, args) that returns the loss of each token, and
 enter it in SFT_LOSSES. `logprobs`, `rows` and the losses have shape (tokens,). logprobs: the model's
-log-probs of the expert's tokens, with a gradient; rows: which example a token lies in. Its entry
-names, as `before`, an earlier model to compare with; the function `before` returns that model's log-probs.
+log-probs of the expert's tokens, with a gradient; rows: which example a token lies in. A loss's entry may
+name an earlier model in its field `before`; the function `before` returns that model's log-probs.
 """
 
 from dataclasses import dataclass
