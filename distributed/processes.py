@@ -122,8 +122,10 @@ class Processes:
     def hardware(self):
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+        waiting = "".join(f"{key}={value}, " for key, value in os.environ.items()
+                          if key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
         return (f"{self.world} x {self.device.type} ({name}), {os.cpu_count()} cores, "
-                f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+                f"{torch.get_num_threads()} threads, {waiting}torch {torch.__version__}, "
                 f"Python {platform.python_version()}")
 
 

@@ -8,6 +8,7 @@ out of its range (declared in settings.py), has no effect, or is at odds with th
 
 import inspect
 import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -76,11 +77,12 @@ ROUTES = text("a folder of routes in the released format", lambda name: Path(nam
 def check_needs(args, typed):
     """Refuse what was typed and would do nothing, as it needs other settings: who types it expects something.
 
-    With --custom nobody knows what one's own estimators and losses read.
+    With --custom nobody knows what one's own estimators, losses and games read.
     """
-    for name in () if args.custom else sorted(typed):
+    for name in sorted(typed):
         for clause in filter(None, Args.__dataclass_fields__[name].metadata["needs"].split("; ")):
-            if not met(args, clause):
+            own = args.custom and re.search("--(loss|advantage|sft-loss|task) ", clause)
+            if not own and not met(args, clause):
                 raise SettingError(f"{spelled(args, name)}: expected with {clause}")
     known = inspect.signature(envs.GAMES[args.game]).parameters
     for name in GAME_SETTINGS:

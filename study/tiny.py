@@ -1,6 +1,6 @@
 """Make a foundation of the tiny model anew, with two processes; docs/tiny tells what came out.
 
-    python -m study.tiny gp-l      # 4 minutes on two cores; gp-vl: 4 more, virl-l and virl-vl: 10 each
+    python -m study.tiny gp-l      # 4 minutes on two cores; gp-vl: 4 more, virl-l: 13, virl-vl: 12
 """
 
 import shutil

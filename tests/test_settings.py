@@ -242,10 +242,16 @@ def test_files_that_are_none(start, flag, name, text, words):
     assert f"{flag} {name}: expected" in said and words in said
 
 
-def test_a_setting_of_another_game_beside_ones_own_file(start):
+def test_useless_settings_beside_ones_own_file(start):
     Path("mine.py").write_text("ESTIMATORS = {}")
     said = start("--task virl-l --custom mine.py --target 30")
     assert "--target 30: expected with another --task than virl-l" in said
+    assert "--hands 3: expected with --algo ppo" in start("--algo sft --custom mine.py --hands 3")
+
+
+def test_the_hardware_tells_how_threads_wait(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    assert "GOMP_SPINCOUNT=77" in Processes("cpu").hardware
 
 
 def test_folders_that_are_none(start):
