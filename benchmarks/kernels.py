@@ -11,13 +11,14 @@ masks and compiling are not timed. A row of the table holds
     rate       of the FLOPs or bytes that the task needs, counted the same for all: results that nobody needs
                and results computed twice do not count
     ceiling    the least time in which this machine could do it, as a share of ms. First the rates of a large
-               matrix product and of a large copy are measured. At these rates the FLOPs or the bytes take
-               longer: they set the ceiling, and are what `rate` counts.
+               matrix product and of a large copy are measured. At these rates, one of the two takes longer,
+               the FLOPs or the bytes: that one sets the ceiling, and `rate` counts it.
     MiB        peak memory beyond inputs and results (a backward pass includes its forward pass), plus the
                dense mask if it needs one
-    error      the largest over the rows of all results and gradients, relative to the norm of the row or to
-               the root mean square of the rows' norms, whichever is larger. A result whose error is beyond
-               rounding and beyond twice that of the naive form is wrong, and gets no time.
+    error      of a row of a result or gradient: the norm of what it is off by, divided by the norm of the
+               row or by the root mean square of all rows' norms, whichever is larger. The table holds the
+               largest. A result whose error is beyond rounding and beyond twice that of the naive form is
+               wrong, and gets no time.
     ratio      ms over those of ours: above 1 is slower
 
 A row whose implementation cannot run the case says "no:" and why.

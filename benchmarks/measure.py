@@ -1,4 +1,4 @@
-"""Time functions in turns, and say on which machine: what the benchmarks share."""
+"""Measure how long functions take, in turns, and describe the machine."""
 import importlib.metadata
 import math
 import platform

@@ -1,7 +1,7 @@
 """The processes of a run, as torchrun starts them: who this one is, what all agree on, and what stops them.
 
-A single process needs no torchrun and makes no collective call. Several decide together whether to skip a
-step or to stop, so that none acts alone and leaves the others waiting. One that dies or fails takes the
+A single process needs no torchrun and makes no collective call. Where there are several, all decide together
+whether to skip a step or to stop, so that none leaves the others waiting. One that dies or fails takes the
 others down at once; under `torchrun --max-restarts N` they all come back and resume.
 """
 

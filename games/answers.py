@@ -2,24 +2,24 @@ r"""Parse any text into the fields of an answer, in linear time and without ever
 
     python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
 
-The answer is an object in braces that has the key `formula` or `action` at its own level; of several, the one
-that ends last. An object in a string or under another key does not count. What follows a key is decoded as
-JSON if it is valid JSON. The table says what else is read, and what is not:
+The answer is an object in braces that has the key `formula` or `action` itself, not in an object inside it.
+If there are several, the one that ends last counts. An object in a string or under another key does not. What
+follows a key is decoded as JSON if it is valid JSON. Of the rest this is accepted, and this is not:
 
-| otherwise read leniently                                | not read                                     |
+| accepted                                                | not accepted                                 |
 |---------------------------------------------------------|----------------------------------------------|
 | prose and code fences around it, no brace at its end    | no brace at its start                        |
 | keys in any case; quotes of any kind or none            | an answer in a string of another answer      |
 | too many or too few commas, // comments, line breaks    | over MAX_TOKENS braces, strings and words    |
 | the whole answer encoded as a JSON string               |                                              |
 | formula: white space of all kinds, a final full stop    | digits spaced (1 2) or in other scripts, 1.5 |
-| full-width, small and bold signs and digits             | 2² 3½ ② ⒋, which NFKC would make digits of   |
+| full-width, small and bold signs and digits             | 2² 3½ ② ⒋ (NFKC, of Unicode, gives digits)   |
 | x × · ∙ ∗ ✖ ÷ ∕ – − and the like                        | words, ^ ! // **, [ ] { } as parentheses     |
 | \times \cdot \ast \div \left \right                     | \frac and other LaTeX                        |
 | cards: "Ace of Spades", q, T, 10                        |                                              |
 | action: capitals, quotes, spaces around parentheses     | two actions, a full stop                     |
 
-A string is read to its end and judged as a whole: "(7+8-7)*3=24, no wait, =25" claims 25.
+A formula is the whole string, to its end: "(7+8-7)*3=24, no wait, =25" claims 25.
 """
 import json
 import re

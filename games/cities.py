@@ -1,4 +1,5 @@
-"""Write navigation's built-in cities as folders in the format of the released V-IRL data.
+"""Write navigation's built-in cities as folders, in the format of the street views and routes released with
+the paper (V-IRL).
 
 The street views of the paper are not ours to give away, so these cities are made up: a street plan with signs
 for landmarks and routes along the streets (games/streets.py), and panoramas that are drawn when first asked

@@ -1,8 +1,8 @@
 """Draw panoramas of the built-in cities by ray casting: one ray per column of the picture, numpy only.
 
 A column looks in one compass direction. The walls that its ray meets decide whether a pixel shows sky, wall
-or ground, and which point of these, in metres. Windows, shops and lane markings are computed from that point.
-Signs and trees are pictures pasted on upright rectangles. Look at one:
+or ground, and at which point of these, in metres. Windows, shops and lane markings are computed from that
+point. Signs and trees are pictures pasted on upright rectangles. Look at the board of a sign:
 
     python -c "from games import drawing; drawing.board('Red', 'Star', 0, 256).save('board.png')"
 

@@ -1,4 +1,5 @@
-"""What the tiny model learns before any post-training, as (share in the mixture, settings of a game).
+"""List what the tiny model learns before post-training: a mixture of games, as pairs of a share and the
+settings of a game.
 
     python -c "from games import foundation; print(*foundation.cards()[:4], sep='\\n')"
 

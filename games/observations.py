@@ -1,5 +1,5 @@
-"""Judge the observation in an answer by the landmark's name and the intersection, not by wording or left and
-right.
+"""Judge the observation, the part of a navigation answer that says what is seen. The landmark's name and the
+intersection must be right; wording and sides (left, right) do not matter.
 
     python -c "from games.observations import claims; print(claims('I see Joe’s Bar, but no intersection'))"
 

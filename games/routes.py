@@ -1,7 +1,7 @@
 """Read the navigation game's routes from a folder in the format of the released V-IRL data. The built-in
 cities (games/cities.py) use this format, too:
 
-    route_infos.json        [routes, count]: turning points, and what the walker is told about each of them
+    route_infos.json        [routes, how many]; a route: turning points, and what the walker is told there
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}
     street_views/           <id>.jpg and <id>.metadata.json; looked at for image tasks only
 

@@ -1,12 +1,12 @@
 """The built-in cities laid out: streets, panoramas, landmarks, routes.
 
 A city is a plan of intersections (grids, rings, hexagons, ...) joined by streets, with panoramas some 20 m
-apart. Most corners and half of the streets have a landmark, a sign. Look at one:
+apart. Most corners and half of the streets have a landmark, which is a sign. Look at one:
 
     python -c "from games import streets; print(*streets.town('london').landmarks, sep='\\n')"
 
 games/towns.json holds the plans and the routes. games/streets.py and games/cities.py of commit 7e44400 made
-them once, from a seed. They are kept as data, as another version of numpy or of a mathematical function might
+them once, from a seed. They are kept as data because another version of numpy or of the maths library might
 move a street. games/cities.toml says what a city looks like.
 
 Positions are metres (east, north) from the city's origin, headings degrees clockwise from north.

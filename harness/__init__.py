@@ -4,10 +4,10 @@ It is imported before torch, and limits how long threads of GNU OpenMP spin.
 
 At the end of each small operation the threads wait for each other. By default they wait in a loop for
 milliseconds, about the length of a process's turn on a core. If another process holds the core that the last
-thread needs, a rollout on two cores gets dozens of times slower. After some 100 microseconds they now sleep.
-On a quiet machine that costs 5 % of the speed. Beside a busy core, a run on two threads takes twice as long
-as a run on one. (With GOMP_SPINCOUNT at 3000, not at 10000 as here: 15 %, and 1.4 times as long.) libgomp,
-which torch loads, reads this variable once; a value that the user has set is kept.
+thread needs, a rollout on two threads gets dozens of times slower. With GOMP_SPINCOUNT=10000 they sleep after
+some 100 microseconds. That costs a quiet machine 5 % of its speed. Where another process keeps a core busy,
+two threads still take twice as long as one. (At 3000 it would be 15 %, and 1.4 times as long.) libgomp, the
+GNU OpenMP that torch loads, reads this variable once; a value that the user has set is kept.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Check that the settings make a valid run, before weights are read or anything is written.
 
-    train.py: error: --hands 3: expected with --algo ppo
+    train.py: error: --hands 3: works only with --algo ppo
 
 `settle` completes the settings of a command line, a program or a resumed run. It refuses a setting that is
 out of its range (declared in settings.py), has no effect, or is at odds with the rest.
@@ -83,11 +83,11 @@ def check_needs(args, typed):
         for clause in filter(None, Args.__dataclass_fields__[name].metadata["needs"].split("; ")):
             own = args.custom and re.search("--(loss|advantage|sft-loss|task) ", clause)
             if not own and not met(args, clause):
-                raise SettingError(f"{spelled(args, name)}: expected with {clause}")
+                raise SettingError(f"{spelled(args, name)}: works only with {clause}")
     known = inspect.signature(envs.GAMES[args.game]).parameters
     for name in GAME_SETTINGS:
         if getattr(args, name) is not None and name not in known:
-            raise SettingError(f"{spelled(args, name)}: expected with another --task than {args.task}")
+            raise SettingError(f"{spelled(args, name)}: works only with another --task than {args.task}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Count the FLOPs of training by part and phase, beside the paper's 6 N D (N weights, D tokens): an x axis
-that is fair to both algorithms.
+"""Count the FLOPs of training by part and phase: an x axis that is fair to SFT and PPO. The log holds the
+paper's 6 N D (N weights, D tokens) beside it.
 
     torchrun train.py --task gp-l --algo sft        # log.jsonl: tflops (6 N D), counted_tflops, flops
 
 6 N D (and 2 N D where nothing is learnt) assumes that every parameter works once on every text token. In fact
-the embedding table does no products at all, the head works where a log-prob is asked, the vision tower once
-on every patch of an image and not on text, a frozen weight has no gradient, and attention has no parameters
-for its products. So here a forward pass is
+the embedding table multiplies nothing. The head works only on tokens whose log-prob is needed, and the vision
+tower only on images, once per patch. A frozen weight needs no gradient, and attention multiplies without
+parameters. So here a forward pass is
 
     FLOPs = sum over q of  number[q] x rate[q],      q: tokens, pairs of a query and a key that it sees,
                                                         patches, targets, ...
@@ -27,9 +27,9 @@ what the maths asks for:
   Features of an image that a frozen encoder computed in the rollout cost nothing in the update.
 - What the samples of a hand have in common, prompt and image, counts once.
 - What is computed a second time to save memory (--checkpoint-activations, scores in flash attention, logits)
-  is counted once, so that the settings that a resumed run may change do not distort the x axis.
-- Passes that a rank makes only because another has more to do are not counted. So ranks do not change the
-  sum.
+  is counted once. A resumed run may change these settings, and the x axis must not change with them.
+- Passes that a rank makes only because another has more to do are not counted. So the sum does not depend on
+  the number of ranks.
 """
 
 import math

@@ -3,12 +3,12 @@ not.
 
     torchrun train.py --task gp-l --algo ppo --probe-hands 32 --probe-samples 8    # log.jsonl: "probe"
 
-A model is said to forget more, the larger its KL divergence, on the new task, from the model it began as
-(Shenfeld et al. 2025, arXiv 2509.04259). RL is said to change few of the weights (Mukherjee et al. 2025,
-arXiv 2505.11711), and to sharpen what the model can do already, so that success at one sample rises and at
-many does not (Yue et al. 2025, arXiv 2504.13837). A probe plays some fixed hands several times at temperature
-1. Its random numbers come from hand, sample and turn: they are the same each time, and training goes on
-unchanged.
+The further a model has moved from the one it began as (by KL divergence on the new task), the more it is said
+to forget (Shenfeld et al. 2025, arXiv 2509.04259). RL is said to change few of the weights (Mukherjee et al.
+2025, arXiv 2505.11711), and to sharpen what the model can do already: pass@1 rises, pass@k, where one of k
+samples must be right, does not (Yue et al. 2025, arXiv 2504.13837). A probe plays some fixed hands several
+times at temperature 1. Its random numbers come from hand, sample and turn alone: they are the same at every
+evaluation, and those of training stay what they would be without it.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Print text safely: no control characters, none that the terminal cannot show, and no traceback once the
-output's reader has gone. All may import it: it needs the standard library alone.
+"""Print text safely: no control characters, none that the terminal cannot show, and no traceback when the
+program that reads the output (`| head`) has ended. All may import it: it needs the standard library alone.
 """
 
 import io

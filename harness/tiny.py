@@ -4,8 +4,9 @@
 
 The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
 task in docs/tiny, stands for that: it has seen the game under many rules and looks. From it `prepare`
-makes the paper's *init* on first use, by a brief SFT on the training rule. Both training lengths are chosen
-so that init scores about as the paper's does (docs/lab-book.md).
+makes *init* on first use, as the paper does, by a brief SFT on the training rule. The lengths of both
+trainings, of the foundation and of this SFT, are chosen so that init scores about as the paper's does
+(docs/lab-book.md).
 """
 
 import contextlib

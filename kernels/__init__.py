@@ -2,6 +2,8 @@
 
     KERNELS=torch python train.py ...                 # twins everywhere
     KERNELS=triton TRITON_INTERPRET=1 python ...      # kernels on a CPU, for tests: 1000 times slower
+
+A kernel is launched as many *programs*, which run the same code, each on its own part of the data.
 """
 import os
 import warnings

@@ -1,15 +1,15 @@
 """Attention that never holds its matrix of scores.
 
     out = softmax(scale q k^T) v,    scale = 1 / sqrt(D)
-    B rows, T queries, S keys, H query heads, K key heads, each shared by G = H / K of them, D channels
+    B rows, T queries, S keys, H query heads, K key heads, G = H / K query heads per key head, D channels
 
 What it saves. At 4096 tokens a head has 2^24 scores, 34 MB in bfloat16; 32 heads a gigabyte, in every row and
 layer. Textbook attention writes the scores, reads them for the softmax, writes the probabilities and reads
 those: 134 MB for the head's 4 T S D = 8.6 GFLOPs, 64 FLOPs per byte. An H200 does 206 FLOPs while it moves
 one byte (989 TFLOP/s in bfloat16 and 4.8 TB/s, by its data sheet), so it would spend two thirds of the time
 waiting. Q, K, V and the output are 4 MB, 2048 FLOPs per byte: if the scores stay on the chip, tile by tile,
-the matrix products limit the speed. For the backward pass 4 bytes per query and head are kept, from which it
-computes every tile of scores again.
+the matrix products limit the speed. For the backward pass the log-sum-exp is kept, 4 bytes per query and
+head; with it, Q and K give every tile of probabilities again.
 
 A causal mask hides half of the scores; padding and an image's empty tiles hide more. Hidden scores are not
 computed, and a mask is a few numbers per row instead of B x T x S.

@@ -1,13 +1,13 @@
 """Attention for training and prompts (FlashAttention-2, arXiv 2307.08691).
 
 Forward. A program keeps M queries on the chip and walks along the keys, N at a time. Of the softmax it
-knows only the largest score so far, m, and the sum l of exp(s - m). When a tile raises m to m', earlier
-sums shrink by the same factor:
+knows only the largest score so far, m, and the sum l of exp(s - m). When a tile raises m to m', the
+sums so far shrink by exp(m - m'):
 
     l   <- l   exp(m - m') + rowsum exp(S - m')
     acc <- acc exp(m - m') + exp(S - m') V               at the end  O = acc / l,  lse = m + log l
 
-Only O and lse are written. From S and lse backward finds any tile of P again, without the walk:
+Only O and lse are written. The backward pass computes any tile of P again from S and lse, without the walk:
 
     S = scale Q K^T        P = exp(S - lse)         O = P V          4 T S D FLOPs per head; half if causal
     dV = P^T dO            dP = dO V^T              dS = P * (dP - delta)

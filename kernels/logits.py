@@ -1,6 +1,6 @@
 """Logits that exist only as tiles: the two kernels of logprob.py, whose docstring has the maths.
 
-Both compute the same tile of logits, hidden weight^T, on the chip, and differ in what they make of it.
+Both compute the same tile of logits, `hidden @ weight^T`, on the chip, and differ in what they make of it.
 
 statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary, with
 m, s and t of its rows in registers. In the end it writes 4 numbers per row and part. For each part of the

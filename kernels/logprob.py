@@ -24,7 +24,7 @@ entropy):
     dz = p (a - e log p) + g onehot(y),      a = l - g - e entropy
     d hidden = dz weight / temperature,      d weight = dz^T hidden / temperature
 
-Tile by tile dz is made and used up. Small gradients are not dropped.
+Tile by tile dz is made and used up, all of it: small gradients are not left out, as some do for speed.
 
 There are two implementations: on a GPU the kernels of logits.py, elsewhere the twins below, in plain torch.
 Read those first.

@@ -3,18 +3,20 @@
 A program keeps tiles on the chip: the larger they are, the more often each byte is used once it is there.
 Two things bound them.
 
-Registers: an NVIDIA SM has 2^16 of 4 bytes, at most 255 per thread. The rest would be spilled to memory, in
-the middle of the loop. With 8 warps (256 threads) a tile of 128 x 256 float32 sums takes 128 of these 255;
-forward attention with 128 queries has sums of 128 x 128, scores of 128 x 128, and on chips before Hopper the
-operands, too.
+Registers: an NVIDIA SM has 2^16 of 4 bytes, at most 255 per thread. What a thread needs beyond that is
+spilled to memory, in the middle of the loop. With 8 warps (256 threads) a tile of 128 x 256 float32 sums
+takes 128 of these 255; forward attention with 128 queries takes as many, for sums and scores of 128 x 128
+each, and before Hopper its operands are there, too.
 
-Shared memory holds `stages` tiles of what loops read: the next are under way while one is multiplied. A block
-may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942.
+Shared memory holds the tiles that a loop reads, so many at a time as it has `stages`: while one is
+multiplied, the next are being loaded. A block may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and
+sm_120, 64 on gfx942.
 
 The tests compile all kernels for three chips, in half precision and in float32: next to nothing spills, all
-fits, and Hopper's HGMMA does the products. sm_90's tiles were chosen among 44 by their times on an H100: of
-those that do not spill, the fastest or nearly so in causal, cross- and vision attention alike. For dK and dV,
-tiles of 64 x 64 with 4 warps and 2 stages are 3 to 9 % faster, but spill with every version of Triton.
+fits, and on Hopper its own matrix instructions (HGMMA) do the products. For Hopper, sm_90, 44 choices of
+tiles were timed on an H100. The one taken does not spill; among such choices it is the fastest, or nearly, in
+causal, cross- and vision attention alike. For dK and dV, tiles of 64 x 64 with 4 warps and 2 stages are 3 to
+9 % faster, but spill with every version of Triton.
 """
 import torch
 

@@ -1,9 +1,10 @@
 """Describe who sees whom in a few numbers per row, instead of masks.
 
-A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and an attention that goes by
-it computes all scores, of which it hides half and more. The masks of this model follow from a description,
+A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and an attention that goes by it
+computes all scores, of which it hides half and more. The masks of this model follow from a description,
 `Visible`. Per row, a kernel gets five numbers and, for masked images, one byte a key and one byte a query.
-They tell where its loop over keys (or queries) begins and ends, and which tiles of it need no comparison:
+They tell where its loop over keys (or queries) begins and ends, and in which of its tiles all pairs of a
+query and a key see each other, so that their places need not be compared:
 
     keys     0 .......... full .......... end .......... S
                all are seen    some are       none is

@@ -1,1 +1,1 @@
-"""Sizes, Hugging Face folders, chat and images, KV cache, generation, batches: the folder under model.py."""
+"""Sizes, Hugging Face folders, chat and images, KV cache, generation, batches: all around model.py."""

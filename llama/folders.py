@@ -1,5 +1,5 @@
-"""Read and write Hugging Face folders: JSON, text, and safetensors with the names of any release of Llama and
-mllama."""
+"""Read and write Hugging Face folders: JSON, text, and safetensors, whose weights are named as in any release
+of Llama or Llama-3.2-Vision (mllama)."""
 import contextlib
 import json
 import math

@@ -1,16 +1,16 @@
 """Encode each image once per update, where the vision encoder is frozen: its output stays the same.
 
-    images = [processor.cut(picture)]                      # once per picture, for all batches that it is in
-    features = {} if model.vision_frozen else None         # of one update; None: nothing is remembered
+    images = [processor.cut(picture)]                      # each picture once, for all of its batches
+    features = {} if model.vision_frozen else None         # lives for one update; None remembers nothing
     with remember(player, features):                       # the rollout's model, never sharded
         ...                                                # processor.images(images) goes to player
-    with remember(actor_critic, features):                 # what learns: each Llama in it
+    with remember(actor_critic, features):                 # the models in training
         ...                                                # processor.images(images): no encoder runs
 
 Give batches what `Processor.cut` returned, not the picture: an image is looked up by these tensor objects.
-Features stay in CPU memory (11B: 98 MB per image) until `features` is freed. With a sharded model the
-encoder's layers wait for all ranks: in each pass, either all ranks hold the features of all their images, or
-no rank holds any. An update meets this condition: its rollout has encoded every image.
+Features stay in CPU memory (11B: 98 MB per image) until `features` is freed. In a sharded model the encoder's
+layers wait for all ranks. So in each pass either every rank must hold the features of all its images, or no
+rank may hold any. An update meets this condition, as its rollout has encoded every image.
 """
 import contextlib
 from functools import partial

@@ -8,7 +8,7 @@
 
 The folder of records gets a page, README.md, with all experiments that were begun. With --model the paper's
 presets hold, runs go one after the other, each on --ranks GPUs, and everything lies under runs/study-MODEL.
-Runs that fix steps or learning rates (study/experiments.py) are meant for the tiny model.
+Runs that set a number of steps or a learning rate (study/experiments.py) are meant for the tiny model.
 """
 
 import dataclasses

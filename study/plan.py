@@ -401,8 +401,8 @@ def main(argv=None):
         args, typed = parse(rest)
         if args.resume or args.algo not in ("sft", "ppo"):
             what = spelled(args, "resume" if args.resume else "algo")
-            raise ranges.SettingError(f"{what}: expected with train.py; planned are --algo sft and ppo, from "
-                                      "the start")
+            raise ranges.SettingError(f"{what}: works only with train.py; planned are --algo sft and ppo, "
+                                      "from the start")
         expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.task)
         settle(args, config, typed, own.gpus)

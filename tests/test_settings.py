@@ -137,14 +137,14 @@ REFUSED = """
     --target 0: expected
     --target 1000000: expected a game in which one of 500 hands can be solved
     --target 7000: expected a game
-    --task virl-l | --target 30: expected with --task gp-l or gp-vl
-    --after-failure end: expected with --task virl-l or virl-vl
-    --skip-bad-routes: expected with --task virl-l or virl-vl
-    --routes x: expected with --task virl-l or virl-vl
+    --task virl-l | --target 30: works only with --task gp-l or gp-vl
+    --after-failure end: works only with --task virl-l or virl-vl
+    --skip-bad-routes: works only with --task virl-l or virl-vl
+    --routes x: works only with --task virl-l or virl-vl
     --task virl-l | --routes no: expected a folder of routes in the released format
     --task virl-l | --routes milan: expected a folder of routes
     --task virl-l --eval-sets visual-ood | --ood-routes no: expected a folder of routes
-    --task virl-l | --ood-routes .: expected with --eval-sets visual-ood
+    --task virl-l | --ood-routes .: works only with --eval-sets visual-ood
     --prompts nowhere.json: expected a JSON file of templates;
     --custom nowhere.py: expected a Python file that runs; FileNotFoundError
     # the model
@@ -154,49 +154,49 @@ REFUSED = """
     --tune vision: expected with pictures to learn from: --task gp-vl
     --algo sft --lora-rank 4 --tune mlp | --lora-modules fc1: expected layers that --tune leaves to learn
     # settings of another algorithm
-    --algo sft | --hands 3: expected with --algo ppo
-    --algo sft | --gamma 0.5: expected with --algo ppo
-    --algo sft | --kl-coef 0.1: expected with --algo ppo
-    --algo sft | --transcript-every 1: expected with --algo ppo
-    --algo sft | --temperature 1.0: expected with --algo ppo or --sft-data own
-    --algo sft | --clip 0.2: expected with --algo ppo or --sft-loss psft or iw-sft
-    --batch-size 8: expected with --algo sft or pretrain
-    --sft-loss dft: expected with --algo sft
-    --algo pretrain | --sft-data own: expected with --algo sft
-    --mistakes 0.5: expected with --algo sft or pretrain
-    --algo sft --sft-data own | --mistakes 0.5: expected with --sft-data expert
-    --algo sft --attempts 1 | --mistakes 0.5: expected with --attempts above 1
-    --task virl-vl | --describe: expected with --algo sft or pretrain
-    --task virl-l --algo sft | --describe: expected with --task virl-vl
-    --algo eval | --lr 0.001: expected with --algo sft, ppo or pretrain
-    --algo eval | --steps 3: expected with
-    --algo eval | --seed 3: expected with
-    --algo eval | --resume: expected with
+    --algo sft | --hands 3: works only with --algo ppo
+    --algo sft | --gamma 0.5: works only with --algo ppo
+    --algo sft | --kl-coef 0.1: works only with --algo ppo
+    --algo sft | --transcript-every 1: works only with --algo ppo
+    --algo sft | --temperature 1.0: works only with --algo ppo or --sft-data own
+    --algo sft | --clip 0.2: works only with --algo ppo or --sft-loss psft or iw-sft
+    --batch-size 8: works only with --algo sft or pretrain
+    --sft-loss dft: works only with --algo sft
+    --algo pretrain | --sft-data own: works only with --algo sft
+    --mistakes 0.5: works only with --algo sft or pretrain
+    --algo sft --sft-data own | --mistakes 0.5: works only with --sft-data expert
+    --algo sft --attempts 1 | --mistakes 0.5: works only with --attempts above 1
+    --task virl-vl | --describe: works only with --algo sft or pretrain
+    --task virl-l --algo sft | --describe: works only with --task virl-vl
+    --algo eval | --lr 0.001: works only with --algo sft, ppo or pretrain
+    --algo eval | --steps 3: works only with
+    --algo eval | --seed 3: works only with
+    --algo eval | --resume: works only with
     --algo eval | --eval-hands 0: expected at least 1 with --algo eval
-    --algo pretrain | --rules 10,5: expected with --algo sft or ppo
-    --algo pretrain | --lora-rank 4: expected with --algo sft or ppo
-    --algo pretrain | --probe-hands 2: expected with --algo sft or ppo
+    --algo pretrain | --rules 10,5: works only with --algo sft or ppo
+    --algo pretrain | --lora-rank 4: works only with --algo sft or ppo
+    --algo pretrain | --probe-hands 2: works only with --algo sft or ppo
     --algo sft | --compat leaking-gae: expected official alone, or what
     --compat unwrapped-angles: expected official alone, or what --task gp-l
-    --override: expected with --resume
+    --override: works only with --resume
     --resume: expected a run in runs/gp-l-ppo
     --out nowhere | --resume: expected a run in nowhere
     # settings of a variant
-    --clip-high 0.3: expected with --loss clip-higher or dapo
-    --dual-clip 2.0: expected with --loss dual-clip
-    --loss reinforce | --clip 0.1: expected with --loss ppo, grpo
-    --loss dapo | --unit token: expected with --loss ppo, clip-higher, dual-clip or reinforce
-    --kl-in reward: expected with --kl-coef above 0
-    --kl-coef 0 | --kl-estimator k1: expected with --kl-coef above 0
-    --lora-alpha 8.0: expected with --lora-rank above 0
-    --lora-modules mlp: expected with --lora-rank above 0
-    --probe-hands 0 | --probe-samples 4: expected with --probe-hands above 0
-    --advantage rloo | --critic shared: expected with --advantage gae, gae-loo
-    --advantage rloo | --value-coef 1.0: expected with --advantage gae, gae-loo
-    --advantage rloo | --lam 0.9: expected with --advantage gae, gae-loo or gae-two-level
-    --token-gamma 0.9: expected with --advantage gae-token
-    --token-lam 0.9: expected with --advantage gae-token
-    --advantage gae-token --unit token | --gamma 0.5: expected with --advantage gae, gae-loo
+    --clip-high 0.3: works only with --loss clip-higher or dapo
+    --dual-clip 2.0: works only with --loss dual-clip
+    --loss reinforce | --clip 0.1: works only with --loss ppo, grpo
+    --loss dapo | --unit token: works only with --loss ppo, clip-higher, dual-clip or reinforce
+    --kl-in reward: works only with --kl-coef above 0
+    --kl-coef 0 | --kl-estimator k1: works only with --kl-coef above 0
+    --lora-alpha 8.0: works only with --lora-rank above 0
+    --lora-modules mlp: works only with --lora-rank above 0
+    --probe-hands 0 | --probe-samples 4: works only with --probe-hands above 0
+    --advantage rloo | --critic shared: works only with --advantage gae, gae-loo
+    --advantage rloo | --value-coef 1.0: works only with --advantage gae, gae-loo
+    --advantage rloo | --lam 0.9: works only with --advantage gae, gae-loo or gae-two-level
+    --token-gamma 0.9: works only with --advantage gae-token
+    --token-lam 0.9: works only with --advantage gae-token
+    --advantage gae-token --unit token | --gamma 0.5: works only with --advantage gae, gae-loo
     # settings at odds with each other
     --minibatches 999: expected at most 256, which is --hands times --samples
     --algo sft --batch-size 4 | --minibatches 5: expected at most 4
@@ -245,8 +245,8 @@ def test_files_that_are_none(start, flag, name, text, words):
 def test_useless_settings_beside_ones_own_file(start):
     Path("mine.py").write_text("ESTIMATORS = {}")
     said = start("--task virl-l --custom mine.py --target 30")
-    assert "--target 30: expected with another --task than virl-l" in said
-    assert "--hands 3: expected with --algo ppo" in start("--algo sft --custom mine.py --hands 3")
+    assert "--target 30: works only with another --task than virl-l" in said
+    assert "--hands 3: works only with --algo ppo" in start("--algo sft --custom mine.py --hands 3")
 
 
 def test_the_hardware_tells_how_threads_wait(monkeypatch):
@@ -457,9 +457,9 @@ OTHERS = {
         --model TYPO: expected tiny, Llama-3.2-11B-Vision,
         --model Llama-3.2-11B-Vision-Instructt | expected tiny
         --model . | or a folder with a config.json; config.json: not found
-        --algo eval: expected with train.py; planned are --algo sft and ppo
-        --resume: expected with train.py
-        --algo sft | --hands 3: expected with --algo ppo
+        --algo eval: works only with train.py; planned are --algo sft and ppo
+        --resume: works only with train.py
+        --algo sft | --hands 3: works only with --algo ppo
         --gpus 33 | --hands 32: expected at least 33
         --nonsense | unrecognized arguments: --nonsense""",
     bench: """

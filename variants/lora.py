@@ -2,7 +2,7 @@
 product of two thin matrices.
 
     torchrun train.py --task gp-l --algo ppo --lora-rank 16    # --tune says where
-    python -m study.plan --task gp-l --algo sft --lora-rank 16 --model Llama-3.2-11B-Vision    # all memory
+    python -m study.plan --task gp-l --algo sft --lora-rank 16 --model Llama-3.2-11B-Vision    # its memory
 
 A linear layer with weight W (out, in) becomes
 

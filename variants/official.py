@@ -1,4 +1,5 @@
-"""Bring back what the released code does differently, by name, or all of it: --compat official.
+"""Do what the released code does where it differs from ours: single points by name (--compat NAME), or all of
+them (--compat official).
 
     torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
 

@@ -1,4 +1,5 @@
-"""Give KL penalties, SFT losses and probes a frozen policy to compare with; the device holds no second copy.
+"""Provide a frozen policy that KL penalties, SFT losses and probes compare with, without a second copy on the
+device.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft

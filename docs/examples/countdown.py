@@ -1,4 +1,4 @@
-"""A third game: Countdown, any count of numbers and any target. One FILE is all it takes:
+"""A third game: Countdown, with any count of numbers and any target. This file, FILE, is all it takes:
 
     python train.py --custom FILE --task countdown-l --algo pretrain --out runs/foundation
     python train.py --custom FILE --task countdown-l --algo ppo --model runs/foundation/final
