@@ -107,19 +107,19 @@ NO_SFT = hidden(arms("gp-l young --algo pretrain --steps 60 --eval-hands 0")) + 
     gp-l ppo-from-foundation  --algo ppo --model docs/tiny/gp-l
     gp-l ppo-from-young       --algo ppo --model {gp-l-young}
 """)
-# As many updates as take the compute of 40 with five attempts (80, 119, 146 and 198 tokens an episode).
+# As many updates as take the compute of 40 with five attempts (at first 0.10, 0.30, 0.49 and 0.92 TFLOPs each).
 ATTEMPTS = arms("""
-    gp-l ppo-1-attempt    --algo ppo --attempts 1 --steps 73 --eval-every 37
-    gp-l ppo-3-attempts   --algo ppo --attempts 3 --steps 49 --eval-every 25
+    gp-l ppo-1-attempt    --algo ppo --attempts 1 --steps 177 --eval-every 59
+    gp-l ppo-3-attempts   --algo ppo --attempts 3 --steps 62 --eval-every 21
     gp-l ppo              --algo ppo
-    gp-l ppo-10-attempts  --algo ppo --attempts 10 --steps 30 --eval-every 15
+    gp-l ppo-10-attempts  --algo ppo --attempts 10 --steps 20 --eval-every 7
 """)
-# 185 tokens instead of 79 (gp-l), 134 instead of 112 (virl-l), and so fewer steps.
+# 0.082 TFLOPs a step instead of 0.033 (gp-l), 0.059 instead of 0.049 (virl-l), and so fewer steps.
 SUBOPTIMAL = arms("""
     gp-l   sft             --algo sft
-    gp-l   sft-suboptimal  --algo sft --mistakes 1 --steps 224 --eval-every 112 --skip-first-eval
+    gp-l   sft-suboptimal  --algo sft --mistakes 1 --steps 209 --eval-every 105 --skip-first-eval
     virl-l sft             --algo sft
-    virl-l sft-suboptimal  --algo sft --mistakes 1 --steps 176 --eval-every 88 --skip-first-eval
+    virl-l sft-suboptimal  --algo sft --mistakes 1 --steps 174 --eval-every 87 --skip-first-eval
 """)
 FREEZE = arms("\n".join(
     f"gp-vl sft-{lr}-{tune} --algo sft --lr {lr} --tune {tune} --steps 150 --skip-first-eval"
