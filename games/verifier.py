@@ -51,7 +51,7 @@ class Verdict:
 _LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
-def evaluate(tokens, arith=arith):
+def compute(tokens, arith=arith):
     """Return the value (n, d) of an expression, None where it divides by zero.
 
     ValueError if it is none. MAX_FORMULA bounds the nesting."""
@@ -100,7 +100,7 @@ def fault(formula, numbers, target):
         return "unparsable", ""
     tokens = re.findall(r"[0-9]+|\S", left)
     try:
-        value = evaluate(tokens)
+        value = compute(tokens)
     except ValueError:
         return "unparsable", ""
     if wrong := number_faults(tokens, numbers):

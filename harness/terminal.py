@@ -16,7 +16,7 @@ def visible(text):
     return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class Visible(io.TextIOWrapper):
+class SafeStream(io.TextIOWrapper):
     def write(self, text):
         return super().write(visible(text))
 
@@ -27,7 +27,7 @@ def command(main):
         stream = getattr(sys, name)
         if stream:                             # None: closed by who started it
             how = {what: getattr(stream, what) for what in ("encoding", "line_buffering", "write_through")}
-            setattr(sys, name, Visible(stream.buffer, errors="backslashreplace", **how))
+            setattr(sys, name, SafeStream(stream.buffer, errors="backslashreplace", **how))
     try:
         try:
             main()

@@ -36,8 +36,8 @@ INIT_STEPS = {"gp": 12, "virl": 25}            # SFT steps from the foundation t
 CONFIG = json.loads((FOUNDATIONS / "config.json").read_text(encoding="utf-8"))          # its shape
 IMAGES = {"size": {"height": 56, "width": 56}, "max_image_tiles": 4,
           "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-           "<|finetune_right_pad_id|>"]
+SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                  "<|eot_id|>", "<|finetune_right_pad_id|>"]
 
 
 def first_weights(args, processes, learn):
@@ -106,7 +106,7 @@ def train_tokenizer(mixture, vocab_size, apart):
                  for k in range(40) for env, _ in mixture]
     texts = [readable(message["content"]).replace("<image>", "") for said in dialogues for message in said]
     texts += ["user", "assistant", "\n\n"] * 500
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     fillers = [f"<|reserved_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())]

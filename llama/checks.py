@@ -35,7 +35,7 @@ def only(*values):
     return Rule(" or ".join(texts), lambda v: repr(v) in texts)
 
 
-def several(rule, count=None):
+def list_of(rule, count=None):
     """Ask for a list of `count` values that hold to `rule`."""
     return Rule(f"a list of {count or 'values'}, each {rule.expected}",
                 lambda v: type(v) is list and count in (None, len(v)) and all(map(rule.holds, v)))
@@ -44,7 +44,7 @@ def several(rule, count=None):
 SWITCH = only(True, False)
 OBJECT = Rule("an object, {...}", lambda v: type(v) is dict)
 TOKEN = integer(0, 2**31)
-TOKENS = Rule(TOKEN.expected + ", or a list of them", lambda v: TOKEN.holds(v) or several(TOKEN).holds(v))
+TOKENS = Rule(TOKEN.expected + ", or a list of them", lambda v: TOKEN.holds(v) or list_of(TOKEN).holds(v))
 SPECIAL = {"bos_token_id": TOKEN, "eos_token_id": TOKENS, "pad_token_id": TOKEN}
 
 

@@ -3,8 +3,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from harness.ranges import above, integer
-from llama.checks import (OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, equal, multiple, only,
-                          several)
+from llama.checks import (OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, equal, list_of, multiple,
+                          only)
 from llama.folders import read_json
 
 
@@ -174,7 +174,7 @@ def read_vision(values, file, where):
 
 def rules(cls, **others):
     """Make rules for the fields of a dataclass by their types, and for the others."""
-    kinds = {int: integer(1, 2**20), bool: SWITCH, float: above(0), list: several(integer(0, 1000))}
+    kinds = {int: integer(1, 2**20), bool: SWITCH, float: above(0), list: list_of(integer(0, 1000))}
     return {part.name: kinds[part.type] for part in fields(cls) if part.type in kinds} | others
 
 
@@ -188,4 +188,4 @@ ROPE = {"rope_type": only("default", "llama3"), "rope_theta": above(0)}
 LLAMA3_ROPE = dict.fromkeys(
     ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), above(0))
 VISION = rules(VisionConfig, num_channels=only(3), max_num_tiles=integer(1, 64),
-               supported_aspect_ratios=several(several(TOKEN)), hidden_act=only("gelu"))
+               supported_aspect_ratios=list_of(list_of(TOKEN)), hidden_act=only("gelu"))

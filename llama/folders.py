@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from llama.checks import OBJECT
 
 WEIGHTS = "model.safetensors"
-LARGEST = 2**28                             # bytes of a file without tensors; a tokenizer may take 2**24
+LARGEST_FILE = 2**28                             # bytes of a file without tensors; a tokenizer may take 2**24
 FLOATS = "F64, F32, F16, BF16"
 
 
@@ -42,8 +42,8 @@ def read_file(folder, name):
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected a Hugging Face folder with {name}")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes: expected at most {LARGEST}")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes: expected at most {LARGEST_FILE}")
     return path.read_bytes()
 
 

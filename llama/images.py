@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from harness.ranges import above, inside, integer
-from llama.checks import Rule, only, several
+from llama.checks import Rule, list_of, only
 from llama.config import tile_layouts
 
 # preprocessor_config.json: what is not said there, and what may be.
@@ -21,8 +21,8 @@ SQUARE = Rule('{"height": n, "width": n}, n from 1 to 4096',
               lambda v: type(v) is dict and PIXELS.holds(v.get("height")) and v["height"] == v.get("width"))
 RULES = {"size": SQUARE, "max_image_tiles": integer(1, 64), "resample": integer(0, 5),
          **dict.fromkeys(["do_resize", "do_pad", "do_rescale", "do_normalize"], only(True)),
-         "rescale_factor": above(0), "image_std": several(above(0), 3),
-         "image_mean": several(inside(-1e6, 1e6), 3)}
+         "rescale_factor": above(0), "image_std": list_of(above(0), 3),
+         "image_mean": list_of(inside(-1e6, 1e6), 3)}
 
 
 @dataclass

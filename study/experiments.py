@@ -107,7 +107,7 @@ NO_SFT = hidden(arms("gp-l young --algo pretrain --steps 60 --eval-hands 0")) + 
     gp-l ppo-from-foundation  --algo ppo --model docs/tiny/gp-l
     gp-l ppo-from-young       --algo ppo --model {gp-l-young}
 """)
-# As many updates as take the compute of 40 with five attempts (at first 0.10, 0.30, 0.49 and 0.92 TFLOPs each).
+# As many updates as take the compute of 40 with five attempts (one takes 0.10, 0.30, 0.49 and 0.92 TFLOPs).
 ATTEMPTS = arms("""
     gp-l ppo-1-attempt    --algo ppo --attempts 1 --steps 177 --eval-every 59
     gp-l ppo-3-attempts   --algo ppo --attempts 3 --steps 62 --eval-every 21

@@ -20,10 +20,10 @@ def draw(groups, file):
     for axis, group, name, color in panels(groups, file, "training compute (TFLOPs)"):
         for record in group.records:
             x = [point["counted_tflops"] for point in record["curve"]]
-            y = [rate(group, [point], name)[0] for point in record["curve"]]
+            y = [rate_at(group, [point], name)[0] for point in record["curve"]]
             axis.plot(x, y, color=color, lw=0.7, alpha=0.45, marker=".", ms=3)
         points = shared(group)
-        y, error = zip(*(rate(group, of_all, name) for of_all in points))
+        y, error = zip(*(rate_at(group, of_all, name) for of_all in points))
         axis.errorbar([fmean(point["counted_tflops"] for point in of_all) for of_all in points], y,
                       yerr=error, color=color, lw=2, marker="o", ms=3.5, capsize=2,
                       label=f"{group.name} ({len(group.records)} seed{'s' * (len(group.records) > 1)})")
@@ -33,7 +33,7 @@ def scatter(groups, file, label, x):
     """Draw the headline metric against something else that was measured at the same time, x(point of a curve,
     set): every evaluation of every seed, the later the larger."""
     for axis, group, name, color in panels(groups, file, label):
-        drawn = [(x(point, name), rate(group, [point], name)[0], 12 + 12 * k)
+        drawn = [(x(point, name), rate_at(group, [point], name)[0], 12 + 12 * k)
                  for record in group.records for k, point in enumerate(record["curve"])]
         axis.scatter(*zip(*drawn), color=color, alpha=0.6, lw=0, label=group.name)
 
@@ -43,9 +43,9 @@ def tradeoff(groups, file):
     the time so much is learnt here."""
     for axis, group, name, color in panels(groups, file, "the same on ID (%)", leave_out="id"):
         for record in group.records:
-            axis.plot(*(rate(group, record["curve"][-1:], of)[0] for of in ("id", name)),
+            axis.plot(*(rate_at(group, record["curve"][-1:], of)[0] for of in ("id", name)),
                       ".", color=color, ms=5, alpha=0.5)
-        (x, dx), (y, dy) = (zip(*(rate(group, points, of) for points in shared(group)))
+        (x, dx), (y, dy) = (zip(*(rate_at(group, points, of) for points in shared(group)))
                             for of in ("id", name))
         axis.plot(x, y, color=color, lw=1.2, alpha=0.7)
         axis.errorbar(x[-1], y[-1], xerr=dx[-1], yerr=dy[-1], color=color, marker="o", ms=5, capsize=2,
@@ -83,7 +83,7 @@ def glance(groups, file):
     figure.savefig(file, dpi=150)
 
 
-def rate(group, points, name):
+def rate_at(group, points, name):
     """Return the headline metric on a set at these points, one of each seed, and its error."""
     return records.rate([point["eval"][name] for point in points], group.metric)
 

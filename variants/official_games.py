@@ -13,7 +13,7 @@ from envs import EXHAUSTED, GeneralPoints, Navigation
 from games.answers import MAX_FORMULA
 from games.cards import FACES
 from games.rails import name_turn
-from games.verifier import MISREAD, REWARDS, evaluate, fault, judge, number_faults
+from games.verifier import MISREAD, REWARDS, compute, fault, judge, number_faults
 
 # Behaviours by name, of any game and of each: their effect, and why the default differs.
 SIXTH = {
@@ -122,7 +122,7 @@ def find_faults(names, formula, numbers, target):
         if first[0] == "unparsable":
             return [("unfinished", "")]
     if "float-equality" in names and first[0] in ("correct", "no_target", "wrong_value"):
-        if evaluate(tokens, float_arith) == (target, 1):
+        if compute(tokens, float_arith) == (target, 1):
             return [("correct" if int(right) == target else "no_target", "")]
         if first[0] != "wrong_value":       # but exactly it makes the target
             return [("float_miss", "")]

@@ -22,19 +22,19 @@ TUNE = {
 }
 
 
-def learns(tune, name):
+def is_tuned(tune, name):
     """Tell whether the parameter of this name learns by --tune."""
     return re.match(TUNE[tune], name) is not None
 
 
 def vision_frozen(tune):
     """Tell whether --tune leaves the vision encoder as it is."""
-    return not learns(tune, "vision_model.")
+    return not is_tuned(tune, "vision_model.")
 
 
 def freeze(model, tune):
     """Stop the gradients of what is not tuned, a key of TUNE. ValueError if nothing is left."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learns(tune, name))
+        parameter.requires_grad_(is_tuned(tune, name))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("this model has no such weights")
