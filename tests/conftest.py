@@ -11,6 +11,8 @@ if "gpu" in sys.argv:                  # pytest -m gpu; processes that it starts
 if "GPU_TESTS" not in os.environ:      # else all is as on a machine without a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # else two processes' threads would wait for two cores
+
 import harness  # noqa: F401, before torch: see there
 import torch
 
@@ -28,7 +30,6 @@ from llama.config import Config
 from llama.processor import Processor
 from model import Llama
 
-torch.set_num_threads(2)
 
 
 def pytest_runtest_setup(item):
