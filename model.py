@@ -1,8 +1,8 @@
 """Llama and Llama-3.2-Vision ("mllama") from scratch: layers and forward. To chat: llama/generate.py.
 
-A text-only Llama is the same model without cross-attention layers and vision encoder. It follows Llama 3
-(arXiv 2407.21783, sections 3.2 and 7) and, where that leaves doubt, Hugging Face transformers 5. Tests
-compare the two. In two points transformers departs from Meta's code; there, this file follows Meta. No
+A text-only Llama is the same model without cross-attention layers and vision encoder. This file follows Llama
+3 (arXiv 2407.21783, sections 3.2 and 7) and, where that leaves doubt, Hugging Face transformers 5, with which
+tests compare it. In two points transformers departs from Meta's code; there, this file follows Meta. No
 distributed code here. In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V
 vocabulary, N images, S vision tokens of an image.
 """

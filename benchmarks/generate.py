@@ -5,12 +5,12 @@
 
 Every implementation samples at temperature 1, for text and for images, and draws exactly `new-tokens` tokens
 per row. The prompts are those of the game; where the folder holds only a config.json, prompts and weights are
-random. "eager" is ours without its CUDA graph. They take turns. The table holds medians, without the first
-turn, which warms up.
+random. "eager" is ours without its CUDA graph. The implementations take turns. The table holds medians,
+without the first turn, which warms up.
 
     tokens/s     with the time to read prompts and images
     step         milliseconds for one token more in every row
-    weights      GB/s at which a step reads its weights; compare those of a large copy, above the table
+    weights      GB/s at which a step reads its weights; a line above the table says what a large copy reaches
     ratio        tokens/s divided by those of transformers
 """
 import itertools

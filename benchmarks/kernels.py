@@ -11,8 +11,8 @@ masks and compiling are not timed. A row of the table holds
     rate       of the FLOPs or bytes that the task needs, counted the same for all: results that nobody needs
                and results computed twice do not count
     ceiling    the least time in which this machine could do it, as a share of ms. First the rates of a large
-               matrix product and of a large copy are measured. At these rates, one of the two takes longer,
-               the FLOPs or the bytes: that one sets the ceiling, and `rate` counts it.
+               matrix product and of a large copy are measured. At these rates either the task's
+               FLOPs or its bytes take longer. These set the ceiling, and `rate` is given in them.
     MiB        peak memory beyond inputs and results (a backward pass includes its forward pass), plus the
                dense mask if it needs one
     error      of a row of a result or gradient: the norm of what it is off by, divided by the norm of the

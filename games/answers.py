@@ -3,8 +3,9 @@ r"""Parse any text into the fields of an answer, in linear time and without ever
     python -c "from games.answers import read_answer; print(read_answer('{cards: (a, 2), formula: 2×1=2}'))"
 
 The answer is an object in braces that has the key `formula` or `action` itself, not in an object inside it.
-If there are several, the one that ends last counts. An object in a string or under another key does not. What
-follows a key is decoded as JSON if it is valid JSON. Of the rest this is accepted, and this is not:
+If there are several, the one that ends last counts, so of two nested ones the outer. An object in a string
+does not count. What follows a key is decoded as JSON if it is valid JSON. What is not valid JSON is accepted
+as on the left, and not as on the right:
 
 | accepted                                                | not accepted                                 |
 |---------------------------------------------------------|----------------------------------------------|
@@ -13,7 +14,7 @@ follows a key is decoded as JSON if it is valid JSON. Of the rest this is accept
 | too many or too few commas, // comments, line breaks    | over MAX_TOKENS braces, strings and words    |
 | the whole answer encoded as a JSON string               |                                              |
 | formula: white space of all kinds, a final full stop    | digits spaced (1 2) or in other scripts, 1.5 |
-| full-width, small and bold signs and digits             | 2² 3½ ② ⒋ (NFKC, of Unicode, gives digits)   |
+| full-width, small and bold signs and digits             | 2² 3½ ② ⒋, which are no plain digits         |
 | x × · ∙ ∗ ✖ ÷ ∕ – − and the like                        | words, ^ ! // **, [ ] { } as parentheses     |
 | \times \cdot \ast \div \left \right                     | \frac and other LaTeX                        |
 | cards: "Ace of Spades", q, T, 10                        |                                              |

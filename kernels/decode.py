@@ -3,10 +3,10 @@
 A key and its value are 4 D bytes in bfloat16, and each of the G heads that share them does 4 D FLOPs with
 them: G FLOPs per byte, 4 in Llama 3, where an H200 could do 206. So read each byte once, and keep the whole
 chip busy with it. The G query heads of a key head are the rows of one tile. At 64 rows, 2048 keys, 8 key
-heads and D 128 a layer reads 0.5 GB. If each head read for itself, it would read 2.1 GB (and if keys were
-repeated for the heads, the copies would have to be written first). A program per row and key head, B x K of
-them, is too few to fill a chip when B is small, so several programs share the keys of a row. Each gives the
-mean of its values and the log-sum-exp of its scores, and a second kernel weights the means:
+heads and D 128 a layer reads 0.5 GB. If each query head read for itself, that would be 2.1 GB (and if keys
+were repeated for the heads, the copies would have to be written first). A program per row and key head, B x K
+of them, is too few to fill a chip when B is small, so several programs share the keys of a row. Each gives
+the mean of its values and the log-sum-exp of its scores, and a second kernel weights the means:
 
     out = sum_i w_i out_i / sum_i w_i,    w_i = exp(lse_i - max lse)
 

@@ -20,10 +20,10 @@ sums for dQ (or for dK and dV), in another order each run. Two kernels compute S
 instead of 5, and give the same bits in every run.
 
 In the kernels, t are places of queries, n of keys. The chip has exp2, so `scale` has a factor log2(e), and
-lse is divided by `scale`: P = exp2((q k - lse) scale). A matrix product whose sums start from -lse gives q k
-- lse at once; likewise dP - delta. So no registers are needed to subtract lse and delta later. Queries,
-outputs and their gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or of a
-projection.
+lse is kept in the units of q k: P = exp2((q k - lse) scale). A matrix product whose sums start from -lse
+gives q k - lse at once; likewise dP - delta. So no registers are needed to subtract lse and delta later.
+Queries, outputs and their gradients are contiguous (B, T, H, D). Keys and values may be views of a cache or
+of a projection.
 """
 import torch
 

@@ -3,9 +3,9 @@
 Both compute the same tile of logits, `hidden @ weight^T`, on the chip, and differ in what they make of it.
 
 statistics_kernel. A program owns a block of rows and walks over the tiles of one part of the vocabulary, with
-m, s and t of its rows in registers. In the end it writes 4 numbers per row and part. For each part of the
-vocabulary 8 blocks of rows start together, so that the tiles of weight that they share stay in the L2 cache.
-Then weight, 1 GB in Llama 3, need not come from memory again for each block.
+m, s and t of its rows in registers. In the end it writes these and the target's logit, 4 numbers per row and
+part. For each part of the vocabulary 8 blocks of rows start together, so that the tiles of weight that they
+share stay in the L2 cache. Then weight, 1 GB in Llama 3, need not come from memory again for each block.
 
 dlogits_kernel. A program writes one tile of dz, in the type of hidden. `gradients` calls it for one slab of
 the vocabulary at a time, as many columns as WORKSPACE holds. Two ordinary matrix products use that dz before

@@ -4,10 +4,11 @@ tiles.
     z = hidden weight^T / temperature        lse = log sum_v exp z_v          p = exp(z - lse)
     logprob = z_y - lse                      entropy = lse - sum_v p_v z_v
 
-What it saves. 8192 tokens of Llama 3 (V = 128256) have 2.1 GB of bf16 logits; the plain way also keeps
-their float32 log-softmax and its gradient, 4.2 GB each. Here forward keeps three numbers per token. Backward
-computes the logits again, one slab of the vocabulary after the other: 4 matrix products of 2 N V D FLOPs (N
-tokens) instead of 3, 224 MiB of workspace (N 8192, D 4096), and little other memory traffic.
+What it saves. 8192 tokens of Llama 3 (V = 128256) have 2.1 GB of bf16 logits; the plain way also keeps their
+float32 log-softmax and its gradient, 4.2 GB each. Here forward keeps three numbers per token. Backward
+computes the logits again, one slab of the vocabulary after the other. So both passes together take 4 matrix
+products of 2 N V D FLOPs (N tokens), one more than the plain way, 224 MiB of workspace (N 8192, D 4096), and
+little other memory traffic.
 
 Forward walks over the tiles of the vocabulary. As flash attention does, it carries the largest logit m so
 far and s = sum exp(z - m), and for the entropy t = sum (z - m) exp(z - m). When m grows to m', both follow:

@@ -5,8 +5,8 @@ Two things bound them.
 
 Registers: an NVIDIA SM has 2^16 of 4 bytes, at most 255 per thread. What a thread needs beyond that is
 spilled to memory, in the middle of the loop. With 8 warps (256 threads) a tile of 128 x 256 float32 sums
-takes 128 of these 255; forward attention with 128 queries takes as many, for sums and scores of 128 x 128
-each, and before Hopper its operands are there, too.
+takes 128 of these 255; so do the two tiles of forward attention with 128 queries, 128 x 128 sums and 128 x
+128 scores. Before Hopper the operands of a product take registers, too.
 
 Shared memory holds the tiles that a loop reads, so many at a time as it has `stages`: while one is
 multiplied, the next are being loaded. A block may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and

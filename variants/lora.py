@@ -23,9 +23,9 @@ linear layer but the head:
     attention             23,592,960               42.8          0.1        0.2
     mlp                   43,581,440               42.9          0.2        0.3
 
-The products that make gradients of frozen weights fall away, too; `counted_tflops` in the log knows that,
-`tflops` (6 N a token) does not. The activations that the backward pass needs still take memory; for these
-there is --checkpoint-activations.
+The matrix products for gradients of frozen weights are saved, too; `counted_tflops` in the log takes that
+into account, `tflops` (6 N a token) does not. The activations that the backward pass needs still take memory;
+for these there is --checkpoint-activations.
 
 What it does not do. A rollout computes W x and B A x apart, as training does, so that tokens are drawn and
 scored with the same numbers. (W + B A) x would be faster, but differ in rounding. Only the exported weights

@@ -4,9 +4,9 @@
 
 How to add one: write a function (logprobs, rows, examples, args) that returns the loss of each token, and
 enter it in SFT_LOSSES. `logprobs`, `rows` and the losses have shape (tokens,). logprobs: the model's
-log-probs of the expert's tokens, with a gradient; rows: which example a token lies in. An entry may name an
-earlier model in its field `before`, if its loss compares with that; this file's function `before()` then
-returns the earlier model's log-probs.
+log-probs of the expert's tokens, with a gradient; rows: which example a token lies in. A loss that compares
+with an earlier model names it in the entry's field `before`, and gets the log-probs of that model from the
+function `before` below.
 """
 
 from dataclasses import dataclass
