@@ -116,8 +116,8 @@ def main(argv=None):
     parser = command_line("python -m benchmarks.generate", __doc__)
     parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
     parser.add_argument("--batches", type=several(integer(1)), default="1,64")
-    for name, default in (("new-tokens", 64), ("repeats", 5), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=integer(2), default=default)
+    for name, least, default in (("new-tokens", 2, 64), ("repeats", 2, 5), ("threads", 1, 2)):
+        parser.add_argument(f"--{name}", type=integer(least), default=default)
     parser.add_argument("--json", type=FILE, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
