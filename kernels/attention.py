@@ -92,8 +92,7 @@ def attend_trees(q, k, v, visible):
             begin = begin or [own]
             if t := queries.shape[2]:                          # the last t of s places
                 s = keys.shape[2]
-                mask = visible.dense[s - t:s, :s] if t < s else None           # else the kernel skips half
                 out.append(F.scaled_dot_product_attention(
-                    queries, keys, values, mask, is_causal=t == s, enable_gqa=q.shape[1] != k.shape[1]))
+                    queries, keys, values, visible.dense[s - t:s, :s], enable_gqa=True))
         rows.append(torch.cat([*out, torch.zeros_like(padding)], 2))
     return torch.cat(rows).transpose(1, 2)

@@ -50,7 +50,7 @@ class KVCache:
 
     def move(self, to, source):
         """Make row to[i] what row source[i] was. In place, layer by layer: it takes little memory."""
-        to, source = torch.tensor(to, dtype=torch.int64), torch.tensor(source, dtype=torch.int64)
+        to, source = torch.tensor([[*to], [*source]], dtype=torch.int64)
         used = int(self.lengths.max())
         kv = [layer[:, :, :, :used] for layer in self.kv]
         for tensor in (*kv, *self.cross, self.lengths, self.has_image, self.cross_mask):
