@@ -23,8 +23,8 @@ from games.solver import miss, solve
 from games.verifier import SPACES, judge, judge_step
 from harness.ranges import integer, one_of, pair, text
 
-EXHAUSTED = -1.0    # on top, when the last attempt fails
-COUNTS = {3: "three", 4: "four", 5: "five"}      # {count} of cards, in words
+EXHAUSTED = -1.0    # added to the reward when the last attempt fails
+COUNTS = {3: "three", 4: "four", 5: "five"}      # cards that can be dealt, and {count} in a prompt
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Observation:
 
 
 class Env(Protocol):
-    """Contract of a game. Its constructor takes the keywords image, size and prompts, and those of rule,
-    judged_rule, look, attempts, ... on the command line that it knows. It may have `presets`, too: of its own
+    """Contract of a game. Its constructor takes the keywords image, size and prompts, and each of the command
+    line's game settings (rule, look, attempts, ...) that it knows. It may have `presets`, too: of its own
     tasks, in the words of harness/settings.PRESETS."""
     kinds: dict         # setting -> what it may be, a ranges.Kind; "rule" and "look" are among them
     answer_key: str     # the JSON key that holds the final answer: PPO weights the tokens before it by 0.5
@@ -45,9 +45,9 @@ class Env(Protocol):
     recognition: str    # the meaning of `recognized`, for the log
     sizes: dict         # preset -> size of an image
     looks: dict         # image: False, True, or both -> the look trained on by default
-    apart: str          # regular expression of what the tiny tokenizer keeps in tokens of its own
-    attempts: int       # answers judged before it is over
-    distinct: int       # how many seeds start something new
+    apart: str          # regular expression: each match is a token of its own in the tiny tokenizer
+    attempts: int       # answers judged per question: a hand, or a point of a route
+    distinct: int       # how many seeds start something new: seed s + distinct deals what s does
 
     def reset(self, seed: int) -> tuple[Observation, dict]:
         """Start what belongs to a seed >= 0, the same in any process; ValueError for another."""
@@ -98,7 +98,8 @@ def _answer(game, *values):
 def dialogue(game, messages, mistakes):
     """Return the prompt `messages`, then `mistakes` wrong answers ("train": False) with the verifier's
     replies, then the expert's ("train": True). With mistakes these are the sub-optimal dialogues of the
-    paper's section 5. ValueError unless 0 <= mistakes < attempts."""
+    paper's section 5. ValueError unless 0 <= mistakes < attempts. A game needs `_mistake()` for it, which
+    returns a wrong answer."""
     if not 0 <= mistakes < game.attempts:
         raise ValueError(f"mistakes {mistakes!r}: expected 0 to {game.attempts - 1}, one less than attempts")
     for _ in range(mistakes):
@@ -108,8 +109,9 @@ def dialogue(game, messages, mistakes):
 
 
 def judged_step(game, text):
-    """Make a step of a game of one question: game.judge(text) gives the verifier.Verdict. A right answer
-    terminates the episode, the last wrong one truncates it; see Env.step."""
+    """Make a step of a game of one question. A right answer terminates the episode, the last wrong one
+    truncates it; see Env.step. A game needs `judge(text)` for it, which returns a verifier.Verdict, and
+    `attempt`, which reset sets to 0."""
     if game.attempt is None:
         raise RuntimeError("no episode is running: call reset(seed) first")
     verdict = game.judge(text)
@@ -138,7 +140,7 @@ class GeneralPoints:
     target: int = 24
     deal: str = "any"           # any hand, or those with a "face" card (the paper's rule-OOD)
     held_out: bool = False      # hands whose numbers training never deals; None: those and all others
-    cards: int = 4              # how many, of COUNTS
+    cards: int = 4              # in a hand, one of COUNTS
     describe: bool = False      # demonstrations tell the cards in the picture, and no formula
     attempts: int = 5           # answers judged per episode
     size: tuple = (1200, 1200)  # width and height of the image, pixels
@@ -170,9 +172,9 @@ class GeneralPoints:
         beyond the paper's, and but for varied pictures new to the tiny model. id deals what training deals;
         id-unseen and visual-ood-unseen deal the fifth of all sets of numbers that training never does."""
         other = {"rule": "10" if rule == "11-12-13" else "11-12-13", "deal": "face", "held_out": None}
-        seen = {"look": "black" if look == "red" else "red"}
+        other_look = {"look": "black" if look == "red" else "red"}
         sets = {"id": {}, "id-unseen": {"held_out": True}, "id-face": {"deal": "face"}, "rule-ood": other,
-                "visual-ood": seen, "visual-ood-unseen": {**seen, "held_out": True},
+                "visual-ood": other_look, "visual-ood-unseen": {**other_look, "held_out": True},
                 "fake-rule": {**other, "judged_rule": rule}, "five-cards": {"cards": 5, "held_out": None},
                 **{f"face-{value}": {"rule": value, "deal": "face"} for value in ("5", "7")},
                 **{f"target-{target}": {"target": target} for target in (12, 20, 36)}}
@@ -185,6 +187,7 @@ class GeneralPoints:
         if self.describe and not self.image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.prompts = check_prompts(self.prompts or {})
+        # rank -> number, as the prompt states it, and as verifier and expert count
         self.stated, self.values = card_values(self.rule), card_values(self.judged_rule or self.rule)
         self.deck = [(rank, suit) for suit in LOOKS[self.look] for rank in RANKS]
         self.attempt = None     # judged so far; None: no episode is running
@@ -204,14 +207,15 @@ class GeneralPoints:
             raise RuntimeError(f"no solvable hand in 10000: rule {self.rule}, look {self.look}, "
                                f"target {self.target}")
         self.numbers = [self.values[rank] for rank in self.ranks]
-        self.pick, self.attempt = self.rng.random(), 0
+        self.pick = self.rng.random()       # which of the solutions the expert gives, in [0, 1)
+        self.attempt = 0
         info = {"cards": self.ranks, "suits": suits, "numbers": self.numbers}
         return Observation([{"role": "user", "content": self._prompt()}], fresh=True), info
 
     def wanted(self):
         """Tell whether the hand is one of those to deal. A fifth of all sets of numbers is held out."""
-        held_out = derive("held out", *sorted(self.values[rank] for rank in self.ranks)) % 5 == 0
-        return (self.held_out in (None, held_out)
+        unseen = derive("held out", *sorted(self.values[rank] for rank in self.ranks)) % 5 == 0
+        return (self.held_out in (None, unseen)
                 and (self.deal == "any" or set(FACES) & set(self.ranks)))
 
     def draw(self):
@@ -254,14 +258,14 @@ class GeneralPoints:
 
     def _mistake(self):
         """Return a plausible wrong answer: mostly arithmetic that misses the target, at times other numbers
-        than dealt, a card misread (image tasks), an answer cut short."""
+        than dealt, one left out, a card misread (image tasks), an answer cut short."""
         rng, cards = self.rng, list(self.ranks)
         if self.image and rng.random() < 0.25:
             cards[rng.randrange(self.cards)] = rng.choice(RANKS)
         numbers = [self.values[rank] for rank in cards]
-        used, kind = list(numbers), rng.random()
-        # one number gives way to another: mostly one that was not dealt, at times a second use
-        if kind < 0.12:
+        used = list(numbers)
+        kind = rng.random()
+        if kind < 0.12:         # another number, mostly one that was not dealt, at times one used twice
             used[rng.randrange(self.cards)] = rng.randint(1, 13)
         elif kind < 0.17:
             used.pop(rng.randrange(self.cards))
@@ -278,17 +282,17 @@ class Navigation:
     image: bool = False
     rule: str = "absolute"          # what turn_direction takes: the compass, or "relative", left and right
     judged_rule: str = None         # what it takes for the verifier and the expert, if that is another
-    wording: str = "both"           # of the turns, or "relative"; see rails.instructions
+    wording: str = "both"           # how turns are told, "both" ways or "relative"; see rails.instructions
     look: str = "new-york"          # a built-in city or a folder of routes; see rails.known_routes
     held_out: bool = False          # routes that training never walks, where the city has them
     attempts: int = 2               # answers judged per point
-    after_failure: str = "end"      # of a point that stays wrong: the paper; the released code: "walk-on"
+    after_failure: str = "end"      # after a point stays wrong (paper); "walk-on": the released code
     drop_rate: float = 0.5          # share of the points between intersections that are left out
-    hide_landmarks: bool = False    # from the instructions, so that with pictures only one's eyes can tell
+    hide_landmarks: bool = False    # leave them out of the instructions: only the pictures show them
     describe: bool = False          # demonstrations tell what is in the picture rather than the way
     size: int = 53                  # pixels of one of the four views
     prompts: dict = None            # see prompts.load_prompts
-    skip_bad_routes: bool = False   # rather than a ValueError
+    skip_bad_routes: bool = False   # instead of a ValueError
 
     kinds = {
         "rule": one_of(SPACES), "judged_rule": one_of(SPACES), "look": LOOK,
@@ -324,7 +328,7 @@ class Navigation:
         self.prompts = check_prompts(self.prompts or {})
         self.routes = known_routes(self.look, self.held_out, self.image, self.size, self.skip_bad_routes)
         self.distinct = len(self.routes)
-        self.index = None       # of the point where one stands; None: no episode is running
+        self.index = None       # of the current point; None: no episode is running
 
     def _start(self, seed):
         self.rng = _random(seed)
@@ -341,12 +345,12 @@ class Navigation:
         """Start route number `seed` (an int >= 0, modulo their number), so that consecutive seeds walk every
         route equally often; rail and start heading are drawn from it: (observation, info about the route)."""
         info = self._start(seed)
-        return self._look(), info
+        return self._observe(), info
 
-    def _look(self):
-        """Return the prompt of a point, which starts a conversation of its own: instructions, actions,
-        history and what is seen. With pictures, what is seen now is in the picture, but for the intersection
-        (released code)."""
+    def _observe(self):
+        """Return the Observation of the current point, which starts a conversation of its own: instructions,
+        actions, history and what is seen. With pictures the last is in the picture, but an intersection is
+        told in words, too (released code)."""
         history = [f"O_{i}: {passed.observation}\nA_{i}: {passed.action}"
                    for i, passed in enumerate(self.points[:self.index], 1)]
         point = self.points[self.index]
@@ -372,10 +376,12 @@ class Navigation:
         after_failure); after that RuntimeError."""
         if self.index is None:
             raise RuntimeError("no episode is running: call reset(seed) first")
-        point, self.attempt = self.points[self.index], self.attempt + 1
+        self.attempt += 1
+        point = self.points[self.index]
         sentence = self.sentences[point.instruction]
         verdict = judge_step(text, point, sentence, self.landmarks, self.judged_rule, self.prompts)
-        correct, last = verdict.code == "right_action", self.index == len(self.points) - 1
+        correct = verdict.code == "right_action"
+        last = self.index == len(self.points) - 1
         exhausted = not correct and self.attempt == self.attempts
         self.failed |= exhausted
         terminated = last and correct
@@ -386,8 +392,9 @@ class Navigation:
         if terminated or truncated:
             self.index, observation = None, Observation([], fresh=False)
         elif correct or exhausted:
-            self.index, self.attempt = self.index + 1, 0
-            observation = self._look()
+            self.index += 1
+            self.attempt = 0
+            observation = self._observe()
         else:
             observation = Observation([{"role": "user", "content": verdict.message}], fresh=False)
         return observation, verdict.reward + EXHAUSTED * exhausted, terminated, truncated, info
@@ -401,13 +408,15 @@ class Navigation:
         """Return an expert's dialogue at one point of a route, both the seed's choice; with `describe` it
         tells what is seen there, mostly at a landmark."""
         self._start(seed)
-        anywhere = range(len(self.points))
-        marked = [i for i in anywhere if self.points[i].landmark] if self.describe else []
-        self.index = self.rng.choice(marked if marked and self.rng.random() < 0.8 else anywhere)
+        choices = range(len(self.points))
+        marked = [i for i in choices if self.points[i].landmark] if self.describe else []
+        if marked and self.rng.random() < 0.8:
+            choices = marked
+        self.index = self.rng.choice(choices)
         if self.describe:
             return [{"role": "user", "content": self._show(self.prompts["describe"])},
                     {"role": "assistant", "content": self.points[self.index].observation, "train": True}]
-        return dialogue(self, self._look().messages, mistakes)
+        return dialogue(self, self._observe().messages, mistakes)
 
     def _mistake(self):
         """Return a plausible wrong answer: another action, mostly with the observation and the instruction of

@@ -21,7 +21,7 @@ from torch import nn
 
 from llama.batches import OneProcess, parts, passes
 from llama.metrics import averages
-from rollout import Episode, conversations_of, drawn, trees_of_hands, turns_of
+from rollout import Episode, conversations_of, of_sampled, trees_of_hands, turns_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Estimator:
     values: bool = True        # does it read values? If not, no critic is asked or trained
     normalize: bool = True     # are its advantages brought to mean 0 and deviation 1, over the rollout?
     groups: bool = False       # does it compare episodes of one hand? Then --samples must be 2 or more
-    # Fills in `turn.value` before f is called: (actor_critic, processor, conversations, args, ranks); None:
+    # Fills in `turn.value` before f is called: (actor_critic, processor, conversations, args, ranks). None:
     # read_values.
     read: Callable | None = None
 
@@ -47,14 +47,14 @@ class Loss:
     """
     f: Callable
     unit: str | None = None                    # None: --unit
-    # Over all "units" of the minibatch; or within each of its "sequences", then over these: so a long one
-    # weighs no more than a short one.
+    # How units are averaged. "units": all of the minibatch alike. "sequences": within each conversation, then
+    # over conversations, so that a long one weighs no more than a short one.
     mean: str = "units"
-    # Added to the loss: (conversations, log-probs of their sampled tokens, Units.gather) -> (units,)
+    # Added to the loss: (conversations, log-probs of their sampled tokens, Units.pool) -> (units,)
     penalty: Callable | None = None
 
     @property
-    def over(self):
+    def mean_over(self):
         """Name what the mean divides by: a key of `count`."""
         return "sequence" if self.mean == "sequences" else self.unit
 
@@ -85,40 +85,11 @@ def chain(rewards, values, gamma, lam):
 def gae(episodes, args):
     """Estimate advantages over turns, with --gamma and --lam (0.9 and 0.95 in the paper)."""
     for episode in episodes:
-        rewards, values = [earned(turn, args) for turn in episode.turns], [t.value for t in episode.turns]
+        rewards = [earned(turn, args) for turn in episode.turns]
+        values = [turn.value for turn in episode.turns]
         for turn, advantage in zip(episode.turns, chain(rewards, values, args.gamma, args.lam)):
-            turn.advantage, turn.target = advantage, advantage + turn.value
-
-
-# Values and log-probs are float32. Advantages that differ by a few of its steps count as equal: normalising
-# would blow that noise up to a deviation of 1.
-ROUNDING = 2**-21
-
-
-def size(turn, args):
-    """Return how large the terms of an advantage are, to judge its rounding; a penalty counts as a nat."""
-    value = max(map(abs, flat([turn], "value")))
-    return abs(args.reward_scale * turn.reward) + value + args.kl_coef * len(turn.penalties)
-
-
-def deviation(x, sizes, ranks=OneProcess()):
-    """Return mean and standard deviation of x over all ranks. The deviation is 0 where it is within the
-    rounding of sums of numbers of these `sizes`."""
-    x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
-    n, total, count, magnitude = ranks.total([len(x), x.sum(), len(sizes), sizes.abs().sum()])
-    std = math.sqrt(ranks.total([((x - total / n) ** 2).sum()])[0] / n)
-    rounding = ROUNDING * magnitude / count
-    return total / n, 0.0 if std <= rounding else std          # NaN stays NaN, for `step` to find
-
-
-def normalize_advantages(turns, args, ranks=OneProcess()):
-    """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place.
-
-    Where the rewards tie, all are 0: the rounding that is left is no reason to learn.
-    """
-    a = flat(turns, "advantage")
-    mean, std = deviation(a, a + [size(turn, args) for turn in turns], ranks)
-    fill_in(turns, "advantage", [(x - mean) / std if std else 0.0 for x in a])
+            turn.advantage = advantage
+            turn.target = advantage + turn.value
 
 
 def flat(turns, name):
@@ -135,12 +106,44 @@ def fill_in(turns, name, numbers):
         setattr(turn, name, [next(rest) for _ in old] if isinstance(old, list) else next(rest))
 
 
+# Values and log-probs are float32. Advantages that differ by a few of its steps count as equal: normalising
+# would blow that noise up to a deviation of 1.
+ROUNDING = 2**-21
+
+
+def magnitude(turn, args):
+    """Return how large the terms of an advantage are, to judge its rounding; a penalty counts as a nat."""
+    value = max(map(abs, flat([turn], "value")))
+    return abs(args.reward_scale * turn.reward) + value + args.kl_coef * len(turn.penalties)
+
+
+def mean_and_std(x, sizes, ranks=OneProcess()):
+    """Return mean and standard deviation of x over all ranks. The deviation is 0 where it is no larger than
+    the rounding error of numbers as large as `sizes` are on average."""
+    x, sizes = (torch.tensor(numbers, dtype=torch.float64) for numbers in (x, sizes))
+    n, total, terms, summed = ranks.total([len(x), x.sum(), len(sizes), sizes.abs().sum()])
+    std = math.sqrt(ranks.total([((x - total / n) ** 2).sum()])[0] / n)
+    rounding = ROUNDING * summed / terms
+    return total / n, 0.0 if std <= rounding else std          # NaN stays NaN, for `step` to find
+
+
+def normalize_advantages(turns, args, ranks=OneProcess()):
+    """Shift and scale all advantages of the rollout, over all ranks, to mean 0 and deviation 1, in place.
+
+    Where the rewards tie, all are 0: the rounding that is left is no reason to learn.
+    """
+    a = flat(turns, "advantage")
+    mean, std = mean_and_std(a, a + [magnitude(turn, args) for turn in turns], ranks)
+    fill_in(turns, "advantage", [(x - mean) / std if std else 0.0 for x in a])
+
+
 def explained_variance(turns, ranks=OneProcess()):
     """Return 1 - Var(target - value) / Var(target) over all turns and ranks: 0 for a constant critic, 1 for a
     perfect one, NaN without a critic or where all targets are equal."""
-    targets, values = flat(turns, "target"), flat(turns, "value")
-    _, spread = deviation(targets, targets, ranks)
-    _, rest = deviation([t - v for t, v in zip(targets, values)], [0.0], ranks)
+    targets = flat(turns, "target")
+    errors = [target - value for target, value in zip(targets, flat(turns, "value"))]
+    _, spread = mean_and_std(targets, targets, ranks)
+    _, rest = mean_and_std(errors, [0.0], ranks)               # no rounding is forgiven
     return 1 - (rest / spread) ** 2 if spread else math.nan
 
 
@@ -148,10 +151,11 @@ def explained_variance(turns, ranks=OneProcess()):
 # Losses
 
 def ratio(log_ratio):
-    """Return exp(log_ratio), its value and its gradient at most e^20 = 4.9e8.
+    """Return exp(log_ratio), with value and gradient at most e^20 = 4.9e8: exp(100) would be infinite.
 
-    Where the clipped branch of a loss wins, its gradient of 0 times the ratio stays 0 (times infinity: NaN);
-    where the other wins, it still pulls the ratio back.
+    The value is clamped, and the gradient passes the clamp (straight through): where a loss wants the ratio
+    back, it still pulls. Where its clipped branch wins, 0 times a finite ratio is 0; times infinity it would
+    be NaN.
     """
     return (log_ratio.clamp(max=20).detach() + (log_ratio - log_ratio.detach())).exp()
 
@@ -218,19 +222,19 @@ class ActorCritic(nn.Module):
         return self.value_head(hidden.float()).squeeze(-1)
 
     def values(self, batch, turns, hidden=None):
-        """Return the values (turns,). hidden: states (B, T, D) where the policy's have been computed and are
-        what the head reads; None: make a forward pass for them."""
+        """Return the values (turns,). hidden: states (B, T, D) that the policy has computed; None: make a
+        forward pass for them, of the trunk if the critic is separate."""
         if hidden is None:
             hidden = (self.trunk or self.policy)(**batch.inputs()).hidden
-        return self.head(hidden.flatten(0, 1)[turns.places])
+        return self.head(hidden.flatten(0, 1)[turns.value_places])
 
     def forward(self, batch, turns, temperature, with_values=True):
         """Score all turns of all conversations in one pass -> log-probs and entropies (tokens,) of what was
         sampled, values (turns,) or None."""
         out = self.policy(**batch.inputs(), targets=batch.targets, temperature=temperature)
         # what the critic reads; a separate one makes a pass of its own
-        read = {"shared": out.hidden, "detached": out.hidden.detach(), "separate": None}[self.critic]
-        values = self.values(batch, turns, read) if with_values else None
+        states = {"shared": out.hidden, "detached": out.hidden.detach(), "separate": None}[self.critic]
+        values = self.values(batch, turns, states) if with_values else None
         sampled = batch.targets >= 0
         return out.logprobs[sampled], out.entropy[sampled], values
 
@@ -239,10 +243,10 @@ class ActorCritic(nn.Module):
 class Turns:
     """The turns of a batch of conversations as tensors. With an estimator over tokens read (tokens,) for
     (turns,): an entry per sampled token, whose value is read one place before it."""
-    places: torch.Tensor                       # (turns,) last prompt token, where the value is read, of B * T
-    conversation: torch.Tensor                 # (turns,) which one of the batch
-    turn: torch.Tensor                         # (tokens,) the turn of each sampled token
-    sequence: torch.Tensor                     # (tokens,) its conversation
+    value_places: torch.Tensor                 # (turns,) last prompt token, where the value is read, of B * T
+    conversation_of_turn: torch.Tensor         # (turns,) an index into the batch
+    turn_of_token: torch.Tensor                # (tokens,) of each sampled token
+    conversation_of_token: torch.Tensor        # (tokens,)
     weights: torch.Tensor                      # (tokens,) its weight in the turn's log-prob
     old_logprobs: torch.Tensor                 # (tokens,)
     advantages: torch.Tensor                   # (turns,)
@@ -260,13 +264,14 @@ def stack_turns(conversations, batch, per="turn"):
         counts = torch.tensor(counts, dtype=torch.int64, device=device)
         return torch.arange(len(counts), device=device).repeat_interleave(counts)
 
-    turn, sequence = owners([turn.length for turn in turns]), owners([sum(c.sampled) for c in conversations])
+    turn = owners([turn.length for turn in turns])             # (tokens,), and so is the next
+    conversation = owners([sum(c.sampled) for c in conversations])
     first = turn.diff(prepend=turn.new_tensor([-1])) > 0       # is a token the first of its turn?
-    read = slice(None) if per == "token" else first
-    return Turns(places[read], sequence[read], turn, sequence,
-                 drawn(conversations, "weights", device), drawn(conversations, "logprobs", device),
+    kept = slice(None) if per == "token" else first
+    return Turns(places[kept], conversation[kept], turn, conversation,
+                 of_sampled(conversations, "weights", device), of_sampled(conversations, "logprobs", device),
                  *(torch.tensor(flat(turns, name), dtype=torch.float32, device=device)
-                   for name in ("advantage", "value", "target")))
+                   for name in ("advantage", "value", "target")))         # advantages, old_values, targets
 
 
 @torch.no_grad()
@@ -284,21 +289,21 @@ class Units:
     """A map of sampled tokens to units (see Loss), and the weight of each unit in the mean."""
 
     def __init__(self, turns, batch, loss):
-        tokens, sequences = (torch.arange(len(x), device=turns.turn.device)
-                             for x in (turns.turn, batch.starts))
-        # the unit of each sampled token (tokens,), and the conversation of each unit (units,)
-        self.of, row = {"turn": (turns.turn, turns.conversation),
-                        "token": (tokens, turns.sequence),
-                        "sequence": (turns.sequence, sequences)}[loss.unit]
-        tokens = torch.bincount(self.of, minlength=len(row))   # (units,); 0 where a pass fills in for others
-        self.divisor = tokens.clamp(min=1) if loss.unit == "sequence" else torch.ones_like(tokens)
-        # of each unit in the mean (units,)
-        self.weight = 1 / torch.bincount(row)[row] if loss.mean == "sequences" else 1.0
+        turn, conversation = turns.turn_of_token, turns.conversation_of_token
+        tokens, conversations = (torch.arange(len(x), device=turn.device) for x in (turn, batch.starts))
+        # (tokens,) the unit of each sampled token; (units,) the conversation of each unit
+        self.unit, owner = {"turn": (turn, turns.conversation_of_turn),
+                            "token": (tokens, conversation),
+                            "sequence": (conversation, conversations)}[loss.unit]
+        length = torch.bincount(self.unit, minlength=len(owner))       # (units,); 0 in a filler's pass
+        self.divisor = length.clamp(min=1) if loss.unit == "sequence" else torch.ones_like(length)
+        # (units,) 1 / how many units the conversation has
+        self.weight = 1 / torch.bincount(owner)[owner] if loss.mean == "sequences" else 1.0
 
-    def gather(self, x):
+    def pool(self, x):
         """Sum numbers of tokens over turns, average them over sequences, or keep them: (tokens,) ->
         (units,)."""
-        return x.new_zeros(len(self.divisor)).index_add(0, self.of, x) / self.divisor
+        return x.new_zeros(len(self.divisor)).index_add(0, self.unit, x) / self.divisor
 
 
 def count(conversations):
@@ -312,22 +317,26 @@ def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, tra
     """Return the loss of a batch and its metrics. Each term is divided by its count over the whole minibatch
     and all ranks (n, see `count`), so that losses and gradients of batches just add up."""
     turns = stack_turns(conversations, batch, estimator.per)
-    logprobs, entropy, values = actor_critic(batch, turns, args.temperature, estimator.values)
-    units, advantages, weights = Units(turns, batch, loss), turns.advantages, turns.weights
+    logprobs, entropy, values = actor_critic(batch, turns, args.temperature, with_values=estimator.values)
+    units = Units(turns, batch, loss)
+    advantages = turns.advantages
+    weights = turns.weights
     if loss.unit != "turn":
-        advantages = units.gather(advantages if estimator.per == "token" else advantages[turns.turn])
-        weights = 1.0
-    policy, metrics = loss.f(units.gather(weights * logprobs), units.gather(weights * turns.old_logprobs),
-                             advantages, args)
+        weights = 1.0                          # a token's weight is one in the log-prob of its turn
+        if estimator.per == "turn":
+            advantages = advantages[turns.turn_of_token]
+        advantages = units.pool(advantages)                    # (tokens,) -> (units,)
+    policy_loss, metrics = loss.f(units.pool(weights * logprobs), units.pool(weights * turns.old_logprobs),
+                                  advantages, args)
     if loss.penalty:
-        policy = policy + loss.penalty(conversations, logprobs, units.gather)
-    metrics = {name: (units.weight * x).sum() / n[loss.over]
-               for name, x in (metrics | {"policy_loss": policy}).items()} | {
-        "entropy": entropy.sum() / n["token"], "value_loss": logprobs.new_zeros(()),
-        "drawn_vs_scored": (logprobs - turns.old_logprobs).abs().sum() / n["token"]}
+        policy_loss = policy_loss + loss.penalty(conversations, logprobs, units.pool)
+    metrics |= {"policy_loss": policy_loss}                    # (units,) each
+    metrics = {name: (units.weight * x).sum() / n[loss.mean_over] for name, x in metrics.items()}
+    metrics |= {"entropy": entropy.sum() / n["token"], "value_loss": logprobs.new_zeros(()),
+                "drawn_vs_scored": (logprobs - turns.old_logprobs).abs().sum() / n["token"]}
     if estimator.values:
-        value = value_loss(values, turns.old_values, turns.targets, args.value_clip)
-        metrics["value_loss"] = value.sum() / n[estimator.per]
+        errors = value_loss(values, turns.old_values, turns.targets, args.value_clip)
+        metrics["value_loss"] = errors.sum() / n[estimator.per]
     total = args.value_coef * metrics["value_loss"]
     if train_policy:
         total = total + metrics["policy_loss"] - args.entropy_coef * metrics["entropy"]
@@ -341,7 +350,8 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
     Return the metrics of the update as a dict of floats.
 
     step(loss): reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient
-    norm. train_policy: False in warm-up, when only the critic learns. ranks: see llama.batches.OneProcess.
+    norm; no step is made where loss or gradients are not finite. train_policy: False in warm-up, when only
+    the critic learns. ranks: see llama.batches.OneProcess.
     """
     conversations = conversations_of(episodes)
     turns = turns_of(conversations)
@@ -352,14 +362,17 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
     if estimator.normalize:
         normalize_advantages(turns, args, ranks)
     hands = trees_of_hands(episodes)
-    trees, places = sum(hands, []), ranks.positions(map(len, hands))
-    total, tokens, sampled = ranks.total(
+    trees = sum(hands, [])                     # of all hands: what minibatches are made of
+    places = ranks.positions(map(len, hands))  # of this rank's trees, among those of all ranks
+    n_trees, tokens, sampled = ranks.total(
         [len(trees), sum(len(c.ids) for c in conversations), count(conversations)["token"]])
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(int(total), generator=generator).tolist() for _ in range(args.epochs)]
-    steps = [one_step(actor_critic, processor, [trees[i] for i in part], args, estimator, loss, step,
-                      train_policy, ranks, conversations[0])
-             for order in orders for part in parts(places, order, args.minibatches)]
+    generator = torch.Generator().manual_seed(seed)            # the same on all ranks
+    steps = []                                 # metrics of each
+    for _ in range(args.epochs):
+        order = torch.randperm(int(n_trees), generator=generator).tolist()
+        for part in parts(places, order, args.minibatches):
+            steps.append(one_step(actor_critic, processor, [trees[i] for i in part], args, estimator, loss,
+                                  step, train_policy, ranks, conversations[0]))
     first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)
     return averages(steps) | {
         "drawn_vs_scored": first,              # of the first step: afterwards the policy has moved
@@ -385,6 +398,7 @@ def one_step(actor_critic, processor, trees, args, estimator, loss, step, train_
         for name, value in numbers.items():
             sums[name] += weight * value.item()
     means = dict(zip(sums, ranks.total(list(sums.values()))))
+    grad_norm = step(means["policy_loss"] + means["value_loss"])
     over = {"value_loss": estimator.per, "entropy": "token", "drawn_vs_scored": "token"}
-    return {name: (mean, n[over.get(name, loss.over)]) for name, mean in means.items()} | {
-        "grad_norm": (step(means["policy_loss"] + means["value_loss"]), 1)}
+    return {name: (mean, n[over.get(name, loss.mean_over)]) for name, mean in means.items()} | {
+        "grad_norm": (grad_norm, 1)}

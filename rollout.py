@@ -46,10 +46,10 @@ class Turn:
 class Conversation:
     """One packed token sequence with the turns in it. All lists but `turns` have an entry per token."""
     ids: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)          # False: given to it (prompt, verifier)
+    sampled: list[bool] = field(default_factory=list)          # by the model (in SFT: to learn), or given
     image: Any = None                                          # a picture, or what Processor.cut made of it
-    logprobs: list[float] = field(default_factory=list)        # as drawn; 0 where forced
-    weights: list[float] = field(default_factory=list)         # of it in the sum that is its turn's log-prob
+    logprobs: list[float] = field(default_factory=list)        # when it was drawn; 0 where not sampled
+    weights: list[float] = field(default_factory=list)         # in its turn's log-prob, see token_weights
     turns: list[Turn] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)       # log-probs by another policy, if asked for
 
@@ -89,16 +89,16 @@ def turns_of(conversations):
 
 
 def trees_of_hands(episodes):
-    """Return per hand the conversations that begin alike, which learn together: lists of trees, see
-    llama/batches.py."""
+    """Return a list per hand of its trees. A tree is a list of conversations with the same prompt and image,
+    which are learnt from in one row of a batch (llama/batches.py)."""
     hands = defaultdict(list)
     for episode in episodes:
         hands[episode.seed] += episode.conversations
     return [trees_of(hand) for hand in hands.values()]
 
 
-def drawn(conversations, name, device="cpu"):
-    """Return what each sampled token has as `name`: "logprobs", "weights" or "reference", (tokens,)."""
+def of_sampled(conversations, name, device="cpu"):
+    """Return "logprobs", "weights" or "reference" (`name`) of every sampled token, float32 (tokens,)."""
     numbers = [x for c in conversations for x, sampled in zip(getattr(c, name), c.sampled) if sampled]
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
@@ -113,18 +113,19 @@ def token_weights(processor, ids, answer_key):
     The released code (after RL4VLM, arXiv 2405.10292) halves what the model says before its final answer. The
     key is found in the decoded text by character offset. An answer without the key is weighted 1 throughout.
     """
-    key = processor.position_of(ids, f'"{answer_key}"')
-    return [0.5 if i < key else 1.0 for i in range(len(ids))]
+    start = processor.position_of(ids, f'"{answer_key}"')      # -1 without the key
+    return [0.5 if i < start else 1.0 for i in range(len(ids))]
 
 
 class Player:
     """One episode in progress: an environment, the record, and the conversation that is open.
 
-    cut: function from a picture to its tiles.
+    sample_index: which of the hand's samples it is; cut: function from a picture to its tiles.
     """
 
-    def __init__(self, env, seed, sample, processor, cut=None):
-        self.env, self.sample, self.processor, self.cut = env, sample, processor, cut or processor.cut
+    def __init__(self, env, seed, sample_index, processor, cut=None):
+        self.env, self.sample_index, self.processor = env, sample_index, processor
+        self.cut = cut or processor.cut
         self.episode = Episode(seed)
         observation, _ = env.reset(seed)
         self.observe(observation, ended=True)
@@ -150,7 +151,8 @@ class Player:
 
     def answer(self, sample):
         """Record an answer and step the environment with it. Return True while the episode goes on."""
-        text, episode, conversation = self.processor.decode(sample.ids), self.episode, self.conversation
+        episode, conversation = self.episode, self.conversation
+        text = self.processor.decode(sample.ids)
         start = len(conversation.ids)
         weights = token_weights(self.processor, sample.ids, self.env.answer_key)
         conversation.append(sample.ids, True, sample.logprobs, weights)
@@ -190,19 +192,20 @@ def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int],
             tiles[key] = processor.cut(picture)
         return tiles[key]
 
-    episodes, hands = [], [(seed, sample) for seed in seeds for sample in range(samples)]
-    for first in range(0, len(hands), batch):
-        players = [Player(make_env(), *hand, processor, cut) for hand in hands[first:first + batch]]
+    episodes = []
+    plays = [(seed, sample_index) for seed in seeds for sample_index in range(samples)]
+    for first in range(0, len(plays), batch):
+        players = [Player(make_env(), *play, processor, cut) for play in plays[first:first + batch]]
         groups = [(None, players)]                             # players whose conversations share one cache
         while groups:
             fresh, continuing = [], []
             for cache, group in groups:
-                cache, stay = play_turn(model, processor, cache, group, temperature, max_new_tokens)
-                fresh += [group[i] for i in stay if group[i].fresh]
-                stay = [i for i in stay if not group[i].fresh]
-                if stay:
-                    cache.keep(stay)
-                    continuing.append((cache, [group[i] for i in stay]))
+                cache, alive = play_turn(model, processor, cache, group, temperature, max_new_tokens)
+                fresh += [group[i] for i in alive if group[i].fresh]
+                rows = [i for i in alive if not group[i].fresh]
+                if rows:
+                    cache.keep(rows)
+                    continuing.append((cache, [group[i] for i in rows]))
             groups = continuing + ([(None, fresh)] if fresh else [])
         episodes += [player.episode for player in players]
     return episodes
@@ -210,14 +213,17 @@ def rollout(model, processor, make_env: Callable[[], Env], seeds: Iterable[int],
 
 def play_turn(model, processor, cache, players, temperature, max_new_tokens):
     """Let every player answer once. Return the cache and the indices of the players whose episodes go on."""
-    asked, source, images = [player.conversation for player in players], None, None
-    if cache is None:                                          # what several begin with is read once
-        prompts = [(tuple(c.ids), id(c.image)) for c in asked]
-        alike = dict(zip(prompts, asked))
-        source, asked = [*map(list(alike).index, prompts)], list(alike.values())
-        images = processor.images([c.image for c in asked])
+    conversations = [player.conversation for player in players]
+    source = images = None
+    if cache is None:                          # the first turn: equal prompts are read once
+        prompts = [(tuple(c.ids), id(c.image)) for c in conversations]
+        distinct = dict(zip(prompts, conversations))
+        source = [*map(list(distinct).index, prompts)]         # player i answers to prompt source[i]
+        conversations = list(distinct.values())
+        images = processor.images([c.image for c in conversations])
     samples, cache = generate(
-        model, [c.ids for c in asked], source=source, cache=cache, images=images,
+        model, [c.ids for c in conversations], source=source, cache=cache, images=images,
         max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=processor.stop_ids,
-        seeds=[derive("draws", p.episode.seed, p.sample, len(p.episode.turns)) for p in players])
-    return cache, [i for i, (player, sample) in enumerate(zip(players, samples)) if player.answer(sample)]
+        seeds=[derive("draws", p.episode.seed, p.sample_index, len(p.episode.turns)) for p in players])
+    go_on = [player.answer(sample) for player, sample in zip(players, samples)]
+    return cache, [i for i, goes_on in enumerate(go_on) if goes_on]

@@ -48,14 +48,15 @@ def train(args, processes, typed=frozenset()):
     args: settled (`agree`); those of a run that is resumed are read from its checkpoint here. typed: names of
     the settings that the user gave.
     """
-    folder, newest = RunFolder(args, processes), None
+    folder = RunFolder(args, processes)
+    newest = None
     if args.resume:
         newest, args = folder.resume(args, typed)
         agree(processes, args, typed, newest)
     processes.barrier()                        # no rank writes before all have looked
-    begin = None if newest else tiny.first_weights(args, processes, learn)
-    model, processor, weights = load(args, processes, begin, newest)
-    trainer = Trainer(args, model, processor, processes, weights)
+    init_folder = None if newest else tiny.first_weights(args, processes, learn)
+    model, processor, weights_folder = load(args, processes, init_folder, newest)
+    trainer = Trainer(args, model, processor, processes, weights_folder)
     start = trainer.restore(folder.checkpoints, newest) if newest else 0
     folder.start(args, start)
     size = sum(p.numel() for p in model.parameters())
@@ -77,7 +78,8 @@ def train(args, processes, typed=frozenset()):
 def loop(trainer, folder, start, interrupted):
     """Make the steps from `start` to the last; print, log, evaluate and save on the way. Return how many are
     done."""
-    args, processes, begun = trainer.args, trainer.processes, time.time()
+    args, processes = trainer.args, trainer.processes
+    t0 = time.time()
     for i in range(start + 1, args.steps + 1):
         before = time.time()
         try:
@@ -89,11 +91,12 @@ def loop(trainer, folder, start, interrupted):
         metrics |= {"seconds": time.time() - before, "skipped": trainer.skipped,
                     "memory_gb": processes.memory() / 1e9}
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
-        processes.print(describe(i, args, metrics, (time.time() - begun) / (i - start) * (args.steps - i)))
+        processes.print(describe(i, args, metrics, (time.time() - t0) / (i - start) * (args.steps - i)))
         folder.log(event="step", step=i, **trainer.ledger.summary(), lr=trainer.groups[0]["lr"], **metrics)
         if args.algo == "ppo" and i % args.transcript_every == 0:
-            folder.transcript(i, trainer.sample)
-        last, stop = i == args.steps, interrupted()
+            folder.transcript(i, trainer.for_transcript)
+        last = i == args.steps
+        stop = interrupted()
         if last or (args.eval_every and i % args.eval_every == 0 and not stop):
             trainer.evaluate(folder, i)
         folder.checkpoints.poll()
@@ -108,24 +111,25 @@ def loop(trainer, folder, start, interrupted):
 # What learns
 
 class Trainer:
-    """The model with its optimizer and the state that a checkpoint holds. `update(i)` makes the i-th step.
+    """The model with its optimizer and the state that a checkpoint holds. `update(i)` makes step i, counted
+    from 0; elsewhere i is the number of steps done.
 
     All randomness of step i derives from (seed, i), so there is no generator state to save.
     """
 
-    def __init__(self, args, model, processor, processes, folder=None):
+    def __init__(self, args, model, processor, processes, weights_folder=None):
         self.args, self.model, self.processor, self.processes = args, model, processor, processes
-        self.module = build(args, model, processes, folder)
+        self.module = build(args, model, processes, weights_folder)
         self.optimizers = optimizers(args, model, self.module)
         if args.rescore == "auto":
             args.rescore = "on" if processes.device.type == "cuda" else "off"
         if args.algo == "ppo":
             self.estimator, self.loss = algorithm(args)
         self.ledger = Ledger(args, self.module, processes)     # of FLOPs
-        self.began = folder and str(folder)    # folder of the weights before step 1
-        self.reference, start = started(args, model)
-        self.probe = Probe(args, model, processor, processes, start) if args.probe_hands else None
-        self.env = training_env(args)
+        self.began = weights_folder and str(weights_folder)    # where weights lay before step 1
+        self.reference, initial = started(args, model)         # contexts: the model as it began; or None
+        self.probe = Probe(args, model, processor, processes, initial) if args.probe_hands else None
+        self.make_env = training_env(args)
         self.mixture = training_mixture(args)
         self.skipped = self.skipped_in_a_row = 0               # steps without a finite loss and gradient
         self.batch = None                      # the episodes or examples of this step
@@ -135,7 +139,7 @@ class Trainer:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def update(self, i):
-        """Learn once. Return the metrics."""
+        """Set the learning rate and make step i. Return the metrics."""
         progress = i / self.args.steps
         scale = min(1.0, (i + 1) / max(1.0, self.args.warmup * self.args.steps))
         if self.args.lr_schedule == "cosine":
@@ -153,18 +157,21 @@ class Trainer:
 
     def sft_update(self, i):
         """Learn from dialogues of the expert, or from the right ones among the model's own."""
-        args, processes, episodes = self.args, self.processes, []
-        seeds, places = (processes.share(x) for x in (self.seeds(i, args.batch_size), range(args.batch_size)))
+        args, processes = self.args, self.processes
+        episodes = []
+        seeds = processes.share(self.seeds(i, args.batch_size))
+        places = processes.share(range(args.batch_size))       # of these examples among those of all ranks
         if args.sft_data == "own":
             episodes = self.play(seeds)
             right = [own_answers([episode]) for episode in episodes]
             examples, places = sum(right, []), processes.positions(map(len, right))
         else:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
-        filler = examples[0] if examples else sft.make_example(self.processor, self.env(), seeds[0])
-        self.batch, loss = episodes or examples, SFT_LOSSES[args.sft_loss]
+        filler = examples[0] if examples else sft.make_example(self.processor, self.make_env(), seeds[0])
+        self.batch = episodes or examples
+        loss = SFT_LOSSES[args.sft_loss]
         with autocast(args, processes.device):
-            if loss.before:
+            if loss.before:                    # the loss compares with an earlier model: note its log-probs
                 with self.reference() if loss.before == "initial" else contextlib.nullcontext():
                     score(self.model, self.processor, [[example] for example in examples], args.token_budget,
                           ranks=processes, filler=filler)
@@ -176,17 +183,20 @@ class Trainer:
     def play(self, seeds, samples=1, features=None):
         """Return a rollout of the training game. features: see harness/evaluation.py."""
         self.batch = None                      # of the step before: two would be much memory
-        return play(self.model, self.processor, self.args, self.processes, self.env, seeds,
+        return play(self.model, self.processor, self.args, self.processes, self.make_env, seeds,
                     self.args.temperature, samples, features)
 
     def ppo_update(self, i):
         """Play, and learn from what was played."""
-        args, processes, start = self.args, self.processes, time.time()
+        args, processes = self.args, self.processes
+        start = time.time()
         features = {} if self.model.vision_frozen else None    # shared by rollout and update
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
         episodes = self.batch = self.play(hands, args.samples, features)
-        rolled, scored, train_policy = time.time(), {}, i >= args.critic_warmup
-        # a new context: what the rollout cast to bfloat16 carries no gradient
+        rolled = time.time()
+        scored = {}
+        train_policy = i >= args.critic_warmup
+        # not the rollout's context: the weights that it cast to bfloat16 carry no gradient
         with autocast(args, processes.device), remember(self.module, features):
             if args.rescore == "on":
                 scored |= rescore(self.model, self.processor, episodes, args, processes)
@@ -198,7 +208,7 @@ class Trainer:
                 step=self.step, seed=derive("minibatches", args.seed, i),
                 train_policy=train_policy, ranks=processes) | scored
         revised = [episode for episode in episodes if len(episode.turns) > 1]
-        self.sample = (revised or episodes)[0]
+        self.for_transcript = (revised or episodes)[0]
         self.ledger.add_ppo(self.estimator, episodes, train_policy, metrics["trained_tokens"])
         summary = summarize(episodes)
         told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
@@ -220,8 +230,8 @@ class Trainer:
         """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's
         norm.
 
-        loss: over all ranks. Loss and gradients are sums over ranks: what is not finite on one is not on any,
-        and all skip the step together. FloatingPointError after --max-skipped of them in a row.
+        loss: over all ranks. Loss and gradients are sums over ranks, so all ranks see the same numbers, and
+        skip a step together where one is not finite. FloatingPointError after --max-skipped of them in a row.
         """
         norms = []
         for group in self.groups:                  # a sharded model's gradients are sums already
@@ -240,7 +250,7 @@ class Trainer:
         if self.skipped_in_a_row == self.args.max_skipped:
             raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and "
                                      f"gradient (loss {loss}, norms {norms})")
-        return norms[0]
+        return norms[0]                            # the first group is the policy's
 
     STATE = ("skipped", "skipped_in_a_row", "began")
 
@@ -264,7 +274,7 @@ class Trainer:
 # The command
 
 def learn(args, processes):
-    """Do a run from start to end: harness/tiny.py makes the init checkpoint by one."""
+    """Do a whole run inside a run: tiny.first_weights makes the init checkpoint by one."""
     agree(processes, args)
     return train(args, processes)
 

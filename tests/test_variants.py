@@ -11,7 +11,7 @@ import torch
 
 import ppo
 from llama.batches import OneProcess, collate
-from rollout import Conversation, Episode, Turn, conversations_of, drawn, turns_of
+from rollout import Conversation, Episode, Turn, conversations_of, of_sampled, turns_of
 from tables import cases, numbers, rows
 from test_ppo import critic_of, gradients, play, settings, spy, update
 from test_train import in_parts, on_two_ranks, records, run
@@ -166,8 +166,8 @@ def test_a_longer_verifier_message_changes_no_advantage_and_no_unit(processor, n
             batch = collate(processor, [[c] for c in conversations])
             turns = ppo.stack_turns(conversations, batch, per)
             units = ppo.Units(turns, batch, loss)
-            penalty = loss.penalty(conversations, turns.old_logprobs, units.gather)
-            seen.append(vars(turns) | vars(units) | {"penalty": penalty, "places": None})
+            penalty = loss.penalty(conversations, turns.old_logprobs, units.pool)
+            seen.append(vars(turns) | vars(units) | {"penalty": penalty, "value_places": None})
         assert penalty.min() > 0 and len(penalty) == ppo.count(conversations)[unit]
         for other in seen[1:]:
             torch.testing.assert_close(other, seen[0], rtol=0, atol=0)
@@ -350,7 +350,7 @@ def test_reference_logprobs_and_penalties(model, processor, estimator):
     metrics = reference.score_reference(policy, processor, episodes, args, swap, OneProcess())
     conversations = conversations_of(episodes)
     theirs = score(moved(model), processor, conversations)
-    expected = KL[estimator](drawn(conversations, "logprobs"), theirs)
+    expected = KL[estimator](of_sampled(conversations, "logprobs"), theirs)
     assert flat(episodes, "penalties") == pytest.approx((0.5 * expected).tolist(), abs=1e-4)
     assert all(len(turn.penalties) == turn.length for turn in turns_of(conversations))
     assert metrics == {"kl_reference": pytest.approx(expected.mean().item(), abs=1e-4)}
@@ -361,10 +361,10 @@ def test_rescored_logprobs_are_those_of_training(model, processor):
     """What other weights drew counts as drawn by these; what was forced stays 0."""
     episodes, policy = play(model, processor, hands=3), moved(model)
     conversations = conversations_of(episodes)
-    before, theirs = drawn(conversations, "logprobs"), score(policy, processor, conversations)
+    before, theirs = of_sampled(conversations, "logprobs"), score(policy, processor, conversations)
     metrics = reference.rescore(policy, processor, episodes, settings(), OneProcess())
     assert metrics == {"drawn_vs_scored": pytest.approx((before - theirs).abs().mean().item(), rel=1e-4)}
-    torch.testing.assert_close(drawn(conversations, "logprobs"), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(of_sampled(conversations, "logprobs"), theirs, atol=1e-5, rtol=0)
     assert sum(x != 0 for c in conversations for x in c.logprobs) == len(theirs)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from harness.ranges import arg, between
 from llama.batches import passes, trees_of
-from ppo import Estimator, chain, deviation, earned, fill_in, flat, gae, size, stack_turns
+from ppo import Estimator, chain, earned, fill_in, flat, gae, magnitude, mean_and_std, stack_turns
 from rollout import turns_of
 
 
@@ -175,7 +175,7 @@ def grpo(episodes, args, divide=True):
     is a matter of the loss: see `mean` in losses.py.
     """
     def worth(scores, samples):
-        mean, std = deviation(scores, [size(turn, args) for one in samples for turn in one.turns])
+        mean, std = mean_and_std(scores, [magnitude(turn, args) for one in samples for turn in one.turns])
         scale = std + 1e-6 if divide else 1.0
         return [(score - mean) / scale if std else 0.0 for score in scores]
 

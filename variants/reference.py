@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.ranges import arg, at_least, one_of
 from llama.batches import OneProcess, passes
-from rollout import conversations_of, drawn, trees_of_hands, turns_of
+from rollout import conversations_of, of_sampled, trees_of_hands, turns_of
 from variants.losses import KL
 
 
@@ -124,7 +124,7 @@ def score_episodes(model, processor, episodes, args, ranks):
     that they have now, (tokens,) each."""
     trees, conversations = sum(trees_of_hands(episodes), []), conversations_of(episodes)
     score(model, processor, trees, args.token_budget, args.temperature, ranks, conversations[0])
-    return drawn(conversations, "logprobs"), drawn(conversations, "reference")
+    return of_sampled(conversations, "logprobs"), of_sampled(conversations, "reference")
 
 
 def mean(x, ranks):
@@ -148,8 +148,8 @@ def score_reference(model, processor, episodes, args, reference, ranks):
 def with_penalty(loss, args):
     """Return the ppo.Loss with --kl-coef times the divergence from the reference added. Of a turn it is the
     sum, as its log-prob is a sum, too."""
-    def penalty(conversations, logprobs, gather):
-        theirs = drawn(conversations, "reference", logprobs.device)
-        return args.kl_coef * gather(KL[args.kl_estimator](logprobs, theirs))
+    def penalty(conversations, logprobs, pool):
+        theirs = of_sampled(conversations, "reference", logprobs.device)
+        return args.kl_coef * pool(KL[args.kl_estimator](logprobs, theirs))
 
     return replace(loss, penalty=penalty)

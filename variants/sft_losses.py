@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 
 from ppo import ratio, surrogate
-from rollout import drawn
+from rollout import of_sampled
 from sft import nll
 
 
@@ -28,7 +28,7 @@ class SFTLoss:
 
 def before(examples, logprobs):
     """Return the log-probs of the same tokens by the earlier model, (tokens,)."""
-    return drawn(examples, "reference", logprobs.device)
+    return of_sampled(examples, "reference", logprobs.device)
 
 
 def dft(logprobs, rows, examples, args):
