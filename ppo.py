@@ -290,7 +290,7 @@ class Units:
 
     def __init__(self, turns, batch, loss):
         turn, conversation = turns.turn_of_token, turns.conversation_of_token
-        tokens, conversations = (torch.arange(len(x), device=turn.device) for x in (turn, batch.starts))
+        tokens, conversations = (torch.arange(n, device=turn.device) for n in (len(turn), batch.count))
         # (tokens,) the unit of each sampled token; (units,) the conversation of each unit
         self.unit, owner = {"turn": (turn, turns.conversation_of_turn),
                             "token": (tokens, conversation),

@@ -27,10 +27,10 @@ def decode_kernel(q, k, v, part, lse, masks, strides, S, chunk, scale,
     split, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, K = tl.num_programs(0), tl.num_programs(1)
     g, t, here = tl.arange(0, M), tl.zeros([M], tl.int32), b * strides[0] + j * strides[1]
-    row, _, own, full, end, gap = keys_of(masks, b, 0, t, 1, S, N)
+    row, _, sight, full, end, gap = keys_of(masks, b, 0, t, 1, S, N)
     queries = read(q + (b * K + j) * G * D, g, D, G, D)
     first, end = split * chunk, tl.minimum(end, (split + 1) * chunk)
-    logsum, mean = walk(queries, k + here, v + here, strides[2], S, masks, row, t, own,
+    logsum, mean = walk(queries, k + here, v + here, strides[2], S, masks, row, t, sight,
                         first, full, end, gap, scale, D, N)
     part_row = ((b * K + j) * G + g) * splits + split
     tl.store(lse + part_row, logsum, mask=g < G)

@@ -29,30 +29,31 @@ import torch
 
 from kernels import constexpr, tl, triton
 from kernels.tiles import dot, read, tiles, write
-from kernels.visible import hide, keys_of, own_keys, queries_of
+from kernels.visible import hide, keys_of, queries_of, sight_of
 
 
 @triton.jit
-def walk(q, k, v, k_s, S, masks, row, t, own, first, full, end, gap, scale, D, N):
+def walk(q, k_ptr, v_ptr, k_s, S, masks, row, t, sight, first, full, end, gap, scale, D, N):
     """Let queries q (M, D) meet keys first .. end, but for a gap -> (log-sum-exp in the units of q k, mean of
     v)."""
-    top = tl.full([q.shape[0]], -1e30, tl.float32)             # finite: -inf less -inf would be NaN
-    total = tl.zeros([q.shape[0]], tl.float32)
+    # m in the units of scale q k; finite, as -inf less -inf would be NaN
+    m = tl.full([q.shape[0]], -1e30, tl.float32)
+    l = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
-    for step in range(first, end - gap[1], N):
-        n0 = tl.where(step < gap[0], step, step + gap[1])
+    for place in range(first, end - gap[1], N):
+        n0 = tl.where(place < gap[0], place, place + gap[1])   # jump over the gap
         n = n0 + tl.arange(0, N)
-        s = dot(q, tl.trans(read(k, n, k_s, S, D)))
+        s = dot(q, tl.trans(read(k_ptr, n, k_s, S, D)))
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], own[:, None], masks, row)
-        higher = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        values = read(v, n, k_s, S, D)
+            s = hide(s, t[:, None], n[None, :], sight[:, None], masks, row)
+        new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - new[:, None])
+        shrink = tl.exp2(m - new)
+        l = l * shrink + tl.sum(p, 1)
+        values = read(v_ptr, n, k_s, S, D)
         acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
-        top = higher
-    return (top + tl.log2(total)) / scale, tl.where((total > 0)[:, None], acc / total[:, None], 0.0)
+        m = new
+    return (m + tl.log2(l)) / scale, tl.where((l > 0)[:, None], acc / l[:, None], 0.0)
 
 
 @triton.jit
@@ -67,79 +68,80 @@ def block_of_queries(T, strides, G, D, M):
 
 
 @triton.jit
-def forward_kernel(q, k, v, out, lse, masks, strides, T, T_pad, S, scale,
+def forward_kernel(q, k, v, out, lse_ptr, masks, strides, T, T_pad, S, scale,
                    G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Compute M queries of a head."""
-    h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
-    row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
-    queries = read(q + here, t, H * D, length, D)
-    logsum, mean = walk(queries, k + keys_here, v + keys_here, strides[2], S, masks, row, t, own,
+    h, H, b, t0, t, q_at, k_at = block_of_queries(T, strides, G, D, M)
+    row, length, sight, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
+    queries = read(q + q_at, t, H * D, length, D)
+    lse, mean = walk(queries, k + k_at, v + k_at, strides[2], S, masks, row, t, sight,
                         0, full, end, gap, scale, D, N)
-    write(out + here, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
-    seeing = (t < length) & (logsum > float("-inf"))
-    logsum = tl.where(seeing, logsum, float("inf"))            # for the others P is exp2(-inf) = 0
-    tl.store(lse + (b * H + h) * T_pad + t, logsum)
+    write(out + q_at, t, H * D, t < T, tl.where((t < length)[:, None], mean, 0.0), D)
+    seeing = (t < length) & (lse > float("-inf"))
+    lse = tl.where(seeing, lse, float("inf"))                  # for the others P is exp2(-inf) = 0
+    tl.store(lse_ptr + (b * H + h) * T_pad + t, lse)
 
 
 @triton.jit
-def dq_kernel(q, k, v, out, lse, grad, delta, dq, masks, strides, T, T_pad, S, scale,
+def dq_kernel(q, k, v, out, lse_ptr, do_ptr, delta_ptr, dq, masks, strides, T, T_pad, S, scale,
               G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Compute dQ of M queries of a head, and delta for dkdv_kernel."""
-    h, H, b, t0, t, here, keys_here = block_of_queries(T, strides, G, D, M)
-    row, length, own, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
-    queries = read(q + here, t, H * D, length, D)
-    do = read(grad + here, t, H * D, length, D)
-    o = read(out + here, t, H * D, length, D)
-    dots, at = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), (b * H + h) * T_pad
-    tl.store(delta + at + t, dots)
-    logsum = tl.load(lse + at + t)
+    h, H, b, t0, t, q_at, k_at = block_of_queries(T, strides, G, D, M)
+    row, length, sight, full, end, gap = keys_of(masks, b, t0, t, T, S, N)
+    queries = read(q + q_at, t, H * D, length, D)
+    do = read(do_ptr + q_at, t, H * D, length, D)
+    o = read(out + q_at, t, H * D, length, D)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    at = (b * H + h) * T_pad
+    tl.store(delta_ptr + at + t, delta)
+    lse = tl.load(lse_ptr + at + t)
     acc = tl.zeros(queries.shape, tl.float32)
-    for step in range(0, end - gap[1], N):
-        n0 = tl.where(step < gap[0], step, step + gap[1])
+    for place in range(0, end - gap[1], N):
+        n0 = tl.where(place < gap[0], place, place + gap[1])
         n = n0 + tl.arange(0, N)
-        keys = read(k + keys_here, n, strides[2], S, D)
+        keys = read(k + k_at, n, strides[2], S, D)
         zeros = tl.zeros([M, N], tl.float32)
-        s = dot(queries, tl.trans(keys), zeros - logsum[:, None])
+        s = dot(queries, tl.trans(keys), zeros - lse[:, None])
         if n0 >= full:
-            s = hide(s, t[:, None], n[None, :], own[:, None], masks, row)
-        values = read(v + keys_here, n, strides[2], S, D)
-        dp = dot(do, tl.trans(values), zeros - dots[:, None])
+            s = hide(s, t[:, None], n[None, :], sight[:, None], masks, row)
+        values = read(v + k_at, n, strides[2], S, D)
+        dp = dot(do, tl.trans(values), zeros - delta[:, None])
         acc = dot((tl.exp2(s * scale) * dp).to(keys.dtype), keys, acc)
     # times log 2: scale itself, without log2(e)
-    write(dq + here, t, H * D, t < T, acc * (scale * 0.6931471805599453), D)
+    write(dq + q_at, t, H * D, t < T, acc * (scale * 0.6931471805599453), D)
 
 
 @triton.jit
-def dkdv_kernel(q, k, v, lse, grad, delta, dk, dv, masks, strides, T, T_pad, S, scale,
+def dkdv_kernel(q, k, v, lse_ptr, do_ptr, delta_ptr, dk, dv, masks, strides, T, T_pad, S, scale,
                 G: constexpr, D: constexpr, M: constexpr, N: constexpr):
     """Compute dK and dV of N keys. Scores stand transposed, (keys, queries).
 
     One loop over the queries of all G heads takes fewer registers than two.
     """
     n0, j, b, K = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    n, here, H = n0 + tl.arange(0, N), b * strides[0] + j * strides[1], K * G
+    n, k_at, H = n0 + tl.arange(0, N), b * strides[0] + j * strides[1], K * G
     row, length, first, full, end = queries_of(masks, b, n0, n, S, M, N)
-    keys = read(k + here, n, strides[2], S, D)
-    values = read(v + here, n, strides[2], S, D)
+    keys = read(k + k_at, n, strides[2], S, D)
+    values = read(v + k_at, n, strides[2], S, D)
     dk_acc = tl.zeros(keys.shape, tl.float32)
     dv_acc = tl.zeros(keys.shape, tl.float32)
     q += b * T * H * D
-    grad += b * T * H * D
-    lse += b * H * T_pad
-    delta += b * H * T_pad
+    do_ptr += b * T * H * D
+    lse_ptr += b * H * T_pad
+    delta_ptr += b * H * T_pad
     h, t0 = j * G, first
     for _ in range(0, G * tl.cdiv(tl.maximum(end - first, 0), M)):
         t = t0 + tl.arange(0, M)
         queries = read(q + h * D, t, H * D, length, D)
-        logsum = tl.load(lse + h * T_pad + t)
+        lse = tl.load(lse_ptr + h * T_pad + t)
         zeros = tl.zeros([N, M], tl.float32)
-        s = dot(keys, tl.trans(queries), zeros - logsum[None, :])
+        s = dot(keys, tl.trans(queries), zeros - lse[None, :])
         if t0 < full:
-            s = hide(s, t[None, :], n[:, None], own_keys(masks, b, t, length, T)[None, :], masks, row)
+            s = hide(s, t[None, :], n[:, None], sight_of(masks, b, t, length, T)[None, :], masks, row)
         p = tl.exp2(s * scale)
-        do = read(grad + h * D, t, H * D, length, D)
-        dots = tl.load(delta + h * T_pad + t)
-        dp = dot(values, tl.trans(do), zeros - dots[None, :])
+        do = read(do_ptr + h * D, t, H * D, length, D)
+        delta = tl.load(delta_ptr + h * T_pad + t)
+        dp = dot(values, tl.trans(do), zeros - delta[None, :])
         dv_acc = dot(p.to(do.dtype), do, dv_acc)
         dk_acc = dot((p * dp).to(queries.dtype), queries, dk_acc)
         t0 += M

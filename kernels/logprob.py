@@ -94,15 +94,16 @@ PIECE = 256, 4096
 
 
 def pieces(hidden, weight, targets, temperature):
-    """Yield (rows, their hidden states over the temperature, pieces of the vocabulary).
+    """Cut the logits into pieces: yield (rows, hidden[rows] / temperature, an iterator over columns).
 
-    These are (columns, their weight, the place of each row's target among them, whether it is there).
+    It yields (cols, weight[cols], the index of each row's target in cols, clamped into it, whether it was
+    inside).
     """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     width = min(len(weight), PIECE[1])
     height = PIECE[0] * PIECE[1] // width
 
-    def vocabulary(targets):
+    def columns_of(targets):
         for first in range(0, len(weight), width):
             cols = slice(first, first + width)
             w, at = weight[cols].to(exact), targets - first
@@ -111,19 +112,20 @@ def pieces(hidden, weight, targets, temperature):
 
     for first in range(0, len(hidden), height):
         rows = slice(first, first + height)
-        yield rows, hidden[rows].to(exact) / temperature, vocabulary(targets[rows, None])
+        yield rows, hidden[rows].to(exact) / temperature, columns_of(targets[rows, None])
 
 
 def statistics_reference(hidden, weight, targets, temperature):
-    """Compute what `statistics` does."""
+    """Return log-probs of the targets, entropy and log-sum-exp, (rows,) each, in one walk over the logits."""
     result = hidden.new_empty(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for rows, x, vocabulary in pieces(hidden, weight, targets, temperature):
+    for rows, x, columns in pieces(hidden, weight, targets, temperature):
         m, s, t, chosen = x.new_full((len(x), 1), -1e30), *x.new_zeros(3, len(x), 1)
-        for _, w, at, inside in vocabulary:
+        for _, w, at, inside in columns:
             z = x @ w.T
             chosen += z.gather(1, at) * inside
             new = torch.maximum(m, z.amax(1, keepdim=True))
-            p, shrink = torch.exp(z.sub_(new)), torch.exp(m - new)
+            z -= new
+            p, shrink = z.exp(), (m - new).exp()
             t = (t + s * (m - new)) * shrink
             s = s * shrink + p.sum(1, keepdim=True)
             t += p.mul_(z).sum(1, keepdim=True)
@@ -133,14 +135,15 @@ def statistics_reference(hidden, weight, targets, temperature):
 
 
 def gradients_reference(hidden, weight, targets, lse, a, e, g, temperature, wanted):
-    """Compute what `gradients` does."""
+    """Return d hidden and d weight, None where `wanted` is False. a, e and g are those of the opening."""
     grad_hidden, grad_weight = (
         torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want else None
         for x, want in zip((hidden, weight), wanted))
-    for rows, x, vocabulary in pieces(hidden, weight, targets, temperature):
-        for cols, w, at, inside in vocabulary:
+    for rows, x, columns in pieces(hidden, weight, targets, temperature):
+        for cols, w, at, inside in columns:
             logp = torch.addmm(-lse[rows, None], x, w.T)
-            dz = logp.exp().mul_(logp.mul_(-e[rows, None]).add_(a[rows, None]))
+            dz = logp.exp()                                    # p, then times (a - e log p)
+            dz *= logp.mul_(-e[rows, None]).add_(a[rows, None])
             dz.scatter_add_(1, at, g[rows, None] * inside)
             if wanted[0]:
                 grad_hidden[rows].addmm_(dz, w, alpha=1 / temperature)

@@ -71,11 +71,14 @@ def branch_starts(trees, T):
 
 
 def kernel_masks(visible, q, S):
-    """Return rows (B, 5) int32; key_mask and see_all as bytes, None if no key is masked; and `branch_starts`
-    as int32, None if there are no trees.
+    """Return a table (B, 5) int32; key_mask and see_all as bytes, None if no key is masked; and
+    `branch_starts` as int32, None if there are no trees. A row of the table:
 
-    A row: the position of its first query; how many queries are no padding; how many keys are open from the
-    first on; where the last open key ends; where the last query that sees all ends.
+        0 start       position of the first query; FAR if not causal
+        1 length      queries that are no padding
+        2 opened      keys from the first on that all queries may see; with trees, tokens of the stem
+        3 end         one past the last key that the key mask opens
+        4 free_end    one past the last query that sees all keys
     """
     if visible.table is None:
         (B, T), mask, free, branches = q.shape[:2], visible.key_mask, visible.see_all, (None, None)
@@ -89,10 +92,10 @@ def kernel_masks(visible, q, S):
             free = mask.new_zeros(B, T) if free is None else free
             opened, end, free_end = mask.cumprod(1).sum(1), last_end(mask), last_end(free)
             mask, free = (x.contiguous().view(torch.uint8) for x in (mask, free))
-        rows = torch.empty(B, 5, dtype=torch.int32, device=q.device)
+        table = torch.empty(B, 5, dtype=torch.int32, device=q.device)
         for column, numbers in enumerate((start, length, opened, end, free_end)):
-            rows[:, column] = numbers
-        visible.table = rows, mask, free, *branches
+            table[:, column] = numbers
+        visible.table = table, mask, free, *branches
     return visible.table
 
 
@@ -102,61 +105,75 @@ def last_end(flags):
 
 
 @triton.jit
-def own_keys(masks, b, t, length, T):
-    """Tell which of the queries t of row b see all keys; with trees: where their branches begin."""
-    own = t < 0
-    if masks[2] is not None:
-        own = tl.load(masks[2] + b * T + t, mask=t < length, other=0) != 0
-    if masks[3] is not None:
-        own = tl.load(masks[3] + b * T + t, mask=t < length, other=T)
-    return own
+def sight_of(masks, b, t, length, T):
+    """Load, per query t of row b, what `hide` tests keys against.
+
+    A bool: does it see all keys? With trees an int: where its branch begins. There are never both.
+    """
+    _, _, see_all, begins, _ = masks
+    sight = t < 0                                              # none sees all keys
+    if see_all is not None:
+        sight = tl.load(see_all + b * T + t, mask=t < length, other=0) != 0
+    if begins is not None:
+        sight = tl.load(begins + b * T + t, mask=t < length, other=T)
+    return sight
 
 
 @triton.jit
 def keys_of(masks, b, t0, t, T, S, N):
-    """Find the keys of queries t from t0 on in row b -> `row` for `hide`, length, their own keys, full, end,
-    and (from, gap): so many keys no query sees from there on."""
-    rows = masks[0] + b * 5
-    start, length, full, end, stem, gap = tl.load(rows), tl.load(rows + 1), S, S, S, 0
-    own = own_keys(masks, b, t, length, T)
-    if masks[3] is not None:
-        full, stem = tl.load(rows + 2), tl.load(rows + 2)
-        gap = tl.maximum(tl.min(own, 0) // N - tl.cdiv(stem, N), 0) * N
-    if masks[2] is not None:
-        full = tl.where(tl.min((own | (t >= length)).to(tl.int32), 0) > 0, S, tl.load(rows + 2))
-        end = tl.where(tl.max(own.to(tl.int32), 0) > 0, S, tl.load(rows + 3))
+    """Find the keys of queries t (from t0 on) of row b, in tiles of N.
+
+    -> (start, b, S, stem) for `hide`; length; `sight_of`; full and end, as drawn above; gap, (its first key,
+    how many): whole tiles between the stem and these queries' branches, which none of them sees.
+    """
+    table, _, see_all, begins, _ = masks
+    table += b * 5
+    start, length, full, end, stem, gap = tl.load(table), tl.load(table + 1), S, S, S, 0
+    sight = sight_of(masks, b, t, length, T)
+    if begins is not None:
+        full, stem = tl.load(table + 2), tl.load(table + 2)
+        gap = tl.maximum(tl.min(sight, 0) // N - tl.cdiv(stem, N), 0) * N
+    if see_all is not None:
+        # does each query see all keys? Does one?
+        full = tl.where(tl.min((sight | (t >= length)).to(tl.int32), 0) > 0, S, tl.load(table + 2))
+        end = tl.where(tl.max(sight.to(tl.int32), 0) > 0, S, tl.load(table + 3))
     end = tl.minimum(end, start + tl.minimum(t0 + t.shape[0], length))
     end = tl.where(t0 < length, end, 0)
     full = tl.minimum(tl.minimum(full, start + t0 + 1), end) // N * N
-    return (start, b, S, stem), length, own, full, end, (tl.cdiv(stem, N) * N, gap)
+    return (start, b, S, stem), length, sight, full, end, (tl.cdiv(stem, N) * N, gap)
 
 
 @triton.jit
 def queries_of(masks, b, n0, n, S, M, N):
-    """Find the queries of N keys n from n0 on in row b -> `row` for `hide`, length, first, full, end."""
-    rows = masks[0] + b * 5
-    start, length, stem = tl.load(rows), tl.load(rows + 1), S
+    """Find the queries of N keys n (from n0 on) of row b, in tiles of M.
+
+    -> (start, b, S, stem) for `hide`; length; first, full and end, as drawn above.
+    """
+    table, key_mask, _, _, ends = masks
+    table += b * 5
+    start, length, stem = tl.load(table), tl.load(table + 1), S
     first, full, end = tl.maximum(n0 - start, 0) // M * M, n0 + N - 1 - start, length
-    if masks[1] is not None:
-        opened = tl.sum(tl.load(masks[1] + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
-        end = tl.where(opened > 0, end, tl.minimum(end, tl.load(rows + 4)))
+    if key_mask is not None:
+        opened = tl.sum(tl.load(key_mask + b * S + n, mask=n < S, other=0).to(tl.int32), 0)
+        end = tl.where(opened > 0, end, tl.minimum(end, tl.load(table + 4)))
         full = tl.where(opened >= tl.minimum(N, S - n0), full, end)
-    if masks[4] is not None:
-        stem = tl.load(rows + 2)
-        end = tl.max(tl.load(masks[4] + b * S + n, mask=n < S, other=0), 0)
+    if ends is not None:
+        stem = tl.load(table + 2)
+        end = tl.max(tl.load(ends + b * S + n, mask=n < S, other=0), 0)
         full = tl.where(n0 + N <= stem, full, end)
     return (start, b, S, stem), length, first, full, end
 
 
 @triton.jit
-def hide(s, t, n, own, masks, row):
+def hide(s, t, n, sight, masks, row):
     """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
+    _, key_mask, _, begins, _ = masks
     start, b, S, stem = row
     visible = (n < S) & (n - start <= t)
-    if masks[1] is not None:
-        visible = visible & (own | (tl.load(masks[1] + b * S + n, mask=n < S, other=0) != 0))
-    if masks[3] is not None:
-        visible = visible & ((n < stem) | (n >= own))
+    if key_mask is not None:
+        visible = visible & (sight | (tl.load(key_mask + b * S + n, mask=n < S, other=0) != 0))
+    if begins is not None:
+        visible = visible & ((n < stem) | (n >= sight))
     return tl.where(visible, s, float("-inf"))
 
 

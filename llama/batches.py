@@ -26,13 +26,13 @@ class Batch:
     input_ids: torch.Tensor                 # (B, T)
     lengths: torch.Tensor                   # (B,)
     targets: torch.Tensor                   # (B, T) the token after each position if sampled, else -100
-    starts: list                            # (C,) token t of a branch stands at starts + t of all B * T
+    count: int                              # C
     images: Images | None                   # at most one per row
-    trees: list | None                      # per row (tokens of the stem, [tokens of each branch])
+    trees: list | None                      # per row (stem, [branch, ...]), tokens; None: no row has two
 
     def to(self, device):
         tensors = (tensor.to(device) for tensor in (self.input_ids, self.lengths, self.targets))
-        return Batch(*tensors, self.starts, self.images and self.images.to(device), self.trees)
+        return Batch(*tensors, self.count, self.images and self.images.to(device), self.trees)
 
     def inputs(self):
         """Return what `Llama.forward` takes of a batch, but for the targets."""
@@ -58,9 +58,8 @@ class OneProcess:
         return range(sum(counts))
 
 
-def prompt_of(conversation):
-    """Return the number of tokens before the first that is sampled: at least 1, and one is left to
-    predict."""
+def prompt_length(conversation):
+    """Return how many tokens come before the first sampled one: at least 1, and at most all but one."""
     return max(1, (conversation.sampled[:-1] + [True]).index(True))
 
 
@@ -68,35 +67,35 @@ def trees_of(conversations):
     """Group conversations of one prompt and image, in their order -> list of lists."""
     trees = defaultdict(list)
     for c in conversations:
-        trees[tuple(c.ids[:prompt_of(c)]), id(c.image)].append(c)
+        trees[tuple(c.ids[:prompt_length(c)]), id(c.image)].append(c)
     return list(trees.values())
 
 
-def tokens_of(tree):
+def sizes_of(tree):
     """Return the numbers of tokens of a row: (of its stem, [of each branch]). The last token of a
     conversation is a target only."""
-    stem = prompt_of(tree[0]) - 1
+    stem = prompt_length(tree[0]) - 1
     return stem, [len(c.ids) - 1 - stem for c in tree]
 
 
 def collate(processor, trees):
     """Pad trees, lists of conversations with one prompt and image, to a Batch."""
-    shapes = [tokens_of(tree) for tree in trees]
+    shapes = [sizes_of(tree) for tree in trees]
     lengths = torch.tensor([stem + sum(branches) for stem, branches in shapes])
     input_ids = torch.full((len(trees), int(lengths.max())), processor.pad_id)
-    targets, starts = torch.full_like(input_ids, -100), []
+    targets = torch.full_like(input_ids, -100)
     for row, (tree, (stem, branches)) in enumerate(zip(trees, shapes)):
         input_ids[row, :stem] = torch.tensor(tree[0].ids[:stem], dtype=torch.int64)
         at = stem
-        for c, tokens in zip(tree, branches):
-            input_ids[row, at:at + tokens] = torch.tensor(c.ids[stem:-1])
+        for c, size in zip(tree, branches):
+            input_ids[row, at:at + size] = torch.tensor(c.ids[stem:-1])
             following = torch.tensor(c.ids[stem + 1:])
-            targets[row, at:at + tokens] = following.where(torch.tensor(c.sampled[stem + 1:]), -100)
-            starts.append(row * input_ids.shape[1] + at - stem)
-            at += tokens
+            targets[row, at:at + size] = following.where(torch.tensor(c.sampled[stem + 1:]), -100)
+            at += size
     images = processor.images([tree[0].image for tree in trees])
-    shapes = shapes if len(starts) > len(trees) else None      # rows of one conversation need no more masks
-    return Batch(input_ids, lengths, targets, starts, images, shapes)
+    count = sum(map(len, trees))
+    shapes = shapes if count > len(trees) else None            # rows of one conversation are plainly causal
+    return Batch(input_ids, lengths, targets, count, images, shapes)
 
 
 def bucket(lengths, token_budget, extra=None):
@@ -115,17 +114,17 @@ def bucket(lengths, token_budget, extra=None):
     return list(filter(None, groups))
 
 
-def prune(tree, room):
-    """Cut a tree into trees of at most `room` tokens, or of one conversation."""
-    stem, branches = tokens_of(tree)
-    cut, left = [], 0
-    for conversation, tokens in zip(tree, branches):
-        if tokens > left:
-            cut.append([])
+def split_tree(tree, room):
+    """Split a tree into trees of at most `room` tokens, or of one conversation."""
+    stem, branches = sizes_of(tree)
+    trees, left = [], 0
+    for conversation, size in zip(tree, branches):
+        if size > left:
+            trees.append([])
             left = room - stem
-        cut[-1].append(conversation)
-        left -= tokens
-    return cut
+        trees[-1].append(conversation)
+        left -= size
+    return trees
 
 
 def passes(model, processor, trees, token_budget, ranks, filler=None):
@@ -135,13 +134,13 @@ def passes(model, processor, trees, token_budget, ranks, filler=None):
     filler: a conversation for passes that only other ranks need (weight 0); default: the first. Nothing in it
     counts as sampled, so that its loss is 0 by itself: 0 times a loss that is not finite would be NaN.
     """
-    tokens = model.config.vision and model.config.image_tokens(model.vision_frozen)            # of an image
-    beside = lambda tree: tokens if tree[0].image else 0
+    image_tokens = model.config.vision and model.config.image_tokens(model.vision_frozen)
+    image_cost = lambda tree: image_tokens if tree[0].image else 0
     filler = filler or trees[0][0]
     filler = replace(filler, sampled=[False] * len(filler.ids), turns=[])
-    trees = [part for tree in trees for part in prune(tree, token_budget - beside(tree))]
-    sizes = [stem + sum(branches) for stem, branches in map(tokens_of, trees)]
-    groups = bucket(sizes, token_budget, [beside(tree) for tree in trees])
+    trees = [part for tree in trees for part in split_tree(tree, token_budget - image_cost(tree))]
+    sizes = [stem + sum(branches) for stem, branches in map(sizes_of, trees)]
+    groups = bucket(sizes, token_budget, [image_cost(tree) for tree in trees])
     for group, weight in ranks.lockstep([[trees[i] for i in group] for group in groups], [[filler]]):
         yield sum(group, []), collate(processor, group).to(ranks.device), weight
 

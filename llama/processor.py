@@ -22,8 +22,8 @@ IMAGE, PAD = "<|image|>", "<|finetune_right_pad_id|>"
 KEPT = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "added_tokens.json",
         "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "processor_config.json")
 
-# What `Processor.render` does, for a folder that has no template of its own. It begins with one of the first
-# two.
+# The chat template for a folder without one, which does what `Processor.render` does: the words of Llama 3 or
+# of ChatML, then TEMPLATE.
 LLAMA3_WORDS = r"""{%- set begin, role = '<|begin_of_text|>', '<|start_header_id|>' %}
 {%- set content, end = '<|end_header_id|>\n\n', '<|eot_id|>' %}
 """
@@ -68,14 +68,14 @@ class Processor:
                  kept=None):
         """Take a `tokenizers.Tokenizer`; the dicts of preprocessor_config.json (None: takes no images),
         generation_config.json and tokenizer_config.json; and {name: bytes} of the files that are KEPT."""
-        tokenizer.no_truncation()                              # a caller's state, which tokenizer.json keeps
+        tokenizer.no_truncation()                              # settings of whoever saved tokenizer.json
         tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None):          # so is this: merges at random
+        if getattr(tokenizer.model, "dropout", None):          # another one: merges at random
             tokenizer.model.dropout = None
         self.id_of, self.tokenizer, self.kept = tokenizer.token_to_id, tokenizer, kept or {}
         found = [token for token in (*LLAMA3, *CHATML, IMAGE) if self.id_of(token) is not None]
         tokenizer.add_special_tokens(found)                    # where the file forgot to call them special
-        tokenizer.encode_special_tokens = True                 # as the text that they are spelled with
+        tokenizer.encode_special_tokens = True                 # "<|eot_id|>" in a text is encoded as text
         self.special_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.image_config = None if image_config is None else pictures.DEFAULTS | {
             name: value for name, value in image_config.items() if value is not None}
@@ -153,14 +153,14 @@ class Processor:
             for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
                 ids = self.encode("".join(run)) if is_text else list(run)
                 out.ids += ids
-                out.sampled += [sampled and i != self.image_token_id for i in ids]      # no row of the head
+                out.sampled += [sampled and i != self.image_token_id for i in ids]      # which lm_head lacks
 
         begin = [self.id_of(LLAMA3[0])] * (not self.chatml)
         add(begin if first else [self.end_id] * (not ended) + newline)
         for message in messages:
             answer = message["role"] == "assistant"
             sampled, header = message.get("train", answer), self.header(message["role"])
-            if sampled or answer:                              # apart, as before an answer that is drawn
+            if sampled or answer:                              # encoded apart, as before an answer is drawn
                 add(header)
                 header = []
             add(header + self.content(message["content"], out.images) + [self.end_id], sampled)

@@ -66,7 +66,7 @@ def test_a_picture_is_learnt_from_once_a_hand(model, processor):
     episodes = play(model, processor, "gp-vl", hands=2, samples=3)
     trees = sum(trees_of_hands(episodes), [])
     [(_, batch, _)] = passes(model, processor, trees, 10**6, OneProcess())
-    assert len(batch.images.rows) == len(batch.input_ids) == 2 and len(batch.starts) == 6
+    assert len(batch.images.rows) == len(batch.input_ids) == 2 and batch.count == 6
     found = [gradients(model, processor, episodes, token_budget=budget)[0] for budget in (10**6, 1)]
     together, alone = (torch.cat([gradient.flatten() for gradient in each.values()]) for each in found)
     assert (together - alone).norm() < 1e-5 * together.norm()
