@@ -223,17 +223,16 @@ PRESETS = entries("""
 
     tiny sft: --lr 3e-4 --warmup 0.03 --batch-size 64 --mistakes 0 --epochs 1 --minibatches 1 --clip 0.1
         --temperature 1 --save-every 150 --steps 200 --eval-every 100
-    tiny sft gp: --steps 525 --eval-every 105
+    tiny sft gp: --steps 525 --eval-every 175
     tiny sft gp-vl: --steps 420 --eval-every 210
     tiny sft virl: --steps 153 --eval-every 51
-    tiny sft virl-l: --steps 210 --eval-every 42
+    tiny sft virl-l: --steps 210 --eval-every 105
 
     tiny ppo: --lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo
         --unit turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4
         --critic detached --critic-lr 3e-4 --critic-warmup 0 --steps 40 --hands 64 --samples 4
-        --reward-scale 0.2 --eval-every 10 --save-every 20
-    tiny ppo gp-vl: --eval-every 20
-    tiny ppo virl: --steps 60 --hands 16 --reward-scale 0.5 --eval-every 15
+        --reward-scale 0.2 --eval-every 20 --save-every 20
+    tiny ppo virl: --steps 60 --hands 16 --reward-scale 0.5
 
     tiny pretrain: --lr-schedule constant --warmup 0.065 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1
         --minibatches 1 --save-every 150 --probe-hands 0 --steps 300 --lr 3e-3 --batch-size 64

@@ -31,16 +31,23 @@ Each part is written by the command above it, from the records beside this page.
 which counts both seeds and hands as samples (study/records.py)."""
 
 
+# game -> algorithm -> how a run of the tiny model is tested
+FINER = {"gp": {"eval": "--eval-hands 500", "sft": "--eval-hands 500 --probe-hands 16 --eval-every 105",
+                "ppo": "--eval-hands 500 --probe-hands 16 --eval-every 10"},
+         "virl": {"eval": "--eval-hands 200", "sft": "--eval-hands 200 --probe-hands 8 --eval-every 42",
+                  "ppo": "--eval-hands 200 --probe-hands 8 --eval-every 15"}}
+
+
 def at_scale(run, model, ranks):
     """Return the run with another model where it would take the tiny one, on so many ranks.
 
-    The tiny one is tested on more hands than by its preset, which is for a first look.
+    The tiny one is tested on more hands than by its preset, and oftener: that is for a first look.
     """
     argv = run.argv
     if not model:
-        hands, probe = ("500", "16") if "gp-" in argv[1] else ("200", "8")     # argv: --task TASK ...
-        finer = "--eval-hands", hands, *(("--probe-hands", probe) if {"ppo", "sft"} & {*argv} else ())
-        argv = finer + argv                    # of two the later wins: an arm's own
+        finer = FINER["gp" if "gp-" in argv[1] else "virl"]    # argv: --task TASK ...
+        for algo in {*finer} & {*argv}:
+            argv = (*finer[algo].split(), *argv)               # of two the later wins: an arm's own
     elif "--model" not in argv:
         argv += "--model", model
     return dataclasses.replace(run, argv=argv, ranks=ranks)
