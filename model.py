@@ -3,8 +3,8 @@
 A text-only Llama is the same model without cross-attention layers and vision encoder. This file follows Llama
 3 (arXiv 2407.21783, sections 3.2 and 7) and, where that leaves doubt, Hugging Face transformers 5, with which
 tests compare it. In two points transformers departs from Meta's code; there, this file follows Meta. No
-distributed code here. In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels, V
-vocabulary, N images, S vision tokens of an image.
+distributed code here. In shapes: B rows, T tokens, H query heads, K key heads, G = H / K, D channels (of a
+head, or of a whole hidden state), V vocabulary, N images, P patches of a tile, S vision tokens of an image.
 """
 import math
 from dataclasses import dataclass, field
@@ -39,13 +39,13 @@ class Step:
     cos: torch.Tensor                       # (B or 1, T, 1, D)
     sin: torch.Tensor
     cache: object = None                    # a llama.cache.KVCache, or None
-    write: torch.Tensor | None = None       # (B * T * 2 * K,) places of new keys and values in a flat layer
+    write_at: torch.Tensor | None = None    # (B * T * 2 * K,) where a layer, as (-1, D), gets new k and v
     length: int = 0                         # cached positions to attend to
     fresh: bool = True                      # none is cached: the new tokens attend to one another alone
-    text: Visible = None                    # what the new tokens see of the text
-    rows: object = None                     # with an image: (N,), slice(None) if all have, None if none
-    vision: torch.Tensor | None = None      # (N, S, D) projected features of images, only when they are given
-    image: Visible = field(default_factory=Visible)            # what the new tokens see of their row's image
+    sees_text: Visible = None               # what the new tokens see of the text
+    image_rows: object = None               # that have an image: (N,); slice(None) for all, None for no row
+    image_features: torch.Tensor | None = None                 # (N, S, D) projected, only with new images
+    sees_image: Visible = field(default_factory=Visible)       # what the new tokens see of their row's image
     after_image: torch.Tensor | None = None                    # (N, T, 1) 0 for tokens before it, else 1
     qkv: list | None = None                 # joined weights, see `Llama.join_weights`
 
@@ -57,7 +57,8 @@ class Step:
 def rope_frequencies(config):
     """Return the radians per position of each channel pair, (D / 2,) float32.
 
-    The rule llama3 slows those that turn slowly (transformers, modeling_rope_utils.py).
+    The rule llama3 divides slow ones by `factor`, keeps fast ones, and blends in between (transformers,
+    modeling_rope_utils.py).
     """
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = config.rope_theta ** -(channels / config.head_dim)
@@ -65,13 +66,14 @@ def rope_frequencies(config):
         return frequencies
     scaling = config.rope_scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)     # within that
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)     # in that context
     keep = ((turns - low) / (high - low)).clamp(0, 1)          # 1: fast, kept; 0: slow, divided by factor
     return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
 def rotate(x, cos, sin):
-    """Apply RoPE to x (B, T, H, D). A roll is enough, as `Llama.rope` negates the first half of `sin`."""
+    """Apply RoPE to x (B, T, H, D): x cos + rotate_half(x) sin. `Llama.rope` has negated the first half of
+    `sin`, so that swapping the halves, a roll, is enough for rotate_half."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -89,20 +91,22 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Divide by the root of the mean square. Called directly, as `Linear`.
 
-    A CPU takes half of the operations where nothing learns: the same bits for sizes that are powers of two,
-    so that what is drawn is what is scored; for others within rounding.
+    Without gradients, a CPU computes float32 in half of the operations. Where `size` is a power of two this
+    gives the bits of F.rms_norm, so that log-probs in a rollout equal those in training; else it differs by
+    rounding.
     """
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.shape, self.eps = nn.Parameter(torch.ones(size)), (size,), eps
-        self.least = torch.tensor(eps, device="cpu")           # eps for the CPU's way
+        self.eps_tensor = torch.tensor(eps, device="cpu")
 
     def __call__(self, x):
         if torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
             return F.rms_norm(x, self.shape, self.weight, self.eps)
-        squares = torch.linalg.vecdot(x, x)[..., None]         # the same in half of the operations of a CPU
-        return (x * torch.add(self.least, squares, alpha=1 / self.shape[0]).rsqrt_()).mul_(self.weight)
+        squares = torch.linalg.vecdot(x, x)[..., None]
+        mean = torch.add(self.eps_tensor, squares, alpha=1 / self.shape[0])            # eps + the mean square
+        return (x * mean.rsqrt_()).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -127,38 +131,39 @@ class Attention(nn.Module):
 
     def __call__(self, x, step):
         if self.cross:
-            q, (k, v) = self.q_norm(self.heads(self.q_proj(x))), self.image_keys(step)      # q (B, T, H, D)
-            return self.o_proj(attention(q, k, v, step.image).flatten(2))
+            q, (k, v) = self.q_norm(self.heads(self.q_proj(x))), self.image_kv(step)        # q (B, T, H, D)
+            return self.o_proj(attention(q, k, v, step.sees_image).flatten(2))
         if step.qkv is None:
             q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
             q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         else:
-            x, K = self.heads(F.linear(x, step.qkv[self.index])), self.key_heads   # (B, T, H + 2 K, D)
-            qk, v = rotate(x[:, :, :-K], step.cos, step.sin), x[:, :, -K:]
+            qkv, K = self.heads(F.linear(x, step.qkv[self.index])), self.key_heads     # (B, T, H + 2 K, D)
+            qk, v = rotate(qkv[:, :, :-K], step.cos, step.sin), qkv[:, :, -K:]
             q, k = qk[:, :, :-K], qk[:, :, -K:]
-        k, v = self.text_keys(k, v, step)
-        return self.o_proj(attention(q, k, v, step.text).flatten(2))
+        k, v = self.text_kv(k, v, step)
+        return self.o_proj(attention(q, k, v, step.sees_text).flatten(2))
 
-    def text_keys(self, k, v, step):
-        """Return the keys and values to attend to, (B, K, length, D), and put new ones (B, T, K, D) into the
-        cache."""
+    def text_kv(self, k, v, step):
+        """Put new keys and values (B, T, K, D) into the cache. Return those to attend to, (B, K, length, D)
+        each."""
         if step.cache is not None:
             cached = step.cache.kv[self.index]                 # (B, 2, K, capacity, D)
             new = torch.stack([k, v], 2).detach().view(-1, self.head_dim).to(cached.dtype)
-            cached.view(-1, self.head_dim).index_copy_(0, step.write, new)
+            cached.view(-1, self.head_dim).index_copy_(0, step.write_at, new)
             if not step.fresh:
                 return cached[:, :, :, :step.length].unbind(1)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def image_keys(self, step):
-        """Return the keys and values of images, (N, K, S, D), and put those of real tiles into the cache."""
-        if step.vision is None:
-            return step.cache.cross[self.index][step.rows].unbind(1)
-        k = self.k_norm(self.heads(self.k_proj(step.vision))).transpose(1, 2)
-        v = self.heads(self.v_proj(step.vision)).transpose(1, 2)
+    def image_kv(self, step):
+        """Project the images' keys and values and put those of real tiles into the cache, or read them there.
+        Return them, (N, K, S, D) each."""
+        if step.image_features is None:
+            return step.cache.cross[self.index][step.image_rows].unbind(1)
+        k = self.k_norm(self.heads(self.k_proj(step.image_features))).transpose(1, 2)
+        v = self.heads(self.v_proj(step.image_features)).transpose(1, 2)
         if step.cache is not None:
             kept = step.cache.cross[self.index]                # (B, 2, K, S of real tiles, D)
-            kept[step.rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach().to(kept.dtype)
+            kept[step.image_rows] = torch.stack([k, v], 1)[:, :, :, :kept.shape[3]].detach().to(kept.dtype)
         return k, v
 
 
@@ -203,11 +208,11 @@ class CrossLayer(nn.Module):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, step):
-        if step.rows is None:
+        if step.image_rows is None:
             return x
-        if isinstance(step.rows, slice):
+        if isinstance(step.image_rows, slice):
             return self.add_image(x, step)
-        return x.index_copy(0, step.rows, self.add_image(x[step.rows], step))
+        return x.index_copy(0, step.image_rows, self.add_image(x[step.image_rows], step))
 
     def add_image(self, x, step):                              # x (N, T, D)
         after = 1 if step.after_image is None else step.after_image
@@ -311,20 +316,21 @@ class VisionModel(nn.Module):
         x, kept = x.flatten(1, 2), []                                                       # (N, S, D)
         for index, layer in enumerate([*self.transformer.layers, None]):
             if index in self.config.intermediate_layers_indices:
-                kept.append(x)              # the input of layer i, as Meta trained the weights
-            x = x if layer is None else layer(x, visible)      # (transformers 5: its output, one layer late)
+                kept.append(x)              # the input of layer i, as Meta does (transformers 5: its output)
+            x = x if layer is None else layer(x, visible)
         x = self.layernorm_post(x).unflatten(1, (tiles, -1))
         x = self.post_tile_positional_embedding(x, ids).flatten(1, 2)
         for layer in self.global_transformer.layers:
             x = layer(x, visible)
-        features = torch.cat([x, torch.stack(kept, -1).flatten(-2)], -1)     # kept channels interleave
+        # the kept layers side by side, channel by channel
+        features = torch.cat([x, torch.stack(kept, -1).flatten(-2)], -1)
         return features.unflatten(1, (tiles, -1))[:, :, :P].flatten(1, 2)
 
 
 def patches_seen(tile_mask, patches, padded):
     """Say which patches see one another: (N, tiles), patches per tile without and with padding -> Visible.
 
-    Only padding to padding is closed: so the released weights were trained.
+    Padding sees real patches and is seen by them, but does not see padding: the weights were trained so.
     """
     real = tile_mask.bool()[:, :, None] & (torch.arange(padded, device=tile_mask.device) < patches)
     real = real.flatten(1)                                                                  # (N, S)
@@ -391,9 +397,9 @@ class Llama(nn.Module):
         if images is not None:
             self.encode_images(step, input_ids, images.to(x.device), x)
         elif cache is not None and cache.image_rows is not None:           # new tokens see what it remembers
-            step.rows = cache.image_rows
+            step.image_rows = cache.image_rows
             if cache.cross_mask is not None:
-                step.image = Visible(key_mask=cache.cross_mask[step.rows])
+                step.sees_image = Visible(key_mask=cache.cross_mask[step.image_rows])
         for layer in self.layers:
             x = layer(x, step)
         output = Output(self.norm(x))
@@ -420,28 +426,31 @@ class Llama(nn.Module):
     def locate_tokens(self, x, cache, lengths, trees=None, at=None):
         """Begin a Step: positions of new tokens, their places in the cache (which grows), what they see."""
         B, T, _ = x.shape
-        real = None if lengths is None else lengths.to(x.device)
+        lengths_here = None if lengths is None else lengths.to(x.device)
         if cache is None:
             positions = torch.arange(T)[None]                  # (1 or B, T)
-            if trees is not None:
+            if trees is not None:                              # a branch counts on from the end of its stem
                 stems, begins = torch.tensor([[stem] for stem, _ in trees]), branch_starts(trees, T)[0]
                 positions = positions - begins + begins.minimum(stems)
-            text = Visible(causal=True, lengths=real, trees=trees)
-            return Step(*self.rope(T, x)[:, positions.to(x.device)], text=text)
-        ends = cache.lengths.tolist() if at is None else [0, cache.kv[0].shape[3] - T]
-        fresh, longest = max(ends) == 0, max(ends) + T
+            sees = Visible(causal=True, lengths=lengths_here, trees=trees)
+            return Step(*self.rope(T, x)[:, positions.to(x.device)], sees_text=sees)
+        if at is None:
+            begin, held = cache.lengths.to(x.device), cache.lengths.tolist()
+        else:                                                  # the host does not know them: none, or all
+            begin, held = at, [0, cache.kv[0].shape[3] - T]
+        fresh, longest = max(held) == 0, max(held) + T
         cache.reserve(longest)
         K, capacity = cache.kv[0].shape[2:4]                   # (B, 2, K, capacity, D)
-        begin = cache.lengths.to(x.device) if at is None else at
         positions = begin[:, None] + torch.arange(T, device=x.device)                       # (B, T)
-        begins = torch.arange(0, B * 2 * K * capacity, capacity, device=x.device).view(B, 1, 2, K)
-        write = begins + positions[:, :, None, None]           # (B, T, 2, K)
+        # where each row, k or v, and head begins in a layer's cache, seen as (-1, D)
+        blocks = torch.arange(0, B * 2 * K * capacity, capacity, device=x.device).view(B, 1, 2, K)
+        write_at = blocks + positions[:, :, None, None]        # (B, T, 2, K)
         if at is None:
             cache.lengths += T if lengths is None else lengths.cpu()
-        text = Visible(causal=True, lengths=real, starts=None if fresh else positions[:, 0])
-        if T == 1 and min(ends) == max(ends):                  # after all keys it sees them all
-            text = Visible()
-        return Step(*self.rope(longest, x)[:, positions], cache, write.flatten(), longest, fresh, text)
+        sees = Visible(causal=True, lengths=lengths_here, starts=None if fresh else positions[:, 0])
+        if T == 1 and min(held) == max(held):                  # each sees all keys, so there is no mask
+            sees = Visible()
+        return Step(*self.rope(longest, x)[:, positions], cache, write_at.flatten(), longest, fresh, sees)
 
     def join_weights(self):
         """Join the weights of q, k and v, for one product in place of three as long as they stay -> one
@@ -467,7 +476,8 @@ class Llama(nn.Module):
         return table
 
     def encode_images(self, step, input_ids, images, x):
-        """Encode images for cross-attention. Tokens x (B, T, D) from <|image|> on see the real tiles."""
+        """Encode images for cross-attention. Tokens from <|image|> on see the real tiles. x gives type and
+        device."""
         if self.config.vision is None:
             raise ValueError("this model has no vision encoder, so it takes no images")
         if step.cache is not None and not step.fresh:
@@ -477,13 +487,14 @@ class Llama(nn.Module):
         if not torch.equal(tokens, count) or int(count.max()) > 1:
             raise ValueError("a conversation has one image and one <|image|> token, or none: "
                              f"found images {count.tolist()}, tokens {tokens.tolist()}")
-        step.rows = slice(None) if len(images.rows) == len(here) else images.rows
-        features = self.vision_model(images).to(x.device)      # (N, S, F); on the host if remembered
-        step.vision = self.multi_modal_projector(features)     # (N, S, D)
+        step.image_rows = slice(None) if len(images.rows) == len(here) else images.rows
+        # (N, S, F); llama/frozen.py may hold them on the host
+        features = self.vision_model(images).to(x.device)
+        step.image_features = self.multi_modal_projector(features)             # (N, S, D)
         step.after_image = here[images.rows].cumsum(1)[:, :, None].to(x.dtype)              # (N, T, 1)
         real = images.aspect_ratio_mask.bool().repeat_interleave(self.config.vision.num_patches, 1)  # (N, S)
         if not real.all():
-            step.image = Visible(key_mask=real)                # an image has a real tile, so no row is empty
+            step.sees_image = Visible(key_mask=real)           # an image has a real tile, so no row is empty
         if step.cache is not None:
             step.cache.reserve_images(len(self.config.cross_attention_layers), images.rows, real)
 

@@ -64,7 +64,7 @@ def attention_reference(q, k, v, visible):
         return attend_trees(q, k, v, visible)
     fused, masked = F.scaled_dot_product_attention, visible.key_mask is not None
     if visible.causal and visible.starts is None and not masked:
-        # needs no mask, but the true number of queries
+        # a triangle needs no mask, but heads must not be folded into its queries
         out = fused(q.transpose(1, 2), k, v, is_causal=S > 1, enable_gqa=H != K).transpose(1, 2)
     else:
         mask = dense_mask(visible, q, S, H // K) if visible.causal or masked else None
@@ -84,15 +84,13 @@ def attend_trees(q, k, v, visible):
         longest = max(stem + max(branches) for stem, branches in visible.trees)
         visible.dense = q.new_full((longest, longest), -math.inf).triu(1)
     for row, (stem, branches) in enumerate(visible.trees):
-        sizes = stem, *branches, T - stem - sum(branches)
-        *parts, (padding, *_) = zip(*(x[row:row + 1].split(sizes, 2) for x in (q, k, v)))
-        begin, out = [], []                                    # keys and values of the stem
-        for queries, *own in parts:
-            keys, values = (torch.cat(pair, 2) for pair in zip(*begin, own))
-            begin = begin or [own]
-            if t := queries.shape[2]:                          # the last t of s places
+        sizes, out = (stem, *branches, T - stem - sum(branches)), []           # the last are padding
+        qs, ks, vs = (x[row:row + 1].split(sizes, 2) for x in (q, k, v))
+        for i, t in enumerate(sizes[:-1]):                     # the stem sees itself, a branch the stem, too
+            keys, values = (torch.cat([x[0], x[i]] if i else [x[0]], 2) for x in (ks, vs))
+            if t:                                              # queries stand at the last t of s places
                 s = keys.shape[2]
                 out.append(F.scaled_dot_product_attention(
-                    queries, keys, values, visible.dense[s - t:s, :s], enable_gqa=True))
-        rows.append(torch.cat([*out, torch.zeros_like(padding)], 2))
+                    qs[i], keys, values, visible.dense[s - t:s, :s], enable_gqa=True))
+        rows.append(torch.cat([*out, torch.zeros_like(qs[-1])], 2))
     return torch.cat(rows).transpose(1, 2)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 class KVCache:
     """Keys and values of B conversations.
 
-    A tensor per layer: growing then takes the memory of one layer beside, not of all. `lengths` (B,) lives on
-    the host: nothing waits for the device to know how far a row has come.
+    One tensor per layer, so that growing needs spare memory for one layer, not for all. `lengths` (B,) lives
+    on the host: nothing waits for the device to know how far a row has come.
     """
 
     def __init__(self, config, rows, device="cpu", dtype=torch.float32):
@@ -24,23 +24,24 @@ class KVCache:
 
     def reserve(self, capacity):
         """Make room for `capacity` tokens per row."""
-        short = capacity - self.kv[0].shape[3]
-        if short > 0:
-            for i in range(len(self.kv)):
-                self.kv[i] = F.pad(self.kv[i], (0, 0, 0, -(-short // 64) * 64))
+        missing = capacity - self.kv[0].shape[3]
+        if missing > 0:
+            for i in range(len(self.kv)):                      # by whole blocks of 64
+                self.kv[i] = F.pad(self.kv[i], (0, 0, 0, -(-missing // 64) * 64))
 
     def reserve_images(self, layers, rows, real):
-        """Make room for the images of `rows` in as many cross-attention layers.
+        """Make room for the images of `rows` in so many cross-attention `layers`.
 
-        real (N, S): is a vision token of a tile that is no padding? Kept are those that are real in some row.
+        real (N, S): False for vision tokens of padding tiles. They come last, and those that are padding in
+        all rows are not kept.
         """
         B, _, K, _, D = self.kv[0].shape
         S = int(real.sum(1).max())                             # real tiles come first
         self.cross = [self.kv[0].new_zeros(B, 2, K, S, D) for _ in range(layers)]
         self.has_image[rows.cpu()] = True
         if not real[:, :S].all():
-            nothing = torch.zeros(B, S, dtype=torch.bool, device=real.device)
-            self.cross_mask = nothing.index_copy_(0, rows, real[:, :S])
+            self.cross_mask = torch.zeros(B, S, dtype=torch.bool, device=real.device)
+            self.cross_mask[rows] = real[:, :S]
         self.list_images()
 
     def list_images(self):
@@ -60,17 +61,17 @@ class KVCache:
 
     def keep(self, rows):
         """Let row i be what row rows[i] was (a list): others are forgotten, and one may be there twice."""
-        self.change(lambda tensor: tensor[rows])
+        self.replace(lambda tensor: tensor[rows])
 
     def first(self, n):
-        """Return a cache of the first n rows that shares this one's memory."""
+        """Return a cache of the first n rows, which shares this one's memory, `lengths` too."""
         view = copy.copy(self)
         view.kv, view.cross = [*self.kv], [*self.cross]
-        view.change(lambda tensor: tensor[:n])
+        view.replace(lambda tensor: tensor[:n])
         return view
 
-    def change(self, pick):
-        """Put pick(tensor) in place of each, layer by layer: it takes the memory of one beside."""
+    def replace(self, pick):
+        """Replace each tensor by pick(tensor), layer by layer, which needs spare memory for one."""
         for layers in (self.kv, self.cross):
             for i in range(len(layers)):
                 layers[i] = pick(layers[i])

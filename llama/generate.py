@@ -34,8 +34,9 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     """Continue each conversation until a stop id or max_new_tokens (>= 1) -> (list of Sample, KVCache).
 
     conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
-    and only the rest is fed. With the first call only: images, and source, [0, 0, 1] for two answers to the
-    first conversation, which is read once, and one to the second (default: one to each). temperature 0 is
+    and only the rest is fed. With the first call only: images, and source, the conversation that each answer
+    continues: [0, 0, 1] for two answers to the first, which is read once, and one to the second (default: one
+    to each). temperature 0 is
     greedy, with the log-probs of temperature 1. seeds: one per row, whose draws then depend on no other row
     (default: torch's generator). To go on: append sample.ids and the next forced tokens to each list, call
     cache.keep(rows that go on), then this again.
@@ -44,53 +45,55 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     the GPU waits for the host to launch a thousand kernels. Shapes must stay for that, so rows that have
     ended go on, unseen; as a step reads all weights for however few rows, they cost little.
     """
-    weight, each, stop_ids = model.embed_tokens.weight, list(range(len(conversations))), set(stop_ids)
+    weight, one_each, stop_ids = model.embed_tokens.weight, list(range(len(conversations))), set(stop_ids)
     graph = weight.is_cuda if graph is None else graph
-    source = each if source is None else source
-    cache = KVCache(model.config, len(each), weight.device, product_type(weight)) if cache is None else cache
+    source = one_each if source is None else source
+    if cache is None:
+        cache = KVCache(model.config, len(one_each), weight.device, product_type(weight))
     ids, lengths = pad([c[n:] for c, n in zip(conversations, cache.lengths.tolist(), strict=True)])
+    # room for the whole call, so that no step moves the cache: all tokens, and padding or what is drawn
     cache.reserve(int((cache.lengths + lengths).max()) + max(max_new_tokens, ids.shape[1]))
     uniform = draw_uniform(seeds, len(source), max_new_tokens).to(weight.device)
 
     out = model(ids.to(weight.device), lengths=lengths, images=images, cache=cache, logits="last")
-    hidden, logits = out.hidden[each, lengths - 1], out.logits
+    hidden, logits = out.hidden[one_each, lengths - 1], out.logits
     out = None                                                 # frees the rest
-    if source != each:
+    if source != one_each:
         cache.keep(source)
         hidden, logits = hidden[source], logits[source]
     samples = [Sample([], [], hidden=state) for state in hidden]
 
     qkv = None if weight.is_cuda else model.join_weights()     # a GPU waits for bytes, not for products
-    rows, view = np.arange(len(source)), cache                 # rows[slot]: the row that computes there
-    order, drawn = [], []                                      # of log-probs: the rows they are of, and they
+    rows, running = np.arange(len(source)), cache              # rows[slot]: the row that computes there
+    owners, drawn = [], []                                     # the row of each log-prob; a tensor per step
 
-    def step(tokens, uniform, at=None):
-        logits = model(tokens[:, None], cache=view, logits="last", qkv=qkv, at=at).logits
+    def step(tokens, uniform, at=None):                        # with `running` as it is then
+        logits = model(tokens[:, None], cache=running, logits="last", qkv=qkv, at=at).logits
         return draw_tokens(logits, uniform, temperature)
 
     tokens, logprobs = draw_tokens(logits, uniform[:, 0], temperature)
     if graph and max_new_tokens > 1:
         replay = record(step, tokens, uniform[:, 0], cache.lengths.to(weight.device))
     for t in range(1, max_new_tokens + 1):
-        order.extend(rows[:len(tokens)])
+        owners.extend(rows[:len(tokens)])
         drawn.append(logprobs)
         done = note_tokens([samples[row] for row in rows[:len(tokens)]], tokens, stop_ids)
         if len(done) == len(tokens) or t == max_new_tokens:
             break
         if graph:
             tokens, logprobs = replay(tokens, uniform[:, t], cache.lengths.to(weight.device))
-            # anew, not in place: what a step recorded of them would be noticed
+            # a new tensor: a step that recorded the lengths by mistake reads old ones, and a test fails
             cache.lengths = cache.lengths + torch.tensor([not sample.ended for sample in samples])
             continue
         if done:                                               # finished rows go to the end, and cost no more
             n = len(tokens) - len(done)
-            to, source = swaps(done, n)
-            cache.move(to, source)
-            tokens[to], uniform[to], rows[to] = tokens[source], uniform[source], rows[source]
-            tokens, uniform, view = tokens[:n], uniform[:n], cache.first(n)
+            to, origin = swaps(done, n)
+            cache.move(to, origin)
+            tokens[to], uniform[to], rows[to] = tokens[origin], uniform[origin], rows[origin]
+            tokens, uniform, running = tokens[:n], uniform[:n], cache.first(n)
         tokens, logprobs = step(tokens, uniform[:, t])
 
-    for row, logprob in zip(order, torch.cat(drawn).tolist()):                   # one wait for the device
+    for row, logprob in zip(owners, torch.cat(drawn).tolist()):                   # one wait for the device
         samples[row].logprobs.append(logprob)
     for sample in samples:
         del sample.logprobs[len(sample.ids):]                  # of draws after its end
@@ -142,19 +145,19 @@ def draw_tokens(logits, uniform, temperature):
 
 
 def record(step, *inputs):
-    """Return what does the same as step(*inputs), on a GPU by replaying one CUDA graph.
+    """Return a function that computes step(*inputs), on a GPU by replaying one CUDA graph.
 
-    What else step() reads stays where it is, as the weights and the cache, and it must not wait for the GPU.
+    All else that step reads (weights, cache) must keep its address, and it must not wait for the GPU.
     """
     if not inputs[0].is_cuda:
         return step
-    held, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-    step(*held)                                                # compiles and loads what it needs
+    static, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    step(*static)                                              # compiles and loads what it needs
     with torch.cuda.graph(graph):
-        out = step(*held)
+        out = step(*static)
 
     def replay(*inputs):
-        for tensor, now in zip(held, inputs):
+        for tensor, now in zip(static, inputs):
             tensor.copy_(now)
         graph.replay()
         return [tensor.clone() for tensor in out]
