@@ -220,7 +220,7 @@ def test_units_and_means_by_hand(processor, unit, mean, name, new, old, worth, l
     """Of two conversations, with turns of 2, 1 and 2 tokens and of 2. Advantages are values, losses are
     advantages."""
     f = lambda *given: seen.extend(x.tolist() for x in given[:3]) or (given[2], {})
-    scored = lambda *batch: (torch.tensor([-1.0, -2, -3, -4, -5, -6, -8]), torch.zeros(7), None)
+    scored = lambda *batch, with_values: (torch.tensor([-1.0, -2, -3, -4, -5, -6, -8]), torch.zeros(7), None)
     seen, conversations = [], conversations_of(example(name, [REWARDS[0], (0,)]))
     _, metrics = ppo.batch_loss(
         scored, conversations, collate(processor, [[c] for c in conversations]), settings(),
