@@ -39,7 +39,7 @@ from itertools import product
 from torch import nn
 
 from harness.load import count_parameters
-from llama.batches import sizes_of
+from llama.batches import tree_sizes
 from llama.images import Images, best_canvas
 from model import CrossLayer
 from ppo import count
@@ -86,7 +86,7 @@ def passed(config, trees, encode=True, cached=False):
     """Return the quantities of a forward pass of trees."""
     total = Counter()
     for tree in trees:
-        first, (stem, branches), targets = tree[0], sizes_of(tree), sum(sum(c.sampled) for c in tree)
+        first, (stem, branches), targets = tree[0], tree_sizes(tree), sum(sum(c.sampled) for c in tree)
         tiles = before = 0
         if first.image:
             tiles, before = real_tiles(config, first.image), first.ids.index(config.image_token_id)

@@ -71,7 +71,7 @@ def trees_of(conversations):
     return list(trees.values())
 
 
-def sizes_of(tree):
+def tree_sizes(tree):
     """Return the numbers of tokens of a row: (of its stem, [of each branch]). The last token of a
     conversation is a target only."""
     stem = prompt_length(tree[0]) - 1
@@ -80,7 +80,7 @@ def sizes_of(tree):
 
 def collate(processor, trees):
     """Pad trees, lists of conversations with one prompt and image, to a Batch."""
-    shapes = [sizes_of(tree) for tree in trees]
+    shapes = [tree_sizes(tree) for tree in trees]
     lengths = torch.tensor([stem + sum(branches) for stem, branches in shapes])
     input_ids = torch.full((len(trees), int(lengths.max())), processor.pad_id)
     targets = torch.full_like(input_ids, -100)
@@ -116,7 +116,7 @@ def bucket(lengths, token_budget, extra=None):
 
 def split_tree(tree, room):
     """Split a tree into trees of at most `room` tokens, or of one conversation."""
-    stem, branches = sizes_of(tree)
+    stem, branches = tree_sizes(tree)
     trees, left = [], 0
     for conversation, size in zip(tree, branches):
         if size > left:
@@ -139,7 +139,7 @@ def passes(model, processor, trees, token_budget, ranks, filler=None):
     filler = filler or trees[0][0]
     filler = replace(filler, sampled=[False] * len(filler.ids), turns=[])
     trees = [part for tree in trees for part in split_tree(tree, token_budget - image_cost(tree))]
-    sizes = [stem + sum(branches) for stem, branches in map(sizes_of, trees)]
+    sizes = [stem + sum(branches) for stem, branches in map(tree_sizes, trees)]
     groups = bucket(sizes, token_budget, [image_cost(tree) for tree in trees])
     for group, weight in ranks.lockstep([[trees[i] for i in group] for group in groups], [[filler]]):
         yield sum(group, []), collate(processor, group).to(ranks.device), weight
