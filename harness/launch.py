@@ -47,6 +47,8 @@ def launch(argv, description, work):
         sys.exit("train.py: interrupted; checkpoints that were written before can be resumed")
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)                            # Python's own end meets threads of torch, and at times aborts
 
 
 def refuse(error, processes):
