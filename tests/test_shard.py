@@ -5,6 +5,7 @@ they left."""
 import functools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def worker(folder, small):
     torch.save({"slices": slices(small, processes), "rollouts": rollouts(small, processes),
                 "norm": broken_norm(small, processes)}, folder / f"rank{processes.rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)                                # as harness/launch.py
 
 
 def sharded(folder, processes):
