@@ -93,7 +93,7 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
             tokens, uniform, running = tokens[:n], uniform[:n], cache.first(n)
         tokens, logprobs = step(tokens, uniform[:, t])
 
-    for row, logprob in zip(owners, torch.cat(drawn).tolist()):                   # one wait for the device
+    for row, logprob in zip(owners, torch.cat(drawn).tolist()):                 # one wait for the device
         samples[row].logprobs.append(logprob)
     for sample in samples:
         del sample.logprobs[len(sample.ids):]                  # of draws after its end
