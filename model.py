@@ -506,6 +506,6 @@ class Llama(nn.Module):
         load_weights(model, folder, device, dtype)
         return model
 
-    def save_pretrained(self, folder, **how):
+    def save_pretrained(self, folder, rank=0):
         """Write a Hugging Face folder; see `save_model`."""
-        save_model(self, folder, **how)
+        save_model(self, folder, rank)

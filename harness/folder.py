@@ -153,13 +153,11 @@ class RunFolder:
         in `model`. A foundation is kept in bfloat16: it lies in git."""
         aside, final = self.path / ".final", self.path / "final"
         first(lambda: (checkpoint.remove(aside), processor.save_pretrained(aside)))
-        if args.shard == "on":
-            model.save_pretrained(aside, rank=self.processes.rank, world=self.processes.world)
-        elif self.processes.rank == 0:
+        if args.shard == "off":
             lora.merge(model.float())                          # see load.halve_frozen
             if args.algo == "pretrain":
                 model.to(torch.bfloat16)
-            model.save_pretrained(aside)
+        model.save_pretrained(aside, self.processes.rank)
         self.processes.barrier()
         first(lambda: (checkpoint.remove(final), aside.rename(final)))
 

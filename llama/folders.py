@@ -2,7 +2,6 @@
 of Llama or Llama-3.2-Vision (mllama)."""
 import contextlib
 import json
-import math
 import re
 from pathlib import Path
 
@@ -156,47 +155,24 @@ def load_weights(model, folder, device="cpu", dtype=None):
         model.lm_head.weight = model.embed_tokens.weight
 
 
-def shard_files(tensors, limit):
-    """Share tensors out, in order, to files of at most `limit` bytes, or of one tensor -> {file: names}."""
-    shards, size = [], math.inf
+def on_host(tensors, wanted=True):
+    """Copy {name: tensor} to host memory, those of a sharded model one by one and whole: all ranks must call
+    this. wanted: is a copy kept here? Else {} is returned."""
+    copies = {}
     for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if size > limit:
-            shards.append([])
-            size = tensor.nbytes
-        shards[-1].append(name)
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor     # a collective
+        if wanted:
+            copies[name] = whole.to("cpu", copy=True).contiguous()
+    return copies
 
 
-def save_model(model, folder, max_shard_size=5 * 10**9, rank=0, world=1):
-    """Write config.json and safetensors in the released layout.
-
-    The ranks of a sharded model take the files in turn. They gather one weight at a time and keep those of
-    their own file, so that none ever holds more.
-    """
+def save_model(model, folder, rank=0):
+    """Write config.json and model.safetensors in the released layout. All ranks of a sharded model must call
+    this, and the first of them writes."""
     weights = {to_released(name, model.config): p.detach() for name, p in model.named_parameters()}
-    files = shard_files(weights, max_shard_size)
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    texts = {"config.json": model.config.to_dict() | {"torch_dtype": dtype}}
-    if len(files) > 1:
-        places = {name: file for file, names in files.items() for name in names}
-        size = sum(tensor.nbytes for tensor in weights.values())
-        texts[WEIGHTS + ".index.json"] = {"metadata": {"total_size": size}, "weight_map": places}
-
-    for file, content in texts.items():
-        if rank == 0:
-            write_file(folder, file, json.dumps(content, indent=2))
-    for i, (file, names) in enumerate(files.items()):
-        mine = {}
-        for name in names:
-            weight = weights[name]
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight     # a collective
-            if i % world == rank:
-                mine[name] = whole.cpu().contiguous()
-        if mine:
-            write_file(folder, file, mine)
-    for old in Path(folder).glob("model*.safetensors*"):       # of an earlier save in more files, or in fewer
-        if old.name not in texts | files:
-            old.unlink(missing_ok=True)
+    copies = on_host(weights, rank == 0)
+    if copies:
+        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        config = model.config.to_dict() | {"torch_dtype": dtype}
+        write_file(folder, "config.json", json.dumps(config, indent=2))
+        write_file(folder, WEIGHTS, copies)
