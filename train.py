@@ -20,7 +20,7 @@ import torch
 
 import ppo
 import sft
-from distributed import shard
+from distributed import checkpoint, shard
 from distributed.processes import interruptible
 from games.seeds import TRAINING, derive
 from harness import terminal, tiny
@@ -57,7 +57,7 @@ def train(args, processes, typed=frozenset()):
     init_folder = None if newest else tiny.first_weights(args, processes, learn)
     model, processor, weights_folder = load(args, processes, init_folder, newest)
     trainer = Trainer(args, model, processor, processes, weights_folder)
-    start = trainer.restore(folder.checkpoints, newest) if newest else 0
+    start = trainer.restore(newest) if newest else 0
     folder.start(args, start)
     size = sum(p.numel() for p in model.parameters())
     processes.print(f"{args.task} {args.algo}: {size:,} parameters on {processes.hardware}; steps {start} to "
@@ -99,7 +99,6 @@ def loop(trainer, folder, start, interrupted):
         stop = interrupted()
         if last or (args.eval_every and i % args.eval_every == 0 and not stop):
             trainer.evaluate(folder, i)
-        folder.checkpoints.poll()
         if last or stop or i % args.save_every == 0:
             folder.save(trainer, i)
         if stop:
@@ -261,9 +260,9 @@ class Trainer:
             "step": i, "compute": self.ledger.formula, "flops": self.ledger.total,
             "config": dataclasses.asdict(self.args)}
 
-    def restore(self, checkpoints, path):
+    def restore(self, path):
         """Go on from a checkpoint. Return the number of steps done."""
-        record = checkpoints.load(path, self.module, self.optimizers)
+        record = checkpoint.load(path, self.module, self.optimizers)
         self.ledger.formula, self.ledger.total = record["compute"], record["flops"]
         for name in self.STATE:
             setattr(self, name, record[name])

@@ -1,17 +1,15 @@
 """Checkpoints that survive a crash at any byte, load on any number of ranks, and never execute anything that
 they contain.
 
-    runs/NAME/checkpoints/step_000120/     weights and optimizer state in slices, record.json, config.json
+    runs/NAME/checkpoints/step_000120/     weights and optimizer state in one file, record.json, config.json
                                            and the tokenizer
 
-Every rank writes its own slices (rank_K.safetensors) into `.step_000120`, from a copy in memory and in the
-background: training goes on. Then it writes down the size and the SHA-256 of its files (rank_K.json). Once
-all have, the first rank takes the dot off the name. So a folder without a dot is complete, whichever process
-was killed at any time, and the checksums reveal later damage. There is JSON and safetensors in it, and no
-pickle.
+All ranks gather the tensors in the memory of the first, which writes them to `.step_000120` in the
+background: training goes on. Then it writes down the size and the SHA-256 of each file (files.json), and
+takes the dot off the name. So a folder without a dot is complete, whichever process was killed at any time,
+and the checksums reveal later damage. There is JSON and safetensors in it, and no pickle.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -21,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from distributed.processes import first, gather
-from harness.files import to_json, write_atomically
-from llama.folders import opened, read_json
+from distributed.processes import first
+from harness.files import to_json
+from llama.folders import on_host, opened, read_json, write_file
+
+TENSORS, SUMS = "tensors.safetensors", "files.json"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,7 +42,7 @@ def tensors_of(module, optimizers):
 def rows(tensor):
     """Return this rank's slice of the first dimension; the last ranks may have less of it, or nothing."""
     if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor))
+        return ...
     start = tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())
     return slice(start, start + len(local(tensor)))
 
@@ -54,35 +52,12 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_slices(tensors, rank, world):
-    """Copy to host memory what this rank writes: its slices, and its share of what all hold as a whole."""
-    return {name: local(tensor).to("cpu", copy=True).contiguous()
-            for i, (name, tensor) in enumerate(tensors.items())
-            if isinstance(tensor, DTensor) or i % world == rank}
-
-
-def slices_in(path):
-    """Read what a checkpoint holds -> {name: (shape of the whole, [files])}. The slices of a tensor, in the
-    order of the ranks, are the whole."""
-    found = {}
-    files = Path(path).glob("rank_*.safetensors")
-    for file in sorted(files, key=lambda file: (len(file.name), file.name)):           # 2 before 10
-        with opened(file) as tensors:
-            for name in tensors.keys():
-                shape = tensors.get_slice(name).get_shape()
-                whole, its_files = found.setdefault(name, (shape, []))
-                if its_files and shape:
-                    whole[0] += shape[0]
-                its_files.append(file)
-    return found
-
-
-def make_room(found, module, optimizers):
-    """Give fresh optimizers empty state for what a checkpoint holds (see `slices_in`) of their parameters."""
+def make_room(shapes, module, optimizers):
+    """Give fresh optimizers empty state for what a checkpoint holds of their parameters, {name: shape}."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     states = {f"optimizer.{names[parameter]}": (parameter, optimizer.state) for optimizer in optimizers
               for group in optimizer.param_groups for parameter in group["params"]}
-    for name, (shape, _) in found.items():
+    for name, shape in shapes.items():
         of, _, key = name.rpartition(".")
         if of in states:
             parameter, state = states[of]                      # of no shape: Adam's count of steps
@@ -90,36 +65,39 @@ def make_room(found, module, optimizers):
             state[parameter][key] = room
 
 
-def fill(found, path, tensors, whole=True):
+def shapes_in(path):
+    """Read what a checkpoint holds -> {name: shape}."""
+    with opened(path / TENSORS) as source:
+        return {name: source.get_slice(name).get_shape() for name in source.keys()}
+
+
+def fill(path, tensors, whole=True):
     """Read tensors in place, all of them or ValueError. whole: the checkpoint must hold no others."""
-    held = {name: shape for name, (shape, _) in found.items()}
+    held = shapes_in(path)
     asked = {name: list(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(held | asked if whole else asked):
         there, here = (shapes.get(name, "nothing") for shapes in (held, asked))
         if there != here:
-            raise ValueError(f"{path}: of another model, optimizer or version, or without all of its slices: "
-                             f"it holds {there} of {name}, where this run has {here}")
-    source = functools.cache(lambda file: safe_open(file, "pt"))
-    for name, tensor in tensors.items():
-        contents = [source(file).get_slice(name) for file in found[name][1]]
-        if not tensor.ndim:
-            tensor.copy_(contents[0][...])
-            continue
-        own, start = rows(tensor), 0
-        for content in contents:
-            end = start + content.get_shape()[0]
-            low, high = max(start, own.start), min(end, own.stop)
-            if low < high:
-                room = local(tensor)[low - own.start:high - own.start]
-                room.copy_(content[low - start:high - start])
-            start = end
+            raise ValueError(f"{path}: of another model, optimizer or version: it holds {there} of {name}, "
+                             f"where this run has {here}")
+    with opened(path / TENSORS) as source:
+        for name, tensor in tensors.items():
+            local(tensor).copy_(source.get_slice(name)[rows(tensor)])
+
+
+def load(path, module, optimizers):
+    """Fill a module and fresh optimizers from a checkpoint that is verified -> its record. ValueError for one
+    of another model or optimizer."""
+    make_room(shapes_in(path), module, optimizers)
+    fill(path, tensors_of(module, optimizers))
+    return read_json(path, "record.json")
 
 
 def load_policy(path, llama):
     """Fill a Llama, sharded or whole, with the weights of the policy in a checkpoint of SFT or PPO."""
-    found = slices_in(path)
-    prefix = "model.policy." if any(name.startswith("model.policy.") for name in found) else "model."
-    fill(found, path, {prefix + name: p.detach() for name, p in llama.named_parameters()}, whole=False)
+    ppo = any(name.startswith("model.policy.") for name in shapes_in(path))
+    prefix = "model.policy." if ppo else "model."
+    fill(path, {prefix + name: p.detach() for name, p in llama.named_parameters()}, whole=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,10 +106,9 @@ def load_policy(path, llama):
 class Checkpoints:
     """The folder of a run's checkpoints, of which the newest `keep` are kept."""
 
-    def __init__(self, folder, rank=0, world=1, keep=2):
-        self.folder, self.rank, self.world, self.keep = Path(folder), rank, world, keep
-        self.thread = ThreadPoolExecutor(1)
-        self.aside = self.writing = None       # of one that is not complete: its folder, this rank's part
+    def __init__(self, folder, rank=0, keep=2):
+        self.folder, self.rank, self.keep = Path(folder), rank, keep
+        self.thread, self.writing = ThreadPoolExecutor(1), None        # the first rank's
 
     def complete(self):
         """List all complete checkpoints, the oldest first."""
@@ -150,78 +127,45 @@ class Checkpoints:
     def save(self, step, tensors, record, write_rest=lambda folder: None):
         """Begin to save, once the one before is finished. record: JSON; write_rest(folder): other files."""
         self.finish()
-        aside = self.aside = self.folder / f".step_{step:06d}"
+        copies = on_host(tensors, self.rank == 0)
+        if self.rank == 0:
+            self.writing = self.thread.submit(self.write, f"step_{step:06d}", copies, record, write_rest)
 
-        def begin():
-            for left in self.folder.glob(".step_*"):                   # by a crash
-                remove(left)
-            aside.mkdir(parents=True)
-            write_rest(aside)
-            write_atomically(aside / "record.json", to_json(record, indent=2))
-
-        try:
-            first(begin)
-        except OSError as error:
-            self.give_up(error)
-        self.writing = self.thread.submit(self.write, own_slices(tensors, self.rank, self.world))
-
-    def write(self, copies):
-        """Write this rank's slices, in the background, and list its files; the first rank answers for those
-        that are nobody's."""
-        mine = self.aside / f"rank_{self.rank}.safetensors"
-        save_file(copies, mine)
-        mine.chmod(0o644)                      # safetensors makes it readable by its owner only
-        # another rank's temporary file begins with a dot
-        known = {file.name: fingerprint(file) for file in self.aside.iterdir() if file == mine
-                 or self.rank == 0 and file.is_file() and not file.name.startswith(("rank_", "."))}
-        write_atomically(mine.with_suffix(".json"), json.dumps(known))
-
-    def poll(self):
-        """Give the checkpoint its name if all ranks are done, and remove all but the newest. Never waits."""
-        if self.rank:
-            return
-        if self.writing and all((self.aside / f"rank_{k}.json").exists() for k in range(self.world)):
-            final = self.aside.with_name(self.aside.name[1:])
-            remove(final)
-            self.aside.rename(final)
-            self.writing = None
+    def write(self, name, copies, record, write_rest):
+        """Write a checkpoint, in the background, and remove all but the newest."""
+        for left in self.folder.glob(".step_*"):               # by a crash, or a full disk
+            remove(left)
+        aside, final = self.folder / f".{name}", self.folder / name
+        write_file(aside, TENSORS, copies)
+        write_file(aside, "record.json", to_json(record, indent=2))
+        write_rest(aside)
+        known = {file.name: fingerprint(file) for file in aside.iterdir() if file.is_file()}
+        write_file(aside, SUMS, json.dumps(known))
+        remove(final)
+        aside.rename(final)
         for old in self.complete()[:-self.keep]:               # a crash may have left some
             remove(old)
 
     def finish(self):
-        """Wait until the checkpoint that is being saved is complete. OSError on all ranks if one could not
-        write its part."""
-        error = self.writing and self.writing.exception()              # waits
-        errors = gather([str(error)] if error else [])                 # waits for the other ranks
-        if errors:
-            self.give_up(errors[0])
-        first(self.poll)
-        self.writing = None
+        """Wait until the checkpoint that is being saved is complete. OSError on all ranks if it could not be
+        written."""
+        def wait():
+            error = self.writing and self.writing.exception()
+            self.writing = None
+            if error:
+                raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and "
+                              f"--resume goes on from {self.last()}")
 
-    def give_up(self, error):
-        self.writing = None
-        if self.rank == 0:
-            remove(self.aside)
-        raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and --resume "
-                      f"goes on from {self.last()}")
+        first(wait)
 
     def last(self, without=None):
         """Say where --resume goes on from, `without` one that is no good."""
         others = [str(path) for path in self.complete() if path != without]
         return (others or ["the beginning"])[-1]
 
-    def load(self, path, module, optimizers):
-        """Fill a module and fresh optimizers from a checkpoint that is verified -> its record. ValueError for
-        one of another model or optimizer."""
-        found = slices_in(path)
-        make_room(found, module, optimizers)
-        fill(found, path, tensors_of(module, optimizers))
-        return read_json(path, "record.json")
-
     def verify(self, path):
-        """Raise a ValueError on all ranks if a file is not what was written; each reads its share."""
-        problems = dict.fromkeys(gather(damage(path, self.rank, self.world)))
-        if problems:
+        """Raise a ValueError on all ranks if a file is not what was written."""
+        if problems := first(lambda: damage(path)):
             raise ValueError(f"{path}: damaged: {'; '.join(problems)}; remove it, and --resume goes on from "
                              f"{self.last(without=path)}")
 
@@ -239,17 +183,14 @@ def is_checkpoint(path):
     return os.path.exists(Path(path, "record.json"))           # Path.exists raises for what cannot be a name
 
 
-def damage(path, rank=0, world=1):
-    """Say what is wrong with a checkpoint's files, in this rank's share of them, a sentence each."""
-    known = {}
+def damage(path):
+    """Say what is wrong with a checkpoint's files, a sentence each."""
     try:
-        for file in sorted(path.glob("rank_*.json")):
-            known |= read_json(path, file.name)
+        known = read_json(path, SUMS)
     except (OSError, ValueError) as error:
         return [str(error)]
-    needed = ["record.json", *(file.name for file in path.glob("rank_*.safetensors"))]
-    found = [f"{name} is in no list" for name in needed if name not in known]
-    for name, told in list(known.items())[rank::world]:
+    found = [f"{name} is in no list" for name in ("record.json", TENSORS) if name not in known]
+    for name, told in known.items():
         file = path / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             found.append(f"{name} is not a file of its own")

@@ -23,7 +23,7 @@ from harness.files import Held, holder_of, lock, read_lines, replace, to_json, w
 from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible
-from llama.folders import read_json
+from llama.folders import read_json, write_file
 from variants import lora
 
 LOG = "log.jsonl"
@@ -101,8 +101,7 @@ class RunFolder:
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
         self.log_file = self.path / LOG
-        self.checkpoints = checkpoint.Checkpoints(
-            self.path / "checkpoints", processes.rank, processes.world, args.keep)
+        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, args.keep)
 
     def resume(self, args, typed):
         """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
@@ -141,8 +140,7 @@ class RunFolder:
     def save(self, trainer, step):
         """Begin to write a checkpoint, while training goes on."""
         def model_and_tokenizer(folder):
-            config = json.dumps(trainer.model.config.to_dict(), indent=2)
-            (folder / "config.json").write_text(config, encoding="utf-8")
+            write_file(folder, "config.json", json.dumps(trainer.model.config.to_dict(), indent=2))
             trainer.processor.save_pretrained(folder)
 
         tensors = checkpoint.tensors_of(trainer.module, trainer.optimizers)

@@ -45,15 +45,15 @@ def config_of(args, processes, newest=None):
     if not newest:                             # `RunFolder.resume` has looked at the other
         if args.model == "tiny":
             return Config.from_dict(tiny.CONFIG)
-        verify(args.model, processes)
+        verify(args.model)
     expected = "tiny, a checkpoint or a folder with a config.json"
     return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
 
 
-def verify(folder, processes):
+def verify(folder):
     """Raise ValueError for a checkpoint that is damaged."""
     if checkpoint.is_checkpoint(folder):
-        checkpoint.Checkpoints(Path(folder).parent, processes.rank, processes.world).verify(Path(folder))
+        checkpoint.Checkpoints(Path(folder).parent).verify(Path(folder))
 
 
 def load(args, processes, folder, resumed=None):
@@ -67,7 +67,7 @@ def load(args, processes, folder, resumed=None):
         return *tiny.from_scratch(args, processes.device), None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:
         folder, resumed = Path(str(record_of(resumed)["began"])), None     # Trainer.restore does the rest
-        verify(folder, processes)
+        verify(folder)
     folder = Path(resumed or folder)
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))

@@ -126,7 +126,7 @@ def find_tensors(folder, model):
     return found
 
 
-def read_weights(folder, model, rows=lambda weight: slice(None), device="cpu"):
+def read_weights(folder, model, rows=lambda weight: ..., device="cpu"):
     """Yield (our name, tensor) for all weights of a model; rows(weight): the slice of one that is read.
 
     FileNotFoundError for what is absent; ValueError, on one line, for broken files, and for tensors that are

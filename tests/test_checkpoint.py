@@ -1,10 +1,10 @@
 """Checkpoints: training goes on from what was saved; nothing half-written counts. Damage is in test_runs.py,
-slices of several ranks in test_shard.py."""
+several ranks are in test_shard.py."""
 
 import pytest
 import torch
 
-from distributed.checkpoint import Checkpoints, tensors_of
+from distributed.checkpoint import Checkpoints, load, tensors_of
 from tables import raises
 
 
@@ -24,9 +24,9 @@ def advance(module, optimizers):
     optimizers[0].zero_grad()
 
 
-def restored(checkpoints, path, **kwargs):
+def restored(path, **kwargs):
     module, optimizers = learner(0, **kwargs)
-    return module, optimizers, checkpoints.load(path, module, optimizers)
+    return module, optimizers, load(path, module, optimizers)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
@@ -40,7 +40,7 @@ def test_training_goes_on_while_saving_and_from_what_was_saved(tmp_path, kind):
     [path] = checkpoints.complete()
     checkpoints.verify(path)
     assert path.name == "step_000002" and (path / "config.json").exists()
-    again, its_optimizers, record = restored(checkpoints, path, kind=kind)
+    again, its_optimizers, record = restored(path, kind=kind)
     assert record == {"step": 2, "x": 0.1}
     assert not torch.equal(again[0].weight, module[0].weight)
     advance(again, its_optimizers)
@@ -48,14 +48,12 @@ def test_training_goes_on_while_saving_and_from_what_was_saved(tmp_path, kind):
         assert torch.equal(tensor, tensors_of(again, its_optimizers)[name]), name
 
 
-def test_poll_never_waits_and_old_ones_go(tmp_path):
+def test_old_ones_go(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     module, optimizers = learner(1)
     for step in range(4):
         checkpoints.save(step, tensors_of(module, optimizers), {})
-        checkpoints.poll()
-        while checkpoints.writing:
-            checkpoints.poll()
+    checkpoints.finish()
     assert [path.name for path in checkpoints.complete()] == ["step_000002", "step_000003"]
     assert not list(tmp_path.glob(".*"))
 
@@ -72,4 +70,4 @@ def test_one_of_another_model_is_refused(tmp_path):
             ("[5, 8] of model.1.weight, where this run has nothing", deeper[:1],
              [torch.optim.AdamW(deeper[:1].parameters())]),
             ("[8, 8] of model.0.weight, where this run has [8, 9]", *learner(0, width=9))):
-        raises(words, checkpoints.load, path, *learnt)
+        raises(words, load, path, *learnt)

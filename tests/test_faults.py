@@ -48,7 +48,7 @@ MOMENTS = """
     rollout.generate                        | 0  | 20
     torch.optim.AdamW.step                  | 8  | 8
     torch.Tensor.backward                   | 8  | 8
-    distributed.checkpoint.save_file        | 4  | 4
+    llama.folders.save_file                 | 5  | 5
     distributed.checkpoint.fingerprint      | 24 | 24
     pathlib.Path.rename                     | 4  | 4
     distributed.checkpoint.remove           | 8  | 8
@@ -106,7 +106,8 @@ def assert_same(a, b):
     assert learnt(a, "step", "eval") == learnt(b, "step", "eval")
     assert equal(weights(a / "final"), weights(b / "final"))
     assert equal(*(saved_tensors(run / "checkpoints/step_000004") for run in (a, b)))
-    assert [path.name for path in sorted((a / "checkpoints").iterdir())] == ["step_000003", "step_000004"]
+    names = [path.name for path in sorted((a / "checkpoints").iterdir())]      # older: of a kill in the end
+    assert names[-2:] == ["step_000003", "step_000004"]
 
 
 RANDOM = random.Random(2501)
@@ -134,7 +135,7 @@ def test_a_full_disk_stops_a_run_that_can_go_on(small, tmp_path, uninterrupted):
     assert before and child(f"{argv} --resume", output, limit=40_000) == 1
     said = output.read_text()
     assert "could not be saved" in said and "File too large" in said and "Traceback" not in said
-    assert list((out / "checkpoints").iterdir()) == before
+    assert list((out / "checkpoints").glob("step_*")) == before
     assert child(f"{argv} --resume", output) == 0
     assert_same(out, uninterrupted("sft"))
 

@@ -380,10 +380,10 @@ LAST, BEFORE = "checkpoints/step_000002", "checkpoints/step_000001"
 
 
 def resummed(path, **changed):
-    """Write the lists of a checkpoint's files anew, as somebody would who means ill."""
-    listed = [file for file in path.iterdir() if file.name != "rank_0.json" and file.is_file()]
+    """Write the list of a checkpoint's files anew, as somebody would who means ill."""
+    listed = [file for file in path.iterdir() if file.name != "files.json" and file.is_file()]
     known = {file.name: checkpoint.fingerprint(file) for file in listed}
-    (path / "rank_0.json").write_text(json.dumps(known | changed))
+    (path / "files.json").write_text(json.dumps(known | changed))
 
 
 HARM = {
@@ -399,12 +399,11 @@ HARM = {
 
 # which files; what happened to them, or is written there (for a folder: in its list); words of the message
 DAMAGE = """
-    config.json, tokenizer.json, record.json, rank_0.safetensors | cut, reversed, a link, gone | NAME[ :]
+    config.json, tokenizer.json, record.json, tensors.safetensors | cut, reversed, a link, gone | NAME[ :]
     config.json | a folder, a fifo | NAME[ :]
-    rank_0.json | cut, a folder, [1], deep | rank_0.json: (not|expected)
-    rank_0.json | gone, {} | record.json is in no list
-    . | emptied | record.json is in no list
-    rank_1.safetensors | ? | rank_1.safetensors is in no list
+    files.json | cut, a folder, [1], deep, gone | files.json: (not|expected)
+    files.json | {} | record.json is in no list
+    . | emptied | files.json: not found
     . | ../../config.json, /etc/passwd | HARM is not a file of its own
     . | a\0b | a.*b
 """
@@ -424,7 +423,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, ha
         path.write_text(harm.replace("deep", "[" * 10**5))
     said = refused(f"resume --out {sft}")
     assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
-    if harm == "cut" and name != "rank_0.json":
+    if harm == "cut" and name != "files.json":
         said = refused(f"eval --model {sft / LAST} --out {sft.parent}/other")
         assert f"{name} is not what was written" in said
         shutil.rmtree(sft / LAST)
@@ -485,9 +484,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("name, words", [
-    (".metadata", None), ("rank_0.safetensors", "not a whole safetensors file"),
-    ("rank_1.safetensors", "not a whole safetensors file"),
-    ("__0_0.distcp", "or version")])                           # as torch.distributed.checkpoint wrote them
+    ("rank_0.pt", None), ("tensors.safetensors", "not a whole safetensors file")])
 @pytest.mark.parametrize("way", ["resume --out {sft}", "eval --model {last} --out {other}"])
 def test_a_checkpoint_runs_nothing(sft, tmp_path, name, words, way):
     """Whoever can write it can write its sums."""
@@ -495,35 +492,12 @@ def test_a_checkpoint_runs_nothing(sft, tmp_path, name, words, way):
     torch.save({"x": Payload(victim)}, tmp_path / "payload")
     for payload in ((tmp_path / "payload").read_bytes(), pickle.dumps(Payload(victim))):
         (sft / LAST / name).write_bytes(payload)
-        if name == "__0_0.distcp":
-            (sft / LAST / "rank_0.safetensors").unlink(missing_ok=True)
         resummed(sft / LAST)
         if words:
             assert words in refused(line)
         else:
             run(line)
     assert not victim.exists()
-
-
-@pytest.mark.parametrize("cuts", ["04", "014", "0124", "03", "14", "0245"])
-def test_slices_are_put_together(tmp_path, cuts):
-    """In the order of the ranks, of which the tenth comes after the second; if they are the whole."""
-    tensor, found, whole = torch.arange(10.0).view(5, 2), torch.zeros(4, 2), "0" in cuts and cuts[-1] == "4"
-    for start, end in zip(map(int, cuts), map(int, cuts[1:])):
-        checkpoint.save_file({"w": tensor[start:end].clone()}, tmp_path / f"rank_{5 * start}.safetensors")
-    with contextlib.nullcontext() if whole else pytest.raises(ValueError, match="without all of its slices"):
-        checkpoint.fill(checkpoint.slices_in(tmp_path), tmp_path, {"w": found})
-    assert torch.equal(found, tensor[:4]) == whole
-
-
-def test_of_two_ranks_each_reads_its_share_and_both_are_told(sft, monkeypatch):
-    HARM["cut"](sft / LAST / "tokenizer.json")
-    shares = [checkpoint.damage(sft / LAST, rank, 2) for rank in (0, 1)]
-    assert sorted(map(len, shares)) == [0, 1]
-    monkeypatch.setattr(checkpoint, "gather", lambda mine: shares[0] + shares[1])
-    for rank in (0, 1):
-        with pytest.raises(ValueError, match="tokenizer.json is not what was written"):
-            checkpoint.Checkpoints(sft / "checkpoints", rank, 2).verify(sft / LAST)
 
 
 @pytest.mark.parametrize("planted", ["config.json", "log.jsonl.tmp", "config.json.tmp", ".final", ".lock"])
