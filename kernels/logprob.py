@@ -86,50 +86,31 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The twins: the same sums over pieces of the logits, in float32 (or float64 for float64)
+# The twins: the same from the logits of some rows at a time, in float32 (or float64 for float64)
 
-# Rows and vocabulary of a piece, 4 MB of float32, which stay in a CPU's cache. A smaller vocabulary gets more
-# rows.
-PIECE = 256, 4096
+# At least so many rows, and as many as have so many logits: 4 MB of float32, which stay in a CPU's cache.
+PIECE = 256, 2**20
 
 
-def pieces(hidden, weight, targets, temperature):
-    """Cut the logits into pieces: yield (rows, hidden[rows] / temperature, an iterator over columns).
-
-    It yields (cols, weight[cols], the index of each row's target in cols, clamped into it, whether it was
-    inside).
-    """
+def pieces(hidden, weight, temperature):
+    """Yield (rows, hidden[rows] / temperature, weight), the last two in the type of the result."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    width = min(len(weight), PIECE[1])
-    height = PIECE[0] * PIECE[1] // width
-
-    def columns_of(targets):
-        for first in range(0, len(weight), width):
-            cols = slice(first, first + width)
-            w, at = weight[cols].to(exact), targets - first
-            near = at.clamp(0, len(w) - 1)
-            yield cols, w, near, near == at
-
+    height, weight = max(PIECE[0], PIECE[1] // len(weight)), weight.to(exact)
     for first in range(0, len(hidden), height):
         rows = slice(first, first + height)
-        yield rows, hidden[rows].to(exact) / temperature, columns_of(targets[rows, None])
+        yield rows, hidden[rows].to(exact) / temperature, weight
 
 
 def statistics_reference(hidden, weight, targets, temperature):
-    """Return log-probs of the targets, entropy and log-sum-exp, (rows,) each, in one walk over the logits."""
+    """Return log-probs of the targets, entropy and log-sum-exp, (rows,) each."""
     result = hidden.new_empty(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for rows, x, columns in pieces(hidden, weight, targets, temperature):
-        m, s, t, chosen = x.new_full((len(x), 1), -1e30), *x.new_zeros(3, len(x), 1)
-        for _, w, at, inside in columns:
-            z = x @ w.T
-            chosen += z.gather(1, at) * inside
-            new = torch.maximum(m, z.amax(1, keepdim=True))
-            z -= new
-            p, shrink = z.exp(), (m - new).exp()
-            t = (t + s * (m - new)) * shrink
-            s = s * shrink + p.sum(1, keepdim=True)
-            t += p.mul_(z).sum(1, keepdim=True)
-            m = new
+    for rows, x, w in pieces(hidden, weight, temperature):
+        z = x @ w.T
+        chosen, m = z.gather(1, targets[rows, None]), z.amax(1, keepdim=True)
+        z -= m
+        p = z.exp()
+        s = p.sum(1, keepdim=True)
+        t = p.mul_(z).sum(1, keepdim=True)
         result[:, rows] = torch.cat([chosen - m - s.log(), s.log() - t / s, m + s.log()], 1).T
     return tuple(result)
 
@@ -139,16 +120,15 @@ def gradients_reference(hidden, weight, targets, lse, a, e, g, temperature, want
     grad_hidden, grad_weight = (
         torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want else None
         for x, want in zip((hidden, weight), wanted))
-    for rows, x, columns in pieces(hidden, weight, targets, temperature):
-        for cols, w, at, inside in columns:
-            logp = torch.addmm(-lse[rows, None], x, w.T)
-            dz = logp.exp()                                    # p, then times (a - e log p)
-            dz *= logp.mul_(-e[rows, None]).add_(a[rows, None])
-            dz.scatter_add_(1, at, g[rows, None] * inside)
-            if wanted[0]:
-                grad_hidden[rows].addmm_(dz, w, alpha=1 / temperature)
-            if wanted[1]:
-                grad_weight[cols].addmm_(dz.T, x)
+    for rows, x, w in pieces(hidden, weight, temperature):
+        logp = torch.addmm(-lse[rows, None], x, w.T)
+        dz = logp.exp()                                        # p, then times (a - e log p)
+        dz *= logp.mul_(-e[rows, None]).add_(a[rows, None])
+        dz.scatter_add_(1, targets[rows, None], g[rows, None])
+        if wanted[0]:
+            grad_hidden[rows].addmm_(dz, w, alpha=1 / temperature)
+        if wanted[1]:
+            grad_weight.addmm_(dz.T, x)
     return grad_hidden, grad_weight
 
 

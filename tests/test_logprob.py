@@ -200,13 +200,13 @@ def test_workspace_at_full_size(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels have a test of their own")
 def test_memory_of_the_twins():
-    """Take at most 5 % of the plain way, which holds at least the logits and their gradient."""
+    """Take at most 20 % of the plain way, which holds at least the logits and their gradient."""
     N, D, V = 2048, 64, 128256
     numbers = problem(N, D, V)
     taken = peak_memory(lambda: run(*numbers))
     if taken is None:
         pytest.skip("memory is read from Linux's /proc")
-    assert taken <= 0.05 * (2 * 4 * N * V) / 2**20
+    assert taken <= 0.2 * (2 * 4 * N * V) / 2**20
 
 
 # ------------------------------------------------------------------------------------------ compiled for GPUs
