@@ -5,13 +5,10 @@ they contain.
                                            and the tokenizer
 
 All ranks gather the tensors in the memory of the first, which writes them to `.step_000120` in the
-background: training goes on. Then it writes down the size and the SHA-256 of each file (files.json), and
-takes the dot off the name. So a folder without a dot is complete, whichever process was killed at any time,
-and the checksums reveal later damage. There is JSON and safetensors in it, and no pickle.
+background: training goes on. Then it takes the dot off the name. So a folder without a dot is complete,
+whichever process was killed at any time. There is JSON and safetensors in it, and no pickle.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,7 +22,7 @@ from distributed.processes import first
 from harness.files import to_json
 from llama.folders import on_host, opened, read_json, write_file
 
-TENSORS, SUMS = "tensors.safetensors", "files.json"
+TENSORS = "tensors.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,8 +83,8 @@ def fill(path, tensors, whole=True):
 
 
 def load(path, module, optimizers):
-    """Fill a module and fresh optimizers from a checkpoint that is verified -> its record. ValueError for one
-    of another model or optimizer."""
+    """Fill a module and fresh optimizers from a checkpoint -> its record. ValueError for one of another model
+    or optimizer."""
     make_room(shapes_in(path), module, optimizers)
     fill(path, tensors_of(module, optimizers))
     return read_json(path, "record.json")
@@ -139,8 +136,6 @@ class Checkpoints:
         write_file(aside, TENSORS, copies)
         write_file(aside, "record.json", to_json(record, indent=2))
         write_rest(aside)
-        known = {file.name: fingerprint(file) for file in aside.iterdir() if file.is_file()}
-        write_file(aside, SUMS, json.dumps(known))
         remove(final)
         aside.rename(final)
         for old in self.complete()[:-self.keep]:               # a crash may have left some
@@ -158,16 +153,9 @@ class Checkpoints:
 
         first(wait)
 
-    def last(self, without=None):
-        """Say where --resume goes on from, `without` one that is no good."""
-        others = [str(path) for path in self.complete() if path != without]
-        return (others or ["the beginning"])[-1]
-
-    def verify(self, path):
-        """Raise a ValueError on all ranks if a file is not what was written."""
-        if problems := first(lambda: damage(path)):
-            raise ValueError(f"{path}: damaged: {'; '.join(problems)}; remove it, and --resume goes on from "
-                             f"{self.last(without=path)}")
+    def last(self):
+        """Say where --resume goes on from."""
+        return (self.complete() or ["the beginning"])[-1]
 
 
 def remove(path):
@@ -181,25 +169,3 @@ def remove(path):
 def is_checkpoint(path):
     """Tell whether `Checkpoints.save` wrote a folder."""
     return os.path.exists(Path(path, "record.json"))           # Path.exists raises for what cannot be a name
-
-
-def damage(path):
-    """Say what is wrong with a checkpoint's files, a sentence each."""
-    try:
-        known = read_json(path, SUMS)
-    except (OSError, ValueError) as error:
-        return [str(error)]
-    found = [f"{name} is in no list" for name in ("record.json", TENSORS) if name not in known]
-    for name, told in known.items():
-        file = path / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
-            found.append(f"{name} is not a file of its own")
-        elif fingerprint(file) != told:
-            found.append(f"{name} is not what was written")
-    return found
-
-
-def fingerprint(file):
-    """Return [bytes, SHA-256] of a file."""
-    with open(file, "rb") as source:
-        return [file.stat().st_size, hashlib.file_digest(source, "sha256").hexdigest()]

@@ -104,11 +104,8 @@ class RunFolder:
         self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, args.keep)
 
     def resume(self, args, typed):
-        """Find what a run goes on from -> (its newest checkpoint or None, its settings). Nothing is read of a
-        checkpoint that is not as it was written."""
+        """Find what a run goes on from -> (its newest checkpoint or None, its settings)."""
         newest = first(self.checkpoints.newest)
-        if newest:
-            self.checkpoints.verify(newest)
         # without one it was stopped before the first
         config = record_of(newest)["config"] if newest else read_json(self.path, "config.json")
         return newest, resumed(args, typed, config, newest or self.path / "config.json")

@@ -33,27 +33,19 @@ def agree(processes, args, typed=frozenset(), newest=None):
     """
     refusals = []
     try:
-        settle(args, config_of(args, processes, newest), typed, processes.world)
+        settle(args, config_of(args, newest), typed, processes.world)
     except SettingError as error:
         refusals = [str(error)]
     for refusal in gather(refusals):
         raise SettingError(refusal)
 
 
-def config_of(args, processes, newest=None):
-    """Read the model's Config, without its weights; of a checkpoint only if it is as it was written."""
-    if not newest:                             # `RunFolder.resume` has looked at the other
-        if args.model == "tiny":
-            return Config.from_dict(tiny.CONFIG)
-        verify(args.model)
+def config_of(args, newest=None):
+    """Read the model's Config, without its weights."""
+    if not newest and args.model == "tiny":
+        return Config.from_dict(tiny.CONFIG)
     expected = "tiny, a checkpoint or a folder with a config.json"
     return attempt(args, "model", expected, Config.from_pretrained, newest or args.model)
-
-
-def verify(folder):
-    """Raise ValueError for a checkpoint that is damaged."""
-    if checkpoint.is_checkpoint(folder):
-        checkpoint.Checkpoints(Path(folder).parent).verify(Path(folder))
 
 
 def load(args, processes, folder, resumed=None):
@@ -67,7 +59,6 @@ def load(args, processes, folder, resumed=None):
         return *tiny.from_scratch(args, processes.device), None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:
         folder, resumed = Path(str(record_of(resumed)["began"])), None     # Trainer.restore does the rest
-        verify(folder)
     folder = Path(resumed or folder)
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))

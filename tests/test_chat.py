@@ -167,7 +167,6 @@ def test_files_that_pass_through(gp, saved, tmp_path, name):
     folder, checkpoints = saved(), Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, {"x": torch.ones(2)}, {}, Processor.from_pretrained(folder).save_pretrained)
     checkpoints.finish()
-    checkpoints.verify(checkpoints.newest())
     for folder in (folder, checkpoints.newest()):
         assert (folder / name).read_bytes() == content
         ours = "template" not in name

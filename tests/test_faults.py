@@ -49,7 +49,6 @@ MOMENTS = """
     torch.optim.AdamW.step                  | 8  | 8
     torch.Tensor.backward                   | 8  | 8
     llama.folders.save_file                 | 5  | 5
-    distributed.checkpoint.fingerprint      | 24 | 24
     pathlib.Path.rename                     | 4  | 4
     distributed.checkpoint.remove           | 8  | 8
     harness.folder.RunFolder.log            | 8  | 8

