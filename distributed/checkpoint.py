@@ -114,12 +114,8 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name[5:]))
 
     def newest(self):
-        """Return the newest checkpoint, or None. ValueError for something else that has such a name."""
-        complete = self.complete()
-        for other in sorted(set(self.folder.glob("step_*")) - set(complete)):
-            raise ValueError(f"{other}: not a checkpoint, which is a folder step_ and six digits; move it "
-                             f"away, and --resume goes on from {self.last()}")
-        return complete[-1] if complete else None
+        """Return the newest checkpoint, or None."""
+        return (self.complete() or [None])[-1]
 
     def save(self, step, tensors, record, write_rest=lambda folder: None):
         """Begin to save, once the one before is finished. record: JSON; write_rest(folder): other files."""
@@ -149,13 +145,9 @@ class Checkpoints:
             self.writing = None
             if error:
                 raise OSError(f"a checkpoint could not be saved in {self.folder}: {error}; make room, and "
-                              f"--resume goes on from {self.last()}")
+                              f"--resume goes on from {self.newest() or 'the beginning'}")
 
         first(wait)
-
-    def last(self):
-        """Say where --resume goes on from."""
-        return (self.complete() or ["the beginning"])[-1]
 
 
 def remove(path):
