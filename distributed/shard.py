@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from distributed.checkpoint import is_checkpoint, load_policy, rows
-from distributed.processes import gather
-from llama.folders import find_tensors, read_weights
+from llama.folders import read_weights
 from model import CrossLayer, Llama, SelfLayer, VisionLayer
 
 
@@ -66,8 +65,6 @@ def units(module):
 def fill(llama, folder, device):
     """Give a Llama on the meta device its memory, and the weights of a Hugging Face folder or a checkpoint of
     training. folder None: they come later."""
-    if folder and not is_checkpoint(folder):
-        find_tensors(folder, llama)                            # refuse it before memory is taken
     llama.to_empty(device=device)
     if llama.config.tie_word_embeddings:
         llama.lm_head.weight = llama.embed_tokens.weight       # to_empty makes two of a tied weight
@@ -80,15 +77,10 @@ def fill(llama, folder, device):
 @torch.no_grad()
 def read_slices(llama, folder):
     """Fill a sharded Llama from a Hugging Face folder; a rank reads its own rows only. Errors are those of
-    Llama.from_pretrained, on all ranks: NaN in the rows of one, the others do not see."""
-    weights, problems = dict(llama.named_parameters()), []
-    try:
-        for name, tensor in read_weights(folder, llama, rows):
-            weights[name].to_local().copy_(tensor)
-    except ValueError as error:
-        problems = [str(error)]
-    if problems := gather(problems):
-        raise ValueError(problems[0])
+    Llama.from_pretrained."""
+    weights = dict(llama.named_parameters())
+    for name, tensor in read_weights(folder, llama, rows):
+        weights[name].to_local().copy_(tensor)
 
 
 def checkpoint_activations(module):

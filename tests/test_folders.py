@@ -220,11 +220,6 @@ def tensors(change):
     return damage
 
 
-def spoil(name, value):
-    change = lambda content: content[name].view(-1)[-1:].fill_(value)
-    return tensors(change), f"{FILE}: tensor {name} holds NaN or infinity"
-
-
 def swap(tensor, words, name=NORM):
     return tensors(lambda content: content.update({name: tensor})), words
 
@@ -243,8 +238,6 @@ def put(content, words):
 
 
 @pytest.mark.parametrize("damage, words", [
-    spoil(NORM, math.nan), spoil("language_model.lm_head.weight", math.inf),
-    spoil("vision_model.class_embedding", -math.inf),
     *[swap(torch.ones(32).to(kind), f"{FILE}: tensor {NORM} has type {said}, not one of F64, F32")
       for kind, said in ((torch.int32, "I32"), (torch.uint8, "U8"), (torch.bool, "BOOL"),
                          (torch.float8_e4m3fn, "F8_E4M3"))],
@@ -273,13 +266,6 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "to_local", lambda parameter: parameter.data, raising=False)
 
 
-def test_what_one_rank_finds_all_raise(folder, model, one_rank, monkeypatch):
-    shard.read_slices(model, folder)
-    monkeypatch.setattr(shard, "gather", lambda mine: [*mine, "that of another rank"])
-    with pytest.raises(ValueError, match="another rank"):
-        shard.read_slices(model, folder)
-
-
 def test_nothing_is_allocated_for_weights_that_are_not_there(folder, monkeypatch):
     """Sizes of a terabyte, within all ranges: the headers of the files tell first."""
     sizes = dict(num_attention_heads=1024, num_key_value_heads=1024, head_dim=64, hidden_size=2**16,
@@ -287,10 +273,7 @@ def test_nothing_is_allocated_for_weights_that_are_not_there(folder, monkeypatch
     for name, value in sizes.items():
         edit(folder / "config.json", f"text_config.{name}", value)
     monkeypatch.setattr(Llama, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
-    with torch.device("meta"):
-        big = Llama(Config.from_pretrained(folder))
-    fill = lambda folder: shard.fill(big, folder, torch.device("cpu"))
-    assert "65536)" in refused(folder, fill) and "65536)" in refused(folder)
+    assert "65536)" in refused(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -358,10 +341,7 @@ def test_a_token_beyond_the_model(folder):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", G, "tokenizer_config.json", I])
 def test_files_of_other_kinds(folder, name):
-    """Too large to be read, though it takes no space; no text; a folder."""
-    with open(folder / name, "wb") as file:
-        file.truncate(2**40)
-    assert refused(folder).startswith(f"{name}: 1099511627776 bytes")
+    """No text; a folder."""
     (folder / name).write_bytes(b"\x80\x81")
     assert refused(folder).startswith(name)
     (folder / name).unlink()
