@@ -1,11 +1,10 @@
-"""Read the sizes of a model: config.json, checked as a whole before anything is built of it."""
-from dataclasses import dataclass, field, fields
+"""Read the sizes of a model: config.json."""
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.ranges import above, integer
-from llama.checks import (OBJECT, SPECIAL, SWITCH, TOKEN, Rule, below, check, equal, list_of, multiple,
-                          only)
-from llama.folders import read_json
+from llama.folders import check, read_json
+
+LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 
 def tile_layouts(max_tiles):
@@ -85,39 +84,24 @@ class Config:
 
     @classmethod
     def from_dict(cls, hf, file="config.json"):
-        """Turn a parsed config.json of model_type llama or mllama into a Config. Errors name `file`."""
-        mllama = hf.get("model_type") == "mllama"
-        check(file, TOP, hf, needed=["model_type", *["text_config", "vision_config"] * mllama])
-        text, where = (hf["text_config"], "text_config.") if mllama else (hf, "")
-        check(file, TEXT, text, where, needed=NEEDED)
+        """Turn a parsed config.json into a Config. ValueError, which names `file`, for that of a model which
+        model.py does not know. Whether the sizes fit together, the tensors will tell."""
+        kind = hf.get("model_type", "")
+        check(file, {"model_type": kind}, {"model_type": ["llama", "mllama"]})
+        check(file, hf, {"quantization_config": ["none"]})
+        text = hf["text_config"] if kind == "mllama" else hf
+        check(file, text, {"hidden_act": ["silu"]})
         heads = text["num_attention_heads"]
-        if mllama:
-            token = hf.get("image_token_index")
+        sizes = {"num_key_value_heads": heads, "head_dim": text["hidden_size"] // heads}
+        if kind == "mllama":
             defaults = {"rope_theta": 500000.0, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
-            fixed = {"image_token_id": 128256 if token is None else token,
-                     "vision": read_vision(hf["vision_config"], file, "vision_config."),
+            fixed = {"image_token_id": hf.get("image_token_index") or 128256,
+                     "vision": VisionConfig(**given(VisionConfig, hf["vision_config"])),
                      "tie_word_embeddings": False}             # the head has fewer rows than the embedding
         else:
             defaults = {"rope_theta": 10000.0}
             fixed = {"image_token_id": None, "vision": None, "cross_attention_layers": []}
-        sizes = {"num_key_value_heads": heads, "head_dim": text["hidden_size"] // heads}
-        values = defaults | sizes | given(cls, text) | read_rope(text, file, where) | fixed
-        config = cls(**values)
-
-        layers = config.num_hidden_layers
-        check(file, {
-            "num_attention_heads": multiple(config.num_key_value_heads, "num_key_value_heads"),
-            "head_dim": integer(2, 128, step=2),
-            "cross_attention_layers": Rule(
-                f"different numbers below num_hidden_layers = {layers}, one at least, and not all of them",
-                lambda v: not mllama or 0 < len(v) == len({*v}) < layers and max(v) < layers),
-        }, values, where)
-        if mllama or text.get("head_dim") is None:
-            size = equal(heads * config.head_dim, "num_attention_heads * head_dim")
-            check(file, {"hidden_size": size}, text, where)
-        row = below(config.embedding_rows, "vocab_size + 8")
-        check(file, {"image_token_index": row}, {"image_token_index": config.image_token_id})
-        return config
+        return cls(**defaults | sizes | given(cls, text) | read_rope(text, file) | fixed)
 
     def to_dict(self):
         """Lay out config.json as in the released checkpoints, for `from_dict` and transformers."""
@@ -135,57 +119,10 @@ def given(cls, values):
     return {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
 
 
-def read_rope(text, file, where):
+def read_rope(text, file):
     """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before it)."""
-    key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-    rope, where = text.get(key) or {}, f"{where}{key}."
-    kind, scaling = rope.get("rope_type") or rope.get("type") or "default", None
-    check(file, ROPE, rope | {"rope_type": kind}, where)
-    if kind == "llama3":
-        check(file, LLAMA3_ROPE, rope, where, needed=LLAMA3_ROPE)
-        check(file, {"high_freq_factor": above(rope["low_freq_factor"])}, rope, where)
-        scaling = {"rope_type": kind, **{name: rope[name] for name in LLAMA3_ROPE}}
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    check(file, {"rope_type": kind}, {"rope_type": ["default", "llama3"]})
+    scaling = {"rope_type": kind, **{name: rope[name] for name in LLAMA3_ROPE}} if kind == "llama3" else None
     return given(Config, {"rope_theta": rope.get("rope_theta")}) | {"rope_scaling": scaling}
-
-
-def read_vision(values, file, where):
-    """Read the sizes of mllama's image encoder."""
-    check(file, VISION, values, where)
-    vision = VisionConfig(**given(VisionConfig, values))
-    heads, layers = vision.attention_heads, vision.num_hidden_layers
-    check(file, {
-        "hidden_size": Rule(f"a multiple of attention_heads = {heads}, at most 128 times as large",
-                            lambda v: v in range(heads, 128 * heads + 1, heads)),
-        "image_size": multiple(vision.patch_size, "patch_size"),
-        "intermediate_layers_indices": Rule(           # transformers goes by their order, Meta does not
-            f"ascending numbers up to num_hidden_layers = {layers}, one at least",
-            lambda v: v and v == sorted({*v}) and v[-1] <= layers),
-        "supported_aspect_ratios": Rule(
-            f"all [rows, columns] of at most max_num_tiles = {vision.max_num_tiles} tiles, in order",
-            lambda v: v == tile_layouts(vision.max_num_tiles)),
-        "vision_output_dim": only(vision.output_size),
-    }, values | vars(vision), where)
-    return vision
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What config.json may hold. Limits lie far beyond any Llama; they keep a broken file from filling memory.
-
-
-def rules(cls, **others):
-    """Make rules for the fields of a dataclass by their types, and for the others."""
-    kinds = {int: integer(1, 2**20), bool: SWITCH, float: above(0), list: list_of(integer(0, 1000))}
-    return {part.name: kinds[part.type] for part in fields(cls) if part.type in kinds} | others
-
-
-NEEDED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-TOP = SPECIAL | {"model_type": only("llama", "mllama"), "image_token_index": TOKEN,
-                 "text_config": OBJECT, "vision_config": OBJECT,
-                 "quantization_config": Rule("none: quantized weights are not supported", lambda v: False)}
-TEXT = SPECIAL | rules(Config, rope_scaling=OBJECT, rope_parameters=OBJECT, hidden_act=only("silu"),
-                       attention_bias=only(False), mlp_bias=only(False))
-ROPE = {"rope_type": only("default", "llama3"), "rope_theta": above(0)}
-LLAMA3_ROPE = dict.fromkeys(
-    ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), above(0))
-VISION = rules(VisionConfig, num_channels=only(3), max_num_tiles=integer(1, 64),
-               supported_aspect_ratios=list_of(list_of(TOKEN)), hidden_act=only("gelu"))

@@ -8,8 +8,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llama.checks import OBJECT
-
 WEIGHTS = "model.safetensors"
 FLOATS = "F64, F32, F16, BF16"
 
@@ -52,9 +50,18 @@ def read_json(folder, name, optional=False):
         values = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not OBJECT.holds(values):
+    if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values
+
+
+def check(file, values, allowed, prefix=""):
+    """Hold the values of a JSON object to those that are `allowed`, {name: [value, ...]}; ValueError, on one
+    line, for another. null counts as absent; other names pass."""
+    for name, known in allowed.items():
+        value = values.get(name)
+        if value is not None and value not in known:
+            raise ValueError(f"{file}: {prefix + name:.80} = {value!r:.80}: expected one of {known}")
 
 
 def write_file(folder, name, content):

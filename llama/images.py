@@ -6,23 +6,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness.ranges import above, inside, integer
-from llama.checks import Rule, list_of, only
 from llama.config import tile_layouts
 
-# preprocessor_config.json: what is not said there, and what may be.
+# What preprocessor_config.json does not say.
 DEFAULTS = {"image_processor_type": "MllamaImageProcessor",
             "do_convert_rgb": True, "do_resize": True, "do_pad": True,
             "size": {"height": 224, "width": 224}, "max_image_tiles": 4, "resample": 2,
             "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-PIXELS = integer(1, 4096)
-SQUARE = Rule('{"height": n, "width": n}, n from 1 to 4096',
-              lambda v: type(v) is dict and PIXELS.holds(v.get("height")) and v["height"] == v.get("width"))
-RULES = {"size": SQUARE, "max_image_tiles": integer(1, 64), "resample": integer(0, 5),
-         **dict.fromkeys(["do_resize", "do_pad", "do_rescale", "do_normalize"], only(True)),
-         "rescale_factor": above(0), "image_std": list_of(above(0), 3),
-         "image_mean": list_of(inside(-1e6, 1e6), 3)}
 
 
 @dataclass

@@ -1,8 +1,6 @@
 """Broken folders: one line, which begins with the file's path, says what is wrong. Nothing else is raised."""
 
-import itertools
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -58,109 +56,42 @@ def refused(folder, load=read):
 # ------------------------------------------------------------------------------------------------------------
 # Values of JSON files
 
-REFUSED = """
-config.json | text_config.rms_norm_eps                 | 0, NaN, "1e-5", true
-config.json | text_config.rope_theta                   | 0, -1.0, Infinity, NaN, "10000", [1]
-config.json | text_config.rope_scaling                 | "llama3", [1], 5
-config.json | text_config.rope_parameters              | 5, "x"
-config.json | text_config.tie_word_embeddings          | "yes", 0
-config.json | text_config.hidden_act                   | "gelu", 1
-config.json | text_config.attention_bias               | true, 0
-config.json | text_config.mlp_bias                     | 1, "no"
-config.json | text_config.bos_token_id                 | [1], "1", -1
-config.json | text_config.eos_token_id                 | "2", [1, "2"], -1, true, {}, [[1]], 1.5
-config.json | text_config.pad_token_id                 | 1.0, [4], -1
-config.json | text_config.cross_attention_layers       | 1, [3], [-1], [1, 1], [0, 1, 2], [], LONG
-config.json | text_config.cross_attention_layers       | ["1"], [1.0], [true], {}, [1000000000000000]
-config.json | text_config.vocab_size                   | 1048577
-config.json | text_config.hidden_size                  | 34
-config.json | text_config.head_dim                     | 129, 7
-config.json | vision_config.num_global_layers          | -1, "1", 1000000000
-config.json | vision_config.num_channels               | 1, 4, "3"
-config.json | vision_config.norm_eps                   | NaN, 0
-config.json | vision_config.hidden_act                 | "relu"
-config.json | vision_config.vision_output_dim          | 33, "32", 0
-config.json | vision_config.image_size                 | 57
-config.json | vision_config.intermediate_layers_indices | [], [2], [1, 1], [1, 0], "1", [-1], [0.5]
-config.json | vision_config.intermediate_layers_indices | LONG
-config.json | vision_config.supported_aspect_ratios    | [1, 2], [[1, 1, 1]], "all", [[1, "1"]], []
-config.json | vision_config.supported_aspect_ratios    | [[1, 1], [1, 2], [1, 3], [1, 4]]
-config.json | image_token_index                        | -1, "1024", 1032, true
-config.json | text_config                              | [], 1
-config.json | vision_config                            | "big", []
-config.json | model_type                               | "qwen2", 5, ["llama"]
-config.json | quantization_config                      | {"quant_method": "gptq"}, "fp8"
-generation_config.json | eos_token_id | "2", true, 1.5, [[1]], [null], {}, -1
-generation_config.json | bos_token_id | "0", [0]
-generation_config.json | pad_token_id | "2", [4], -1, 0.0, 1032, 1000000000
-preprocessor_config.json | size | 56, "56", [56, 56], {}, {"height": 56}, {"width": 56}
-preprocessor_config.json | size | {"height": 56, "width": 28}, {"height": 0, "width": 0}
-preprocessor_config.json | size | {"height": 56.0, "width": 56.0}, {"shortest_edge": 56}
-preprocessor_config.json | size | {"height": 1000000, "width": 1000000}
-preprocessor_config.json | size | {"height": true, "width": true}
-preprocessor_config.json | max_image_tiles | 0, -1, "4", 4.0, 3, 1000000, true
-preprocessor_config.json | image_std | [0.5, 0, 0.5], [0.5], 0.5, [1, 1, -1], ["1", 1, 1]
-preprocessor_config.json | image_std | [NaN, NaN, NaN]
-preprocessor_config.json | image_mean | [0.5, 0.5, 0.5, 0.5], 0.5, [null, null, null]
-preprocessor_config.json | image_mean | [NaN, NaN, NaN], [Infinity, Infinity, Infinity]
-preprocessor_config.json | resample | "bilinear", 9, true
-preprocessor_config.json | rescale_factor | 0, "1/255", NaN
-preprocessor_config.json | do_resize | false, 1
-preprocessor_config.json | do_pad | false
-preprocessor_config.json | do_normalize | "no", 0
-""".replace("LONG", str([1] * 99))
-NEEDED = [f"text_config.{name}" for name in
-          "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()]
-SIZES = NEEDED + """text_config.num_key_value_heads text_config.head_dim text_config.max_position_embeddings
-vision_config.hidden_size vision_config.intermediate_size vision_config.num_hidden_layers
-vision_config.attention_heads vision_config.image_size vision_config.patch_size
-vision_config.max_num_tiles""".split()
-NO_SIZE = '0, -4, "32", true, 1.5, [32], {}, 10000000000'
-
-
-@pytest.mark.parametrize("file, name, values",
-                         rows(REFUSED) + [("config.json", name, NO_SIZE) for name in SIZES])
+@pytest.mark.parametrize("file, name, values", rows("""
+config.json | text_config.rope_scaling.rope_type | "yarn", "linear"
+config.json | text_config.hidden_act     | "gelu", 1
+config.json | model_type                 | "qwen2", 5, ["llama"], ""
+config.json | quantization_config        | {"quant_method": "gptq"}, "fp8"
+preprocessor_config.json | size | 56, [56, 56], {}, {"height": 56, "width": 28}, {"shortest_edge": 56}
+preprocessor_config.json | max_image_tiles | 0, "4", 3
+"""))
 def test_values_that_are_refused(folder, file, name, values):
     original = (folder / file).read_text(encoding="utf-8")
+    edit(folder / "config.json", "text_config.rope_scaling", ROPE)
     for value in json.loads(f"[{values}]"):
-        (folder / file).write_text(original, encoding="utf-8")
         edit(folder / file, name, value)
-        assert refused(folder).startswith(f"{file}: {name} = {value!r:.80}: expected ")
+        assert refused(folder).startswith(f"{file}: {name.split('.')[-1]} = {value!r:.80}: expected one of ")
+        (folder / file).write_text(original, encoding="utf-8")
+        edit(folder / "config.json", "text_config.rope_scaling", ROPE)
+
+
+def test_the_settings_of_a_run_are_no_model(folder):
+    (folder / "config.json").write_text('{"task": "gp-l"}', encoding="utf-8")
+    assert refused(folder).startswith("config.json: model_type = '': expected one of ['llama', 'mllama']")
 
 
 @pytest.mark.parametrize("name, value, blamed", rows("""
-text_config.num_attention_heads | 6 | text_config.hidden_size = 32: expected num_attention_heads * head_dim
-text_config.num_key_value_heads | 8 | text_config.num_attention_heads = 4: expected a multiple of num_key
-text_config.head_dim | 16 | text_config.hidden_size = 32: expected num_attention_heads * head_dim = 64
-text_config.num_hidden_layers | 1 | text_config.cross_attention_layers = [1]: expected different numbers below
-text_config.cross_attention_layers | null | text_config.cross_attention_layers = [3, 8, 13, 18, 23, 28, 33,
-vision_config.attention_heads | 3 | vision_config.hidden_size = 16: expected a multiple of attention_heads = 3
-vision_config.hidden_size | 258 | vision_config.hidden_size = 258: expected a multiple of attention_heads = 2
-vision_config.patch_size | 15 | vision_config.image_size = 56: expected a multiple of patch_size = 15
-vision_config.max_num_tiles | 2 | vision_config.supported_aspect_ratios = [[
-image_token_index | 1025 | tokenizer.json: token <|image|> = 1024: expected image_token_index = 1025"""))
+text_config.num_attention_heads | 6 | model.safetensors: tensor
+text_config.num_hidden_layers | 1 | model.safetensors: tensor
+vision_config.patch_size | 28 | model.safetensors: tensor vision_model
+image_token_index | 1025 | tokenizer.json: token <|image|> = 1024: expected one of [1025]"""))
 def test_values_that_do_not_go_together(folder, name, value, blamed):
     edit(folder / "config.json", name, json.loads(value))
-    assert refused(folder).removeprefix("config.json: ").startswith(blamed)
-
-
-@pytest.mark.parametrize("value", [..., None])
-@pytest.mark.parametrize("name", [*NEEDED, "text_config", "vision_config", "model_type"])
-def test_what_config_json_must_hold(folder, name, value):
-    edit(folder / "config.json", name, value)
-    assert refused(folder).startswith(f"config.json: {name} is missing: expected")
+    assert refused(folder).startswith(blamed)
 
 
 @pytest.mark.parametrize("key", ["text_config.rope_scaling", "text_config.rope_parameters"])
 def test_llama3_rope(folder, key):
-    file = folder / "config.json"
-    for name in ROPE:
-        values = [-1, "yarn", True, math.nan, math.inf] + [0, [], None] * (name != "rope_type")
-        for value in values + [1.0, 0.5] * (name == "high_freq_factor"):
-            edit(file, key, ROPE | {name: value})
-            said = "is missing" if value is None else f"= {value!r}"
-            assert refused(folder).startswith(f"config.json: {key}.{name} {said}: expected")
-    edit(file, key, ROPE)
+    edit(folder / "config.json", key, ROPE)
     assert Config.from_pretrained(folder).rope_scaling == ROPE
 
 
@@ -173,35 +104,6 @@ def test_what_may_be_left_out_or_changed(folder):
     read(folder)
     edit(folder / "config.json", "text_config.intermediate_size", 50)
     assert "expected (50, 32)" in refused(folder) or "expected (32, 50)" in refused(folder)
-
-
-def test_any_value_anywhere_in_config_json(folder):
-    """Build a model of all that the rules let through. A text model's names have no prefix."""
-    mllama = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    llama = mllama["text_config"] | {"model_type": "llama", "rope_scaling": ROPE, "vision": 1}
-    values = json.loads('[null, true, -1, 0, 1, 7, 1.5, NaN, "x\\ny", [], [0], [[1]], {}, {"a": 1}, 9999999]')
-    accepted = 0
-    for base in (mllama, llama):
-        for (parent, key), value in itertools.product(list(places(base)), [*values, 10**400]):
-            original, parent[key] = parent[key], value
-            try:
-                config = Config.from_dict(base, "m/config.json")
-            except ValueError as error:
-                assert str(error).startswith("m/config.json: ") and "\n" not in str(error)
-            else:
-                with torch.device("meta"):
-                    Llama(config)
-                accepted += 1
-            parent[key] = original
-    assert accepted > 100
-
-
-def places(parent):
-    """Yield (parent, key) of all values in a dict or a list, and in those within it."""
-    for key, inner in list(parent.items() if isinstance(parent, dict) else enumerate(parent)):
-        yield parent, key
-        if isinstance(inner, (dict, list)):
-            yield from places(inner)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -267,7 +169,7 @@ def one_rank(monkeypatch):
 
 
 def test_nothing_is_allocated_for_weights_that_are_not_there(folder, monkeypatch):
-    """Sizes of a terabyte, within all ranges: the headers of the files tell first."""
+    """Sizes of a terabyte: the headers of the files tell first."""
     sizes = dict(num_attention_heads=1024, num_key_value_heads=1024, head_dim=64, hidden_size=2**16,
                  intermediate_size=2**18)
     for name, value in sizes.items():
@@ -291,11 +193,8 @@ tokenizer.json | {} | tokenizer.json: not a tokenizer
 tokenizer.json | [1 | tokenizer.json: not a tokenizer
 tokenizer.json |  | tokenizer.json: not a tokenizer
 tokenizer.json | {"version": "1.0"} | tokenizer.json: not a tokenizer
-preprocessor_config.json | {} | preprocessor_config.json: size = 224: expected image_size = 56
-preprocessor_config.json | {"size": {"height": 28, "width": 28}} | preprocessor_config.json: size = 28: exp
-processor_config.json | {"image_processor": 5} | processor_config.json: image_processor = 5: expected
-processor_config.json | {"image_processor": {"size": 5}} | processor_config.json: image_processor.size = 5: 
-processor_config.json | {"image_processor": {}} | preprocessor_config.json: size = 224: expected
+preprocessor_config.json | {} | preprocessor_config.json: size = {'height': 224, 'width': 224}: expected
+processor_config.json | {"image_processor": {"size": 5}} | preprocessor_config.json: size = 5: expected one of
 """), ids=lambda cell: cell[:60])
 def test_contents_of_files(folder, name, content, words):
     (folder / name).write_text(content, encoding="utf-8")
@@ -308,7 +207,6 @@ tokenizer.json | "<|eot_id|>" | "<|end|>" | tokenizer.json: token <|eot_id|> is 
 tokenizer.json | "<|begin_of_text|>" | "<s>" | tokenizer.json: token <|begin_of_text|> is absent
 tokenizer.json | "<|end_of_text|>" | "<|im_start|>" | tokenizer.json: token <|im_end|> is absent
 tokenizer.json | "<|image|>" | "<|picture|>" | preprocessor_config.json: this checkpoint takes no images
-preprocessor_config.json | "size" | "size_of_tiles" | preprocessor_config.json: size = 224: expected
 """))
 def test_words_of_files(folder, name, old, new, words):
     text = (folder / name).read_text(encoding="utf-8")
@@ -336,7 +234,7 @@ def test_what_is_needed_for_a_task(folder):
 
 def test_a_token_beyond_the_model(folder):
     add(folder, special=False)
-    assert refused(folder).startswith("tokenizer.json: token late = 1025: expected a number below vocab_size")
+    assert refused(folder).startswith("tokenizer.json: token late = 1025: expected one of range(0, 1024)")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", G, "tokenizer_config.json", I])
