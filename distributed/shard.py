@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from distributed.checkpoint import is_checkpoint, load_policy, rows
+from distributed.checkpoint import is_checkpoint, load_policy, local, rows
 from llama.folders import read_weights
 from model import CrossLayer, Llama, SelfLayer, VisionLayer
 
@@ -76,11 +76,11 @@ def fill(llama, folder, device):
 
 @torch.no_grad()
 def read_slices(llama, folder):
-    """Fill a sharded Llama from a Hugging Face folder; a rank reads its own rows only. Errors are those of
-    Llama.from_pretrained."""
+    """Fill a Llama, sharded or whole, from a Hugging Face folder; a rank reads its own rows only. Errors are
+    those of Llama.from_pretrained."""
     weights = dict(llama.named_parameters())
     for name, tensor in read_weights(folder, llama, rows):
-        weights[name].to_local().copy_(tensor)
+        local(weights[name]).copy_(tensor)
 
 
 def checkpoint_activations(module):

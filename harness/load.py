@@ -69,11 +69,9 @@ def load(args, processes, folder, resumed=None):
             raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's "
                             "final/, in which they are merged")
         choose_what_learns(model, SimpleNamespace(**trained))
-    if args.shard == "off" and checkpoint.is_checkpoint(folder):
+    if args.shard == "off":
         shard.fill(model, None if resumed else folder, processes.device)
         lora.merge(model)
-    elif args.shard == "off":
-        model = Llama.from_pretrained(folder, device=processes.device, dtype=torch.float32)
     processor = Processor.from_pretrained(folder, model.config, images=args.image)
     return model, processor, None if resumed else folder
 

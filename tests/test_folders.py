@@ -153,19 +153,12 @@ def put(content, words):
     (rename("a.safetensors"), "expected model.safetensors, or shards"),
     (rename("model-1.safetensors", "model-2.safetensors"), "is unexpected, or a second one"),
     (lambda folder: shutil.rmtree(folder), "config.json: not found; expected a Hugging Face folder")])
-def test_weights(folder, model, damage, words, one_rank):
-    """Read a whole model, and one in slices."""
+def test_weights(folder, model, damage, words):
+    """Read into a new model, and into one that is there."""
     damage(folder)
     assert words in refused(folder)
     if folder.exists():
         assert words in refused(folder, lambda folder: shard.read_slices(model, folder))
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
-    """As if sharded, on one rank, where everything is its own."""
-    monkeypatch.setattr(shard, "rows", lambda parameter: slice(0, len(parameter)))
-    monkeypatch.setattr(torch.nn.Parameter, "to_local", lambda parameter: parameter.data, raising=False)
 
 
 def test_nothing_is_allocated_for_weights_that_are_not_there(folder, monkeypatch):
