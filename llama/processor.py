@@ -69,8 +69,6 @@ class Processor:
         generation_config.json and tokenizer_config.json; and {name: bytes} of the files that are KEPT."""
         tokenizer.no_truncation()                              # settings of whoever saved tokenizer.json
         tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None):          # another one: merges at random
-            tokenizer.model.dropout = None
         self.id_of, self.tokenizer, self.kept = tokenizer.token_to_id, tokenizer, kept or {}
         found = [token for token in (*LLAMA3, *CHATML, IMAGE) if self.id_of(token) is not None]
         tokenizer.add_special_tokens(found)                    # where the file forgot to call them special

@@ -189,7 +189,6 @@ padding | {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of"
 "pad_type_id": 0, "pad_token": "[PAD]"}
 padding | {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 0, \
 "pad_type_id": 0, "pad_token": "<|eot_id|>"}
-model.dropout | 0.9
 post_processor | {"type": "TemplateProcessing", \
 "single": [{"SpecialToken": {"id": "<|eot_id|>", "type_id": 0}}, \
 {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, \
@@ -201,7 +200,7 @@ def test_what_a_caller_left_in_the_tokenizer(gp, saved, name, value):
     edit(gp / "tokenizer.json", name, json.loads(value))
     assert Processor.from_pretrained(gp).render(CHATS[2]).ids == expected
     found = json.loads((saved() / "tokenizer.json").read_text(encoding="utf-8"))
-    assert found["truncation"] is found["padding"] is found["model"]["dropout"] is None
+    assert found["truncation"] is found["padding"] is None
     assert Processor.from_pretrained(saved()).render(CHATS[2]).ids == expected
 
 
