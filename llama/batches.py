@@ -98,19 +98,25 @@ def collate(processor, trees):
     return Batch(input_ids, lengths, targets, count, images, shapes)
 
 
-def bucket(lengths, token_budget, extra=None):
-    """Group rows alike in length -> lists of indices.
+def row_length(tree):
+    """Return how many tokens the row of a tree has."""
+    stem, branches = tree_sizes(tree)
+    return stem + sum(branches)
 
-    Of a group, rows x longest, and `extra` of each (its image, in tokens), come to at most token_budget.
-    A row beyond it is a group of its own.
+
+def bucket(trees, token_budget, image_cost):
+    """Group trees alike in length -> lists of trees.
+
+    Of a group, rows x longest, and image_cost(tree) of each, in tokens, come to at most token_budget. A tree
+    beyond it is a group of its own.
     """
-    groups, extra = [[]], extra or [0] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        rows = [*groups[-1], i]
-        if len(rows) * lengths[i] + sum(extra[j] for j in rows) <= token_budget:
+    groups = [[]]
+    for tree in sorted(trees, key=row_length):
+        rows = [*groups[-1], tree]
+        if len(rows) * row_length(tree) + sum(map(image_cost, rows)) <= token_budget:
             groups[-1] = rows
         else:
-            groups.append([i])
+            groups.append([tree])
     return list(filter(None, groups))
 
 
@@ -139,9 +145,7 @@ def passes(model, processor, trees, token_budget, ranks, filler=None):
     filler = filler or trees[0][0]
     filler = replace(filler, sampled=[False] * len(filler.ids), turns=[])
     trees = [part for tree in trees for part in split_tree(tree, token_budget - image_cost(tree))]
-    sizes = [stem + sum(branches) for stem, branches in map(tree_sizes, trees)]
-    groups = bucket(sizes, token_budget, [image_cost(tree) for tree in trees])
-    for group, weight in ranks.lockstep([[trees[i] for i in group] for group in groups], [[filler]]):
+    for group, weight in ranks.lockstep(bucket(trees, token_budget, image_cost), [[filler]]):
         yield sum(group, []), collate(processor, group).to(ranks.device), weight
 
 

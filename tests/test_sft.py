@@ -13,7 +13,7 @@ import train
 from distributed.processes import Processes
 from envs import GeneralPoints
 from harness.progress import describe
-from llama.batches import bucket, collate
+from llama.batches import bucket, collate, row_length
 from rollout import Conversation, Episode, Turn
 from tables import cases, numbers
 from test_ppo import GAMES, gradients_of, in_text_and_pictures, learner, settings
@@ -68,10 +68,10 @@ def test_collate_aligns_targets(processor):
 
 
 def test_bucket_covers_all_within_the_budget():
-    lengths = [7, 300, 12, 90, 90, 15, 1, 44]
-    groups = bucket(lengths, 100)
-    assert sorted(sum(groups, [])) == list(range(8)) and len(groups) < 8
-    assert all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 100 for group in groups)
+    trees = [[Conversation([0] * (n + 1), [False] + n * [True])] for n in (7, 300, 12, 90, 90, 15, 1, 44)]
+    groups = bucket(trees, 100, image_cost=lambda tree: 0)
+    assert sorted(map(row_length, sum(groups, []))) == sorted(map(row_length, trees)) and len(groups) < 8
+    assert all(len(group) == 1 or len(group) * max(map(row_length, group)) <= 100 for group in groups)
 
 
 # ------------------------------------------------------------------------------------------------------------
