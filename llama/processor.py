@@ -74,8 +74,7 @@ class Processor:
         tokenizer.add_special_tokens(found)                    # where the file forgot to call them special
         tokenizer.encode_special_tokens = True                 # "<|eot_id|>" in a text is encoded as text
         self.special_ids = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.image_config = None if image_config is None else pictures.DEFAULTS | {
-            name: value for name, value in image_config.items() if value is not None}
+        self.image_config = None if image_config is None else pictures.DEFAULTS | image_config
         self.generation_config, self.tokenizer_config = generation_config or {}, tokenizer_config or {}
 
         self.chatml = CHATML[0] in found

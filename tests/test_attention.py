@@ -124,13 +124,6 @@ def test_against_float64(case):
 
 
 @both
-@cases("sizes", ["2 5 0 2 1 16", "2 0 5 2 1 16", "0 5 5 2 1 16"])
-def test_no_rows_queries_or_keys_give_zeros(sizes):
-    inputs, grad = problem(*map(int, sizes.split()))
-    assert_equal(run(inputs, grad, causal=True), [torch.zeros_like(x) for x in (grad, *inputs)])
-
-
-@both
 def test_large_scores():
     """Scores of hundreds: a softmax without its maximum would overflow."""
     inputs, grad = problem(1, 20, 20, 2, 1, 16)
