@@ -117,7 +117,7 @@ class Checkpoints:
         """Return the newest checkpoint, or None."""
         return (self.complete() or [None])[-1]
 
-    def save(self, step, tensors, record, write_rest=lambda folder: None):
+    def save(self, step, tensors, record, write_rest):
         """Begin to save, once the one before is finished. record: JSON; write_rest(folder): other files."""
         self.finish()
         copies = on_host(tensors, self.rank == 0)

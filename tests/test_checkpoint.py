@@ -51,7 +51,7 @@ def test_old_ones_go(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     module, optimizers = learner(1)
     for step in range(4):
-        checkpoints.save(step, tensors_of(module, optimizers), {})
+        checkpoints.save(step, tensors_of(module, optimizers), {}, lambda folder: None)
     checkpoints.finish()
     assert [path.name for path in checkpoints.complete()] == ["step_000002", "step_000003"]
     assert not list(tmp_path.glob(".*"))
@@ -59,7 +59,7 @@ def test_old_ones_go(tmp_path):
 
 def test_one_of_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, tensors_of(*learner(1)), {})
+    checkpoints.save(1, tensors_of(*learner(1)), {}, lambda folder: None)
     checkpoints.finish()
     [path] = checkpoints.complete()
     deeper, optimizers = learner(0)
