@@ -1,5 +1,4 @@
-"""Estimate what a run needs before it starts: memory per rank, and the FLOPs of a PPO update beside those of
-the released code.
+"""Estimate what a run needs before it starts: memory per rank.
 
     python -m study.plan --gpus 8 --task gp-vl --algo ppo --model Llama-3.2-11B-Vision
 
@@ -11,11 +10,10 @@ import json
 import math
 import weakref
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product, zip_longest
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from unittest import mock
 
@@ -27,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import model
 import ppo
 from distributed import shard
-from harness import flops, ranges, tiny
+from harness import ranges, tiny
 from harness.check import attempt, settle
 from harness.load import choose_what_learns
 from harness.settings import parse, spelled
@@ -42,7 +40,6 @@ from llama.images import Images
 from llama.processor import Processor
 from rollout import Conversation
 from study.tables import markdown
-from variants import algorithm
 from variants.tune import vision_frozen
 
 aten = torch.ops.aten
@@ -236,19 +233,15 @@ class Sizes:
     targets: int            # tokens that are scored of each
 
 
-def recorded():
-    """Return {set: episodes}, token counts of real ones: an episode is a list of conversations, a
-    conversation [forced, drawn, forced, ...].
+def sizes_of(config, args, gpus):
+    """Take the lengths from episodes.json: {task: episodes}, token counts of real ones. An episode is a list
+    of conversations, a conversation [forced, drawn, forced, ...].
 
     The tiny model played them at temperature 0.2 on its training rule (gp-vl: its init; the others: its
-    foundation) and, where the set's name says so, on the other rule. Counted with Llama 3's own tokenizer
-    (npm's llama3-tokenizer-js 1.2.0).
+    foundation). Counted with Llama 3's own tokenizer (npm's llama3-tokenizer-js 1.2.0).
     """
-    return json.loads((HERE / "episodes.json").read_text(encoding="utf-8"))
-
-
-def sizes_of(config, args, gpus):
-    episodes, new = recorded()[args.task], args.max_new_tokens
+    recorded, new = json.loads((HERE / "episodes.json").read_text(encoding="utf-8")), args.max_new_tokens
+    episodes = recorded[args.task]
     conversations = sum(episodes, [])
     prompts, shortest = [c[0] for c in conversations], min(c[0] + c[1] for c in conversations)
     reply = max((n for c in conversations for n in c[2::2]), default=0)
@@ -294,36 +287,6 @@ def memory(config, args, gpus):
     # Adam divides one moment by the root of the other, for all weights at once.
     phases["optimizer step"] = learning | {"temporaries of the step": max(learnt, several * 4 * root)}
     return sizes, phases
-
-
-# ------------------------------------------------------------------------------------------------------------
-# FLOPs of a PPO update
-
-def recorded_trees(episodes, samples):
-    """Take every `samples` episodes in a row for those of a hand -> lists of the conversations that they have
-    at the same place: trees (llama/batches.py), with the prompt of the first."""
-    hands = [episodes[i:i + samples] for i in range(0, len(episodes), samples)]
-    trees = [list(filter(None, tree)) for hand in hands for tree in zip_longest(*hand)]
-    return [[[tree[0][0], *c[1:]] for c in tree] for tree in trees]
-
-
-def schedule(config, args, trees, released=False):
-    """Return the FLOPs of (rollout, scoring, update), by part: as this project does them, or as the released
-    code does (PAPER's sections 4 and 8): every turn is a sequence of its own, with all that went before and
-    the image: prefilled to answer, passed again for log-probs and value, and trained on in every epoch.
-
-    Same model code, same answers; its sixth, never judged answer and its logits of prompt tokens are left out
-    in its favour.
-    """
-    if released:
-        trees = [[[sum(c[:k]), c[k]]] for c in chain(*trees) for k in range(1, len(c), 2)]
-        args = replace(args, critic="shared", advantage="gae")
-    module, made = make_module(config, args), [[blank(config, c, args.image) for c in tree] for tree in trees]
-    seen = flops.passed(config, made, cached=True)
-    known = flops.passed(config, made, encode=released or not module.policy.vision_frozen)
-    turns = sum(map(len, chain(*trees))) // 2
-    rollout, scoring, update = flops.of_ppo(args, module, algorithm(args)[0], seen, known, turns)
-    return rollout, rollout if released else scoring, update
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,22 +339,6 @@ def show(config, args, gpus, gpu_memory):
               "update is done")
 
 
-def flops_table(config, args):
-    """Write the FLOPs of one PPO update on each recorded set of the task, beside those of the released
-    schedule."""
-    rows, sets = [], [name for name in recorded() if name.split()[0] == args.task]
-    for tune, name in product(["all", "no-vision"] if args.image else ["all"], sets):
-        episodes = recorded()[name]
-        turns, trees = fmean(len(c) / 2 for c in chain(*episodes)), recorded_trees(episodes, args.samples)
-        ours, theirs = (
-            sum(part.total() for part in schedule(config, replace(args, tune=tune), trees, released)) / 1e15
-            for released in (False, True))
-        numbers = [f"{number:.2f}" for number in (turns, ours, theirs, theirs / ours)]
-        rows.append([f"{name}, {len(episodes)} episodes", tune, *numbers])
-    return markdown(["PFLOPs of one PPO update on", "--tune", "turns a conversation", "ours", "released",
-                     "times fewer than released"], rows)
-
-
 def main(argv=None):
     parser = ranges.command_line("python -m study.plan", __doc__, epilog="All other options: train.py --help")
     parser.add_argument("--gpus", type=ranges.integer(1, 10**5), default=8, help="ranks (default: 8)")
@@ -409,8 +356,6 @@ def main(argv=None):
     except ranges.SettingError as error:
         parser.error(str(error))
     show(config, args, own.gpus, own.gpu_memory)
-    if args.algo == "ppo":
-        print(f"\n{flops_table(config, args)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 and take it."""
 
 import copy
-import functools
 import gc
 from unittest import mock
 
@@ -203,24 +202,6 @@ def test_what_saves_memory_saves_it(medium, monkeypatch):
     assert kept() < 0.5 * fused
 
 
-def test_shared_prefixes_cost_once(medium):
-    """Of one turn the released schedule costs as much as ours, but for the pass that scores."""
-    args, one, four = settings("gp-vl", "ppo", critic="shared"), [[[100, 45]]], [[[100, *[45, 20] * 3, 45]]]
-    cost = functools.partial(plan.schedule, medium.config, args)
-    rollout, scored, update = cost(one)
-    assert cost(one, released=True) == (rollout, rollout, update) and {*+scored} == {"critic"}
-    ours, theirs = (sum(part.total() for part in cost(four, released)) for released in (False, True))
-    assert 2.5 * ours < theirs
-    # eight samples of a hand: its picture costs once, the text less
-    *_, eight = cost(plan.recorded_trees([[[100, 45]]] * 8, 8))
-    assert eight["vision"] == update["vision"] and eight["head"] == 8 * update["head"]
-    assert 0.39 < eight["text"] / (8 * update["text"]) < 0.42
-    args.critic = "separate"                   # scores without log-probs; is trained without them
-    _, scored, again = cost(one)
-    assert scored["text"] == rollout["text"] and again["text"] == 2 * update["text"]
-    assert scored["head"] == 0 and again["head"] == update["head"]
-
-
 def test_a_growing_cache_takes_one_layer_beside(medium):
     with plan.Bytes() as memory:
         cache = KVCache(medium.config, 4, "meta")
@@ -244,7 +225,7 @@ def test_the_built_in_model_has_the_released_sizes():
 
 
 @pytest.mark.parametrize("memory, words", [
-    ("80", ["fits", "self KV cache", "backward pass", "released"]),
+    ("80", ["fits", "self KV cache", "backward pass"]),
     ("0.05", ["does NOT fit", "--rollout-batch"])])
 def test_what_is_printed(memory, words, capsys):
     plan.main(f"--gpus 2 --gpu-memory {memory} --task gp-vl --hands 16 --eval-hands 8".split())
