@@ -1,6 +1,6 @@
 """The built-in tiny model: a Llama-Vision of 1.8 million weights, in ordinary Hugging Face folders.
 
-    python -m study.tiny gp-l                  # make its foundation anew
+    torchrun train.py --algo pretrain --model tiny --task gp-l      # make a foundation, as docs/tiny tells
 
 The paper's Llama comes to the game with arithmetic, with words and with eyes. A *foundation*, a folder per
 task in docs/tiny, stands for that: it has seen the game under many rules and looks. From it `prepare`
