@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels                               # on a GPU at the sizes of the 11B model
     python -m benchmarks.kernels --only decode logprob --json bench.json
-    python -m benchmarks.kernels --skip flex "naive compiled"      # what takes long to compile
 
 Every implementation must first agree with float64. Then they take turns, see benchmarks/measure.py. Preparing
 masks and compiling are not timed. A row of the table holds
@@ -121,8 +120,6 @@ def bench(case, ceilings, rounds, seconds):
         return attempt(row, lambda: milliseconds(case.prepare(way, args, upstream)))
 
     rows, turns, bound = {}, {}, BOUND[args[0].dtype]
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()                 # it gives up on functions that it compiled for too many shapes
     for name, way in case.ways.items():
         row = rows[name] = dict(case=case.name, part=case.part, implementation=name)
         allowed = bound + (case.terms * 2**-24 if name == "naive" else 0)
@@ -169,7 +166,6 @@ def main(argv=None):
                         help=f"cases by name or first word. On a GPU: {', '.join(LARGE)}. "
                              f"On a CPU: {', '.join(SMALL)}; "
                              f"vocabulary-128k takes minutes and runs only when named")
-    parser.add_argument("--skip", nargs="+", metavar="NAME", default=[], help="implementations to leave out")
     parser.add_argument("--seconds", type=above(0), default=2, help="for each part of a case (default: 2)")
     parser.add_argument("--json", type=FILE, metavar="FILE",
                         help="write all numbers there, with hardware, versions and commit")
@@ -190,7 +186,6 @@ def main(argv=None):
     for name in dict.fromkeys(sum(called.values(), [])) or usual:
         build = logprob_cases if len(sizes[name]) == 3 else attention_cases
         for case in build(name, sizes[name], dtype):
-            case.ways = {name: way for name, way in case.ways.items() if name not in args.skip}
             rounds = (3, 0) if args.quick else (50, args.seconds)
             result["rows"] += bench(case, result["ceilings"], *rounds)
     save(args.json, result)

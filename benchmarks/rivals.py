@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import DEVICE, GPU
+from benchmarks.measure import DEVICE
 from kernels.attention import attention
 from kernels.logprob import token_logprobs
 from kernels.visible import Visible
@@ -142,8 +142,6 @@ def logprob_cases(name, sizes, dtype):
     learnt = (x.to(dtype).requires_grad_() for x in (hidden, weight))
     inputs = (*learnt, targets, *torch.randn(2 * entropy, N, **random)), None
     ways = {"naive": naive_loss, "ours": our_loss}
-    if GPU:
-        ways["naive compiled"] = torch.compile(naive_loss, dynamic=False)
     if not entropy:
         # cut-cross-entropy leaves out small gradients unless told not to
         ways |= {"torch chunks": torch_chunks, "liger": liger, "cut-cross-entropy": cut_cross_entropy,
@@ -213,22 +211,10 @@ def sdpa(q, k, v, backend, mask=None):
     return out.transpose(1, 2)
 
 
-def flex(masks, B, T, S):
-    """Compile FlexAttention, which leaves out blocks that nobody sees."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    blocks = create_block_mask(lambda b, h, t, s: sees(masks, b, t, s), B, None, T, S, device=DEVICE)
-    run = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: run(q.transpose(1, 2), k, v, block_mask=blocks,
-                               enable_gqa=q.shape[2] != k.shape[1]).transpose(1, 2)
-
-
-def attention_ways(kind, masks, mask, sizes):
+def attention_ways(kind, masks, mask):
     """Return all ways to compute a case: name -> function."""
     ways = {"naive": partial(naive_attention, mask=mask),
             "ours": partial(attention, visible=Visible(**masks))}
-    if GPU:
-        ways |= {"naive compiled": partial(torch.compile(naive_attention, dynamic=False), mask=mask),
-                 "flex": flex(masks, *sizes)}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         label = f"sdpa {name.split('_')[0].lower()}"
         run = partial(sdpa, backend=getattr(SDPBackend, name))
@@ -258,7 +244,7 @@ def attention_cases(name, sizes, dtype):
     args = [x.detach().requires_grad_() for x in (draw(B, T, H, D), *kv.unbind(1))]
     inputs = args, draw(B, T, H, D) * real[:, :, None, None]
     pairs, traffic = int(seen.sum()), 2 * D * dtype.itemsize * int(H * real.sum() + K * seen.any(1).sum())
-    ways = attention_ways(kind, masks, None if mask.all() else mask, (B, T, S))
+    ways = attention_ways(kind, masks, None if mask.all() else mask)
     exact = partial(exact_attention, mask=mask)
     yield Case(name, "forward", inputs, ways, exact, 4 * D * H * pairs, traffic, S, real)
     if kind != "decode":
