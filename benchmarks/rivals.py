@@ -43,7 +43,6 @@ LARGE = table("""
 SMALL = table("""
     logprob           512   256  16384
     logprob-entropy   512   256  16384
-    vocabulary-128k  2048   512 128256
     causal              2   512   512   8   2  64
     ragged              4   256   256   8   2  64
     resumed             4    64   512   8   2  64
@@ -63,7 +62,6 @@ class Case:
     exact: object      # the naive function in little memory, for arguments in float64
     flops: int
     bytes: int
-    terms: int         # of the longest sum: over keys, or the vocabulary
     real: object = ...     # (B, T) queries that are no padding: their outputs count
 
     def prepare(self, way, args, upstream):
@@ -146,7 +144,7 @@ def logprob_cases(name, sizes, dtype):
         # cut-cross-entropy leaves out small gradients unless told not to
         ways |= {"torch chunks": torch_chunks, "liger": liger, "cut-cross-entropy": cut_cross_entropy,
                  "cut-cross-entropy, all gradients": partial(cut_cross_entropy, filter_eps=None)}
-    yield Case(name, "both", inputs, ways, exact_loss, 6 * N * V * D, 2 * (N + V) * D * dtype.itemsize, V)
+    yield Case(name, "both", inputs, ways, exact_loss, 6 * N * V * D, 2 * (N + V) * D * dtype.itemsize)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,6 +244,6 @@ def attention_cases(name, sizes, dtype):
     pairs, traffic = int(seen.sum()), 2 * D * dtype.itemsize * int(H * real.sum() + K * seen.any(1).sum())
     ways = attention_ways(kind, masks, None if mask.all() else mask)
     exact = partial(exact_attention, mask=mask)
-    yield Case(name, "forward", inputs, ways, exact, 4 * D * H * pairs, traffic, S, real)
+    yield Case(name, "forward", inputs, ways, exact, 4 * D * H * pairs, traffic, real)
     if kind != "decode":
-        yield Case(name, "backward", inputs, ways, exact, 10 * D * H * pairs, 2 * traffic, S, real)
+        yield Case(name, "backward", inputs, ways, exact, 10 * D * H * pairs, 2 * traffic, real)

@@ -465,7 +465,7 @@ OTHERS = {
     bench: """
         --json nowhere/x.json: expected a file that can be written
         --json .: expected a file
-        --only nonsense: expected one of logprob""",
+        --only nonsense: expected part of one of logprob""",
     variants: "--nonsense | unrecognized arguments: --nonsense"}
 
 
