@@ -27,7 +27,6 @@ import os
 import statistics
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,23 +44,6 @@ BOUND = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-def attempt(row, run):
-    """Return run(), or None and write the reason into the row in three words: a rival's error is its result.
-
-    Ours may only lack memory.
-    """
-    try:
-        return run()
-    except Exception as error:
-        said = row["message"] = str(error)
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said
-        if row["implementation"] == "ours" and not full:
-            raise
-        declines = "No available kernel" in said or "No viable backend" in said
-        row["no"] = ("out of memory" if full else "not installed here" if isinstance(error, ImportError)
-                     else "backend declines it" if declines else f"raises {type(error).__name__} here")
 
 
 def peak_memory(run):
@@ -93,16 +75,22 @@ def worst_error(case, found, exact):
 
 
 def examine(case, row, way, exact, bound):
-    """Check and weigh one implementation -> whether it is right."""
+    """Check and weigh one implementation. If it gets no time, write into the row why: a rival's error is its
+    result, ours is not."""
     run = lambda: case.prepare(way, *case.inputs)()
-    row["error"] = worst_error(case, run(), exact)
+    try:
+        row["error"] = worst_error(case, run(), exact)
+    except Exception as error:
+        if row["implementation"] == "ours":
+            raise
+        row["no"], row["message"] = type(error).__name__, str(error)
+        return
     if not row["error"] <= bound:                              # NaN is not, either
         row["no"] = "result is wrong"
-        return False
+        return
     mask, row["MiB"] = getattr(way, "keywords", {}).get("mask"), peak_memory(run)
     if mask is not None and row["MiB"] is not None:
         row["MiB"] += mask.nbytes / 2**20
-    return True
 
 
 def bench(case, ceilings, rounds, seconds):
@@ -110,15 +98,12 @@ def bench(case, ceilings, rounds, seconds):
     args, upstream = case.inputs
     doubles = [x.detach().double().requires_grad_() if x.requires_grad else x for x in args]
     exact = case.prepare(case.exact, doubles, upstream)()
-
-    def turn(row, way, i):
-        return attempt(row, lambda: milliseconds(case.prepare(way, args, upstream)))
-
     rows, turns, bound = {}, {}, BOUND[args[0].dtype]
     for name, way in case.ways.items():
         row = rows[name] = dict(case=case.name, part=case.part, implementation=name)
-        if attempt(row, partial(examine, case, row, way, exact, bound)):
-            turns[name] = partial(turn, row, way)
+        examine(case, row, way, exact, bound)
+        if "no" not in row:
+            turns[name] = lambda i, way=way: milliseconds(case.prepare(way, args, upstream))
             if name == "naive":
                 bound = max(bound, 2 * row["error"])
     times = take_turns(turns, rounds, seconds)

@@ -39,14 +39,12 @@ def take_turns(runs, rounds, seconds=math.inf):
     """Call all runs again and again, {name: number of the round -> its time} -> {name: times}.
 
     They take turns, so that a busy moment hits all. The first round warms up and is forgotten; after
-    `seconds`, three more are enough. A run that returns None drops out.
+    `seconds`, three more are enough.
     """
     times, stop = {name: [] for name in runs}, time.monotonic() + seconds
     for i in range(rounds + 1):
-        for name in list(times):
+        for name in runs:
             times[name].append(runs[name](i))
-            if times[name][-1] is None:
-                del times[name]
         if i >= 3 and time.monotonic() > stop:
             break
     return {name: found[1:] for name, found in times.items()}

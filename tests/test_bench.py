@@ -49,7 +49,7 @@ def test_cases_agree(name):
         assert name not in TINY or any(way.startswith("sdpa math") for way in timed)
         assert all(row["error"] < 1e-5 and row["ratio"] == row["ms"] / rows["ours"]["ms"]
                    for row in timed.values())
-        assert all(len(row["no"].split()) == 3 for way, row in rows.items() if way not in timed)
+        assert all(row["no"] != "result is wrong" for way, row in rows.items() if way not in timed)
     if name == "logprob":
         assert "liger" in rows
         assert "torch chunks" in timed or not hasattr(torch.nn, "LinearCrossEntropyOptions")
@@ -97,15 +97,11 @@ def test_what_rivals_raise_is_told_and_what_ours_raises_is_raised():
             raise error
         return way
 
-    case, huge = logprob_case(), fails(torch.OutOfMemoryError("CUDA out of memory"))
-    case.ways = {"naive": rivals.naive_loss, "ours": huge, "huge": huge,
-                 "full": fails(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-                 "gone": fails(ModuleNotFoundError("No module named liger_kernel")),
-                 "odd": fails(TypeError("no"))}
-    rows = run(case)
-    assert [row.get("no") for row in rows.values()] == [
-        None, *3 * ["out of memory"], "not installed here", "raises TypeError here"]
-    assert rows["naive"]["ms"] > 0 and "ratio" not in rows["naive"]
+    case = logprob_case()
+    case.ways = {"naive": rivals.naive_loss, "ours": rivals.our_loss,
+                 "gone": fails(ModuleNotFoundError("No module named liger_kernel"))}
+    gone = run(case)["gone"]
+    assert (gone["no"], gone["message"]) == ("ModuleNotFoundError", "No module named liger_kernel")
     case.ways["ours"] = fails(TypeError("ours"))
     with pytest.raises(TypeError, match="ours"):
         run(case)
