@@ -4,9 +4,9 @@
     python -m benchmarks.generate --model study/llama-11b --batches 1,16,64      # the 11B shape, on a GPU
 
 Every implementation samples at temperature 1, for text and for images, and draws exactly `new-tokens` tokens
-per row. The prompts are those of the game; where the folder holds only a config.json, prompts and weights are
-random. "eager" is ours without its CUDA graph. The implementations take turns. The table holds medians,
-without the first turn, which warms up.
+per row. The prompts are random, 256 tokens, and so are the weights where the folder holds only a config.json.
+"eager" is ours without its CUDA graph. The implementations take turns. The table holds medians, without the
+first turn, which warms up.
 
     tokens/s     with the time to read prompts and images
     step         milliseconds for one token more in every row
@@ -23,13 +23,11 @@ import torch
 
 from benchmarks.kernels import measure_ceilings
 from benchmarks.measure import DEVICE, GPU, columns, head, machine, milliseconds, save, show, take_turns
-from envs import GeneralPoints
 from harness.ranges import FILE, command_line, integer, several, text
 from harness.terminal import command
 from llama.config import Config
 from llama.generate import generate
 from llama.images import Images
-from llama.processor import Processor
 from model import Llama
 
 TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp-vl"
@@ -55,13 +53,8 @@ def load(folder):
     return ours, theirs.eval()
 
 
-def draw_prompts(folder, config, image, batch):
+def draw_prompts(config, image, batch):
     """Return conversations of equal length, and their Images or None."""
-    if (Path(folder) / "tokenizer.json").exists():
-        processor, env = Processor.from_pretrained(folder), GeneralPoints(image=image, size=(224, 56))
-        prompts = [processor.render(env.reset(seed)[0].messages) for seed in range(batch)]
-        pictures = [prompt.images[0] if image else None for prompt in prompts]
-        return [prompt.ids for prompt in prompts], processor.images(pictures)
     prompts = torch.randint(0, config.vocab_size, (batch, 256))
     if not image:
         return prompts.tolist(), None
@@ -126,7 +119,7 @@ def main(argv=None):
           f"{machine()}\n{ceilings}")
     head(COLUMNS)
     for image, batch in itertools.product((False, True), map(int, args.batches.split(","))):
-        prompts = draw_prompts(args.model, ours.config, image, batch)
+        prompts = draw_prompts(ours.config, image, batch)
         found = measure(ours, theirs, *prompts, args.new_tokens, args.repeats)
         needed = weights_of_a_step(ours, image) * DTYPE.itemsize
         for name, (ms, first) in found.items():
