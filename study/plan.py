@@ -45,8 +45,6 @@ from variants.tune import vision_frozen
 aten = torch.ops.aten
 HERE = Path(__file__).resolve().parent
 HEADROOM = 0.1          # share of a GPU for what no plan sees: CUDA's context, NCCL's buffers, fragmentation
-GROWS = ("self KV cache", "cross KV cache", "prefill, growing caches, draws",      # with a batch
-         "activations", "backward pass, log-probs")
 LLAMA_11B = Config.from_pretrained(HERE / "llama-11b")        # as far as config.json is read here
 
 
@@ -308,35 +306,19 @@ def memory_table(phases):
     return markdown(["GB a rank", *phases], rows)
 
 
-def show(config, args, gpus, gpu_memory):
-    """Print the memory plan of a run with complete settings: which flag to give, the peak with it, and what
-    to change where that does not fit."""
-    sizes, phases = memory(config, args, gpus)
-    total = {name: sum(phase.values()) for name, phase in phases.items()}
-    room, changes = gpu_memory * (1 - HEADROOM) * 1e9, {}
-    recompute = total["update"] > room
-    used = {"rollout": ("--rollout-batch", sizes.rollout_rows),        # phase: what it grows with
-            "update, recomputing" if recompute else "update": ("--token-budget", args.token_budget),
-            "optimizer step": ("", 0)}
-    for name, (setting, now) in used.items():
-        if total[name] > room:
-            grows = sum(phases[name].get(what, 0) for what in GROWS)
-            fits = int(now and now * (1 - (total[name] - room) / grows))
-            changes[f"  change: about {setting} {fits}" if fits > 0 else "  change: more GPUs (--gpus)"] = 0
+def show(args, gpus, gpu_memory, sizes, phases):
+    """Print what each phase of a run takes, the peak, and the flag that this needs."""
+    room, total = gpu_memory * (1 - HEADROOM), {name: sum(phase.values()) for name, phase in phases.items()}
+    recompute = total["update"] > 1e9 * room
+    del total["update" if recompute else "update, recomputing"]
+    most = max(total.values()) / 1e9
     print(f"{args.task} {args.algo}, {args.model} on {gpus} GPUs, bfloat16 compute\n\n"
-          f"{memory_table(phases)}\n\nrollout: {sizes.rollout_rows} conversations of at most "
-          f"{sum(sizes.rollout)} tokens; update: "
-          f"micro-batches of at most {sizes.rows} conversations{' with an image each' * args.image}, "
-          f"{sizes.rows * sizes.length} padded tokens\n{'does NOT fit' if changes else 'fits'} into "
-          f"{gpu_memory:g} GB, less {HEADROOM:.0%} for what is not planned: at most "
-          f"{max(map(total.get, used)) / 1e9:.1f} GB{' with --checkpoint-activations' * recompute}",
-          *changes, sep="\n")
-    if args.image and args.algo == "ppo":
-        vision = config.vision                 # tiles in float32, features of a frozen encoder in bfloat16
-        numbers = (2 * vision.num_channels * vision.image_size**2
-                   + vision.num_patches * vision.output_size * vision_frozen(args.tune))
-        print(f"host: {2 * vision.max_num_tiles * numbers / 1e6:.0f} MB per picture of a rollout, until its "
-              "update is done")
+          f"{memory_table(phases)}\n\n"
+          f"rollout: {sizes.rollout_rows} conversations (--rollout-batch) of at most {sum(sizes.rollout)} "
+          f"tokens; update: micro-batches of {sizes.rows * sizes.length} padded tokens (--token-budget), "
+          f"at most {sizes.rows} conversations{' with an image each' * args.image}\n"
+          f"{'fits' if most <= room else 'does NOT fit'} into {gpu_memory:g} GB, less {HEADROOM:.0%} for "
+          f"what is not planned: at most {most:.1f} GB{' with --checkpoint-activations' * recompute}")
 
 
 def main(argv=None):
@@ -355,7 +337,7 @@ def main(argv=None):
         settle(args, config, typed, own.gpus)
     except ranges.SettingError as error:
         parser.error(str(error))
-    show(config, args, own.gpus, own.gpu_memory)
+    show(args, own.gpus, own.gpu_memory, *memory(config, args, own.gpus))
 
 
 if __name__ == "__main__":
