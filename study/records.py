@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.files import append_line, read_lines
+from harness.files import read_lines
 from llama.metrics import ratio_of_sums
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -54,12 +54,6 @@ def of_run(name, folder):
                  {"eval": {name: pack(results) for name, results in point["eval"].items()}}
                  for point in points]
         return {"name": name, **{key: start[key] for key in OF_ALL}, **took, "curve": curve}
-
-
-def append(file, record):
-    """Add a record as one line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    append_line(file, record)
 
 
 def pack(results):

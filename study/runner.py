@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from harness.files import lock
+from harness.files import append_line, lock
 from study import records
 
-TRAIN = (sys.executable, str(Path(__file__).resolve().parents[1] / "train.py"))
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Runner:
     root: Path
     file: Path                                     # of records; what others in its folder hold is known, too
     workers: int = os.cpu_count()
-    command: tuple = TRAIN
+    script: Path = TRAIN
     going: dict = field(default_factory=dict)      # name: (process, when it was started)
     begun: set = field(default_factory=set)        # names, also of those that failed
 
@@ -73,7 +73,7 @@ class Runner:
     def note(self, name):
         """Record a run that has ended well."""
         if self.done(name) and name not in self.recorded:
-            records.append(self.file, records.of_run(name, self.root / name))
+            append_line(self.file, records.of_run(name, self.root / name))
             self.recorded.add(name)
 
     def missing(self):
@@ -88,11 +88,10 @@ class Runner:
 
     def start(self, run):
         folder, argv = self.root / run.name, [word.format(root=self.root) for word in run.argv]
-        folder.parent.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (folder / "log.jsonl").exists() else []
         torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {run.ranks}".split()
-        python, script = self.command
-        words = [python, *(torchrun if run.ranks > 1 else ()), script, *argv, "--out", str(folder), *resume]
+        words = [sys.executable, *(torchrun if run.ranks > 1 else ()), str(self.script), *argv,
+                 "--out", str(folder), *resume]
         with open(f"{folder}.output", "ab") as output:
             process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
                                        env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -238,11 +238,11 @@ def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
 
 def test_two_studies_at_once(tmp_path):
     """The second does nothing; with nothing to do it needs no lock."""
-    runner = Runner([Run("a-0", ())], tmp_path / "runs", tmp_path / "records/a.jsonl", command=("false", ""))
+    runner = Runner([Run("a-0", ())], tmp_path / "runs", tmp_path / "records/a.jsonl")
     with files.lock(tmp_path / "records"):
         with pytest.raises(files.Held, match="another --runs and --records"):
             runner.work()
-        records.append(runner.file, {"name": "a-0", "curve": []})
+        files.append_line(runner.file, {"name": "a-0", "curve": []})
         assert Runner(runner.runs, runner.root, runner.file).work() == []
 
 
@@ -347,10 +347,10 @@ def test_records(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"name": "a", "curve": []}\n{"name": "b", "cur')
     assert list(records.read(tmp_path)) == ["a"]
-    records.append(file, {"name": "c", "curve": []})           # what was cut off is gone
+    files.append_line(file, {"name": "c", "curve": []})        # what was cut off is gone
     assert list(records.read(tmp_path)) == ["a", "c"]
     file.write_bytes(file.read_bytes() + b'{"name": "d", "curve": []}')
-    records.append(file, {"name": "e", "curve": []})
+    files.append_line(file, {"name": "e", "curve": []})
     assert list(records.read(tmp_path)) == ["a", "c", "d", "e"]
     file.write_bytes(b"<<<<<<< HEAD\n" + file.read_bytes())
     with pytest.raises(ValueError, match="a.jsonl, line 1: expected a JSON object with name and curve"):

@@ -14,7 +14,7 @@ import sft
 import train
 from envs import GeneralPoints, Navigation
 from games.seeds import TRAINING, derive
-from harness.files import to_json
+from harness.files import append_line, to_json
 from llama.generate import draw_uniform
 from study import records as study
 from test_train import records, run
@@ -135,7 +135,7 @@ def test_all_that_a_run_writes_is_strict(small, tmp_path):
         "--probe-hands", 1, "--probe-samples", 1, "--eval-sets", "id", "--out", out)
     assert records(out, "step")[0]["explained_variance"] is None
     assert records(out, "eval")[0]["probe"]["id"]["pass@1_se"] is None
-    study.append(tmp_path / "a.jsonl", study.of_run("a", out))
+    append_line(tmp_path / "a.jsonl", study.of_run("a", out))
     for file in [tmp_path / "a.jsonl", *out.rglob("*.json"), out / "log.jsonl"]:
         for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
             json.loads(text, parse_constant=pytest.fail)

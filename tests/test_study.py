@@ -2,12 +2,12 @@
 the errors of their rates, tables and figures."""
 
 import json
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from harness.files import append_line
 from harness.settings import apply_preset, parse
 from study import records, tables
 from study.__main__ import at_scale, chosen, page
@@ -57,8 +57,8 @@ def runs_of(text):
 @pytest.fixture
 def runner(tmp_path):
     (tmp_path / "fake.py").write_text(SCRIPT, encoding="utf-8")
-    command = sys.executable, str(tmp_path / "fake.py")
-    return lambda text: Runner(runs_of(text), tmp_path / "runs", tmp_path / "records.jsonl", 2, command)
+    return lambda text: Runner(runs_of(text), tmp_path / "runs", tmp_path / "records.jsonl", 2,
+                               tmp_path / "fake.py")
 
 
 def times(runner, name):
@@ -94,6 +94,7 @@ def test_what_is_recorded_is_not_done_again_unless_its_weights_are_needed_and_go
 
 def test_a_folder_name_in_a_command_line_is_filled_in(runner):
     work = runner("a-0")
+    work.root.mkdir()                                          # as the lock does
     work.start(Run("a-0", ("ok", "{root}/b-0/final")))
     process, _ = work.going["a-0"]
     assert process.wait() == 0 and process.args[3] == f"{work.root}/b-0/final"
@@ -126,7 +127,7 @@ def test_time_left_is_from_runs_of_the_same_kind(runner):
     assert work.left() is None
     work.seconds = {"fast": [10.0, 20.0], "slow": [100.0]}
     assert work.left() == pytest.approx((15 + 15 + 100 + (15 + 100) / 2) / 2)
-    records.append(work.file.with_name("other.jsonl"), {"name": "a-0", "seconds": 30.0, "curve": []})
+    append_line(work.file.with_name("other.jsonl"), {"name": "a-0", "seconds": 30.0, "curve": []})
     work = runner("a-0 a-1")
     assert names(work.missing()) == "a-1" and work.left() == 15
 
@@ -239,7 +240,7 @@ def test_figures_are_drawn(name, tmp_path):
 @cases("commit", ["abc", None])
 def test_page_holds_what_was_begun(tmp_path, commit):
     for record in made_up(EXPERIMENTS["attempts"].runs([0, 2])).values():
-        records.append(tmp_path / "attempts.jsonl", record | {"commit": commit})
+        append_line(tmp_path / "attempts.jsonl", record | {"commit": commit})
     (tmp_path / "attempts.png").touch()
     (tmp_path / "attempts.md").write_text("More help.\n", encoding="utf-8")
     text = page(tmp_path)
