@@ -1,7 +1,6 @@
 """Measure the parts of this project against the clock. Only tests import it.
 
     python -m benchmarks.kernels               attention and log-probs, next to all their rivals (rivals.py)
-    python -m benchmarks.speed --against HEAD  updates of PPO, next to an older commit, then sampling
     python -m benchmarks.generate              sampling, next to transformers
     python -m benchmarks.shape FOLDER          updates of PPO at a large model's shape, with random weights
 """

@@ -91,7 +91,7 @@ def measure(ours, theirs, conversations, images, tokens, repeats):
                         temperature=1.0, pad_token_id=0)
 
     ways = {"ours": we, "transformers": they} | ({"ours, eager": partial(we, graph=False)} if GPU else {})
-    runs = {(name, n): lambda i, way=way, n=n: milliseconds(way, n)
+    runs = {(name, n): lambda way=way, n=n: milliseconds(way, n)
             for name, way in ways.items() for n in (tokens, 1)}
     times = {key: statistics.median(found) for key, found in take_turns(runs, repeats).items()}
     return {name: (times[name, tokens], times[name, 1]) for name in ways}

@@ -103,7 +103,7 @@ def bench(case, ceilings, rounds, seconds):
         row = rows[name] = dict(case=case.name, part=case.part, implementation=name)
         examine(case, row, way, exact, bound)
         if "no" not in row:
-            turns[name] = lambda i, way=way: milliseconds(case.prepare(way, args, upstream))
+            turns[name] = lambda way=way: milliseconds(case.prepare(way, args, upstream))
             if name == "naive":
                 bound = max(bound, 2 * row["error"])
     times = take_turns(turns, rounds, seconds)
@@ -126,8 +126,8 @@ def measure_ceilings(dtype):
     n, size = (8192, 2**30) if GPU else (1536, 2**28)
     a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=DEVICE)
-    times = take_turns({"TFLOP/s": lambda i: milliseconds(torch.mm, a, b),
-                        "GB/s": lambda i: milliseconds(target.copy_, source)}, 20, 2)
+    times = take_turns({"TFLOP/s": lambda: milliseconds(torch.mm, a, b),
+                        "GB/s": lambda: milliseconds(target.copy_, source)}, 20, 2)
     work = {"TFLOP/s": 2 * n**3 / 1e12, "GB/s": 2 * size / 1e9}
     return {unit: 1000 * work[unit] / statistics.median(found) for unit, found in times.items()}
 

@@ -36,7 +36,7 @@ def milliseconds(run, *args):
 
 
 def take_turns(runs, rounds, seconds=math.inf):
-    """Call all runs again and again, {name: number of the round -> its time} -> {name: times}.
+    """Call all runs again and again, {name: function -> its time} -> {name: times}.
 
     They take turns, so that a busy moment hits all. The first round warms up and is forgotten; after
     `seconds`, three more are enough.
@@ -44,7 +44,7 @@ def take_turns(runs, rounds, seconds=math.inf):
     times, stop = {name: [] for name in runs}, time.monotonic() + seconds
     for i in range(rounds + 1):
         for name in runs:
-            times[name].append(runs[name](i))
+            times[name].append(runs[name]())
         if i >= 3 and time.monotonic() > stop:
             break
     return {name: found[1:] for name, found in times.items()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import kernels as bench
-from benchmarks import rivals, shape, speed
+from benchmarks import rivals, shape
 from harness.folder import RunFolder
 from kernels import attention
 from kernels.visible import Visible
@@ -141,11 +141,3 @@ def test_a_shape_is_enough(small, monkeypatch, capsys):
         monkeypatch.setattr(owner, name, None)                 # what main replaces comes back
     shape.main([str(small[0]), *"--task gp-vl --steps 1 --hands 2 --max-new-tokens 2 --device cpu".split()])
     assert "| 1    |" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_updates_are_timed_and_weighed(small):
-    settings = f"--task gp-vl --model {small[0]} --hands 4 --samples 1 --minibatches 1 --token-budget 9999"
-    found = speed.measure({"a": speed.ROOT, "b": speed.ROOT}, 1, "1+1", settings.split())
-    assert found["a"]["padding"] == found["b"]["padding"] and 0 < found["a"]["padding"] < 0.5
-    for row in found.values():
-        assert row["rollout_seconds"] > 0 < row["update_seconds"] and row["us/token"] > 0 < row["GB"]

@@ -586,10 +586,9 @@ def test_a_reader_that_has_gone_is_no_fault(script, closed):
 
 
 def test_every_command_says_it_so():
-    """But for benchmarks/updates.py, which runs the code of commits that lack it."""
     for file in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")):
         source = file.read_text(encoding="utf-8")
-        if "__main__\"" in source and file.parent.name not in ("tests", "build") and file.stem != "updates":
+        if "__main__\"" in source and file.parent.name not in ("tests", "build"):
             assert "command(" in source.split('"__main__"')[1], file
 
 
