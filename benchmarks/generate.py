@@ -1,6 +1,6 @@
 """Measure the tokens per second of `generate`, next to those of transformers on the same model.
 
-    python -m benchmarks.generate --threads 2                    # the tiny model, on a CPU
+    OMP_NUM_THREADS=2 python -m benchmarks.generate              # the tiny model, on a CPU
     python -m benchmarks.generate --model study/llama-11b --batches 1,16,64      # the 11B shape, on a GPU
 
 Every implementation samples at temperature 1, for text and for images, and draws exactly `new-tokens` tokens
@@ -109,11 +109,10 @@ def main(argv=None):
     parser = command_line("python -m benchmarks.generate", __doc__)
     parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
     parser.add_argument("--batches", type=several(integer(1)), default="1,64")
-    for name, least, default in (("new-tokens", 2, 64), ("repeats", 2, 5), ("threads", 1, 2)):
-        parser.add_argument(f"--{name}", type=integer(least), default=default)
+    for name, default in (("new-tokens", 64), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=integer(2), default=default)
     parser.add_argument("--json", type=FILE, metavar="FILE")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     (ours, theirs), ceilings, rows = load(args.model), measure_ceilings(DTYPE), []
     print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {args.new_tokens} new tokens; "
           f"{machine()}\n{ceilings}")
