@@ -12,7 +12,6 @@ from harness.folder import git_commit
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-PACKAGES = {"triton", "pytorch-triton", "liger-kernel", "cut-cross-entropy", "transformers"}
 
 
 def milliseconds(run, *args):
@@ -53,14 +52,15 @@ def take_turns(runs, rounds, seconds=math.inf):
 def machine():
     """Return the hardware, versions and commit that numbers come from."""
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    versions = {found.name.replace("_", "-"): found.version for found in importlib.metadata.distributions()}
+    versions = {found.name: found.version for found in importlib.metadata.distributions()
+                if found.name in ("triton", "transformers")}
     return {"hardware": torch.cuda.get_device_name() if GPU else cpu,
             "threads": torch.get_num_threads(),
             "commit": git_commit(),
             "Python": platform.python_version(),
             "torch": torch.__version__,
             "CUDA": torch.version.cuda,
-            "HIP": torch.version.hip} | {name: versions.get(name) for name in sorted(PACKAGES)}
+            "HIP": torch.version.hip} | versions
 
 
 def columns(text):
