@@ -1,9 +1,10 @@
 """Measure PPO updates at a model's shape on this machine, with random weights: nothing is downloaded.
 
     python -m benchmarks.shape study/llama-11b --task gp-l --lora-rank 16 --checkpoint-activations \\
-        --hands 16 --samples 4 --rollout-batch 64 --max-new-tokens 96 --epochs 1 --steps 2
+        --hands 16 --samples 4 --rollout-batch 64 --max-new-tokens 96 --epochs 1 --steps 2 --out runs/shape
 
-FOLDER holds a config.json; the options are train.py's. The tokenizer is the tiny model's, so prompts are
+FOLDER holds a config.json; the options are train.py's. Of each step, log.jsonl in --out has rollout_seconds,
+drawn_tokens, update_seconds, trained_tokens and memory_gb. The tokenizer is the tiny model's, so prompts are
 shorter than real ones. Answers by random weights never end: all are --max-new-tokens long, and all episodes
 have five turns. The first update compiles the kernels.
 """
@@ -17,16 +18,11 @@ import torch
 
 import train
 from benchmarks.generate import TINY
-from benchmarks.measure import columns, head, machine, show
-from harness.files import read_lines
 from harness.folder import RunFolder
 from harness.ranges import command_line, text
 from harness.terminal import command
 from llama.config import Config
 from model import Llama
-
-COLUMNS = columns("step 4, rollout_seconds 15.2f, drawn_tokens 12.0f, update_seconds 14.2f, "
-                  "trained_tokens 14.0f, memory_gb 9.1f")
 
 
 def make_folder(shape, folder):
@@ -54,16 +50,9 @@ def main(argv=None):
     Llama.from_pretrained = random_weights
     RunFolder.save = RunFolder.save_final = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
-        model, out = Path(folder, "model"), Path(folder, "run")
+        model = Path(folder, "model")
         make_folder(args.shape, model)
-        words = f"--algo ppo --preset paper --eval-hands 0 --model {model} --out {out}".split()
-        train.main(words + settings)
-        rows = read_lines(out / "log.jsonl", {"event": str})
-    print(machine())
-    head(COLUMNS)
-    for row in rows:
-        if row["event"] == "step":
-            show(row, COLUMNS)
+        train.main(f"--algo ppo --preset paper --eval-hands 0 --model {model}".split() + settings)
 
 
 if __name__ == "__main__":

@@ -135,9 +135,11 @@ def test_main_fails_where_ours_is_wrong(monkeypatch):
         bench.main(["--quick", "--only", "decode-1"])
 
 
-def test_a_shape_is_enough(small, monkeypatch, capsys):
-    """Of weights that are not there: an update is made and told."""
+def test_a_shape_is_enough(small, tmp_path, monkeypatch):
+    """Of weights that are not there: an update is made and logged."""
     for owner, name in ((Llama, "from_pretrained"), (RunFolder, "save"), (RunFolder, "save_final")):
         monkeypatch.setattr(owner, name, None)                 # what main replaces comes back
-    shape.main([str(small[0]), *"--task gp-vl --steps 1 --hands 2 --max-new-tokens 2 --device cpu".split()])
-    assert "| 1    |" in capsys.readouterr().out.splitlines()[-1]
+    words = f"--task gp-vl --steps 1 --hands 2 --max-new-tokens 2 --device cpu --out {tmp_path}"
+    shape.main([str(small[0]), *words.split()])
+    step = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert step["event"] == "step" and step["rollout_seconds"] > 0 < step["update_seconds"]
