@@ -1,8 +1,8 @@
 """Make the cases that `python -m benchmarks.kernels` measures, with all ways to compute each.
 
 A case is made for one dtype. It holds sets of inputs, the FLOPs and bytes that the task needs, and functions
-that compute it: ours, and those that one would use without our kernels. A function that cannot run here (its
-library is not installed, or has no kernel for the case) raises its own error when it is called.
+that compute it: ours, and those that one would use without our kernels. A function that cannot run here (this
+PyTorch lacks it, or has no kernel for the case) raises its own error when it is called.
 """
 import math
 from dataclasses import dataclass
@@ -112,16 +112,6 @@ def torch_chunks(hidden, weight, targets):
                                   options=torch.nn.LinearCrossEntropyOptions())
 
 
-def liger(hidden, weight, targets):
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
-
-
-def cut_cross_entropy(hidden, weight, targets, **options):
-    from cut_cross_entropy import linear_cross_entropy
-    return linear_cross_entropy(hidden, weight, targets, reduction="sum", **options)
-
-
 def logprob_cases(name, sizes, dtype):
     """Make the case of log-probs.
 
@@ -134,16 +124,14 @@ def logprob_cases(name, sizes, dtype):
     weight = torch.randn(V, D, **random) * D**-0.5
     hidden = torch.randn(N, D, **random)
     if not entropy:
-        # The target's p is 1/2 or so, as cut-cross-entropy expects it. Of such sharp rows, a naive
-        # entropy's gradients would be off by 6 % in bfloat16.
+        # The target's p is 1/2 or so, as a trained model's. Of such sharp rows, a naive entropy's gradients
+        # would be off by 6 % in bfloat16.
         hidden += math.log(V) * weight[targets]
     learnt = (x.to(dtype).requires_grad_() for x in (hidden, weight))
     inputs = (*learnt, targets, *torch.randn(2 * entropy, N, **random)), None
     ways = {"naive": naive_loss, "ours": our_loss}
     if not entropy:
-        # cut-cross-entropy leaves out small gradients unless told not to
-        ways |= {"torch chunks": torch_chunks, "liger": liger, "cut-cross-entropy": cut_cross_entropy,
-                 "cut-cross-entropy, all gradients": partial(cut_cross_entropy, filter_eps=None)}
+        ways["torch chunks"] = torch_chunks
     yield Case(name, "both", inputs, ways, exact_loss, 6 * N * V * D, 2 * (N + V) * D * dtype.itemsize)
 
 

@@ -51,7 +51,6 @@ def test_cases_agree(name):
                    for row in timed.values())
         assert all(row["no"] != "result is wrong" for way, row in rows.items() if way not in timed)
     if name == "logprob":
-        assert "liger" in rows
         assert "torch chunks" in timed or not hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
@@ -99,9 +98,9 @@ def test_what_rivals_raise_is_told_and_what_ours_raises_is_raised():
 
     case = logprob_case()
     case.ways = {"naive": rivals.naive_loss, "ours": rivals.our_loss,
-                 "gone": fails(ModuleNotFoundError("No module named liger_kernel"))}
+                 "gone": fails(ModuleNotFoundError("No module named x"))}
     gone = run(case)["gone"]
-    assert (gone["no"], gone["message"]) == ("ModuleNotFoundError", "No module named liger_kernel")
+    assert (gone["no"], gone["message"]) == ("ModuleNotFoundError", "No module named x")
     case.ways["ours"] = fails(TypeError("ours"))
     with pytest.raises(TypeError, match="ours"):
         run(case)

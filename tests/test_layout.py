@@ -28,8 +28,7 @@ MAP = {
     "train": "harness variants distributed ppo sft rollout llama games torch",
     "study": "train harness variants distributed ppo sft rollout model llama kernels envs games torch numpy "
              "matplotlib",
-    "benchmarks": "train harness model llama kernels envs games torch transformers liger_kernel "
-                  "cut_cross_entropy",
+    "benchmarks": "train harness model llama kernels torch transformers",
 }
 # They need the standard library alone, and all may import them.
 LEAVES = {"games.seeds", "harness.files", "harness.ranges", "harness.terminal"}
