@@ -54,9 +54,10 @@ def _splits(numbers):
             for mask in range(1, 2 ** len(numbers) - 1)}        # neither part may be empty
 
 
-@lru_cache(maxsize=2048)
-def _reachable(numbers):
+@lru_cache(maxsize=4096)
+def _reachable(numbers, wanted=None):
     """Return {value: the set of expressions that make it} over all ways to use up a sorted tuple of numbers.
+    wanted: of this value alone; the parts still take all values.
 
     Values below zero are left out, and nothing is lost: where x-y is negative, y-x and the opposite sign one
     step later will do."""
@@ -68,24 +69,9 @@ def _reachable(numbers):
             for w, ways_w in _reachable(right).items():
                 for op in "+-*/" if left <= right else "-/":
                     value = arith(v, op, w)
-                    if value and value[0] >= 0:
+                    if value and value[0] >= 0 and wanted in (None, value):
                         table.setdefault(value, set()).update(_join(a, op, b) for a in ways_v for b in ways_w)
     return table
-
-
-@lru_cache(maxsize=1 << 14)
-def _solve(numbers, target):
-    """Meet in the middle: for the last operation, a value v of one part leaves one other value w, and that is
-    looked up."""
-    t, found = (target, 1), {str(target)} if numbers == (target,) else set()
-    for left, right in _splits(numbers):
-        others = _reachable(right)
-        for v, ways in _reachable(left).items():
-            for op in "+-*/":
-                w = arith(v, op, t) if op in "-/" else arith(t, _INVERSE[op], v)
-                if w in others and arith(v, op, w) == t:        # w = 0 would be v / t for v = 0
-                    found |= {_text(_join(a, op, b)) for a in ways for b in others[w]}
-    return tuple(f"{text}={target}" for text in sorted(found))
 
 
 def solve(numbers, target=24):
@@ -94,7 +80,9 @@ def solve(numbers, target=24):
     Each uses every one of `numbers` (positive integers) exactly once. They are exact, and distinct up to
     commuting and associating: a-(b-c) and c+a-b are one. No step goes below zero, so (a-b)*(c-d) and
     (b-a)*(d-c) are one too. Four numbers take about a millisecond, six about a second."""
-    return list(_solve(tuple(sorted(numbers)), target))
+    made = (target, 1)
+    ways = _reachable(tuple(sorted(numbers)), made).get(made, ())
+    return [f"{text}={target}" for text in sorted(map(_text, ways))]
 
 
 def miss(numbers, target, rng):
