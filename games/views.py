@@ -19,7 +19,6 @@ from harness.ranges import is_number
 CROSS = 5           # black pixels between the four views of a grid
 # a panorama with more columns than this per pixel in a view's middle is made smaller, lest it alias
 FINEST = 1.75
-MEMORY = 512 << 20  # bytes of the grids of one size that are kept
 
 
 def read_bytes(path):
@@ -113,29 +112,20 @@ def load(panorama, finest):
     return pixels, full, read_rotation(panorama)
 
 
-@lru_cache(maxsize=2)
-def _cutter(size):
-    """Return the function that makes grids of this size. It keeps those used last, as many as fit into
-    MEMORY."""
-    step, side = size + CROSS, 2 * size + CROSS
-
-    @lru_cache(MEMORY // (3 * side**2))
-    def make(panorama, heading):
-        # a view's middle has size/2 pixels per radian, as has a panorama of pi * size
-        pixels, full, rotation = load(panorama, round(FINEST * math.pi * size))
-        whole = Image.new("RGB", (side, side))
-        for i in range(4):
-            square = view(pixels, heading - 180 + rotation + 90 * i, size, full=full)      # released code
-            whole.paste(Image.fromarray(square), (i % 2 * step, i // 2 * step))
-        return whole
-    return make
-
-
+@lru_cache(maxsize=128)     # of 5 MB each at the paper's size
 def grid(panorama, heading, size):
     """Return four views of 90 degrees around someone who faces compass `heading` (degrees), [front, right /
     back, left], each `size` pixels square, with a black cross between: an RGB image of 2 * size + 5 pixels
     square.
 
     panorama: path of a jpg with its metadata beside it, see `load`. Released code: it announces this order
-    and shows headings -135, -45, 45, 135 from the current one (quirk 21)."""
-    return _cutter(size)(str(panorama), heading % 360).copy()
+    and shows headings -135, -45, 45, 135 from the current one (quirk 21). Do not write into the picture:
+    it is kept for the other episodes of a route."""
+    # a view's middle has size/2 pixels per radian, as has a panorama of pi * size
+    pixels, full, rotation = load(panorama, round(FINEST * math.pi * size))
+    step = size + CROSS
+    whole = Image.new("RGB", (step + size, step + size))
+    for i in range(4):
+        square = view(pixels, heading % 360 - 180 + rotation + 90 * i, size, full=full)     # released code
+        whole.paste(Image.fromarray(square), (i % 2 * step, i // 2 * step))
+    return whole
