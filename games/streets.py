@@ -104,9 +104,7 @@ def pieces_of(a, b):
 
 @cache
 def town(name):
-    """Return the city laid out. ValueError if there is no such city."""
-    if name not in CITIES:
-        raise ValueError(f"unknown city {name!r}, expected one of {', '.join(CITIES)}")
+    """Return the city laid out."""
     plan = json.loads(Path(__file__).with_name("towns.json").read_bytes())[name]
     nodes = np.array(plan.pop("nodes"))
     ends, panoramas = nodes[np.transpose(plan["edges"])], [*nodes]

@@ -20,7 +20,7 @@ from PIL import Image
 from games import cities, drawing, streets
 from games.compass import COMPASS, SIDES
 from games.routes import distance
-from tables import cases, raises
+from tables import cases
 
 
 @pytest.fixture(scope="module")
@@ -157,23 +157,6 @@ def test_processes_that_race_for_a_folder_share_it(tmp_path):
     assert {*folders, *tmp_path.iterdir()} == {folders[0]}          # nothing left aside
     assert sorted(path.suffix for path in panorama.parent.iterdir()) == [".jpg", ".json"]
     assert Image.open(panorama).size == (256, 128)
-
-
-def test_errors_are_one_line_that_says_what_is_wrong(root, tmp_path):
-    raises("unknown city 'atlantis', expected one of new-york,", cities.build, "atlantis", tmp_path)
-    for width in (0, -2, 255, 1e3, "256", 10**6):
-        raises("width", cities.build, "lima", tmp_path, width=width)
-    lima = cities.build("lima", root)
-    own, foreign = panorama_of(lima, "lima", 0), panorama_of(lima, "cairo", 0)
-    raises(f"{foreign.name}: lima has no panorama of that name", cities.draw, foreign)
-    raises("no panorama", cities.draw, own.with_suffix(".png"))
-    old = (lima / "city.json").read_text(encoding="utf-8").replace('"digest": "', '"digest": "0')
-    other = '{"city": %s, "width": 2, "digest": ""}'
-    for text in (None, "[]", "{", other % '"atlantis"', other % "[]", old):
-        if text:
-            (tmp_path / "city.json").write_text(text, encoding="utf-8")
-        raises("city.json: not a built-in city's file, or one of another version", cities.draw,
-               tmp_path / "street_views" / own.name)
 
 
 # ------------------------------------------------------------------------------------------------ the streets
