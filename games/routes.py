@@ -15,7 +15,6 @@ import math
 import os
 import pickle
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,7 +23,6 @@ import numpy as np
 
 from games import views
 from games.compass import COMPASS, SIDES
-from harness.ranges import HUGE, is_number
 
 MAPPING = "gps_pano_mapping.pkl"
 EARTH = 6_371_000.0     # metres
@@ -77,26 +75,21 @@ def distance(a, b):
 
 # -------------------------------------------------------------------------------------- which panoramas exist
 
-def _brief(value):
-    """Return a value of unknown size and origin as one short line."""
-    plain = isinstance(value, (str, float)) or isinstance(value, int) and value.bit_length() < 99
-    return repr(value if plain else type(value).__name__).strip("'")[:80]
+def _attempt(what, function, *arguments):
+    """Return function(*arguments); ValueError (one line) that begins with `what`, whatever a damaged or
+    hostile file provokes."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{what}: {said[:300]}") from None
 
 
-def _number(value, what):
-    """Return float(value), if it is a finite number."""
-    if is_number(value, int, float) and abs(value) < HUGE:
-        return float(value)
-    raise ValueError(f"{what}: {_brief(value)} is not a finite number")
-
-
-def _geocode(value, what):
+def _geocode(point):
     """Return (latitude, longitude) as floats of a pair of numbers."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError(f"{what}: expected [latitude, longitude], got {_brief(value)}")
-    lat, lon = (_number(degrees, what) for degrees in value)
-    if abs(lat) > 90 or abs(lon) > 180:
-        raise ValueError(f"{what}: no latitude and longitude on earth: {lat}, {lon}")
+    lat, lon = map(float, point)
+    if not (abs(lat) <= 90 and abs(lon) <= 180):        # so is NaN
+        raise ValueError(f"no latitude and longitude on earth: {lat}, {lon}")
     return lat, lon
 
 
@@ -105,7 +98,7 @@ class _Dtype:
 
     def __init__(self, letters, *_):
         if not re.fullmatch("[fiub][1248]|U[0-9]{1,4}", letters):
-            raise ValueError(f"refused the numpy.dtype {_brief(letters)}, neither a number nor a string")
+            raise ValueError(f"refused the numpy.dtype {letters!r:.80}, neither a number nor a string")
         self.dtype = np.dtype(letters)
 
     def __setstate__(self, state):
@@ -129,28 +122,14 @@ class _Plain(pickle._Unpickler):    # the one in Python: the one in C can be mad
         return self.KNOWN[f"{module}.{name}"]
 
 
-def _read(path, kind, parse=json.loads):
-    """Return what `parse` makes of a file's bytes; ValueError (one line) whatever a damaged or hostile file
-    provokes."""
-    data = views.read_bytes(path)
-    try:
-        return parse(data)
-    except Exception as error:
-        raise ValueError(f"{path}: not {kind}: {_brief(str(error))}") from None
-
-
 def read_mapping(path):
-    """Return {(latitude, longitude): panorama id} of a gps_pano_mapping.pkl.
-
-    ValueError (one line) if it is missing or holds anything else, above all anything that would run code."""
-    entries = _read(path, "a table of panoramas", lambda data: _Plain(io.BytesIO(data)).load().items())
+    """Return {(latitude, longitude): panorama id} of a gps_pano_mapping.pkl. An error if it holds anything
+    else, above all anything that would run code."""
     mapping = {}
-    for row, (point, name) in enumerate(entries):
-        what = f"{path}: entry {row}"
-        point = _geocode(point, what)
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[\w:.=-]{1,200}", name):
-            raise ValueError(f"{what}: {_brief(name)} cannot be the id of a panorama")
-        mapping[point] = name
+    for point, name in _Plain(io.BytesIO(path.read_bytes())).load().items():
+        if not re.fullmatch(r"(?!\.)[\w:.=-]{1,200}", name):
+            raise ValueError(f"{name!r:.80} cannot be the id of a panorama")
+        mapping[_geocode(point)] = name
     return mapping
 
 
@@ -167,15 +146,6 @@ def _snap(point, known):
 
 # ----------------------------------------------------------------------------------------------------- routes
 
-def _get(raw, *keys):
-    """Return raw[key][key]...; ValueError that names the key which is missing."""
-    for depth, key in enumerate(keys, 1):
-        if not isinstance(raw, dict) or key not in raw:
-            raise ValueError(f"missing key {'.'.join(keys[:depth])}")
-        raw = raw[key]
-    return raw
-
-
 # "key": "value", on a line of its own, quoted or not
 FIELD = re.compile(r"""^[{\s]*["']*([^:\n]*?)["']*[^\S\n]*:"""
                    r"""[^\S\n]*["']*(.*?)["']*[^\S\n]*,*[^\S\n]*$""", re.M)
@@ -184,25 +154,23 @@ FIELD = re.compile(r"""^[{\s]*["']*([^:\n]*?)["']*[^\S\n]*:"""
 def _blocks(text):
     """Return milestone_info as a list of dicts of strings, by the released code's rules: a block ends at }, a
     field at the end of its line, and commas and quotes around it do not matter."""
-    if not isinstance(text, str):
-        raise ValueError(f"milestone_info: expected a string, got {_brief(text)}")
     return [dict(fields) for block in text.split("}") if (fields := FIELD.findall(block))]
+
+
+def _groups(pattern, text, like):
+    """Return the groups of a pattern in a text that is all of it."""
+    if match := re.fullmatch(pattern, text, re.I):
+        return match.groups()
+    raise ValueError(f"expected the like of {like!r}, got {text!r:.80}")
 
 
 def _read_block(block):
     """Return (heading, direction, landmark, side) of a block: see Leg."""
-    towards = _get(block, "to_next_intersection_heading")
-    match = re.fullmatch(r"(-?[0-9]{1,3})(?:\.[0-9]*)? *\( *([A-Za-z]+) *\)", towards)
-    if not match or match[2].lower() not in COMPASS:
-        raise ValueError('to_next_intersection_heading: expected the like of "177 (south)", '
-                         f'got {_brief(towards)}')
-    heading, direction = int(match[1]) % 360, match[2].lower()
-    remark = block.get("landmarks", "No landmark nearby")
-    match = re.fullmatch(rf"(?i:no landmarks? nearby)|(.*\S) is on your ({'|'.join(SIDES)})\.?", remark)
-    if not match:
-        raise ValueError('landmarks: expected the like of "Joe\'s Diner is on your left behind", '
-                         f'got {_brief(remark)}')
-    return heading, direction, *match.groups()
+    heading, direction = _groups(rf"(-?[0-9]{{1,3}})(?:\.[0-9]*)? *\( *({'|'.join(COMPASS)}) *\)",
+                                 block["to_next_intersection_heading"], "177 (south)")
+    landmark = _groups(rf"no landmarks? nearby|(.*\S) is on your ({'|'.join(SIDES)})\.?",
+                       block.get("landmarks", "No landmark nearby"), "Joe's Diner is on your left behind")
+    return int(heading) % 360, direction.lower(), *landmark
 
 
 def _between(start, end, known):
@@ -219,46 +187,36 @@ def _between(start, end, known):
     return tuple(places)
 
 
-def _place(value, what, known):
+def _place(point, known):
     """Return the Place nearest to a point of a file."""
-    if place := _snap(_geocode(value, what), known):
+    if place := _snap(_geocode(point), known):
         return place
-    raise ValueError(f"{what} has no panorama within {RADIUS:.0f} m in {MAPPING}")
+    raise ValueError(f"{point} has no panorama within {RADIUS:.0f} m in {MAPPING}")
 
 
 def _route(raw, name, known):
-    """Return a Route from an entry of route_infos.json; ValueError (one line) if it is bad."""
-    start = _get(raw, "start_place", "relocated_geocode")
-    ends, blocks = _get(raw, "route_results", "geocode_list"), _blocks(_get(raw, "milestone_info"))
-    if not isinstance(ends, list) or not ends:
-        raise ValueError("geocode_list: expected a list of turning points")
-    if len(blocks) != len(ends):
+    """Return a Route from an entry of route_infos.json; an error if it is bad."""
+    ends, blocks = raw["route_results"]["geocode_list"], _blocks(raw["milestone_info"])
+    if not 0 < len(blocks) == len(ends):
         raise ValueError(f"milestone_info has {len(blocks)} blocks for {len(ends)} turning points")
-    place = start = _place(start, "start_place.relocated_geocode", known)
+    place = start = _place(raw["start_place"]["relocated_geocode"], known)
     legs = []
-    for i, (block, end) in enumerate(zip(blocks, ends)):
-        before, place = place, _place(end, f"geocode_list[{i}]", known)
-        try:
-            legs.append(Leg(*_read_block(block), _between(before, place, known), place))
-        except ValueError as error:
-            raise ValueError(f"milestone_info, block {i}: {error}") from None
-    heading = int(_number(raw.get("init_heading", 0), "init_heading"))
+    for block, end in zip(blocks, ends):
+        before, place = place, _place(end, known)
+        legs.append(Leg(*_read_block(block), _between(before, place, known), place))
+    heading = int(raw.get("init_heading", 0))
     return Route(name, start, heading and (heading - 1) % 360 + 1, tuple(legs))
 
 
 def _check_picture(panorama):
-    """Raise ValueError if a panorama's jpg or metadata is bad. Quick: a jpg that ends with the end marker is
-    not decoded; some have more bytes after it."""
+    """Raise an error if a panorama's jpg or metadata is bad. Quick: a jpg with an end marker is not decoded;
+    some have more bytes after it."""
     views.read_rotation(panorama)
-    with suppress(OSError), open(panorama, "rb") as file:
-        head = file.read(2)
+    with open(panorama, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        if head == b"\xff\xd8" and file.read().rstrip(b"\0").endswith(b"\xff\xd9"):
+        if b"\xff\xd9" in file.read():
             return
-    try:
-        views.load(panorama, 256)
-    except ValueError as error:
-        raise ValueError(f"{error}; download it again") from None
+    views.load(panorama, 256)
 
 
 def pictures_of(route):
@@ -280,13 +238,10 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     folder = Path(folder)
     infos = folder / "held_out_infos.json"
     infos = infos if held_out and infos.exists() else folder / "route_infos.json"
-    match _read(infos, "a JSON file"):
-        case [[_, *_] as raws, *_]:
-            pass
-        case _:
-            raise ValueError(f"{infos}: expected [routes, count], with a route at least")
+    raws = _attempt(infos, lambda: list(json.loads(infos.read_bytes())[0]))
+    mapping = _attempt(folder / MAPPING, read_mapping, folder / MAPPING)
     places = [Place(point, str(folder / "street_views" / f"{name}.jpg"))
-              for point, name in sorted(read_mapping(folder / MAPPING).items())]
+              for point, name in sorted(mapping.items())]
     known = np.reshape([place.geocode for place in places], (-1, 2)), places
     check = cache(_check_picture)
     look = pictures and not (folder / "city.json").exists()
@@ -294,14 +249,14 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     for i, raw in enumerate(raws):
         name = f"route {i} of {infos}"
         try:
-            route = _route(raw, name, known)
+            route = _attempt(name, _route, raw, name, known)
             for panorama in pictures_of(route) if look else ():
-                check(panorama)
+                _attempt(f"{name}: {panorama} or its metadata", check, panorama)
             routes.append(route)
         except ValueError as error:
-            skipped.append(f"{name}: {error}")
+            skipped.append(str(error))
             if not skip_bad:
-                raise ValueError(f"{skipped[0]} (--skip-bad-routes leaves such routes out)") from None
+                raise ValueError(f"{error} (--skip-bad-routes leaves such routes out)") from None
     if not routes:
-        raise ValueError(f"{infos}: no route is left; {skipped[0]}")
+        raise ValueError(f"{infos}: no route is left; {''.join(skipped[:1])}")
     return World(tuple(routes), tuple(skipped))

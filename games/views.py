@@ -6,7 +6,6 @@ A panorama is equirectangular: columns are compass directions, rows elevations. 
 """
 import json
 import math
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,31 +13,15 @@ import numpy as np
 from PIL import Image
 
 from games import cities
-from harness.ranges import is_number
 
 CROSS = 5           # black pixels between the four views of a grid
 # a panorama with more columns than this per pixel in a view's middle is made smaller, lest it alias
 FINEST = 1.75
 
 
-def read_bytes(path):
-    """Return a file's bytes; ValueError (one line) if it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-
-
 def read_rotation(panorama):
-    """Return `rotation` (degrees) from the metadata beside a panorama's jpg; ValueError (one line) if there
-    is none."""
-    path = Path(panorama).with_suffix(".metadata.json")
-    data = read_bytes(path)
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        rotation = json.loads(data)["rotation"]
-        if is_number(rotation, int, float) and abs(rotation) < 1e9:     # False for NaN, too
-            return rotation
-    raise ValueError(f"{path}: expected a JSON object with a number `rotation` in degrees")
+    """Return `rotation` (degrees) from the metadata beside a panorama's jpg."""
+    return float(json.loads(Path(panorama).with_suffix(".metadata.json").read_bytes())["rotation"])
 
 
 # ---------------------------------------------------------------------------------------------------- cutting
@@ -95,21 +78,17 @@ def view(pixels, lon, size, fov=90, full=None):
 
 def load(panorama, finest):
     """Return (pixels, (H, W) of the file, rotation) of a panorama's jpg; pixels (h, w, 3) have at most
-    `finest` columns. A built-in city draws it if it is not there yet. ValueError (one line) that names the
-    file if it cannot be read."""
+    `finest` columns. A built-in city draws it if it is not there yet. What cannot be read is found by
+    routes.load, before the game begins."""
     path = Path(panorama)
     if not path.exists() and (path.parent.parent / "city.json").exists():
         cities.draw(panorama)
-    try:
-        with Image.open(path, formats=["JPEG"]) as image:
-            full = image.height, image.width
-            if image.width > finest:
-                # with a low-pass; libjpeg decodes small at once
-                image.thumbnail((finest, image.height))
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    return pixels, full, read_rotation(panorama)
+    with Image.open(path, formats=["JPEG"]) as image:
+        full = image.height, image.width
+        if image.width > finest:
+            # with a low-pass; libjpeg decodes small at once
+            image.thumbnail((finest, image.height))
+        return np.asarray(image.convert("RGB")), full, read_rotation(panorama)
 
 
 @lru_cache(maxsize=128)     # of 5 MB each at the paper's size
