@@ -16,7 +16,7 @@ from typing import Protocol
 
 from games import foundation, views
 from games.cards import FACES, LOOKS, RANKS, STYLES, card_values, draw_hand
-from games.prompts import check_prompts
+from games.prompts import PROMPTS
 from games.rails import LOOK, instructions, known_routes, rail, relative_turn
 from games.seeds import derive
 from games.solver import miss, solve
@@ -186,7 +186,7 @@ class GeneralPoints:
             raise ValueError(f"style {self.style}: no card is drawn for a text task; expected image=True")
         if self.describe and not self.image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
-        self.prompts = check_prompts(self.prompts or {})
+        self.prompts = self.prompts or PROMPTS
         # rank -> number, as the prompt states it, and as verifier and expert count
         self.stated, self.values = card_values(self.rule), card_values(self.judged_rule or self.rule)
         self.deck = [(rank, suit) for suit in LOOKS[self.look] for rank in RANKS]
@@ -325,7 +325,7 @@ class Navigation:
         check_settings(self)
         if self.describe and not self.image:
             raise ValueError("describe=True: there is no picture to describe; expected image=True")
-        self.prompts = check_prompts(self.prompts or {})
+        self.prompts = self.prompts or PROMPTS
         self.routes = known_routes(self.look, self.held_out, self.image, self.size, self.skip_bad_routes)
         self.distinct = len(self.routes)
         self.index = None       # of the current point; None: no episode is running

@@ -54,45 +54,34 @@ PROMPTS = {
 
 
 def _fields(template):
-    """Return the set of a template's fields. ValueError if one is more than a plain {name}."""
-    template.encode()               # ValueError: half a surrogate pair, which no tokenizer takes
-    fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
-    for name, spec, conversion in fields:
-        if spec or conversion or not name.isidentifier():
-            raise ValueError("a field is a plain {name}: no format, no conversion, no index, no attribute")
-    return {name for name, *_ in fields}
-
-
-def check_prompts(prompts, source="prompts"):
-    """Return PROMPTS with some templates replaced.
-
-    ValueError that names `source` and the key: an unknown key, not a template, a field that its default has
-    not, or a task prompt ("gp-l", ...) that lacks a field of its default. Only {count} may be left out."""
-    for key, template in prompts.items():
-        if key not in PROMPTS:
-            raise ValueError(f"{source}: unknown key {key!r:.80}, expected one of {', '.join(PROMPTS)}")
-        if not isinstance(template, str):
-            raise ValueError(f"{source}: {key!r}: expected a string, got {type(template).__name__}")
-        known = _fields(PROMPTS[key])
-        try:
-            used = _fields(template)
-        except ValueError as error:
-            braces = "{{ and }} stand for braces"
-            raise ValueError(f"{source}: {key!r} is not a template ({braces}): {error}") from None
-        if foreign := used - known - {"target"}:
-            raise ValueError(f"{source}: {key!r} knows the fields {sorted(known | {'target'})}, "
-                             f"not {min(foreign)!r:.80}")
-        if "-" in key and known - used - {"count"}:
-            raise ValueError(f"{source}: {key!r} lacks the fields {sorted(known - used - {'count'})}")
-    return {**PROMPTS, **prompts}
+    """Return the set of a template's fields, each with its conversion and format, if it has them."""
+    parts = string.Formatter().parse(template)
+    return {":".join(filter(None, (name, conversion, spec)))
+            for _, name, spec, conversion in parts if name is not None}
 
 
 def load_prompts(path):
-    """Read templates from a JSON file {key: template}; the rest are the defaults. ValueError if it is bad."""
+    """Return PROMPTS with the templates replaced that a JSON file {key: template} has.
+
+    ValueError (one line) that names the file and the key: an unknown key, not a template, a field that its
+    default has not, or a task prompt ("gp-l", ...) that lacks a field of its default. Only {count} may be
+    left out."""
     try:
-        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:       # not JSON, not UTF-8, or [[[[[...
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(prompts, dict):
-        raise ValueError(f"{path}: expected a JSON object of templates, got {type(prompts).__name__}")
-    return check_prompts(prompts, str(path))
+        prompts = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (TypeError, ValueError, RecursionError) as error:        # not JSON, not UTF-8, or [[[[[...
+        raise ValueError(f"{path}: not a JSON object of templates: {error}") from None
+    for key, template in prompts.items():
+        if key not in PROMPTS:
+            raise ValueError(f"{path}: unknown key {key!r:.80}, expected one of {', '.join(PROMPTS)}")
+        known = _fields(PROMPTS[key])
+        try:
+            used = _fields(template)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {key!r} is not a template ({{{{ and }}}} stand for braces): {error}"
+                             ) from None
+        if foreign := used - known - {"target"}:
+            raise ValueError(f"{path}: {key!r} knows the fields {sorted(known | {'target'})}, "
+                             f"not {min(foreign)!r:.80}")
+        if "-" in key and known - used - {"count"}:
+            raise ValueError(f"{path}: {key!r} lacks the fields {sorted(known - used - {'count'})}")
+    return PROMPTS | prompts

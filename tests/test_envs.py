@@ -186,8 +186,7 @@ def test_values_and_rules(rule, values):
     virl | expected image=True      | {"describe": True}
     virl | attempts 0: expected     | {"attempts": 0}
     virl | size 0: expected         | {"size": 0}
-    virl | after_failure cry: expected | {"after_failure": "cry"}
-    virl | prompts: 'virl-l' lacks  | {"prompts": {"virl-l": "{history}"}}""")
+    virl | after_failure cry: expected | {"after_failure": "cry"}""")
 def test_bad_settings_are_named(game, message, settings):
     raises(message, envs.GAMES[game], **ast.literal_eval(settings))
 
@@ -459,17 +458,17 @@ def test_load_prompts_replaces_what_it_names(tmp_path):
     ["gp-l"] | object
     { | JSON
     \udcff | JSON
-    {"wrong_value": "{number:999999999}"} | a plain {name}
-    {"wrong_value": "{number:>9}"} | a plain {name}
-    {"wrong_value": "{number:{target}}"} | a plain {name}
-    {"wrong_value": "{target!r:>9}"} | a plain {name}
-    {"wrong_value": "{number!r}"} | a plain {name}
-    {"wrong_value": "{number[0]}"} | a plain {name}
-    {"wrong_value": "{number.real}"} | a plain {name}
-    {"wrong_value": "{0}"} | a plain {name}
-    {"wrong_value": "{ number }"} | a plain {name}
+    {"wrong_value": "{number:999999999}"} | knows the fields
+    {"wrong_value": "{number:>9}"} | knows the fields
+    {"wrong_value": "{number:{target}}"} | knows the fields
+    {"wrong_value": "{target!r:>9}"} | knows the fields
+    {"wrong_value": "{number!r}"} | knows the fields
+    {"wrong_value": "{number[0]}"} | knows the fields
+    {"wrong_value": "{number.real}"} | knows the fields
+    {"wrong_value": "{0}"} | knows the fields
+    {"wrong_value": "{ number }"} | knows the fields
     {"describe": "{target:{target:999999999}}"} | 'describe'
-    {"correct": "\\ud800"} | 'correct'"""),
+    {"gp-l": "{rule:{target}} {target} {cards}"} | 'rule:{target}'"""),
     ("[" * 100_000, "JSON"),
     ('{"%s": "x"}' % ("k" * 900), "unknown key 'kkk")])
 def test_bad_templates_are_named_in_one_line(tmp_path, content, key):

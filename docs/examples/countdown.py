@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 
 from envs import Observation, judged_step, check_settings, dialogue
-from games.prompts import check_prompts
+from games.prompts import PROMPTS
 from games.solver import miss, solve
 from games.verifier import judge
 from harness.ranges import integer, one_of
@@ -45,7 +45,7 @@ class Countdown:
 
     def __post_init__(self):
         check_settings(self)
-        self.prompts, self.attempt = check_prompts(self.prompts or {}), None
+        self.prompts, self.attempt = self.prompts or PROMPTS, None
 
     def reset(self, seed):
         self.rng, self.numbers, self.attempt = random.Random(seed), [], 0
