@@ -23,6 +23,7 @@ from games.solver import miss, solve
 from games.verifier import SPACES, judge, judge_step
 from harness.ranges import integer, one_of, pair, text
 
+RIGHT = "correct", "right_action"
 EXHAUSTED = -1.0    # added to the reward when the last attempt fails
 COUNTS = {3: "three", 4: "four", 5: "five"}      # cards that can be dealt, and {count} in a prompt
 
@@ -86,8 +87,11 @@ def _random(seed):
     return random.Random(int(seed))
 
 
-def _shown(picture, text):
-    return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+def _content(game, text):
+    """Return a message's content: a text, in image tasks behind the picture of what it is about."""
+    if not game.image:
+        return text
+    return [{"type": "image", "image": game.picture()}, {"type": "text", "text": text}]
 
 
 def _answer(game, *values):
@@ -108,6 +112,12 @@ def dialogue(game, messages, mistakes):
     return [*messages, {"role": "assistant", "content": game.oracle(), "train": True}]
 
 
+def _description(game, asked, told):
+    """Return a dialogue that asks what is in the picture, and tells it."""
+    return [{"role": "user", "content": _content(game, asked)},
+            {"role": "assistant", "content": told, "train": True}]
+
+
 def judged_step(game, text):
     """Make a step of a game of one question. A right answer terminates the episode, the last wrong one
     truncates it; see Env.step. A game needs `judge(text)` for it, which returns a verifier.Verdict, and
@@ -116,9 +126,10 @@ def judged_step(game, text):
         raise RuntimeError("no episode is running: call reset(seed) first")
     verdict = game.judge(text)
     game.attempt += 1
-    correct = verdict.code == "correct"
+    correct = verdict.code in RIGHT
     truncated = not correct and game.attempt == game.attempts
-    info = verdict.info() | {"correct": correct, "attempt": game.attempt, "success": correct}
+    info = {"verdict": verdict.code, "message": verdict.message, "recognized": verdict.recognized,
+            "translated": verdict.translated, "correct": correct, "attempt": game.attempt, "success": correct}
     messages = [{"role": "user", "content": verdict.message}]
     if correct or truncated:
         messages, game.attempt = [], None
@@ -231,11 +242,11 @@ class GeneralPoints:
         rule = self.prompts["rule_same" if same else "rule_each"].format(**self.stated, target=self.target)
         text = self.prompts["gp-vl" if self.image else "gp-l"].format(
             target=self.target, rule=rule, cards=self.ranks, count=COUNTS[self.cards])
-        return self._show(text) if self.image else text
+        return _content(self, text)
 
-    def _show(self, text):
-        """Return the picture of the hand, and a text."""
-        return _shown(draw_hand(self.hand, self.size, self.style), text)
+    def picture(self):
+        """Return the picture of the hand."""
+        return draw_hand(self.hand, self.size, self.style)
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken; after
@@ -252,8 +263,7 @@ class GeneralPoints:
         messages = self.reset(seed)[0].messages
         if self.describe:
             asked = self.prompts["describe_cards"].format(count=COUNTS[self.cards])
-            return [{"role": "user", "content": self._show(asked)},
-                    {"role": "assistant", "content": _answer(self, self.ranks), "train": True}]
+            return _description(self, asked, _answer(self, self.ranks))
         return dialogue(self, messages, mistakes)
 
     def _mistake(self):
@@ -328,7 +338,8 @@ class Navigation:
         self.prompts = self.prompts or PROMPTS
         self.routes = known_routes(self.look, self.held_out, self.image, self.size, self.skip_bad_routes)
         self.distinct = len(self.routes)
-        self.index = None       # of the current point; None: no episode is running
+        # the current point's; attempts judged there, None: no episode is running
+        self.index, self.attempt = 0, None
 
     def _start(self, seed):
         self.rng = _random(seed)
@@ -361,43 +372,36 @@ class Navigation:
             instructions="\n".join(f"{i}. {sentence}" for i, sentence in enumerate(self.sentences, 1)),
             history="\n".join([*history, f"O_{self.index + 1}: {now}"]),
             actions=self.prompts[self.rule], target="")
-        content = self._show(text) if self.image else text
-        return Observation([{"role": "user", "content": content}], fresh=True)
+        return Observation([{"role": "user", "content": _content(self, text)}], fresh=True)
 
-    def _show(self, text):
-        """Return the four street views here, and a text."""
+    def picture(self):
+        """Return the four street views here."""
         point = self.points[self.index]
-        return _shown(views.grid(point.panorama, point.heading, self.size), text)
+        return views.grid(point.panorama, point.heading, self.size)
+
+    def judge(self, text):
+        """Return the verifier.Verdict on an answer at the current point."""
+        point = self.points[self.index]
+        return judge_step(text, point, self.sentences[point.instruction], self.landmarks, self.judged_rule,
+                          self.prompts)
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The
         right action leads to the next point, a wrong one leaves one where one is, with the verifier's
         message. The destination terminates the episode, a point that stays wrong truncates it (see
         after_failure); after that RuntimeError."""
-        if self.index is None:
-            raise RuntimeError("no episode is running: call reset(seed) first")
-        self.attempt += 1
-        point = self.points[self.index]
-        sentence = self.sentences[point.instruction]
-        verdict = judge_step(text, point, sentence, self.landmarks, self.judged_rule, self.prompts)
-        correct = verdict.code == "right_action"
+        observation, reward, correct, exhausted, info = judged_step(self, text)
         last = self.index == len(self.points) - 1
-        exhausted = not correct and self.attempt == self.attempts
         self.failed |= exhausted
         terminated = last and correct
         truncated = exhausted and (last or self.after_failure == "end")
-        info = verdict.info() | {
-            "correct": correct, "attempt": self.attempt, "point": self.index, "landmark": point.landmark,
-            "success": terminated and not self.failed}
-        if terminated or truncated:
-            self.index, observation = None, Observation([], fresh=False)
-        elif correct or exhausted:
+        info |= {"point": self.index, "landmark": self.points[self.index].landmark,
+                 "success": terminated and not self.failed}
+        if (correct or exhausted) and not (terminated or truncated):
             self.index += 1
             self.attempt = 0
             observation = self._observe()
-        else:
-            observation = Observation([{"role": "user", "content": verdict.message}], fresh=False)
-        return observation, verdict.reward + EXHAUSTED * exhausted, terminated, truncated, info
+        return observation, reward, terminated, truncated, info
 
     def oracle(self):
         """Return the expert's answer at the current point."""
@@ -414,8 +418,7 @@ class Navigation:
             choices = marked
         self.index = self.rng.choice(choices)
         if self.describe:
-            return [{"role": "user", "content": self._show(self.prompts["describe"])},
-                    {"role": "assistant", "content": self.points[self.index].observation, "train": True}]
+            return _description(self, self.prompts["describe"], self.points[self.index].observation)
         return dialogue(self, self._observe().messages, mistakes)
 
     def _mistake(self):

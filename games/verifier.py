@@ -42,11 +42,6 @@ class Verdict:
     translated: bool    # "number" are the dealt values; "current instruction" is right (never rewarded)
     code: str           # of REWARDS, STEP_REWARDS
 
-    def info(self):
-        """Return what a game's step says of the answer."""
-        return {"verdict": self.code, "message": self.message, "recognized": self.recognized,
-                "translated": self.translated}
-
 
 _LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}
 
