@@ -147,12 +147,12 @@ class GeneralPoints:
     rule: str = "10"            # what J, Q, K count as ("10", "11-12-13", ...)
     judged_rule: str = None     # what they count for the verifier and the expert, if that is something else
     look: str = "black"         # suits dealt: "black", "red", "all"
-    style: str = "plain"        # how the cards are drawn (cards.STYLES)
+    style: str = "plain"        # how the cards are drawn (cards.STYLES), in image tasks
     target: int = 24
     deal: str = "any"           # any hand, or those with a "face" card (the paper's rule-OOD)
     held_out: bool = False      # hands whose numbers training never deals; None: those and all others
     cards: int = 4              # in a hand, one of COUNTS
-    describe: bool = False      # demonstrations tell the cards in the picture, and no formula
+    describe: bool = False      # image tasks: demonstrations tell the cards in the picture, and no formula
     attempts: int = 5           # answers judged per episode
     size: tuple = (1200, 1200)  # width and height of the image, pixels
     prompts: dict = None        # see prompts.load_prompts
@@ -193,10 +193,6 @@ class GeneralPoints:
 
     def __post_init__(self):
         check_settings(self)
-        if self.style != "plain" and not self.image:
-            raise ValueError(f"style {self.style}: no card is drawn for a text task; expected image=True")
-        if self.describe and not self.image:
-            raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.prompts = self.prompts or PROMPTS
         # rank -> number, as the prompt states it, and as verifier and expert count
         self.stated, self.values = card_values(self.rule), card_values(self.judged_rule or self.rule)
@@ -299,7 +295,7 @@ class Navigation:
     after_failure: str = "end"      # after a point stays wrong (paper); "walk-on": the released code
     drop_rate: float = 0.5          # share of the points between intersections that are left out
     hide_landmarks: bool = False    # leave them out of the instructions: only the pictures show them
-    describe: bool = False          # demonstrations tell what is in the picture rather than the way
+    describe: bool = False          # image tasks: demonstrations tell what is seen rather than the way
     size: int = 53                  # pixels of one of the four views
     prompts: dict = None            # see prompts.load_prompts
     skip_bad_routes: bool = False   # instead of a ValueError
@@ -333,8 +329,6 @@ class Navigation:
     def __post_init__(self):
         self.judged_rule = self.judged_rule or self.rule
         check_settings(self)
-        if self.describe and not self.image:
-            raise ValueError("describe=True: there is no picture to describe; expected image=True")
         self.prompts = self.prompts or PROMPTS
         self.routes = known_routes(self.look, self.held_out, self.image, self.size, self.skip_bad_routes)
         self.distinct = len(self.routes)

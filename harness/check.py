@@ -25,7 +25,6 @@ from model import Llama
 from variants import ESTIMATORS, LOSSES, lora, official, tune
 
 RARE = 500             # hands drawn for one that can be solved; `reset` gives up after 20 times as many
-NO_PICTURE = {"image": False, "style": "plain"}
 
 
 def settle(args, config, typed=frozenset(), world=1):
@@ -178,7 +177,7 @@ def check_deals(args):
     sets = {f"training by rule {rule}": {"rule": rule} for rule in (args.rules or args.rule).split(",")}
     sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
     for name, changes in sets.items():
-        env = make_env(args, **changes | NO_PICTURE)()
+        env = make_env(args, **changes | {"image": False})()
         if sum(draws(env, seed) for seed in range(8)) > 8 * RARE:
             culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
             raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can "

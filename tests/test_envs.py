@@ -179,11 +179,9 @@ def test_values_and_rules(rule, values):
     gp   | cards 6: expected        | {"cards": 6}
     gp   | cards 5: expected        | {"cards": "5"}
     gp   | style upside-down: expected | {"style": "upside-down"}
-    gp   | style mirrored: no card is drawn for a text task | {"style": "mirrored"}
     virl | rule 10: expected        | {"rule": "10"}
     virl | judged_rule 10: expected | {"judged_rule": "10"}
     virl | wording 5: expected      | {"wording": "5"}
-    virl | expected image=True      | {"describe": True}
     virl | attempts 0: expected     | {"attempts": 0}
     virl | size 0: expected         | {"size": 0}
     virl | after_failure cry: expected | {"after_failure": "cry"}""")
