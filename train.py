@@ -82,12 +82,7 @@ def loop(trainer, folder, start, interrupted):
     t0 = time.time()
     for i in range(start + 1, args.steps + 1):
         before = time.time()
-        try:
-            metrics = trainer.update(i - 1)
-        except FloatingPointError as error:
-            folder.checkpoints.finish()
-            where = folder.dump(i, trainer.batch)
-            raise UserError(f"step {i}: {error}; what it was learning from is in {where}") from error
+        metrics = trainer.update(i - 1)
         metrics |= {"seconds": time.time() - before, "skipped": trainer.skipped,
                     "memory_gb": processes.memory() / 1e9}
         metrics["tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds"]
@@ -131,7 +126,6 @@ class Trainer:
         self.make_env = training_env(args)
         self.mixture = training_mixture(args)
         self.skipped = self.skipped_in_a_row = 0               # steps without a finite loss and gradient
-        self.batch = None                      # the episodes or examples of this step
 
     @property
     def groups(self):
@@ -167,7 +161,6 @@ class Trainer:
         else:
             examples = sft.make_batch(self.processor, self.mixture, seeds, args.mistakes, args.learn_prompts)
         filler = examples[0] if examples else sft.make_example(self.processor, self.make_env(), seeds[0])
-        self.batch = episodes or examples
         loss = SFT_LOSSES[args.sft_loss]
         with autocast(args, processes.device):
             if loss.before:                    # the loss compares with an earlier model: note its log-probs
@@ -181,7 +174,6 @@ class Trainer:
 
     def play(self, seeds, samples=1, features=None):
         """Return a rollout of the training game. features: see harness/evaluation.py."""
-        self.batch = None                      # of the step before: two would be much memory
         return play(self.model, self.processor, self.args, self.processes, self.make_env, seeds,
                     self.args.temperature, samples, features)
 
@@ -191,7 +183,7 @@ class Trainer:
         start = time.time()
         features = {} if self.model.vision_frozen else None    # shared by rollout and update
         hands = processes.share(self.seeds(i, args.hands))     # all samples of a hand are on one rank
-        episodes = self.batch = self.play(hands, args.samples, features)
+        episodes = self.play(hands, args.samples, features)
         rolled = time.time()
         scored = {}
         train_policy = i >= args.critic_warmup
@@ -230,7 +222,7 @@ class Trainer:
         norm.
 
         loss: over all ranks. Loss and gradients are sums over ranks, so all ranks see the same numbers, and
-        skip a step together where one is not finite. FloatingPointError after --max-skipped of them in a row.
+        skip a step together where one is not finite. UserError after --max-skipped of them in a row.
         """
         norms = []
         for group in self.groups:                  # a sharded model's gradients are sums already
@@ -247,8 +239,8 @@ class Trainer:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == self.args.max_skipped:
-            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row without a finite loss and "
-                                     f"gradient (loss {loss}, norms {norms})")
+            raise UserError(f"{self.skipped_in_a_row} steps in a row without a finite loss and gradient "
+                            f"(loss {loss}, norms {norms})")
         return norms[0]                            # the first group is the policy's
 
     STATE = ("skipped", "skipped_in_a_row", "began")

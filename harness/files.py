@@ -130,11 +130,10 @@ def write_atomically(path, text):
 # ------------------------------------------------------------------------------------------------------------
 # JSON that any reader takes, and lines of it
 
-def to_json(record, default=None, **how):
-    """Return plain data as JSON text. NaN and infinities, which JSON has not, become null.
-
-    how: of json.dumps. What `default` makes of an object may hold such numbers, too."""
-    plain = json.loads(json.dumps(record, default=default), parse_constant=lambda name: None)
+def to_json(record, **how):
+    """Return plain data as JSON text. NaN and infinities, which JSON has not, become null. how: of
+    json.dumps."""
+    plain = json.loads(json.dumps(record), parse_constant=lambda name: None)
     return json.dumps(plain, allow_nan=False, **how)
 
 

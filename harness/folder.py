@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import time
-from itertools import count
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,22 +156,6 @@ class RunFolder:
         self.processes.barrier()
         first(lambda: (checkpoint.remove(final), aside.rename(final)))
 
-    def dump(self, step, batch):
-        """Write down what a rank was learning from when it broke down: lists and numbers as JSON, pictures
-        beside it. Returns the folder."""
-        name, numbers = self.path / f"broken_step_{step:06d}" / f"rank_{self.processes.rank}", count()
-        name.parent.mkdir(exist_ok=True)
-
-        def plain(x):
-            if dataclasses.is_dataclass(x):
-                return vars(x)
-            if isinstance(x, torch.Tensor):
-                return f"tensor of shape {list(x.shape)}"
-            return save_picture(x, f"{name}_{next(numbers)}.png")
-
-        write_atomically(name.with_suffix(".json"), to_json(batch, default=plain))
-        return name.parent
-
     def transcript(self, step, episode):
         """Write one episode as a person would like to read it, and the pictures it was about."""
         if self.processes.rank:
@@ -181,10 +165,5 @@ class RunFolder:
         text = "\n\n".join(f"[{who}]\n{said}" for who, said in episode.transcript)
         write_atomically(folder / f"step_{step:06d}.txt", visible(text) + "\n")
         for k, image in enumerate(episode.pictures):
-            save_picture(image, folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png")
-
-
-def save_picture(image, path):
-    """Write a PNG that replaces no file but its own. Return its name."""
-    replace(Path(path), lambda file: image.save(file, "PNG"))
-    return Path(path).name
+            file = folder / f"step_{step:06d}{f'_{k + 1}' if k else ''}.png"
+            replace(file, partial(image.save, format="PNG"))

@@ -203,17 +203,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, tmp_pat
 
 
 @pytest.mark.parametrize("task, algo", [("gp-vl", "sft"), ("virl-vl", "ppo")])
-def test_many_in_a_row_stop_the_run_and_show_the_batch(small, tmp_path, monkeypatch, task, algo):
+def test_many_in_a_row_stop_the_run(small, tmp_path, monkeypatch, task, algo):
     real = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: real(loss * float("inf")))
-    with pytest.raises(SystemExit, match="2 steps in a row without a finite.*broken_step_00000") as stop:
+    with pytest.raises(SystemExit, match="2 steps in a row without a finite"):
         train.main(words("--model", small[0], COMMON[algo], "--task", task, "--max-skipped 2 --eval-hands 0",
                          "--out", tmp_path / "run"))
-    folder = Path(str(stop.value.code).split()[-1])
-    batch = json.loads((folder / "rank_0.json").read_text())
-    assert len(batch) == 4 and (folder / "rank_0_0.png").exists()
-    said = batch[0] if algo == "sft" else batch[0]["conversations"][0]
-    assert "\n" in small[2].decode(said["ids"])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -195,11 +195,13 @@ def test_own_answers_through_the_trainer(model, processor, monkeypatch):
     assert "nothing to learn from  empty 1" in said
 
     def lucky(seeds):
+        nonlocal episodes
         episodes = play(seeds)
         episodes[0].turns[0].info["correct"] = True
         return episodes
 
+    episodes = None
     monkeypatch.setattr(trainer, "play", lucky)
-    metrics, [example] = trainer.update(1), own_answers(trainer.batch)     # dumped with their pictures
+    metrics, [example] = trainer.update(1), own_answers(episodes)
     assert trainer.skipped == 0 and math.isfinite(metrics["nll"]) and not torch.equal(weights(), before)
     assert metrics["trained_tokens"] == len(example.ids)

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import combinations_with_replacement
+from unittest import mock
 
 import numpy as np
 
@@ -312,13 +313,17 @@ def test_sft_and_ppo_learn_from_all_rules(model, processor, task):
         assert {rule for rule, in found} == set(RULES[task].split(","))
         return found
     trainer = train.Trainer(settings(task, "sft"), model, processor, Processes("cpu"))
+    trainer.ledger = mock.Mock()
     assert np.isfinite(trainer.update(0)["nll"])
-    of_one_rule_each(processor.decode(example.ids) for example in trainer.batch)
+    _, examples, _ = trainer.ledger.add_sft.call_args.args
+    of_one_rule_each(processor.decode(example.ids) for example in examples)
 
     args = settings(task, "ppo", hands=6, samples=2, max_new_tokens=4, attempts=1)
     trainer = train.Trainer(args, model, processor, Processes("cpu"))
+    trainer.ledger = mock.Mock()
     trainer.update(0)
-    found = of_one_rule_each(episode.transcript[0][1] for episode in trainer.batch)
+    _, episodes, *_ = trainer.ledger.add_ppo.call_args.args
+    found = of_one_rule_each(episode.transcript[0][1] for episode in episodes)
     assert found[::2] == found[1::2]
     alone = evaluation_sets(Args(**{**vars(args), "rules": None}))
     for name, factory in evaluation_sets(args).items():
