@@ -28,9 +28,6 @@ from variants import lora
 
 LOG = "log.jsonl"
 LINE = {"event": str, "step": int}                             # what each of its lines has
-# Fields that a checkpoint's record.json has at least.
-RECORD = {"step": int, "compute": (int, float), "flops": dict, "skipped": int, "skipped_in_a_row": int,
-          "began": (str, type(None)), "config": dict}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,15 +66,6 @@ def choose(args, processes, held):
                        "goes on with a run")
 
 
-def record_of(path):
-    """Read record.json of a checkpoint of a run. ValueError for one that is not whole."""
-    record = read_json(path, "record.json")
-    for name, kind in RECORD.items():
-        if not isinstance(record.get(name), kind):
-            raise UserError(f"{path}: record.json lacks {name}; written by another version?")
-    return record
-
-
 def git_commit():
     """Return the commit of the code, with a + where its Python differs; None outside a git checkout.
 
@@ -107,7 +95,7 @@ class RunFolder:
         """Find what a run goes on from -> (its newest checkpoint or None, its settings)."""
         newest = first(self.checkpoints.newest)
         # without one it was stopped before the first
-        config = record_of(newest)["config"] if newest else read_json(self.path, "config.json")
+        config = read_json(newest, "record.json")["config"] if newest else read_json(self.path, "config.json")
         return newest, resumed(args, typed, config, newest or self.path / "config.json")
 
     def start(self, args, step):

@@ -12,9 +12,9 @@ from distributed.processes import gather
 from games.seeds import derive
 from harness import tiny
 from harness.check import attempt, choose_what_learns, settle
-from harness.folder import record_of
 from harness.ranges import SettingError, UserError
 from llama.config import Config
+from llama.folders import read_json
 from llama.processor import Processor
 from model import Linear, Llama
 from variants import SFT_LOSSES, lora, official
@@ -58,12 +58,15 @@ def load(args, processes, folder, resumed=None):
         args.shard = "off"                     # as only pre-training begins so
         return *tiny.from_scratch(args, processes.device), None
     if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:
-        folder, resumed = Path(str(record_of(resumed)["began"])), None     # Trainer.restore does the rest
+        folder = Path(read_json(resumed, "record.json")["began"])    # Trainer.restore does the rest
+        resumed = None
     folder = Path(resumed or folder)
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
-    trained = record_of(folder)["config"] if checkpoint.is_checkpoint(folder) and not resumed else {}
+    trained = {}
+    if checkpoint.is_checkpoint(folder) and not resumed:
+        trained = read_json(folder, "record.json")["config"]
     if trained.get("lora_rank"):
         if args.shard == "on":
             raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's "
