@@ -1,8 +1,7 @@
-"""Print text safely: no control characters, none that the terminal cannot show, and no traceback when the
-program that reads the output (`| head`) has ended. All may import it: it needs the standard library alone.
+"""Print text safely: no control characters of others, no error over a sign that the terminal cannot show or a
+reader (`| head`) that has ended. All may import it: it needs the standard library alone.
 """
 
-import io
 import os
 import re
 import sys
@@ -16,23 +15,16 @@ def visible(text):
     return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class SafeStream(io.TextIOWrapper):
-    def write(self, text):
-        return super().write(visible(text))
-
-
 def command(main):
     """Run the `main` of a command and show what it says; do not complain of a reader that has gone."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream:                             # None: closed by who started it
-            how = {what: getattr(stream, what) for what in ("encoding", "line_buffering", "write_through")}
-            setattr(sys, name, SafeStream(stream.buffer, errors="backslashreplace", **how))
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
     try:
         try:
             main()
         finally:
-            for stream in filter(None, (sys.stdout, sys.stderr)):
+            for stream in streams:
                 stream.flush()
     except BrokenPipeError:
         silence()

@@ -480,9 +480,6 @@ def test_every_text_file_says_its_encoding():
     ("\ud800", r"\ud800"), (r"\x1b", r"\x1b"), ("\x0b\x0c\x1c", r"\x0b\x0c\x1c")])
 def test_visible(text, shown):
     assert terminal.visible(text) == shown
-    stream = terminal.SafeStream(io.BytesIO(), encoding="utf-8")
-    print(text, file=stream, end="", flush=True)
-    assert stream.buffer.getvalue().decode("utf-8") == shown
 
 
 def test_transcripts_and_lines_hold_nothing_that_acts(tmp_path, capsys):
