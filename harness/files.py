@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import tempfile
@@ -17,7 +16,6 @@ from pathlib import Path
 from harness.ranges import SettingError
 
 LOCK = ".lock"          # inside the folder that it is for
-DAY = 24 * 3600         # seconds after which whoever made a private file or folder must be dead
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,14 +79,10 @@ def holder_of(folder):
 # All or nothing
 
 @contextmanager
-def aside(final, last=""):
+def aside(final):
     """Make a folder under a private name, which is renamed to `final` at the end. Where another process was
-    first, its folder stays and this one goes. A `final` without the file `last` was left by a crash, and
-    makes room."""
+    first, its folder stays and this one goes."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    if not (final / last).exists():
-        shutil.rmtree(final, ignore_errors=True)
-    sweep(final.parent, f".{final.name}-*")
     with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent,
                                      ignore_cleanup_errors=True) as name:
         private = Path(name)
@@ -97,30 +91,21 @@ def aside(final, last=""):
         try:
             private.rename(final)
         except OSError:
-            if not (final / last).exists():
+            if not final.exists():
                 raise
-
-
-def sweep(folder, pattern):
-    """Remove files and folders under private names that a crash left behind a day ago, or earlier."""
-    for left in folder.glob(pattern):
-        with suppress(OSError):
-            if time.time() - left.lstat().st_mtime > DAY:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def replace(path, write):
     """Write a file under a private name, then rename it: nobody reads half of it, and no link is followed.
 
     write: called with the open binary file."""
-    handle, private = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    private = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(private, "xb") as file:
             write(file)
-        os.chmod(private, 0o644)                               # mkstemp's are for the owner only
-        os.replace(private, path)
+        private.replace(path)
     finally:
-        Path(private).unlink(missing_ok=True)
+        private.unlink(missing_ok=True)
 
 
 def write_atomically(path, text):

@@ -70,7 +70,7 @@ def prepare(args, processes, learn):
         processes.print(f"first use of tiny on {args.task}: making its init checkpoint, {game['steps']} "
                         f"SFT steps, in {ready}")
         with contextlib.ExitStack() as stack:  # another run may be making it, too: the first to end wins
-            private = first(lambda: stack.enter_context(files.aside(ready, "final")))
+            private = first(lambda: stack.enter_context(files.aside(ready)))
             init = Args(algo="sft", model=str(foundation), out=str(private), eval_every=0,
                         eval_hands=0, device=args.device, **game)
             if not learn(init, processes):

@@ -208,19 +208,6 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_crash_left_goes_after_a_day(tmp_path):
-    for name in ("folder", "file", "young"):
-        path = tmp_path / f".made-{name}"
-        path.touch() if name == "file" else path.mkdir()
-        os.utime(path, None if name == "young" else (0, 0))
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made/half").touch()                           # under its name, but not to its end
-    with files.aside(tmp_path / "made", "final") as private:
-        (private / "final").mkdir()
-    assert {path.name for path in tmp_path.iterdir()} == {".made-young", "made"}
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["final"]
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_file_is_replaced_as_a_whole_and_no_link_is_followed(tmp_path, fails):
     (tmp_path / "victim").write_text("precious")
