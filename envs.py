@@ -202,17 +202,17 @@ class GeneralPoints:
     def reset(self, seed):
         """Deal the hand that belongs to `seed` (an int >= 0): (observation, info about the hand). It can be
         solved by the rule that is judged and by the one that is stated, so that a model has an answer
-        whichever it goes by. RuntimeError if hand after hand is unsolvable."""
+        whichever it goes by. ValueError if hand after hand is unsolvable."""
         self.rng = _random(seed)
-        for self.drawn in range(1, 10_001):
+        for _ in range(10_000):
             self.hand = self.draw()
             self.ranks, suits = map(list, zip(*self.hand))
             if self.wanted() and all(solve([values[rank] for rank in self.ranks], self.target)
                               for values in (self.values, self.stated)):
                 break
         else:
-            raise RuntimeError(f"no solvable hand in 10000: rule {self.rule}, look {self.look}, "
-                               f"target {self.target}")
+            raise ValueError(f"no solvable hand in 10000: rule {self.rule}, look {self.look}, "
+                             f"target {self.target}")
         self.numbers = [self.values[rank] for rank in self.ranks]
         self.pick = self.rng.random()       # which of the solutions the expert gives, in [0, 1)
         self.attempt = 0

@@ -3,28 +3,18 @@
     train.py: error: --hands 3: works only with --algo ppo
 
 `settle` completes the settings of a command line, a program or a resumed run. It refuses a setting that is
-out of its range (declared in settings.py), has no effect, or is at odds with the rest.
+out of its range (declared in settings.py), has no effect, or is at odds with the rest. What files hold shows
+when they are read.
 """
 
 import inspect
-import math
 import re
-from itertools import product
 from pathlib import Path
 
-import torch
-
 import envs
-from games import rails
-from games.prompts import load_prompts
-from games.seeds import derive
-from harness.environments import make_env
 from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
 from harness.settings import GAME_SETTINGS, Args, apply_preset, flag_of, load_custom, spelled
-from model import Llama
-from variants import ESTIMATORS, LOSSES, lora, official, tune
-
-RARE = 500             # hands drawn for one that can be solved; `reset` gives up after 20 times as many
+from variants import ESTIMATORS, LOSSES, official
 
 
 def settle(args, config, typed=frozenset(), world=1):
@@ -40,10 +30,6 @@ def settle(args, config, typed=frozenset(), world=1):
     check_words(args)
     for name, expected in conflicts(args, config, world):
         raise SettingError(f"{spelled(args, name)}: expected {expected}")
-    check_files(args)
-    check_parts(args, config)
-    if args.game == "gp":
-        check_deals(args)
 
 
 def check_ranges(args, kinds=None):
@@ -127,38 +113,6 @@ def conflicts(args, config, world):
             yield "critic_warmup", f"less than --steps {args.steps}, or the policy never learns"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files, the model's parts, the game
-
-def check_files(args):
-    """Read the files and folders that the run reads."""
-    if args.prompts:
-        attempt(args, "prompts", "a JSON file of templates", load_prompts, args.prompts)
-    size = envs.GAMES[args.game].sizes[args.preset]
-    for name, held_out in product(("routes", "ood_routes", "look"), (False, True)):
-        folder = getattr(args, name)
-        if args.game == "virl" and folder and folder not in rails.LOOKS:
-            attempt(args, name, ROUTES.expected, rails.known_routes, folder, held_out, args.image, size,
-                    bool(args.skip_bad_routes))
-
-
-def check_parts(args, config):
-    """Refuse --tune and --lora-modules that leave nothing to learn in the model, made without its weights."""
-    if args.algo != "eval" and (args.lora_rank or args.tune != "all"):
-        with torch.device("meta"):
-            model = Llama(config)
-        name, of = ("lora_modules", "layers") if args.lora_rank else ("tune", "weights")
-        attempt(args, name, f"{of} that --tune leaves to learn", choose_what_learns, model, args)
-
-
-def choose_what_learns(model, args):
-    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
-    afterwards."""
-    tune.freeze(model, args.tune)
-    if args.lora_rank:
-        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
-
-
 def attempt(args, name, expected, function, *arguments):
     """Return what a function makes of a setting; refuse the setting if it fails, with the reason."""
     try:
@@ -166,28 +120,3 @@ def attempt(args, name, expected, function, *arguments):
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SettingError(f"{spelled(args, name)}: expected {expected}; {reason}") from None
-
-
-def check_deals(args):
-    """Refuse a game in which hardly any hand can be solved, in training or in an evaluation set.
-
-    Dealing would end in an error at some seed, perhaps after hours.
-    """
-    shifts = envs.GeneralPoints.shifts(args.rule, args.look, args.image)
-    sets = {f"training by rule {rule}": {"rule": rule} for rule in (args.rules or args.rule).split(",")}
-    sets |= {name: shifts[name] for name in args.eval_sets.split(",")}
-    for name, changes in sets.items():
-        env = make_env(args, **changes | {"image": False})()
-        if sum(draws(env, seed) for seed in range(8)) > 8 * RARE:
-            culprit = "target" if args.target != 24 else "rules" if args.rules else "rule"
-            raise SettingError(f"{spelled(args, culprit)}: expected a game in which one of {RARE} hands can "
-                               f"be solved; there are fewer of {name}")
-
-
-def draws(env, seed):
-    """Return how many hands `reset` draws for one that can be solved; inf if it gives up."""
-    try:
-        env.reset(seed)
-        return env.drawn
-    except RuntimeError:
-        return math.inf

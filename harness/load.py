@@ -11,13 +11,13 @@ from distributed import checkpoint, shard
 from distributed.processes import gather
 from games.seeds import derive
 from harness import tiny
-from harness.check import attempt, choose_what_learns, settle
+from harness.check import attempt, settle
 from harness.ranges import SettingError, UserError
 from llama.config import Config
 from llama.folders import read_json
 from llama.processor import Processor
 from model import Linear, Llama
-from variants import SFT_LOSSES, lora, official
+from variants import SFT_LOSSES, lora, official, tune
 
 
 def autocast(args, device):
@@ -89,6 +89,14 @@ def sharding(args, size, processes):
 def compares_with_start(args):
     """Return whether the run needs the policy that it began with: a KL penalty or an SFT loss does."""
     return bool(args.kl_coef) if args.algo == "ppo" else SFT_LOSSES[args.sft_loss].before == "initial"
+
+
+def choose_what_learns(model, args):
+    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
+    afterwards."""
+    tune.freeze(model, args.tune)
+    if args.lora_rank:
+        lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))
 
 
 def build(args, model, processes, folder):

@@ -182,6 +182,24 @@ def test_a_folder_that_cannot_be_one(small, tmp_path, name, prepare, algo):
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("line, words", rows("""
+    --prompts nowhere.json                               | No such file or directory: 'nowhere.json'
+    --prompts bad.json                                   | bad.json: not a JSON file
+    --task virl-l --routes city                          | city/route_infos.json
+    --task virl-l --look city                            | city/route_infos.json
+    --target 1000000                                     | no solvable hand in 10000
+    --tune attention --lora-rank 2 --lora-modules fc1    | --lora-modules fc1: none of these layers learns
+"""))
+def test_what_shows_before_the_run_is_there(small, tmp_path, monkeypatch, line, words):
+    """In one line, and before a log says that it has begun."""
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{")
+    Path("city").mkdir()
+    Path("city/route_infos.json").write_text("[1]")
+    assert words in refused(f"sft --model {small[0]} --out run {line}")
+    assert not Path("run/log.jsonl").exists() or "--target" in line
+
+
 def test_a_linked_folder_of_runs(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk").mkdir()

@@ -89,7 +89,7 @@ def adapt(llama, modules, rank, alpha, seed=0):
     found = [(parent, name, child) for parent in llama.modules() for name, child in parent.named_children()
              if name in wanted and child.weight.requires_grad]
     if not found:
-        raise ValueError(f"no layer of {modules} learns")
+        raise ValueError(f"--lora-modules {modules}: none of these layers learns")
     llama.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent, name, child in found:

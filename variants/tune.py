@@ -37,4 +37,4 @@ def freeze(model, tune):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_tuned(tune, name))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("this model has no such weights")
+        raise ValueError(f"--tune {tune}: this model has no such weights")
