@@ -313,7 +313,7 @@ def count(conversations):
             "sequence": len(conversations)}
 
 
-def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, train_policy=True):
+def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n):
     """Return the loss of a batch and its metrics. Each term is divided by its count over the whole minibatch
     and all ranks (n, see `count`), so that losses and gradients of batches just add up."""
     turns = stack_turns(conversations, batch, estimator.per)
@@ -337,21 +337,18 @@ def batch_loss(actor_critic, conversations, batch, args, estimator, loss, n, tra
     if estimator.values:
         errors = value_loss(values, turns.old_values, turns.targets, args.value_clip)
         metrics["value_loss"] = errors.sum() / n[estimator.per]
-    total = args.value_coef * metrics["value_loss"]
-    if train_policy:
-        total = total + metrics["policy_loss"] - args.entropy_coef * metrics["entropy"]
+    total = (args.value_coef * metrics["value_loss"] + metrics["policy_loss"]
+             - args.entropy_coef * metrics["entropy"])
     return total, {name: x.detach() for name, x in metrics.items()}
 
 
 def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, *,
-           estimator=Estimator(gae), loss=Loss(clip, "turn"), step, seed, train_policy=True,
-           ranks=OneProcess()):
+           estimator=Estimator(gae), loss=Loss(clip, "turn"), step, seed, ranks=OneProcess()):
     """Learn from a rollout: values, advantages, then `args.epochs` passes of `args.minibatches` steps each.
     Return the metrics of the update as a dict of floats.
 
     step(loss): reduces the gradients over ranks, clips them, steps the optimizer and returns the gradient
-    norm; no step is made where loss or gradients are not finite. train_policy: False in warm-up, when only
-    the critic learns. ranks: see llama.batches.OneProcess.
+    norm; no step is made where loss or gradients are not finite. ranks: see llama.batches.OneProcess.
     """
     conversations = conversations_of(episodes)
     turns = turns_of(conversations)
@@ -372,7 +369,7 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
         order = torch.randperm(int(n_trees), generator=generator).tolist()
         for part in parts(places, order, args.minibatches):
             steps.append(one_step(actor_critic, processor, [trees[i] for i in part], args, estimator, loss,
-                                  step, train_policy, ranks, conversations[0]))
+                                  step, ranks, conversations[0]))
     first = next(metrics["drawn_vs_scored"][0] for metrics in steps if metrics)
     return averages(steps) | {
         "drawn_vs_scored": first,              # of the first step: afterwards the policy has moved
@@ -380,7 +377,7 @@ def update(actor_critic: ActorCritic, processor, episodes: list[Episode], args, 
         "trained_tokens": args.epochs * tokens}
 
 
-def one_step(actor_critic, processor, trees, args, estimator, loss, step, train_policy, ranks, filler):
+def one_step(actor_critic, processor, trees, args, estimator, loss, step, ranks, filler):
     """Make one optimizer step on this rank's part of a minibatch.
 
     Return {metric: (mean, how many it is a mean over)}; nothing where no rank has a conversation, and then no
@@ -393,7 +390,7 @@ def one_step(actor_critic, processor, trees, args, estimator, loss, step, train_
     sums = defaultdict(float)
     for group, batch, weight in passes(actor_critic.policy, processor, trees, args.token_budget, ranks,
                                        filler):
-        total, numbers = batch_loss(actor_critic, group, batch, args, estimator, loss, n, train_policy)
+        total, numbers = batch_loss(actor_critic, group, batch, args, estimator, loss, n)
         (weight * total).backward()
         for name, value in numbers.items():
             sums[name] += weight * value.item()

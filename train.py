@@ -186,7 +186,6 @@ class Trainer:
         episodes = self.play(hands, args.samples, features)
         rolled = time.time()
         scored = {}
-        train_policy = i >= args.critic_warmup
         # not the rollout's context: the weights that it cast to bfloat16 carry no gradient
         with autocast(args, processes.device), remember(self.module, features):
             if args.rescore == "on":
@@ -196,11 +195,10 @@ class Trainer:
                                           processes)
             metrics = ppo.update(
                 self.module, self.processor, episodes, args, estimator=self.estimator, loss=self.loss,
-                step=self.step, seed=derive("minibatches", args.seed, i),
-                train_policy=train_policy, ranks=processes) | scored
+                step=self.step, seed=derive("minibatches", args.seed, i), ranks=processes) | scored
         revised = [episode for episode in episodes if len(episode.turns) > 1]
         self.for_transcript = (revised or episodes)[0]
-        self.ledger.add_ppo(self.estimator, episodes, train_policy, metrics["trained_tokens"])
+        self.ledger.add_ppo(self.estimator, episodes, metrics["trained_tokens"])
         summary = summarize(episodes)
         told = ("success", "first", "per_step", "recognized", "landmarks", "reward", "turns")
         return metrics | {name: summary[name] for name in told if name in summary} | {

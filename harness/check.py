@@ -109,8 +109,6 @@ def conflicts(args, config, world):
             yield "advantage", "--samples of at least 2: it compares the episodes of a hand"
         if estimator.per == "token" and unit == "turn":
             yield "advantage", "--unit token, or a --loss over tokens or sequences: each token has its own"
-        if args.critic_warmup >= args.steps:
-            yield "critic_warmup", f"less than --steps {args.steps}, or the policy never learns"
 
 
 def attempt(args, name, expected, function, *arguments):

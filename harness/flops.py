@@ -181,7 +181,7 @@ def reference(llama):
 # ------------------------------------------------------------------------------------------------------------
 # Which passes a step makes
 
-def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
+def of_ppo(args, module, estimator, seen, known, values):
     """Return the FLOPs of a rollout and its update, (rollout, scoring, update), {part: FLOPs} each.
 
     seen: quantities of all conversations in the rollout; known: in later passes, where the features of a
@@ -192,14 +192,12 @@ def of_ppo(args, module, estimator, seen, known, values, train_policy=True):
     critic = rates(trunk, module.value_head) if trunk else policy
     states = {name: number for name, number in known.items() if name != "targets"}
     read = {"values": values} | (states if trunk else {})
-    update, scoring = cost(policy, known, n, n * train_policy), cost(policy, known, args.rescore == "on")
+    update, scoring = cost(policy, known, n, n), cost(policy, known, args.rescore == "on")
     if args.kl_coef:
         scoring += cost(reference(module.policy), known)
     if estimator.values:
         scoring += cost(critic, read | (states if estimator.per == "token" else {}))
         update += cost(critic, read, n, n)
-        if not train_policy and module.critic == "shared":
-            update += cost(policy, states, 0, n)
     return cost(policy, seen), scoring, update
 
 
@@ -219,12 +217,12 @@ class Ledger:
         self.size = count_parameters(self.llama, args.task) * (2 if getattr(module, "trunk", None) else 1)
         self.total = {phase: dict.fromkeys(PARTS, 0) for phase in PHASES}
 
-    def add_ppo(self, estimator, episodes, train_policy, trained_tokens):
+    def add_ppo(self, estimator, episodes, trained_tokens):
         """Add a step that learnt from episodes."""
         trees, conversations, seen = self.played(episodes)
         known = passed(self.llama.config, trees, encode=not self.llama.vision_frozen)
         values = count(conversations)[estimator.per]
-        spent = of_ppo(self.args, self.module, estimator, seen, known, values, train_policy)
+        spent = of_ppo(self.args, self.module, estimator, seen, known, values)
         passes = 1 + bool(self.args.kl_coef) + (self.args.rescore == "on") + (
             estimator.per == "token" and estimator.values)
         self.add(spent, conversations * passes, trained_tokens)

@@ -139,7 +139,6 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                            "step changes nothing", LEARNING)
     value_clip: float = optional(at_least(0), "clip range of the value's change, 0 for none", CRITIC)
     critic_lr: float = optional(above(0), "learning rate of the value head (and of its own trunk)", CRITIC)
-    critic_warmup: int = optional(integer(0), "first updates that train the critic alone", CRITIC)
     reward_scale: float = optional(above(0), "factor on rewards before advantages and value targets", PPO)
 
     token_budget: int = optional(integer(1),
@@ -230,7 +229,7 @@ PRESETS = entries("""
 
     tiny ppo: --lr 1e-4 --lr-schedule cosine --warmup 0.1 --temperature 0.5 --advantage gae-loo
         --unit turn --clip 0.1 --value-clip 0 --value-coef 0.5 --entropy-coef 0 --epochs 1 --minibatches 4
-        --critic detached --critic-lr 3e-4 --critic-warmup 0 --steps 40 --hands 64 --samples 4
+        --critic detached --critic-lr 3e-4 --steps 40 --hands 64 --samples 4
         --reward-scale 0.2 --eval-every 20 --save-every 20
     tiny ppo virl: --steps 60 --hands 16 --reward-scale 0.5
 
@@ -254,7 +253,7 @@ PRESETS = entries("""
 
     paper ppo: --lr 1e-6 --warmup 0 --betas 0.9,0.999 --max-grad-norm 0.01 --samples 1 --temperature 0.2
         --advantage gae --unit turn --clip 0.1 --value-clip 0.1 --value-coef 0.5 --entropy-coef 0
-        --epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --critic-warmup 0 --reward-scale 1
+        --epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --reward-scale 1
         --eval-every 5 --save-every 5 --steps 20 --hands 512
     paper ppo virl: --steps 15 --hands 320
     paper ppo virl-vl: --lr 1e-7

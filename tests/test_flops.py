@@ -227,9 +227,8 @@ STEPS = """
     gp-vl  ppo
     virl-l ppo --advantage grpo --epochs 2
     gp-l   ppo --advantage gae-token --unit token
-    gp-l   ppo --critic shared --steps 2 --critic-warmup 1
-    gp-l   ppo --critic detached --steps 2 --critic-warmup 1
-    gp-vl  ppo --critic separate --steps 2 --critic-warmup 1
+    gp-l   ppo --critic shared
+    gp-vl  ppo --critic separate
     gp-vl  ppo --critic separate --epochs 2 --tune no-vision
     gp-vl  ppo --critic shared --tune vision
     gp-vl  ppo --critic separate --advantage gae-two-level --unit token

@@ -198,7 +198,6 @@ REFUSED = """
     --algo sft --batch-size 4 | --minibatches 5: expected at most 4
     --samples 1 | --advantage grpo: expected --samples of at least 2
     --advantage gae-token: expected --unit token
-    --critic-warmup 40: expected less than --steps 40
     --shard on: expected several ranks (torchrun --nproc-per-node 2)
     --algo pretrain | --shard on: expected several ranks
 """
@@ -352,7 +351,7 @@ ACCEPTED = """
     --betas '0.9, 0.95' --eval-sets 'id, rule-ood , visual-ood'
     --eval-temperature 0 --eval-hands 0 --eval-every 0
     --hands 1 --samples 1 --minibatches 1 --attempts 1 --token-budget 1 --keep 1 --rollout-batch 1
-    --clip 0.999 --gamma 1 --lam 0 --value-clip 0 --entropy-coef 0 --critic-warmup 39 --temperature 100
+    --clip 0.999 --gamma 1 --lam 0 --value-clip 0 --entropy-coef 0 --temperature 100
     --target 36 --rule 5 --look all --rules '10, 11-12-13'
     --rule 1 --target 1
     --task virl-l --rule relative --look milan --hide-landmarks --after-failure walk-on
