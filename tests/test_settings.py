@@ -22,7 +22,6 @@ from llama.config import Config
 from study import __main__ as study
 from study import plan
 from tables import rows
-from variants import __main__ as variants
 
 HERE = Path(train.__file__).parent
 TINY = Config.from_dict(CONFIG)
@@ -447,8 +446,7 @@ OTHERS = {
     bench: """
         --json nowhere/x.json: expected a file that can be written
         --json .: expected a file
-        --only nonsense: expected part of one of logprob""",
-    variants: "--nonsense | unrecognized arguments: --nonsense"}
+        --only nonsense: expected part of one of logprob"""}
 
 
 @pytest.mark.parametrize("module, line", [(module, line) for module, table in OTHERS.items()

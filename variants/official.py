@@ -3,8 +3,7 @@ them (--compat official).
 
     torchrun train.py --task gp-l --algo ppo --advantage gae --samples 1 --hands 256 --compat official
 
-Each switch says what it does and why the default differs: the games' in official_games.py, PPO's here.
-`python -m variants` lists all.
+What each switch does, and why the default differs: the games' in official_games.py, PPO's here.
 """
 import math
 from dataclasses import dataclass, replace
@@ -18,25 +17,19 @@ from rollout import Episode, conversations_of, turns_of
 from variants.advantages import gae_loo
 from variants.official_games import OF_GAME, play
 
-PPO = {
-    "leaking-gae":
-        "an episode that used up its attempts does not end the chain: the value and the advantage of the "
-        "next, unrelated hand flow into it (--advantage gae and gae-loo); nothing of the next hand can be "
-        "due to this one",
-    "first-token-unscored":
-        "the first token of an answer counts neither in its log-prob nor in its gradient; it was sampled "
-        "like all others",
-    "bf16-logprobs":
-        "log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to 0.1 against a "
-        "clip range of 0.1",
-    "ratio-10":
-        "where a ratio exceeds 10, the clipped surrogate alone counts, whose gradient is zero outside of the "
-        "range even where it would lead back (--loss ppo); the released code looks for such a ratio in a "
-        "micro-batch, which holds one turn",
-    "rank-advantages":
-        "each rank normalises the advantages of its own episodes; the mean and deviation of a rank depend on "
-        "how many there are",
-}
+# leaking-gae: an episode that used up its attempts does not end the chain: the value and the advantage of
+#     the next, unrelated hand flow into it (--advantage gae and gae-loo). Nothing of the next hand can be
+#     due to this one.
+# first-token-unscored: the first token of an answer counts neither in its log-prob nor in its gradient. It
+#     was sampled like all others.
+# bf16-logprobs: log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to 0.1
+#     against a clip range of 0.1.
+# ratio-10: where a ratio exceeds 10, the clipped surrogate alone counts, whose gradient is zero outside of
+#     the range even where it would lead back (--loss ppo). The released code looks for such a ratio in a
+#     micro-batch, which holds one turn.
+# rank-advantages: each rank normalises the advantages of its own episodes. The mean and deviation of a rank
+#     depend on how many there are.
+PPO = "leaking-gae", "first-token-unscored", "bf16-logprobs", "ratio-10", "rank-advantages"
 NAMES = frozenset(PPO).union(*OF_GAME.values())
 
 
@@ -44,8 +37,8 @@ NAMES = frozenset(PPO).union(*OF_GAME.values())
 class OfficialSettings:
     """Settings that bring back the released code."""
     compat: str = arg("", several(one_of(("official", *sorted(NAMES)))),
-                      "behaviours of the released code, by name, joined by commas, or official: all (python "
-                      "-m variants lists them)")
+                      "behaviours of the released code, by name, joined by commas, or official: all "
+                      "(variants/official.py says what they do)")
     after_failure: str = optional(one_of(("end", "walk-on")),
                                   "virl: what follows a point that stays wrong, the end of the episode "
                                   "(default, the paper) or the next point", "--task virl-l or virl-vl")

@@ -15,36 +15,23 @@ from games.cards import FACES
 from games.rails import name_turn
 from games.verifier import MISREAD, REWARDS, compute, fault, judge, number_faults
 
-# Behaviours by name, of any game and of each: their effect, and why the default differs.
-SIXTH = {
-    "sixth-attempt":
-        "after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is trained "
-        "on; here that -1 goes to the answer that used up the attempts",
-}
-OF_GAME = {
-    "gp": {
-        **SIXTH,
-        "added-penalties":
-            "the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number (also "
-            "a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is left out; "
-            "without any of these a formula that has no value costs 1. In the paper an answer has one "
-            "verdict",
-        "misread-first":
-            "misread cards (image tasks) cost 1.5 and the formula is not judged; in the paper they cost 1.5 "
-            "more",
-        "iid-deck":
-            "four independent draws of rank and suit, so that a card can be dealt twice, one of them from "
-            "the face cards alone where a face is wanted; the paper deals from a deck",
-        "float-equality":
-            "whether a formula makes the target is decided in floating point. Where that misses, as of "
-            "8/(3-8/3)=24, the answer gets 0 and the message '.'; the default is exact",
-    },
-    "virl": {
-        **SIXTH,
-        "unwrapped-angles":
-            "a turn is named by new heading less old, from 350 to 10 degrees 'left'; it is slightly right",
-    },
-}
+# Behaviours by game, and why the default differs.
+#
+# sixth-attempt: after the last judged attempt one more answer is drawn, which nobody judges, gets -1 and is
+#     trained on. Here that -1 goes to the answer that used up the attempts.
+# added-penalties: the penalties of all that is wrong with a formula add up: 3 per misplaced sign or number
+#     (also a minus sign), 2 if a number was not dealt or else is used too often, 2 if one is left out;
+#     without any of these a formula that has no value costs 1. In the paper an answer has one verdict.
+# misread-first: misread cards (image tasks) cost 1.5 and the formula is not judged. In the paper they cost
+#     1.5 more.
+# iid-deck: four independent draws of rank and suit, so that a card can be dealt twice, one of them from the
+#     face cards alone where a face is wanted. The paper deals from a deck.
+# float-equality: whether a formula makes the target is decided in floating point. Where that misses, as of
+#     8/(3-8/3)=24, the answer gets 0 and the message '.'. The default is exact.
+# unwrapped-angles: a turn is named by new heading less old, from 350 to 10 degrees 'left'. It is slightly
+#     right.
+OF_GAME = {"gp": ("sixth-attempt", "added-penalties", "misread-first", "iid-deck", "float-equality"),
+           "virl": ("sixth-attempt", "unwrapped-angles")}
 
 
 class SixthAttempt:
