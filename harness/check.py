@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import envs
-from harness.ranges import FOLDER, SettingError, met, one_of, several, shown, text
+from harness.ranges import SettingError, met, one_of, several, shown, text
 from harness.settings import GAME_SETTINGS, Args, apply_preset, flag_of, load_custom, spelled
 from variants import ESTIMATORS, LOSSES, official
 
@@ -47,8 +47,8 @@ def check_words(args):
     """Do the same for settings of which the game or the disk says what they may be."""
     game = envs.GAMES[args.game]
     rule = game.kinds["rule"]
-    check_ranges(args, {"out": FOLDER, "routes": ROUTES, "ood_routes": ROUTES, "look": game.kinds["look"],
-                        "rule": rule, "rules": several(rule)})
+    check_ranges(args, {"routes": ROUTES, "ood_routes": ROUTES, "look": game.kinds["look"], "rule": rule,
+                        "rules": several(rule)})
     sets = game.shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
 

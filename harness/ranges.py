@@ -165,18 +165,11 @@ def text(expected, holds=bool):
     return Kind(expected, lambda word: isinstance(word, str) and word and holds(word))
 
 
-def writable(folder):
-    """Return whether this folder can be written to, once it and the folders above it are made."""
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK)
-
-
 def can_be_a_file(name):
     path = Path(name)
     return not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
 
 
-FOLDER = text("a folder that can be made or written to", writable)
 FILE = text("a file that can be written, in a folder that is there", can_be_a_file)
 
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from harness.files import write_atomically
-from harness.ranges import FOLDER, command_line, integer, one_of, several, shown, text
+from harness.ranges import command_line, integer, one_of, several, shown, text
 from harness.terminal import command
 from study import figures, records, tables
 from study.experiments import EXPERIMENTS, SEEDS
@@ -129,9 +129,10 @@ def main(argv=None):
                         help="init checkpoint to begin with instead of the tiny model's")
     parser.add_argument("--ranks", type=integer(1), default=1,
                         help="processes of each run, by torchrun (default: %(default)s)")
-    parser.add_argument("--records", type=FOLDER, help="folder of the records, a file per experiment and a "
-                        f"line per run, with figures and page (default: {DOCS})")
-    parser.add_argument("--runs", type=FOLDER, help="folder of the runs (default: runs/study)")
+    parser.add_argument("--records", type=text("a folder"),
+                        help="folder of the records, a file per experiment and a line per run, with figures "
+                        f"and page (default: {DOCS})")
+    parser.add_argument("--runs", type=text("a folder"), help="folder of the runs (default: runs/study)")
     parser.add_argument("--workers", type=integer(1), default=os.cpu_count(),
                         help="runs at once, each on one thread (default: all cores, %(default)s)")
     parser.add_argument("--only", default="", help="runs whose name holds this, and what they need")

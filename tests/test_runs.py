@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_one(small, tmp_path, name, prepare, algo):
     before = content(tmp_path)
     said = refused(f"{algo} --model {small[0]} --out {tmp_path / name}")
     assert str(tmp_path / name) in said
-    assert re.search("choose another --out|--out .*: expected a folder", said)
+    assert "choose another --out" in said or "File name too long" in said
     assert content(tmp_path) == before
 
 

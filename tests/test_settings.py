@@ -224,7 +224,6 @@ def test_is_refused(start, line):
     --custom  | ends.py    | exit(0)                   | SystemExit: 0
     --custom  | empty.py   | x = 1                     | ESTIMATORS
     --custom  | entry.py   | LOSSES = {'mine': print}  | Loss(function, ...) as 'mine'
-    --out     | a          | b                         | a folder that can be made
 """))
 def test_files_that_are_none(start, flag, name, text, words):
     Path(name).write_text(text)
@@ -245,9 +244,6 @@ def test_the_hardware_tells_how_threads_wait(monkeypatch):
 
 
 def test_folders_that_are_none(start):
-    Path("file").touch()
-    assert "--out file/run: expected a folder" in start("--out file/run")
-    assert "expected a folder" in start(f"--out {300 * 'long'}")
     assert "File name too long" in start(f"--model {300 * 'long'}")
     assert r"--model '\x1b[2J': expected tiny" in start("--model \x1b[2J")
     for name, text, words in rows(f"""
@@ -424,8 +420,6 @@ OTHERS = {
         main | --only zzz: expected part of the name of a run of main
         all --only zzz --plan | --only zzz: expected part of the name of a run of all
         main | --model nowhere: expected a folder with a config.json
-        main | --records file: expected a folder that can be made
-        main | --runs file/x: expected a folder
         main | --runs '': expected a folder
         plot | RUN ...: expected with plot
         main nowhere | RUN ...: expected with plot
