@@ -1,4 +1,4 @@
-"""Count the FLOPs of training by part and phase: an x axis that is fair to SFT and PPO. The log holds the
+"""Count the FLOPs of training by phase: an x axis that is fair to SFT and PPO. The log holds the
 paper's 6 N D (N weights, D tokens) beside it.
 
     torchrun train.py --task gp-l --algo sft        # log.jsonl: tflops (6 N D), counted_tflops, flops
@@ -34,7 +34,6 @@ what the maths asks for:
 
 import math
 from collections import Counter, defaultdict
-from itertools import product
 
 from torch import nn
 
@@ -47,9 +46,6 @@ from rollout import trees_of_hands
 from variants import SFT_LOSSES, lora
 
 PHASES = "rollout", "scoring", "update"
-PARTS = {"text": "tokens, pairs", "vision": "patches, vision tokens, vision pairs, features",
-         "cross_attention": "image keys, looks, glances", "head": "targets", "critic": "values"}
-PART = {name: part for part, names in PARTS.items() for name in names.split(", ")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,11 +161,8 @@ def rates(llama, value_head=(), detached=False):
 
 
 def cost(rate, done, forward=1, backward=0):
-    """Return {part: FLOPs} of so many forward and backward passes over what is `done`."""
-    sums = Counter()
-    for name, number in done.items():
-        sums[PART[name]] += number * (forward * rate[name][0] + backward * rate[name][1])
-    return sums
+    """Return the FLOPs of so many forward and backward passes over what is `done`."""
+    return sum(number * (forward * rate[name][0] + backward * rate[name][1]) for name, number in done.items())
 
 
 def reference(llama):
@@ -182,7 +175,7 @@ def reference(llama):
 # Which passes a step makes
 
 def of_ppo(args, module, estimator, seen, known, values):
-    """Return the FLOPs of a rollout and its update, (rollout, scoring, update), {part: FLOPs} each.
+    """Return the FLOPs of a rollout and its update: (rollout, scoring, update).
 
     seen: quantities of all conversations in the rollout; known: in later passes, where the features of a
     frozen encoder are known; values: how many are read, of turns or of tokens.
@@ -205,8 +198,7 @@ def of_ppo(args, module, estimator, seen, known, values):
 # The ledger
 
 class Ledger:
-    """FLOPs of a run over all ranks: `total`, {phase: {part: FLOPs}}, and by the `formula` of the paper's
-    section 5:
+    """FLOPs of a run over all ranks: `total`, {phase: FLOPs}, and by the `formula` of the paper's section 5:
 
         6 N D_trained + 2 N D_rollout,   N: parameters that work on a token, those of a separate critic, too
     """
@@ -215,7 +207,7 @@ class Ledger:
         self.args, self.module, self.ranks, self.formula = args, module, ranks, 0.0
         self.llama = getattr(module, "policy", module)
         self.size = count_parameters(self.llama, args.task) * (2 if getattr(module, "trunk", None) else 1)
-        self.total = {phase: dict.fromkeys(PARTS, 0) for phase in PHASES}
+        self.total = dict.fromkeys(PHASES, 0)
 
     def add_ppo(self, estimator, episodes, trained_tokens):
         """Add a step that learnt from episodes."""
@@ -241,18 +233,16 @@ class Ledger:
         trees = sum(trees_of_hands(episodes), [])
         return trees, sum(trees, []), passed(self.llama.config, trees, cached=True)
 
-    def add(self, phases, scored, trained_tokens):
-        """Add what all ranks spent, {part: FLOPs} per phase; to the formula 2 N per token of what this rank
-        played or scored, 6 N per one that all learnt from."""
-        own = [costs[part] for costs in phases for part in PARTS]
+    def add(self, own, scored, trained_tokens):
+        """Add what all ranks spent, FLOPs per phase; to the formula 2 N per token of what this rank played or
+        scored, 6 N per one that all learnt from."""
         *spent, tokens = self.ranks.total([*own, sum(len(c.ids) for c in scored)])
-        for (phase, part), number in zip(product(PHASES, PARTS), spent):
-            self.total[phase][part] += number
+        for phase, number in zip(PHASES, spent):
+            self.total[phase] += number
         self.formula += self.size * (2 * tokens + 6 * trained_tokens)
 
     def summary(self):
         """Return what the log says of it, in TFLOPs since the run began."""
-        split = {phase: {part: round(number / 1e12, 6) for part, number in parts.items()}
-                 for phase, parts in self.total.items()}
-        counted = sum(sum(parts.values()) for parts in self.total.values())
+        split = {phase: round(number / 1e12, 6) for phase, number in self.total.items()}
+        counted = sum(self.total.values())
         return {"tflops": self.formula / 1e12, "counted_tflops": counted / 1e12, "flops": split}

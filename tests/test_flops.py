@@ -94,8 +94,8 @@ def test_products_are_those_that_pytorch_counts(model, tune, seen, adapters):
         out = model(ids, images=images, targets=targets)
         forward = counter.get_total_flops()
         (out.logprobs + out.entropy).sum().backward()
-    assert forward == flops.cost(rate, done).total()
-    assert counter.get_total_flops() - forward == flops.cost(rate, done, 0, 1).total()
+    assert forward == flops.cost(rate, done)
+    assert counter.get_total_flops() - forward == flops.cost(rate, done, 0, 1)
 
 
 def test_the_11b_model_costs_what_its_operators_sum_up_to(monkeypatch):
@@ -109,9 +109,9 @@ def test_the_11b_model_costs_what_its_operators_sum_up_to(monkeypatch):
     monkeypatch.setattr(plan, "STAND_INS", plan.STAND_INS[:1])         # log-probs alone
     with plan.Bytes(), plan.as_kernels(), FlopCounterMode(display=False) as counter:
         plan.micro_loss(llama, plan.blank_batch(config, 1, T, answers, image=True)).backward()
-    assert counter.get_total_flops() == flops.cost(rate, every_pair, 1, 1).total()
+    assert counter.get_total_flops() == flops.cost(rate, every_pair, 1, 1)
     for task, tiles, share in (("gp-l", 0, "0.89"), ("gp-vl", 4, "2.69")):
-        forward = flops.cost(rate, flops.quantities(config, 512, 128, tiles, 1)).total()
+        forward = flops.cost(rate, flops.quantities(config, 512, 128, tiles, 1))
         assert f"{forward / (2 * count_parameters(llama, task) * 512):.2f}" == share
 
 
@@ -164,7 +164,7 @@ class Witness:
     decides whether there is a backward pass, when the gradient of its result arrives."""
 
     def __init__(self, patch):
-        self.spent, self.phase = {phase: Counter() for phase in flops.PHASES}, None
+        self.spent, self.phase = dict.fromkeys(flops.PHASES, 0), None
         for owner, name, phase, note in (
                 (train.Trainer, "play", "rollout", None), (train.Trainer, "update", "update", None),
                 (Llama, "forward", None, self.passed), (ppo.ActorCritic, "head", None, self.valued)):
@@ -184,10 +184,12 @@ class Witness:
 
     def add(self, rate, done, result):
         scoring = self.phase == "update" and not torch.is_grad_enabled()
-        self.spent["scoring" if scoring else self.phase] += flops.cost(rate, done)
+        self.spend("scoring" if scoring else self.phase, flops.cost(rate, done))
         if result is not None and result.requires_grad:
-            backward = flops.cost(rate, done, 0, 1)
-            result.register_hook(lambda gradient: self.spent["update"].update(backward))
+            result.register_hook(lambda gradient: self.spend("update", flops.cost(rate, done, 0, 1)))
+
+    def spend(self, phase, number):
+        self.spent[phase] += number
 
     def passed(self, output, llama, input_ids, *, lengths=None, images=None, trees=None, cache=None,
                targets=None, logits=None, **_):
@@ -251,10 +253,9 @@ def test_what_is_counted_afterwards_is_what_was_done(small, tmp_path, monkeypatc
                      "--eval-hands", 2, "--eval-sets", "id", *ALGOS[algo].split(), *more))
     before, *steps, after = (line for line in map(json.loads, open(tmp_path / "log.jsonl", encoding="utf-8"))
                              if line["event"] != "start")
-    total = {phase: {part: spent[part] for part in flops.PARTS} for phase, spent in witness.spent.items()}
+    total = witness.spent
     record = json.loads(max(tmp_path.glob("checkpoints/*/record.json")).read_text(encoding="utf-8"))
     assert record["flops"] == total
-    assert steps[-1]["flops"] == {phase: {part: round(n / 1e12, 6) for part, n in parts.items()}
-                                  for phase, parts in total.items()}
-    sum_ = sum(n for parts in total.values() for n in parts.values())
+    assert steps[-1]["flops"] == {phase: round(n / 1e12, 6) for phase, n in total.items()}
+    sum_ = sum(total.values())
     assert before["counted_tflops"] == 0 and 1e12 * after["counted_tflops"] == pytest.approx(sum_, rel=1e-12)
