@@ -15,13 +15,12 @@ import dataclasses
 import math
 from collections import defaultdict
 from functools import partial
-from itertools import product
 
 import torch
 
 from distributed.processes import gather
 from harness.environments import evaluation_sets
-from harness.evaluation import fixed_hands, outcome, play, rate
+from harness.evaluation import fixed_hands, play, rate
 from harness.load import compares_with_start
 from rollout import trees_of_hands
 from sft import make_example
@@ -30,7 +29,7 @@ from variants.reference import initial, local, reshard, scores
 from variants.tune import VISION
 
 # Per hand: sums over its samples.
-COLUMNS = "solved", "first", "answers", "tokens", "cut", "entropy", "log_ratio"
+COLUMNS = "solved", "answers", "tokens", "entropy", "log_ratio"
 
 
 def pass_at(k, n, c):
@@ -98,31 +97,25 @@ class Probe:
     def of_hands(self, episodes, scored, others=None):
         """Return COLUMNS of every hand of all ranks, in order: {name: (hands,) float64}. scored: as from
         `score`; others: by the policy compared with."""
-        stop, longest, sums = self.processor.stop_ids, self.args.max_new_tokens, defaultdict(lambda: 0)
+        sums = defaultdict(lambda: 0)
         for episode, (logprobs, entropy), (other, _) in zip(episodes, scored, others or scored):
-            seed, solved, at_once, *_ = outcome(episode)
-            cut = [turn.end - turn.start == longest and c.ids[turn.end - 1] not in stop
-                   for c in episode.conversations for turn in c.turns]
-            row = [solved, at_once, len(cut), len(logprobs), sum(cut), entropy.sum(),
+            row = [episode.success, len(episode.turns), len(logprobs), entropy.sum(),
                    (logprobs - other).sum()]
-            sums[seed] += torch.tensor(row, dtype=torch.float64)
+            sums[episode.seed] += torch.tensor(row, dtype=torch.float64)
         rows = sorted(gather([(seed, row.tolist()) for seed, row in sums.items()]))
         return dict(zip(COLUMNS, torch.tensor([row for _, row in rows], dtype=torch.float64).T))
 
     def behaviour(self, episodes, scored):
         """Return rates, each with its error as NAME_se: pass@k, where a sample is an episode with its
-        revisions, and first@k, where an episode counts that has no wrong answer; length, tokens per answer;
-        cut, share of answers that --max-new-tokens ended; entropy, nats per token."""
+        revisions; length, tokens per answer; entropy, nats per token."""
         hands = self.of_hands(episodes, scored)
         result = {"n": len(hands["solved"])}
-        for (name, column), k in product((("pass", "solved"), ("first", "first")), self.ks):
-            found = torch.tensor([pass_at(k, self.args.probe_samples, int(c)) for c in hands[column]],
+        for k in self.ks:
+            found = torch.tensor([pass_at(k, self.args.probe_samples, int(c)) for c in hands["solved"]],
                                  dtype=torch.float64)
-            result |= rate(f"{name}@{k}", found, torch.ones_like(found))
-        for name, above, below in (("length", "tokens", "answers"), ("cut", "cut", "answers"),
-                                   ("entropy", "entropy", "tokens")):
-            result |= rate(name, hands[above], hands[below])
-        return result
+            result |= rate(f"pass@{k}", found, torch.ones_like(found))
+        result |= rate("length", hands["tokens"], hands["answers"])
+        return result | rate("entropy", hands["entropy"], hands["tokens"])
 
     def divergence(self, name, episodes, scored, others):
         """Return KL(who played || other), the mean of log p - log q over sampled tokens, in nats, as NAME;
