@@ -1,7 +1,6 @@
 """Load a model with its processor, choose what learns in it, and make the optimizers."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from distributed.processes import gather
 from games.seeds import derive
 from harness import tiny
 from harness.check import attempt, settle
-from harness.ranges import SettingError, UserError
+from harness.ranges import SettingError
 from llama.config import Config
 from llama.folders import read_json
 from llama.processor import Processor
@@ -64,17 +63,8 @@ def load(args, processes, folder, resumed=None):
     with torch.device("meta"):
         model = Llama(Config.from_pretrained(folder))
     args.shard = sharding(args, sum(p.numel() for p in model.parameters()), processes)
-    trained = {}
-    if checkpoint.is_checkpoint(folder) and not resumed:
-        trained = read_json(folder, "record.json")["config"]
-    if trained.get("lora_rank"):
-        if args.shard == "on":
-            raise UserError(f"{folder} holds adapters beside the weights; with --shard on take the run's "
-                            "final/, in which they are merged")
-        choose_what_learns(model, SimpleNamespace(**trained))
     if args.shard == "off":
         shard.fill(model, None if resumed else folder, processes.device)
-        lora.merge(model)
     processor = Processor.from_pretrained(folder, model.config, images=args.image)
     return model, processor, None if resumed else folder
 

@@ -12,7 +12,6 @@ from torch import nn
 import train
 from distributed.processes import Processes
 from harness.load import halve_frozen, load, sharding
-from harness.ranges import UserError
 from harness.settings import Args, apply_preset
 from harness.tiny import CONFIG as TINY
 from llama.batches import collate
@@ -233,18 +232,12 @@ def test_resumed_equals_uninterrupted(small, tmp_path, task, algo, more):
         assert len(drawn_vs_scored) == 4 and max(drawn_vs_scored) < 1e-5
 
 
-@cases("algo", ["sft", "ppo"])
-def test_a_checkpoint_loads_merged(small, tmp_path, algo):
-    """For --algo eval or for another run, with adapters of its own or none: the same weights as in final/.
-    Sharded, it says what to take."""
-    run("--algo", algo, "--steps 2 --tune text --model", small[0], "--out", tmp_path / "run", LORA)
-    checkpoint = tmp_path / "run/checkpoints/step_000002"
-    args = Args(algo="eval", model=str(checkpoint))
-    assert_equal(load(args, Processes("cpu"), checkpoint)[0].state_dict(), weights(tmp_path / "run/final"))
-    run("--algo sft --steps 1 --model", checkpoint, "--out", tmp_path / "next", LORA)
-    args.shard, ranks = "on", SimpleNamespace(rank=0, world=2, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="final/"):
-        load(args, ranks, checkpoint)
+def test_a_checkpoint_is_resumed_and_begins_no_other_run(small, tmp_path):
+    """final/ does, with the adapters merged."""
+    run("--algo sft --steps 1 --tune text --model", small[0], "--out", tmp_path / "run", LORA)
+    checkpoint = tmp_path / "run/checkpoints/step_000001"
+    with pytest.raises(ValueError, match="of another model, optimizer or version"):
+        load(Args(algo="eval", model=str(checkpoint)), Processes("cpu"), checkpoint)
 
 
 def test_two_ranks_equal_one(small, tmp_path, working_folder):
