@@ -298,7 +298,6 @@ class Navigation:
     describe: bool = False          # image tasks: demonstrations tell what is seen rather than the way
     size: int = 53                  # pixels of one of the four views
     prompts: dict = None            # see prompts.load_prompts
-    skip_bad_routes: bool = False   # instead of a ValueError
 
     kinds = {
         "rule": one_of(SPACES), "judged_rule": one_of(SPACES), "look": LOOK,
@@ -330,7 +329,7 @@ class Navigation:
         self.judged_rule = self.judged_rule or self.rule
         check_settings(self)
         self.prompts = self.prompts or PROMPTS
-        self.routes = known_routes(self.look, self.held_out, self.image, self.size, self.skip_bad_routes)
+        self.routes = known_routes(self.look, self.held_out, self.image, self.size)
         self.distinct = len(self.routes)
         # the current point's; attempts judged there, None: no episode is running
         self.index, self.attempt = 0, None

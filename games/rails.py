@@ -85,18 +85,12 @@ def rail(route, heading, rule, rng, drop_rate, turn=relative_turn):
 
 
 @lru_cache(maxsize=64)
-def known_routes(look, held_out, image, size, skip_bad):
+def known_routes(look, held_out, image, size):
     """Return all routes of a look: a folder in the released format, a built-in city, "others" (the nine of
-    visual-OOD) or "broad" (those of pre-training), one city after the other in turn. Prints how many bad ones
-    were skipped."""
-    names = MANY.get(look, (look,))
+    visual-OOD) or "broad" (those of pre-training), one city after the other in turn."""
     width = max(256, 4 * size) if image else 256        # of the panoramas that are drawn for a built-in city
     found = []
-    for name in names:
+    for name in MANY.get(look, (look,)):
         folder = cities.build(name, BUILT_IN, width=width) if name in CITIES else name
-        world = routes.load(str(folder), held_out=held_out, pictures=image, skip_bad=skip_bad)
-        found.append(world.routes)
-        if world.skipped:
-            print(f"{folder}: skipped {len(world.skipped)} bad routes, the first because: {world.skipped[0]}",
-                  flush=True)
+        found.append(routes.load(folder, held_out=held_out, pictures=image))
     return [route for group in itertools.zip_longest(*found) for route in group if route]

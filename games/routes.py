@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,6 @@ class Route:
     start: Place
     init_heading: int               # degrees, 1 to 360; 0: none given, the game draws one
     legs: tuple[Leg, ...]
-
-
-@dataclass(frozen=True)
-class World:
-    routes: tuple[Route, ...]
-    skipped: tuple[str, ...]        # why, one line per bad route that was left out
 
 
 def distance(a, b):
@@ -225,16 +219,14 @@ def pictures_of(route):
     return [place.panorama for place in places]
 
 
-@lru_cache(maxsize=16)
-def load(folder, *, held_out=False, pictures=False, skip_bad=False):
-    """Return the World of a folder in the released format.
+def load(folder, *, held_out=False, pictures=False):
+    """Return the Routes of a folder in the released format.
 
     held_out: read held_out_infos.json instead of route_infos.json, if the folder (a built-in training city)
     has one.
     pictures: look at all the panoramas' files, too, unless the folder is a built-in city, which draws them
     on demand.
-    skip_bad: leave bad routes out and list them in World.skipped.
-    ValueError (one line) that names the file and the route otherwise, and if no route is left."""
+    ValueError (one line) that names the file and the route if one is bad, and if there is none."""
     folder = Path(folder)
     infos = folder / "held_out_infos.json"
     infos = infos if held_out and infos.exists() else folder / "route_infos.json"
@@ -245,18 +237,12 @@ def load(folder, *, held_out=False, pictures=False, skip_bad=False):
     known = np.reshape([place.geocode for place in places], (-1, 2)), places
     check = cache(_check_picture)
     look = pictures and not (folder / "city.json").exists()
-    routes, skipped = [], []
+    routes = []
     for i, raw in enumerate(raws):
         name = f"route {i} of {infos}"
-        try:
-            route = _attempt(name, _route, raw, name, known)
-            for panorama in pictures_of(route) if look else ():
-                _attempt(f"{name}: {panorama} or its metadata", check, panorama)
-            routes.append(route)
-        except ValueError as error:
-            skipped.append(str(error))
-            if not skip_bad:
-                raise ValueError(f"{error} (--skip-bad-routes leaves such routes out)") from None
+        routes.append(_attempt(name, _route, raw, name, known))
+        for panorama in pictures_of(routes[-1]) if look else ():
+            _attempt(f"{name}: {panorama} or its metadata", check, panorama)
     if not routes:
-        raise ValueError(f"{infos}: no route is left; {''.join(skipped[:1])}")
-    return World(tuple(routes), tuple(skipped))
+        raise ValueError(f"{infos}: there is no route")
+    return routes

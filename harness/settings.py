@@ -118,7 +118,6 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     ood_routes: str = optional(text("a folder of routes"),
                                "virl: routes of the visual-ood set, instead of the nine built-in cities",
                                f"{ROUTES}; --eval-sets visual-ood")
-    skip_bad_routes: bool = flag(None, "virl: leave out routes that cannot be read, and say how many", ROUTES)
     hide_landmarks: bool = flag(None,
                                 "virl: leave the landmarks' names out of the instructions, so that only what "
                                 "is seen tells them", ROUTES)
@@ -206,7 +205,7 @@ RARE = entries("""
 # A resumed run may set these anew: they do not change what is computed (but for the order of sums).
 FREE = "out resume override custom device shard checkpoint_activations save_every keep max_skipped".split()
 # Handed to the game, which knows some of them.
-GAME_SETTINGS = "rule look attempts target skip_bad_routes hide_landmarks after_failure describe".split()
+GAME_SETTINGS = "rule look attempts target hide_landmarks after_failure describe".split()
 
 
 # ------------------------------------------------------------------------------------------------------------

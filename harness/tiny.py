@@ -60,7 +60,7 @@ def prepare(args, processes, learn):
         raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the "
                         "README.md there says")
     game = {name: getattr(args, name) for name in (
-        "task", "rule", "look", "target", "routes", "skip_bad_routes", "hide_landmarks", "describe")}
+        "task", "rule", "look", "target", "routes", "hide_landmarks", "describe")}
     # a seed that no run has: what init has learnt from, none begins with
     game |= {"seed": derive("init"), "steps": INIT_STEPS.get(args.game, 60)}
     weights = (foundation / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from games import cities, routes, views
+from games.routes import load
 from tables import cases, numbers, raises
 from test_cities import metres
 
@@ -91,22 +92,14 @@ def read(path, data):
     return routes._attempt(path, routes.read_mapping, path)
 
 
-def load(folder, **how):
-    """Return the routes of a folder as they are now, and what is said of those that were skipped."""
-    routes.load.cache_clear()
-    world = routes.load(folder, **how)
-    return list(world.routes), world.skipped
-
-
 def legs_of(folder, *infos):
-    return load(write_folder(folder, *infos))[0][0].legs
+    return load(write_folder(folder, *infos))[0].legs
 
 
 # ----------------------------------------------------------------------------------------------------- routes
 
 def test_a_route_is_read(tmp_path):
-    [route], skipped = load(write_folder(tmp_path))
-    assert skipped == () and routes.load(tmp_path) is routes.load(tmp_path)
+    [route] = load(write_folder(tmp_path))
     assert route.name == f"route 0 of {tmp_path / 'route_infos.json'}" and route.init_heading == 0
     assert route.start == routes.Place(geocode(0, 0), str(tmp_path / "street_views" / "pano_0_0-A.jpg"))
     assert [(leg.heading, leg.direction, leg.landmark, leg.side) for leg in route.legs] == [
@@ -127,7 +120,7 @@ def test_milestones_are_read_as_leniently_as_the_released_parser_does(tmp_path, 
 
 def test_a_given_heading_is_never_taken_for_none(tmp_path):
     infos = [a_route(heading=given) for given in numbers("0 17 360 361 -90 12.7")]
-    found, _ = load(write_folder(tmp_path, *infos))
+    found = load(write_folder(tmp_path, *infos))
     assert [route.init_heading for route in found] == numbers("0 17 360 1 270 12")
 
 
@@ -137,25 +130,26 @@ def test_points_on_the_way_by_brute_force(tmp_path):
     starts = rng.uniform(0, 200, (200, 2))
     stops = starts + rng.uniform(-1, 1, (200, 2)) * np.linspace(20, 200, 200)[:, None]
     pairs = [(geocode(*start), geocode(*stop)) for start, stop in zip(starts, stops)]
-    text = block(1, "No landmark nearby", "9 (east)")
-    infos = [a_route(start, [stop], text) for start, stop in pairs]
-    found, skipped = load(write_folder(tmp_path, *infos, table=table), skip_bad=True)
 
     def snapped(point):
         best = min(table, key=lambda known: metres(known, point))
         return best if metres(best, point) <= 20 else None
 
+    pairs = [pair for pair in pairs if all(map(snapped, pair))]
+    text = block(1, "No landmark nearby", "9 (east)")
+    infos = [a_route(start, [stop], text) for start, stop in pairs]
+    found = load(write_folder(tmp_path, *infos, table=table))
     expected = []
     for a, b in pairs:
         a, b, way = snapped(a), snapped(b), []
-        for step in range(1, 6) if a and b else ():
+        for step in range(1, 6):
             point = snapped([p + (q - p) * step / 5 for p, q in zip(a, b)])
             if point and min(metres(point, a), metres(point, b)) > 8 and point not in way[-1:]:
                 way.append(point)
-        expected += [[a, *way, b]] if a and b else []
+        expected.append([a, *way, b])
     found = [[place.geocode for place in (route.start, *route.legs[0].between, route.legs[0].end)]
              for route in found]
-    assert found == expected and len(expected) > 50 and len(skipped) == 200 - len(expected)
+    assert found == expected and len(expected) > 50
 
 
 @cases("a, b, expected", """
@@ -199,19 +193,13 @@ JSON = {"ALL": a_route(), "START": START, "A": A, "B": B, "C": C, "TEXT": TEXT, 
     ValueError: invalid literal | "init_heading": 0 | "init_heading": "north"
     TypeError: int() argument | "init_heading": 0 | "init_heading": null
     ValueError: cannot convert float NaN | "init_heading": 0 | "init_heading": NaN""")
-def test_a_bad_route_is_named_and_can_be_skipped(tmp_path, message, old, new):
+def test_a_bad_route_is_named(tmp_path, message, old, new):
     names = {name: json.dumps(value) for name, value in JSON.items()}
     old, new = (Template(part).substitute(names) for part in (old, new))
     assert old in names["ALL"]
     bad = json.loads(names["ALL"].replace(old, new, 1))
     folder = write_folder(tmp_path, a_route(), bad, a_route())
-    text = raises(message, load, folder)
-    where = f"route 1 of {folder / 'route_infos.json'}: "
-    assert text.startswith(where) and "--skip-bad-routes" in text
-    found, [line] = load(folder, skip_bad=True)
-    assert [route.name.split()[1] for route in found] == ["0", "2"]
-    assert line.startswith(where) and message in line
-    raises(message, load, write_folder(tmp_path, bad, bad), skip_bad=True)
+    assert raises(message, load, folder).startswith(f"route 1 of {folder / 'route_infos.json'}: ")
 
 
 NO_JSON = b"", b"{", b"\xff\xfe", b"[" * 200_000, b"1" * 5000
@@ -220,12 +208,11 @@ NO_JSON = b"", b"{", b"\xff\xfe", b"[" * 200_000, b"1" * 5000
 @cases("content, message", [
     (None, "No such file or directory"), *((content, "Error: ") for content in NO_JSON),
     *((content, "Error: ") for content in (b"{}", b"[]", b"[1, 1]", b"null")),
-    *((content, "no route is left") for content in (b"[[], 0]", b"[{}, 1]"))])
+    *((content, "there is no route") for content in (b"[[], 0]", b"[{}, 1]"))])
 def test_bad_route_files(tmp_path, content, message):
     path = write_folder(tmp_path) / "route_infos.json"
     path.unlink() if content is None else path.write_bytes(content)
-    for skip_bad in (False, True):
-        assert str(path) in raises(message, load, tmp_path, skip_bad=skip_bad)
+    assert str(path) in raises(message, load, tmp_path)
 
 
 def test_held_out_routes_where_there_are_any(tmp_path):
@@ -233,8 +220,8 @@ def test_held_out_routes_where_there_are_any(tmp_path):
     assert load(folder, held_out=True) == load(folder)
     held_out = json.dumps([[a_route(heading=9)] * 2, 2])
     (folder / "held_out_infos.json").write_text(held_out, encoding="utf-8")
-    worlds = (load(folder, held_out=held_out)[0] for held_out in (True, False))
-    assert [[route.init_heading for route in found] for found in worlds] == [[9, 9], [0]]
+    both = (load(folder, held_out=held_out) for held_out in (True, False))
+    assert [[route.init_heading for route in found] for found in both] == [[9, 9], [0]]
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -269,8 +256,6 @@ def test_bad_pictures_are_found_before_the_game_begins(tmp_path, suffix, content
     assert load(folder) == whole                        # a text task does not look
     text = raises(message, load, folder, pictures=True)
     assert text.startswith(f"route {bad} of ") and name in text
-    found, [line] = load(folder, pictures=True, skip_bad=True)
-    assert found == [whole[0][1 - bad]] and name in line
     (folder / "city.json").write_bytes(b"{}")
     assert load(folder, pictures=True) == whole         # a built-in city draws what is missing
 

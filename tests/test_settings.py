@@ -136,7 +136,6 @@ REFUSED = """
     --target 0: expected
     --task virl-l | --target 30: works only with --task gp-l or gp-vl
     --after-failure end: works only with --task virl-l or virl-vl
-    --skip-bad-routes: works only with --task virl-l or virl-vl
     --routes x: works only with --task virl-l or virl-vl
     --task virl-l | --routes no: expected a folder of routes in the released format
     --task virl-l | --routes milan: expected a folder of routes

@@ -198,7 +198,7 @@ def test_routes_of_ones_own(small, tmp_path, capsys):
     infos = folder / "route_infos.json"
     first = json.loads(infos.read_text(encoding="utf-8"))[0][:2]
     infos.write_text(json.dumps([first, 2]), encoding="utf-8")
-    shown = [set(routes.pictures_of(route)) for route in routes.load(str(folder)).routes]
+    shown = [set(routes.pictures_of(route)) for route in routes.load(folder)]
     for panorama in shown[0] | shown[1]:
         cities.draw(panorama)
     (folder / "city.json").unlink()
@@ -214,10 +214,8 @@ def test_routes_of_ones_own(small, tmp_path, capsys):
         cache.cache_clear()
     with pytest.raises(SystemExit) as stop:
         run(*own, "--out", tmp_path / "bad")
-    words = "route 1 of", str(bad), "truncated", "--skip-bad-routes"
+    words = "route 1 of", str(bad), "truncated"
     assert all(word in str(stop.value.code) for word in words)
-    run(*own, "--skip-bad-routes", "--out", tmp_path / "bad")
-    assert "skipped 1 bad routes" in capsys.readouterr().out
 
 
 def test_plot(small, tmp_path, monkeypatch, capsys):
