@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import ppo
-from distributed import checkpoint, shard
+from distributed import shard
 from distributed.processes import gather
 from games.seeds import derive
 from harness import tiny
