@@ -29,8 +29,7 @@ from harness.evaluation import evaluate, evaluate_alone, play, summarize
 from harness.flops import Ledger
 from harness.folder import RunFolder
 from harness.launch import launch
-from harness.load import agree, autocast, build, load, optimizers
-from harness.probe import Probe, started
+from harness.load import agree, autocast, build, load, optimizers, policy_to_compare_with
 from harness.progress import describe
 from harness.ranges import UserError
 from llama.frozen import remember
@@ -121,8 +120,7 @@ class Trainer:
             self.estimator, self.loss = algorithm(args)
         self.ledger = Ledger(args, self.module, processes)     # of FLOPs
         self.began = weights_folder and str(weights_folder)    # where weights lay before step 1
-        self.reference, initial = started(args, model)         # contexts: the model as it began; or None
-        self.probe = Probe(args, model, processor, processes, initial) if args.probe_hands else None
+        self.reference = policy_to_compare_with(args, model)   # the policy as it began, or None
         self.make_env = training_env(args)
         self.mixture = training_mixture(args)
         self.skipped = self.skipped_in_a_row = 0               # steps without a finite loss and gradient
@@ -209,11 +207,9 @@ class Trainer:
         """Evaluate after i steps, print and log."""
         if self.args.eval_hands:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
-            with autocast(self.args, self.processes.device):
-                probe = {"probe": self.probe(f"step {i:>4}")} if self.probe else {}
             taken = self.ledger.summary()
             del taken["flops"]                 # those of the step before it tell the same
-            folder.log(event="eval", step=i, **taken, eval=results, **probe)
+            folder.log(event="eval", step=i, **taken, eval=results)
 
     def step(self, loss):
         """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's

@@ -1,5 +1,6 @@
 """Load a model with its processor, choose what learns in it, and make the optimizers."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from llama.folders import read_json
 from llama.processor import Processor
 from model import Linear, Llama
 from variants import SFT_LOSSES, lora, official, tune
+from variants.reference import initial
 
 
 def autocast(args, device):
@@ -56,7 +58,7 @@ def load(args, processes, folder, resumed=None):
     if not folder and not resumed:
         args.shard = "off"                     # as only pre-training begins so
         return *tiny.from_scratch(args, processes.device), None
-    if resumed and (compares_with_start(args) or args.probe_hands) and not args.lora_rank:
+    if resumed and compares_with_start(args) and not args.lora_rank:
         folder = Path(read_json(resumed, "record.json")["began"])    # Trainer.restore does the rest
         resumed = None
     folder = Path(resumed or folder)
@@ -79,6 +81,14 @@ def sharding(args, size, processes):
 def compares_with_start(args):
     """Return whether the run needs the policy that it began with: a KL penalty or an SFT loss does."""
     return bool(args.kl_coef) if args.algo == "ppo" else SFT_LOSSES[args.sft_loss].before == "initial"
+
+
+def policy_to_compare_with(args, model):
+    """Return a context in which the model is the one that the run began with (variants/reference.py), or None
+    where nothing compares with that."""
+    if not compares_with_start(args):
+        return None
+    return partial(lora.disabled, model) if args.lora_rank else initial(model)
 
 
 def choose_what_learns(model, args):

@@ -154,11 +154,6 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
         False, "leave out the evaluation before training, which is the same for all runs from one model",
         LEARNING)
     eval_temperature: float = arg(0.2, EVAL_TEMPERATURE, "sampling temperature of evaluations")
-    probe_hands: int = optional(integer(0),
-                                "with every evaluation, fixed hands (or routes) to measure KL to the run's "
-                                "start, pass@k, entropy and changed weights on; 0: do not", POST_TRAINING)
-    probe_samples: int = arg(8, integer(1, 10**6), "episodes of each of them, at temperature 1",
-                             "--probe-hands above 0")
     keep: int = arg(2, integer(1), "checkpoints to keep", LEARNING)
     transcript_every: int = arg(10, integer(1), "steps between sample transcripts", PPO)
 
@@ -214,7 +209,7 @@ GAME_SETTINGS = "rule look attempts target hide_landmarks after_failure describe
 
 PRESETS = entries("""
     tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 2048
-        --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100 --probe-hands 0
+        --lr-schedule constant --rollout-batch 256 --max-new-tokens 64 --eval-hands 100
     tiny gp: --max-new-tokens 48 --eval-hands 200 --eval-sets id,id-unseen,rule-ood
     tiny gp-vl: --eval-sets id,id-unseen,rule-ood,visual-ood,visual-ood-unseen
     tiny virl: --max-new-tokens 64
@@ -233,13 +228,13 @@ PRESETS = entries("""
     tiny ppo virl: --steps 60 --hands 16 --reward-scale 0.5
 
     tiny pretrain: --lr-schedule constant --warmup 0.065 --weight-decay 0.01 --betas 0.9,0.98 --epochs 1
-        --minibatches 1 --save-every 150 --probe-hands 0 --steps 300 --lr 3e-3 --batch-size 64
+        --minibatches 1 --save-every 150 --steps 300 --lr 3e-3 --batch-size 64
         --mistakes 0.3 --eval-every 150
     tiny pretrain gp-vl: --steps 225 --warmup 0.08889 --save-every 75
     tiny pretrain virl: --steps 245 --batch-size 40 --mistakes 0.2 --learn-prompts
 
     paper: --weight-decay 0 --adam-eps 1e-7 --token-budget 6144 --lr-schedule cosine --max-new-tokens 512
-        --probe-hands 0 --rollout-batch 40 --eval-hands 100
+        --rollout-batch 40 --eval-hands 100
     paper gp: --rollout-batch 64 --eval-hands 234
     paper gp-vl: --rollout-batch 32
     paper virl: --rollout-batch 40 --eval-hands 48

@@ -32,10 +32,10 @@ which counts both seeds and hands as samples (study/records.py)."""
 
 
 # game -> algorithm -> how a run of the tiny model is tested
-FINER = {"gp": {"eval": "--eval-hands 500", "sft": "--eval-hands 500 --probe-hands 16 --eval-every 105",
-                "ppo": "--eval-hands 500 --probe-hands 16 --eval-every 10"},
-         "virl": {"eval": "--eval-hands 200", "sft": "--eval-hands 200 --probe-hands 8 --eval-every 42",
-                  "ppo": "--eval-hands 200 --probe-hands 8 --eval-every 15"}}
+FINER = {"gp": {"eval": "--eval-hands 500", "sft": "--eval-hands 500 --eval-every 105",
+                "ppo": "--eval-hands 500 --eval-every 10"},
+         "virl": {"eval": "--eval-hands 200", "sft": "--eval-hands 200 --eval-every 42",
+                  "ppo": "--eval-hands 200 --eval-every 15"}}
 
 
 def at_scale(run, model, ranks):

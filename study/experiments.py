@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
 
 from envs import TASKS
 from study import figures, tables
@@ -175,7 +174,7 @@ for task in ("gp-l", "gp-vl"):
 # own right answers cost the batch that is played to find them. Learning rates of LoRA and the weight of the
 # KL penalty were not tuned.
 
-ONCE = "--eval-every 0 --skip-first-eval --probe-hands 0 --keep 1"
+ONCE = "--eval-every 0 --skip-first-eval --keep 1"
 HALF = {"ppo": {"gp-l": 20, "virl-l": 30}, "sft": {"gp-l": 262, "virl-l": 105}}        # of the presets' steps
 VARIANTS = """
     advantage: gae-loo (preset)  | | 1
@@ -227,19 +226,12 @@ def variant(line, task):
 
 # ------------------------------------------------------------------------------------------------------------
 
-def in_full(groups):
-    return "\n\n".join([tables.headline(groups), tables.explained(groups)])
-
-
-CAUSES = {"-recognition": partial(figures.scatter, label="cards or observations read right (%)",
-                                  x=lambda point, name: 100 * point["eval"][name]["recognized"]),
-          "-kl": partial(figures.scatter, label="KL(init || policy) on the training game (nats an answer)",
-                         x=lambda point, name: tables.measured(point, 1, "forward_kl_answer"))}
 EXPERIMENTS = {
     "main": Experiment(
         "Figures 5 to 8: SFT and PPO from one init checkpoint, tested on the rule and look of training and "
-        "on others.", MAIN, in_full,
-        {"": figures.draw, "-glance": figures.glance, "-tradeoff": figures.tradeoff} | CAUSES),
+        "on others.", MAIN, tables.headline,
+        {"": figures.draw, "-glance": figures.glance, "-recognition": figures.recognition,
+         "-tradeoff": figures.tradeoff}),
     "no-sft": Experiment(
         "Figure 9: RL without SFT before it. The tiny foundation knows the game's format already; beside it "
         "one that has hardly begun to learn.", NO_SFT),

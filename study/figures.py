@@ -29,11 +29,11 @@ def draw(groups, file):
                       label=f"{group.name} ({len(group.records)} seed{'s' * (len(group.records) > 1)})")
 
 
-def scatter(groups, file, label, x):
-    """Draw the headline metric against something else that was measured at the same time, x(point of a curve,
-    set): every evaluation of every seed, the later the larger."""
-    for axis, group, name, color in panels(groups, file, label):
-        drawn = [(x(point, name), rate_at(group, [point], name)[0], 12 + 12 * k)
+def recognition(groups, file):
+    """Draw the headline metric against the share of cards, or of observations, that were read right: every
+    evaluation of every seed, the later the larger."""
+    for axis, group, name, color in panels(groups, file, "cards or observations read right (%)"):
+        drawn = [(100 * point["eval"][name]["recognized"], rate_at(group, [point], name)[0], 12 + 12 * k)
                  for record in group.records for k, point in enumerate(record["curve"])]
         axis.scatter(*zip(*drawn), color=color, alpha=0.6, lw=0, label=group.name)
 

@@ -14,7 +14,7 @@ from llama.metrics import ratio_of_sums
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OF_EACH = ("solved", "right", "answers")               # what an evaluation tells of each hand
 OF_ALL = ("config", "commit", "hardware")
-KEPT = ("step", "tflops", "counted_tflops", "eval", "probe")       # of a log's line of an evaluation
+KEPT = ("step", "tflops", "counted_tflops", "eval")        # of a log's line of an evaluation
 
 
 def read(folder):

@@ -113,40 +113,6 @@ def headline(groups):
     return markdown(head[:width], [row[:width] for row in rows])
 
 
-# Columns of `explained`: where a probe tells the number.
-MEASURED = {
-    "KL(init ∥ policy), nats an answer": "forward_kl_answer", "KL(policy ∥ init)": "reverse_kl_answer",
-    "weights changed, %": "weights changed all", "distance of the head, %": "weights distance head",
-    "distance of attention, %": "weights distance attention", "entropy, nats a token": "id entropy",
-    "tokens an answer": "id length", "pass@1, %": "id pass@1", "pass@8, %": "id pass@8",
-    "pass@8 on rule-ood, %": "rule-ood pass@8"}
-
-
-def measured(point, factor, *path):
-    """Return a number of an evaluation's probe; NaN where the log has null."""
-    found = point["probe"]
-    for key in path:
-        found = found[key]
-    return np.nan if found is None else factor * found
-
-
-def explained(groups):
-    """Show what a probe measured before and after, on the training game but for the last column; a way is the
-    distance from init by init's norm. Of several seeds the mean, in brackets the lowest and the highest."""
-    rows = []
-    for task, known in by_task(groups).items():
-        ends = {name: [record["curve"][-1] for record in group.records] for name, group in known.items()}
-        one, *_ = known.values()
-        for name, points in ({"init": one.records[0]["curve"][:1]} | ends).items():
-            rows.append([task, name])
-            for title, path in MEASURED.items():
-                values = [measured(point, 100 if "%" in title else 1, *path.split()) for point in points]
-                values = [x for x in values if not np.isnan(x)]
-                spread = f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else ""
-                rows[-1].append(f"{np.mean(values):.3g}{spread}" if values else "-")
-    return markdown(["task", "", *MEASURED], rows)
-
-
 def changes(groups):
     """Show a row per group and set: before, after, the change hand by hand, and what it took."""
     rows = []

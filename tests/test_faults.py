@@ -30,7 +30,7 @@ from variants import SFT_LOSSES  # noqa: E402
 from variants.sft_losses import SFTLoss  # noqa: E402
 
 GAME = "--task gp-l --attempts 2 --max-new-tokens 8 --eval-hands 4 --device cpu"
-SHORT = f"{GAME} --minibatches 2 --eval-every 3 --save-every 1 --lr 1e-3 --steps 4 --probe-hands 0"
+SHORT = f"{GAME} --minibatches 2 --eval-every 3 --save-every 1 --lr 1e-3 --steps 4"
 COMMON = {"sft": f"--algo sft --batch-size 4 {SHORT}", "ppo": f"--algo ppo --hands 4 --samples 1 {SHORT}"}
 
 

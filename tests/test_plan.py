@@ -14,7 +14,7 @@ import model as network
 import ppo
 import sft
 from distributed import shard
-from harness import flops, tiny
+from harness import tiny
 from harness.environments import make_env
 from harness.load import choose_what_learns
 from harness.settings import Args, apply_preset

@@ -35,7 +35,7 @@ ROOT = Path(train.__file__).parent
 
 
 GAME = "--task gp-l --attempts 2 --max-new-tokens 4 --eval-hands 2 --device cpu"
-LEARN = f"{GAME} --eval-every 0 --save-every 1 --probe-hands 0"
+LEARN = f"{GAME} --eval-every 0 --save-every 1"
 SHORT = {              # what stands for the first word of a command line
     "sft": f"--algo sft --batch-size 4 {LEARN}", "eval": f"--algo eval {GAME}",
     "ppo": f"--algo ppo --hands 4 --samples 1 --minibatches 1 {LEARN}", "resume": "--device cpu --resume"}
@@ -357,6 +357,60 @@ def test_records(tmp_path):
     file.write_bytes(file.read_bytes() + b'{"name": "d", "curve": []}')
     files.append_line(file, {"name": "e", "curve": []})
     assert list(records.read(tmp_path)) == ["a", "c", "d", "e"]
+    file.write_bytes(b"<<<<<<< HEAD\n" + file.read_bytes())
+    with pytest.raises(ValueError, match="a.jsonl, line 1: expected a JSON object with name and curve"):
+        records.read(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["start", "step"])
+def test_a_log_that_cannot_be_written(small, tmp_path, monkeypatch, where):
+    out, real = tmp_path / "run", folder.RunFolder.log
+
+    def log(self, **record):
+        if record["event"] == where:
+            self.log_file.unlink()
+            self.log_file.mkdir()
+        real(self, **record)
+    monkeypatch.setattr(folder.RunFolder, "log", log)
+    said = refused(f"sft --model {small[0]} --steps 2 --out {out}")
+    words = "cannot be written (Is a directory); make room, and --resume"
+    assert f"{out}/log.jsonl: {words} --out {out} goes on from" in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: damaged, foreign, hostile
+
+LAST, BEFORE = "checkpoints/step_000002", "checkpoints/step_000001"
+
+
+@pytest.mark.parametrize("name, harm", [(name, harm) for name in (
+    "config.json", "tokenizer.json", "record.json", "tensors.safetensors") for harm in ("cut", "gone")])
+def test_a_damaged_file_is_named(sft, name, harm):
+    path = sft / LAST / name
+    whole = path.read_bytes()
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(whole[:-1])
+    said = refused(f"resume --out {sft}")
+    assert re.search(f"{LAST}/{name}: not (a|found|valid)", said)
+    shutil.rmtree(sft / LAST)
+    run(f"resume --out {sft}")
+
+
+@pytest.mark.parametrize("name", (             # as `ls -F` shows folders and links
+    "step_000099 step_000099@ step_5 step_5/ step_abc/ step_000002.bak/ step_ step_-00001/ "
+    "step_٠٠٠٠٠٩/").split())
+def test_what_is_called_like_a_checkpoint_and_is_none(sft, name):
+    other = sft / "checkpoints" / name.strip("@/")
+    {"@": lambda path: path.symlink_to("nowhere"), "/": Path.mkdir}.get(name[-1], Path.touch)(other)
+    run(f"resume --steps 3 --override --keep 1 --out {sft}")
+    assert other.is_symlink() or other.exists()                # it does not go with the old ones
+    assert (sft / "checkpoints/step_000003").exists()
+
+
+def test_a_record_of_another_version(sft):
+    record = json.loads((sft / LAST / "record.json").read_text()) | {"config": {"algo": "sft"}}
+    (sft / LAST / "record.json").write_text(json.dumps(record))
     assert re.search(f"{LAST}: .*another version", refused(f"resume --out {sft}"))
 
 

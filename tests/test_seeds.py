@@ -66,7 +66,7 @@ def test_what_is_drawn_depends_on_all_bits_of_a_seed():
 
 
 def test_every_answer_has_draws_of_its_own(small, tmp_path, monkeypatch):
-    """Of two steps of PPO with their evaluations and probes, at the largest seed and at seed 0."""
+    """Of two steps of PPO with their evaluations, at the largest seed and at seed 0."""
     draws, generate = {}, rollout.generate
     for seed in (0, 2**63 - 1):
         def spy(*args, temperature, seeds, **kwargs):
@@ -75,13 +75,12 @@ def test_every_answer_has_draws_of_its_own(small, tmp_path, monkeypatch):
 
         monkeypatch.setattr("rollout.generate", spy)
         run("--algo", "ppo", "--model", small[0], "--seed", seed, "--steps", 2, "--samples", 2,
-            "--max-new-tokens", 2, "--temperature", 0.7, "--eval-sets", "id", "--probe-hands", 2,
+            "--max-new-tokens", 2, "--temperature", 0.7, "--eval-sets", "id",
             "--out", tmp_path / str(seed))
     first, second = draws[0, 0.7], draws[2**63 - 1, 0.7]
     assert len(set(first + second)) == len(first + second) >= 2 * 2 * 8
-    for temperature in (0.2, 1.0):                     # of evaluation and probe: the same for every run
-        assert draws[0, temperature] == draws[2**63 - 1, temperature]
-        assert not set(first + second) & set(draws[0, temperature])
+    assert draws[0, 0.2] == draws[2**63 - 1, 0.2]              # of evaluation: the same for every run
+    assert not set(first + second) & set(draws[0, 0.2])
 
 
 def test_the_mixture_tells_nothing_of_the_deal(processor):
@@ -132,12 +131,10 @@ def test_all_that_a_run_writes_is_strict(small, tmp_path):
     such."""
     out = tmp_path / "run"
     run("--algo", "ppo", "--model", small[0], "--steps", 1, "--advantage", "monte-carlo", "--samples", 2,
-        "--probe-hands", 1, "--probe-samples", 1, "--eval-sets", "id", "--out", out)
+        "--eval-hands", 1, "--eval-sets", "id", "--out", out)
     assert records(out, "step")[0]["explained_variance"] is None
-    assert records(out, "eval")[0]["probe"]["id"]["pass@1_se"] is None
+    assert records(out, "eval")[0]["eval"]["id"]["success_se"] is None
     append_line(tmp_path / "a.jsonl", study.of_run("a", out))
     for file in [tmp_path / "a.jsonl", *out.rglob("*.json"), out / "log.jsonl"]:
         for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
             json.loads(text, parse_constant=pytest.fail)
-    kept = study.read(tmp_path)["a"]["curve"][0]["probe"]["id"]
-    assert kept["pass@1_se"] is None and kept["pass@1"] == 0

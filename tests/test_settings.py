@@ -85,7 +85,6 @@ REFUSED = """
     --samples 0: expected
     --rollout-batch 0: expected
     --eval-hands -1: expected an integer from 0
-    --probe-hands -1: expected an integer from 0
     --transcript-every 0: expected
     --lora-rank -1: expected an integer from 0
     --algo sft | --mistakes 2: expected a number from 0 to 1
@@ -169,7 +168,6 @@ REFUSED = """
     --algo eval | --eval-hands 0: expected at least 1 with --algo eval
     --algo pretrain | --rules 10,5: works only with --algo sft or ppo
     --algo pretrain | --lora-rank 4: works only with --algo sft or ppo
-    --algo pretrain | --probe-hands 2: works only with --algo sft or ppo
     --algo sft | --compat leaking-gae: expected official alone, or what
     --compat unwrapped-angles: expected official alone, or what --task gp-l
     --override: works only with --resume
@@ -184,7 +182,6 @@ REFUSED = """
     --kl-coef 0 | --kl-estimator k1: works only with --kl-coef above 0
     --lora-alpha 8.0: works only with --lora-rank above 0
     --lora-modules mlp: works only with --lora-rank above 0
-    --probe-hands 0 | --probe-samples 4: works only with --probe-hands above 0
     --advantage rloo | --critic shared: works only with --advantage gae, gae-loo
     --advantage rloo | --value-coef 1.0: works only with --advantage gae, gae-loo
     --advantage rloo | --lam 0.9: works only with --advantage gae, gae-loo or gae-two-level
@@ -361,7 +358,7 @@ ACCEPTED = """
     --kl-coef 0.1 --kl-in reward --kl-estimator k1
     --compat ratio-10,sixth-attempt
     --compat official --algo sft
-    --probe-hands 2 --probe-samples 1 --out new/folder --preset paper
+    --out new/folder --preset paper
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from harness.files import append_line
 from harness.settings import apply_preset, parse
-from study import records, tables
+from study import records
 from study.__main__ import at_scale, chosen, page
 from study.experiments import EXPERIMENTS
 from study.runner import Run, Runner
@@ -185,17 +185,9 @@ def evaluation(rate, seed):
     return {name: results(solved, solved, [2] * 50) | {"recognized": 0.9} for name in ("id", "rule-ood")}
 
 
-def probe(k):
-    behaviour = {"entropy": 0.5, "length": 30.0, "pass@1": 0.4, "pass@8": 0.5 + 0.1 * k}
-    return {"forward_kl_answer": 0.1 * k, "reverse_kl_answer": 0.2 * k,
-            "id": behaviour, "rule-ood": behaviour,
-            "weights": {"changed": {"all": 0.3 * k}, "distance": {"head": 0.01 * k, "attention": 0.1 * k}}}
-
-
 def made_up(runs):
     """Make a record of each run."""
-    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k, "probe": probe(k)}
-              for k in range(2)]
+    points = [{"step": k, "tflops": 8.0 * k, "counted_tflops": 8.0 * k} for k in range(2)]
     took = {"tflops": 8.0, "counted_tflops": 8.0, "seconds": 60.0, "memory_gb": 1.0,
             "commit": "abc", "hardware": "a laptop"}
     return {run.name: took | {"name": run.name, "config": {"seed": int(run.name[-1])}, "curve": [
@@ -250,19 +242,6 @@ def test_page_holds_what_was_begun(tmp_path, commit):
     assert f"*Seeds 0, 2; a laptop; commit {commit or 'unknown'}.*" in text   # outside of git nobody knows
 
 
-def test_what_explains_it_is_averaged_over_seeds():
-    curves = ([{"probe": probe(0)}, {"probe": probe(k)}] for k in (1, 2))
-    group = tables.Group("gp-l", "ppo", [{"curve": curve} for curve in curves])
-    assert tables.explained([group]).splitlines()[2:] == [
-        "| gp-l | init | 0 | 0 | 0 | 0 | 0 | 0.5 | 30 | 40 | 50 | 50 |",
-        "| gp-l | ppo | 0.15 [0.1, 0.2] | 0.3 [0.2, 0.4] | 45 [30, 60] | 1.5 [1, 2] | 15 [10, 20] | "
-        "0.5 [0.5, 0.5] | 30 [30, 30] | 40 [40, 40] | 65 [60, 70] | 65 [60, 70] |"]
-    (first, _), (_, last) = (record["curve"] for record in group.records)
-    first["probe"]["reverse_kl_answer"] = last["probe"]["forward_kl_answer"] = None
-    text = tables.explained([group])
-    assert "| gp-l | init | 0 | - | 0 |" in text and "| gp-l | ppo | 0.1 | 0.3 [0.2, 0.4] |" in text
-
-
 def test_a_real_model_stands_in_for_the_tiny_one():
     runs = [at_scale(run, "Llama", 8) for run in EXPERIMENTS["overfitted"].runs([0])]
     models = {run.name: run.argv[run.argv.index("--model") + 1] for run in runs}
@@ -271,12 +250,11 @@ def test_a_real_model_stands_in_for_the_tiny_one():
 
 
 @pytest.mark.parametrize("name, algo, hands", [
-    ("main", "ppo", (500, 16)), ("main", "eval", (500, 0)), ("no-sft", "pretrain", (0, 0)),
-    ("variants", "sft", (500, 0))])
+    ("main", "ppo", 500), ("main", "eval", 500), ("no-sft", "pretrain", 0), ("variants", "sft", 500)])
 def test_the_study_tests_on_more_hands(name, algo, hands):
     runs = [at_scale(run, "", 1).argv for run in EXPERIMENTS[name].runs([0])]
     args = [apply_preset(parse(argv)[0], 0) for argv in runs if algo in argv and "gp-l" in argv]
-    assert {(each.eval_hands, each.probe_hands) for each in args} == {hands}
+    assert {each.eval_hands for each in args} == {hands}
 
 
 def test_what_chosen_runs_need_is_chosen_too():

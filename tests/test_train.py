@@ -24,8 +24,8 @@ from variants import ESTIMATORS
 
 HERE = Path(train.__file__).parent
 SHORT = {              # what makes a run short, by its algorithm
-    "ppo": "--hands 4 --samples 1 --eval-every 0 --probe-hands 0",
-    "sft": "--batch-size 4 --eval-every 0 --probe-hands 0",
+    "ppo": "--hands 4 --samples 1 --eval-every 0",
+    "sft": "--batch-size 4 --eval-every 0",
     "pretrain": "--batch-size 4 --eval-every 0", "eval": ""}
 MEASURED = ("seconds", "tokens_per_second", "rollout_seconds", "update_seconds", "rollout_tokens_per_second",
             "memory_gb")

@@ -1,5 +1,4 @@
-"""Provide a frozen policy that KL penalties, SFT losses and probes compare with, without a second copy on the
-device.
+"""Provide a frozen policy that KL penalties and SFT losses compare with, without a second copy on the device.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft
@@ -53,7 +52,6 @@ def initial(policy):
         finally:
             write(policy, trained, now)
 
-    reference.remembered = remembered          # for a probe
     return reference
 
 
@@ -88,22 +86,15 @@ def reshard(policy):
 # What it is for
 
 @torch.no_grad()
-def scores(model, processor, trees, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
-    """Yield (conversation, (2, n) on the host: log-probs and entropies that its n sampled tokens have by the
-    model as it is now), in no order."""
+def score(model, processor, trees, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
+    """Note in each conversation, as `reference`, the log-probs that its tokens have by the model as it is now;
+    0 for those that were not sampled."""
     for group, batch, weight in passes(model, processor, trees, token_budget, ranks, filler):
         out = model(**batch.inputs(), targets=batch.targets, temperature=temperature)
-        both = torch.stack([out.logprobs, out.entropy])[:, batch.targets >= 0].cpu()
         if weight:
-            yield from zip(group, both.split([sum(c.sampled) for c in group], 1), strict=True)
-
-
-def score(*given, **how):
-    """Note in each conversation, as `reference`, the log-probs among `scores`; 0 for tokens that were not
-    sampled."""
-    for conversation, (logprobs, _) in scores(*given, **how):
-        found = iter(logprobs.tolist())
-        conversation.reference = [next(found) if sampled else 0.0 for sampled in conversation.sampled]
+            found = iter(out.logprobs[batch.targets >= 0].tolist())
+            for conversation in group:
+                conversation.reference = [next(found) if sampled else 0.0 for sampled in conversation.sampled]
 
 
 def rescore(model, processor, episodes, args, ranks):
