@@ -5,7 +5,6 @@ and rename, append lines of JSON. All may import it.
 import fcntl
 import json
 import os
-import re
 import socket
 import sys
 import tempfile
@@ -25,32 +24,30 @@ class Held(SettingError):
     """Another process works in the folder."""
 
 
-def lock(folder, flag="--out", launch=None, patience=120):
-    """Return an open file: until it is closed, or this process dies, no other can lock the folder.
+def lock(folder, flag="--out", patience=0):
+    """Return an open file: until it is closed, or this process dies, no other can lock the folder. Held if
+    another one holds it for longer than `patience`, in seconds.
 
-    Another holder is waited for if it began with the same `launch`, because it is about to end: torchrun may
-    start a worker again before the one that failed is gone, and NFS takes 90 s to forget a host that died.
-    Held names any other. flag: what the user gave. The file itself stays: it is the kernel that knows who
-    holds it, and a lock on a file that is removed keeps nobody out.
+    flag: what the user gave. The file itself stays: it is the kernel that knows who holds it, and a lock on a
+    file that is removed keeps nobody out.
     """
     path, until = Path(folder) / LOCK, time.monotonic() + patience
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8",
+        file = open(path, "a+", encoding="utf-8", errors="replace",
                     opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644))
     except OSError as error:
         raise SettingError(
             f"{folder}: cannot write there ({error.strerror}); choose another {flag}") from None
     while not take(file):
-        holder, its_launch = holder_of(folder)
-        if not launch or its_launch != launch or time.monotonic() > until:
-            raise Held(
-                f"{folder}: in use by {holder}; wait until it has ended, stop it, or choose another {flag}")
+        if time.monotonic() > until:
+            file.seek(0)
+            raise Held(f"{folder}: in use by {file.read(100)!r}; wait until it has ended, stop it, or choose "
+                       f"another {flag}")
         time.sleep(0.2)
     file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"process {os.getpid()} on {socket.gethostname()}, since {since}; {launch}", end="", file=file,
-          flush=True)
+    print(f"process {os.getpid()} on {socket.gethostname()}, since {since}", end="", file=file, flush=True)
     return file
 
 
@@ -64,15 +61,6 @@ def take(file):
         print(f"{file.name}: no lock, which this file system does not know ({error.strerror}); "
               "see to it that no second process works there", file=sys.stderr)
     return True
-
-
-def holder_of(folder):
-    """Return what the last holder of a folder wrote of itself, and its launch, as far as they can be read."""
-    with suppress(OSError, ValueError):
-        told = (Path(folder) / LOCK).read_text(encoding="utf-8")
-        if found := re.fullmatch(r"(process \d+ on \S+, since [-:\d ]+); ([!-~]*)", told):
-            return found.groups()
-    return "another process", None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 from distributed import checkpoint
 from distributed.processes import first
-from harness.files import Held, holder_of, lock, read_lines, replace, to_json, write_atomically
+from harness.files import lock, read_lines, replace, to_json, write_atomically
 from harness.ranges import SettingError, UserError, shown
 from harness.settings import resumed
 from harness.terminal import visible
@@ -34,36 +34,23 @@ LINE = {"event": str, "step": int}                             # what each of it
 # Its choice
 
 def choose(args, processes, held):
-    """Return the folder of a run, as text, and whether a run is resumed there. It is locked while `held`, an
-    ExitStack, is open: no other process may look at it or write there meanwhile.
+    """Return the folder of a run, --out or else runs/TASK-ALGO, and whether a run is resumed there. It is
+    locked while `held`, an ExitStack, is open: no other process may write there meanwhile.
 
-    It is --out, else runs/TASK-ALGO, with a number behind it when a run is there already, or for --resume the
-    newest run there. Workers that torchrun starts again resume the run that they began.
+    Workers that torchrun starts again resume the run that they began. The ones before may not be gone yet,
+    and NFS takes 90 s to forget a host that died.
     """
-    base = Path(f"runs/{args.task}-{args.algo}")
-    names = [Path(args.out)] if args.out else [base, *(Path(f"{base}-{k}") for k in range(2, 1000))]
-    taken = [name for name in names if (name / LOG).exists()]
-    own = [name for name in taken if processes.restarted and holder_of(name)[1] == processes.launch]
-    if args.resume and not taken:
-        raise SettingError(f"--resume: expected a run in {shown(names[0])}")
-    resume = args.resume or bool(own)
-    if resume:
-        names = (own or taken)[-1:]
-    elif not args.out:
-        names = [name for name in names if name not in taken]
-    for name in names:
-        try:
-            file = held.enter_context(lock(name, launch=processes.launch))
-        except Held:
-            if name == names[-1]:
-                raise
-            continue
-        # A new run would drop its checkpoints as older than those of a run whose log is gone.
-        if resume or not any((name / left).exists() for left in (LOG, "checkpoints")):
-            return str(name), resume           # nobody can change that from now on
-        file.truncate(0)                       # a restart would take the run there for its own
-    raise SettingError(f"--out {shown(name)}: expected a folder without a run or its checkpoints; --resume "
-                       "goes on with a run")
+    folder = Path(args.out or f"runs/{args.task}-{args.algo}")
+    if args.resume and not (folder / LOG).exists():
+        raise SettingError(f"--resume: expected a run in {shown(folder)}")
+    held.enter_context(lock(folder, patience=120 if processes.restarted else 0))
+    there = read_lines(folder / LOG, LINE) if processes.restarted and (folder / LOG).exists() else []
+    resume = args.resume or any(line.get("launch") == processes.launch for line in there)
+    # A new run would drop its checkpoints as older than those of a run whose log is gone.
+    if not resume and any((folder / left).exists() for left in (LOG, "checkpoints")):
+        raise SettingError(f"--out {shown(folder)}: expected a folder without a run or its checkpoints; "
+                           "--resume goes on with it, another --out begins one")
+    return str(folder), resume
 
 
 def git_commit():
@@ -109,7 +96,8 @@ class RunFolder:
 
         first(begin)
         self.log(event="start", step=step, config=dataclasses.asdict(args), commit=git_commit(),
-                 hardware=self.processes.hardware, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                 hardware=self.processes.hardware, launch=self.processes.launch,
+                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def log(self, **record):
         """Append one JSON line."""

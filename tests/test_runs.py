@@ -84,7 +84,7 @@ def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
     before = content(sft)
     with files.lock(sft):
         said = refused(f"{command.format(small[0])} --out {sft}")
-    assert re.search(rf"{sft}: in use by process {os.getpid()} on \S+, since 20.*another --out", said)
+    assert re.search(rf"{sft}: in use by 'process {os.getpid()} on \S+, since 20.*another --out", said)
     assert content(sft) == before
 
 
@@ -92,8 +92,9 @@ def test_a_folder_in_use_is_refused_and_not_touched(small, sft, command):
 def test_a_holder_that_did_not_say_who_it_is(tmp_path, held):
     with files.lock(tmp_path):
         (tmp_path / files.LOCK).write_text(held)
-        with pytest.raises(files.Held, match="in use by another process"):
+        with pytest.raises(files.Held, match="in use by '.*'; wait") as error:
             files.lock(tmp_path)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
     files.lock(tmp_path).close()
 
 
@@ -111,12 +112,10 @@ def test_the_dead_hold_nothing(tmp_path):
 
 
 def test_a_worker_that_is_started_again_waits_for_the_one_before(tmp_path):
-    lock = files.lock(tmp_path, launch="a")
-    with pytest.raises(files.Held):
-        files.lock(tmp_path, launch="b")
+    lock = files.lock(tmp_path)
     threading.Timer(0.3, lock.close).start()
-    with files.lock(tmp_path, launch="a"), pytest.raises(files.Held):
-        files.lock(tmp_path, launch="a", patience=0.1)
+    with files.lock(tmp_path, patience=60), pytest.raises(files.Held):
+        files.lock(tmp_path, patience=0.1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
@@ -144,26 +143,39 @@ def starts_at_once(args, n):
         return list(pool.map(choose, range(n)))
 
 
-def test_of_many_starts_each_gets_a_folder_of_its_own_or_one_gets_it(tmp_path, monkeypatch):
+def test_of_many_starts_one_gets_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = starts_at_once(Args(task="gp-l", algo="sft"), 8)
-    assert sorted(names) == ["runs/gp-l-sft", *(f"runs/gp-l-sft-{k}" for k in range(2, 9))]
-    found = starts_at_once(Args(out="x"), 8)
-    assert found.count("x") == 1 and sum(isinstance(one, files.Held) for one in found) == 7
+    for args, name in ((Args(task="gp-l", algo="sft"), "runs/gp-l-sft"), (Args(out="x"), "x")):
+        found = starts_at_once(args, 8)
+        assert found.count(name) == 1 and sum(isinstance(one, files.Held) for one in found) == 7
 
 
-def test_default_folders(tmp_path, monkeypatch, runs):
-    """A run that has begun keeps its folder; --resume takes the newest, also where that is in use."""
+def test_default_folders(tmp_path, monkeypatch):
+    """A run that has begun keeps its folder; --resume takes it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("gp-l-sft", "gp-l-sft-2"):
-        Path("runs", name).mkdir(parents=True)
-        Path("runs", name, "log.jsonl").touch()
-    assert starts_at_once(Args(algo="sft"), 1) == ["runs/gp-l-sft-3"]
-    assert starts_at_once(Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft-2"]
-    with files.lock("runs/gp-l-sft-2"):
-        assert "gp-l-sft-2: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
+    path = Path("runs/gp-l-sft")
+    path.mkdir(parents=True)
+    (path / "log.jsonl").touch()
+    assert "expected a folder without a run" in str(starts_at_once(Args(algo="sft"), 1)[0])
+    assert starts_at_once(Args(algo="sft", resume=True), 1) == ["runs/gp-l-sft"]
+    with files.lock(path):
+        assert "gp-l-sft: in use by" in str(starts_at_once(Args(algo="sft", resume=True), 1)[0])
     assert "expected a run in runs/gp-l-ppo" in str(starts_at_once(Args(resume=True), 1)[0])
     assert not Path("runs/gp-l-ppo").exists()
+
+
+@pytest.mark.parametrize("log, launch, resumes", [
+    ('{"event": "start", "step": 0, "launch": "a"}', "a", True), ("", "a", False),
+    ('{"event": "start", "step": 0, "launch": "a"}', "b", False)])
+def test_a_worker_that_is_started_again_resumes_its_own_run_alone(tmp_path, log, launch, resumes):
+    (tmp_path / "log.jsonl").write_text(log)
+    args, again = Args(out=str(tmp_path)), SimpleNamespace(restarted=True, launch=launch)
+    with contextlib.ExitStack() as held:
+        if resumes:
+            assert folder.choose(args, again, held) == (str(tmp_path), True)
+        else:
+            with pytest.raises(ValueError, match="expected a folder without a run"):
+                folder.choose(args, again, held)
 
 
 @pytest.mark.parametrize("name, prepare", [

@@ -179,10 +179,9 @@ def test_tiny_makes_its_init_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tiny, "INIT_STEPS", {"gp": 1})
     for repeat, rule in enumerate(["10", "10", "11-12-13"]):   # a rule of its own has an init of its own
-        run("--task gp-vl --algo sft --steps 1 --rule", rule)
+        run("--task gp-vl --algo sft --steps 1 --rule", rule, "--out", f"run{repeat}")
         assert ("making its init checkpoint" in capsys.readouterr().out) == (repeat != 1)
     assert len(list(Path("runs").glob("init-gp-vl-*/final/model.safetensors"))) == 2
-    assert sorted(map(str, Path("runs").glob("gp-*"))) == [f"runs/gp-vl-sft{n}" for n in ("", "-2", "-3")]
 
 
 @pytest.mark.parametrize("task", ["gp-vl", "virl-l"])
