@@ -1,4 +1,4 @@
-"""Provide a frozen policy that KL penalties and SFT losses compare with, without a second copy on the device.
+"""Provide a frozen policy that KL penalties and SFT losses compare with; no second copy is on the device.
 
     torchrun train.py --task gp-l --algo ppo --kl-coef 0.05
     torchrun train.py --task gp-l --algo sft --sft-loss iw-sft
