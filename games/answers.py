@@ -30,9 +30,6 @@ from itertools import pairwise
 
 MAX_TOKENS = 2_000      # braces, strings, words between commas; an answer has some 30
 MAX_FORMULA = 200       # characters; bounds the verifier's recursion and the size of its integers
-MAX_ITEMS = 64          # of a list: no hand has so many cards
-MAX_ESCAPES = 1_000     # of a value that is not JSON; the rest stay as they are
-MAX_NESTING = 100       # brackets in a value that is decoded as JSON, whatever Python's recursion limit
 
 # A quote ends a string if what comes next may follow a string; an apostrophe or a quotation inside does not.
 # In JSON a quote without a backslash does. The quantifiers are possessive (*+): nothing is tried twice.
@@ -60,7 +57,7 @@ def _unescape(match):
 
 def _key(name):
     """Return a key in lower case, without quotes and escapes."""
-    key = _ESCAPE.sub(_unescape, name, count=MAX_ESCAPES).strip(_MARKS + " \n").lower()
+    key = _ESCAPE.sub(_unescape, name).strip(_MARKS + " \n").lower()
     return " ".join(key.split())
 
 
@@ -97,17 +94,16 @@ def _objects(text, keys):
 def _value(text):
     """Return the str or list after a key: by JSON, else a string in any quotes, else the text itself."""
     text = text.strip(_EDGES)
-    if text.count("[") + text.count("{") <= MAX_NESTING:
-        with suppress(ValueError):      # numbers stay text: int() refuses 5,000 digits
-            value = json.loads(text, strict=False, parse_int=str, parse_float=str, parse_constant=str)
-            return value if isinstance(value, (str, list)) else ""
+    with suppress(ValueError, RecursionError):      # numbers stay text: int() refuses 5,000 digits
+        value = json.loads(text, strict=False, parse_int=str, parse_float=str, parse_constant=str)
+        return value if isinstance(value, (str, list)) else ""
     if string := _STRING.match(text):
         closed = string[string.lastindex]
         text = string[0][1:-1] if closed else string[0].strip(_EDGES + _MARKS + "}]")
         text = re.sub(rf"\A([{_QUOTES}])(.*)\1\Z", r"\2", text, flags=re.DOTALL)        # ""1+1=2""
     else:
         text = text.strip(_EDGES + _MARKS)
-    return _ESCAPE.sub(_unescape, text, count=MAX_ESCAPES)
+    return _ESCAPE.sub(_unescape, text)
 
 
 def _fields(text, *keys):
@@ -125,8 +121,8 @@ def _fields(text, *keys):
 def _items(value):
     """Return the strings of a list, or of a text that looks like one."""
     if isinstance(value, list):
-        return [item if isinstance(item, str) else "" for item in value[:MAX_ITEMS]]
-    return [part for part in value.strip("[]() \n").split(",", MAX_ITEMS) if part.strip()]
+        return [item if isinstance(item, str) else "" for item in value]
+    return [part for part in value.strip("[]() \n").split(",") if part.strip()]
 
 
 _RANKS = {"ACE": "A", "T": "10", "TEN": "10", "JACK": "J", "QUEEN": "Q", "KING": "K"}
