@@ -97,12 +97,9 @@ def conflicts(args, config, world):
         if args.eval_hands == 0:
             yield "eval_hands", "at least 1 with --algo eval"
         return
-    shared, batch, what = (("hands", args.hands * args.samples, "--hands times --samples") if ppo
-                           else ("batch_size", args.batch_size, "--batch-size"))
+    shared = "hands" if ppo else "batch_size"
     if getattr(args, shared) < world:
         yield shared, f"at least {world}, one for each rank"
-    if args.minibatches > batch:
-        yield "minibatches", f"at most {batch}, which is {what}"
     if ppo:
         estimator, unit = ESTIMATORS[args.advantage], LOSSES[args.loss].unit or args.unit
         if estimator.groups and args.samples < 2:

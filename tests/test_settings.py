@@ -189,8 +189,6 @@ REFUSED = """
     --token-lam 0.9: works only with --advantage gae-token
     --advantage gae-token --unit token | --gamma 0.5: works only with --advantage gae, gae-loo
     # settings at odds with each other
-    --minibatches 999: expected at most 256, which is --hands times --samples
-    --algo sft --batch-size 4 | --minibatches 5: expected at most 4
     --samples 1 | --advantage grpo: expected --samples of at least 2
     --advantage gae-token: expected --unit token
     --shard on: expected several ranks (torchrun --nproc-per-node 2)
