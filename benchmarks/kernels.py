@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import DEVICE, GPU, columns, head, machine, milliseconds, save, show, take_turns
-from benchmarks.rivals import LARGE, SMALL, attention_cases, logprob_cases
+from benchmarks.rivals import SIZES, attention_cases, logprob_cases
 from harness.ranges import FILE, above, command_line
 from harness.terminal import command
 
@@ -93,7 +93,7 @@ def examine(case, row, way, exact, bound):
         row["MiB"] += mask.nbytes / 2**20
 
 
-def bench(case, ceilings, rounds, seconds):
+def bench(case, ceilings, seconds):
     """Check and time all ways of a case -> rows of the table."""
     args, upstream = case.inputs
     doubles = [x.detach().double().requires_grad_() if x.requires_grad else x for x in args]
@@ -106,7 +106,7 @@ def bench(case, ceilings, rounds, seconds):
             turns[name] = lambda way=way: milliseconds(case.prepare(way, args, upstream))
             if name == "naive":
                 bound = max(bound, 2 * row["error"])
-    times = take_turns(turns, rounds, seconds)
+    times = take_turns(turns, 50, seconds)
     work = {"TFLOP/s": case.flops / 1e12, "GB/s": case.bytes / 1e9}
     unit = max(work, key=lambda unit: work[unit] / ceilings[unit])
     medians = {name: statistics.median(found) for name, found in times.items()}
@@ -142,28 +142,22 @@ COLUMNS = columns("case 15, part 8, implementation 32, ms 8.4g, rate 8.3g, unit 
 def main(argv=None):
     parser = command_line("python -m benchmarks.kernels", __doc__)
     parser.add_argument("--only", default="", metavar="CASE",
-                        help=f"cases whose name holds this. On a GPU: {', '.join(LARGE)}. "
-                             f"On a CPU: {', '.join(SMALL)}")
+                        help=f"cases whose name holds this: {', '.join(SIZES)}")
     parser.add_argument("--seconds", type=above(0), default=2, help="for each part of a case (default: 2)")
     parser.add_argument("--json", type=FILE, metavar="FILE",
                         help="write all numbers there, with hardware, versions and commit")
-    parser.add_argument("--quick", action="store_true",
-                        help="small sizes on a GPU, too, and three rounds: shows that all runs")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")                            # backends explain at length why they decline
-    dtype, sizes = torch.bfloat16 if GPU else torch.float32, LARGE if GPU and not args.quick else SMALL
-    names = [name for name in sizes if args.only in name]
+    dtype, names = torch.bfloat16 if GPU else torch.float32, [name for name in SIZES if args.only in name]
     if not names:
-        parser.error(f"--only {args.only}: expected part of one of {', '.join(sizes)}")
-    result = {"machine": machine() | {"type": str(dtype), "sizes": "large" if sizes is LARGE else "small"},
-              "ceilings": measure_ceilings(dtype), "rows": []}
+        parser.error(f"--only {args.only}: expected part of one of {', '.join(SIZES)}")
+    result = {"machine": machine() | {"type": str(dtype)}, "ceilings": measure_ceilings(dtype), "rows": []}
     print(f"{result['machine']}\n{result['ceilings']}\n")
     head(COLUMNS)
     for name in names:
-        build = logprob_cases if len(sizes[name]) == 3 else attention_cases
-        for case in build(name, sizes[name], dtype):
-            rounds = (3, 0) if args.quick else (50, args.seconds)
-            result["rows"] += bench(case, result["ceilings"], *rounds)
+        build = logprob_cases if len(SIZES[name]) == 3 else attention_cases
+        for case in build(name, SIZES[name], dtype):
+            result["rows"] += bench(case, result["ceilings"], args.seconds)
     save(args.json, result)
     wrong = [f"{row['case']} {row['part']}" for row in result["rows"]
              if row["implementation"] == "ours" and row.get("no") == "result is wrong"]

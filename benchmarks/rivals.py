@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import DEVICE
+from benchmarks.measure import DEVICE, GPU
 from kernels.attention import attention
 from kernels.logprob import token_logprobs
 from kernels.visible import Visible
@@ -51,6 +51,7 @@ SMALL = table("""
     decode-1            1     1   512   8   2  64
     decode-64          64     1   512   8   2  64
 """)
+SIZES = LARGE if GPU else SMALL
 
 
 @dataclass
