@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels               attention and log-probs, next to all their rivals (rivals.py)
     python -m benchmarks.generate              sampling, next to transformers
-    python -m benchmarks.shape FOLDER          updates of PPO at a large model's shape, with random weights
 """
 
 import harness  # noqa: F401, before torch: see there

@@ -5,11 +5,9 @@ import pytest
 import torch
 
 from benchmarks import kernels as bench
-from benchmarks import rivals, shape
-from harness.folder import RunFolder
+from benchmarks import rivals
 from kernels import attention
 from kernels.visible import Visible
-from model import Llama
 from tables import cases
 
 CEILINGS = {"TFLOP/s": 0.1, "GB/s": 10}
@@ -132,13 +130,3 @@ def test_main_ends_where_ours_is_wrong(monkeypatch):
     monkeypatch.setattr(rivals, "attention", lambda *qkv, **masks: attention.attention(*qkv, **masks) * 1.01)
     with pytest.raises(bench.WrongResult, match="decode-1 forward"):
         bench.main(["--seconds", "1e-9", "--only", "decode-1"])
-
-
-def test_a_shape_is_enough(small, tmp_path, monkeypatch):
-    """Of weights that are not there: an update is made and logged."""
-    for owner, name in ((Llama, "from_pretrained"), (RunFolder, "save"), (RunFolder, "save_final")):
-        monkeypatch.setattr(owner, name, None)                 # what main replaces comes back
-    words = f"--task gp-vl --steps 1 --hands 2 --max-new-tokens 2 --device cpu --out {tmp_path}"
-    shape.main([str(small[0]), *words.split()])
-    step = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert step["event"] == "step" and step["rollout_seconds"] > 0 < step["update_seconds"]
