@@ -10,7 +10,6 @@ first turn, which warms up.
 
     tokens/s     with the time to read prompts and images
     step         milliseconds for one token more in every row
-    weights      GB/s at which a step reads its weights; a line above the table says what a large copy reaches
     ratio        tokens/s divided by those of transformers
 """
 import itertools
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import measure_ceilings
 from benchmarks.measure import DEVICE, GPU, columns, head, machine, milliseconds, save, show, take_turns
 from harness.ranges import FILE, command_line, integer, several, text
 from harness.terminal import command
@@ -32,7 +30,7 @@ from model import Llama
 
 TINY = Path(__file__).resolve().parents[1] / "docs/tiny/gp-vl"
 DTYPE = torch.bfloat16 if GPU else torch.float32
-COLUMNS = columns("prompts 7, batch 5, of 12, tokens/s 8.0f, step 7.2f, weights 7.0f, ratio 5.2f")
+COLUMNS = columns("prompts 7, batch 5, of 12, tokens/s 8.0f, step 7.2f, ratio 5.2f")
 
 
 def load(folder):
@@ -97,14 +95,6 @@ def measure(ours, theirs, conversations, images, tokens, repeats):
     return {name: (times[name, tokens], times[name, 1]) for name in ways}
 
 
-def weights_of_a_step(model, image):
-    """Count the weights that a token more needs: of a picture's own keys and values none."""
-    layers = [f"layers.{i}." for i in model.config.cross_attention_layers]
-    unread = (".cross_attn.k_", ".cross_attn.v_") if image else layers
-    return sum(p.numel() for name, p in model.named_parameters()
-               if name.startswith(("layers.", "lm_head.")) and not any(part in name for part in unread))
-
-
 def main(argv=None):
     parser = command_line("python -m benchmarks.generate", __doc__)
     parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
@@ -113,22 +103,20 @@ def main(argv=None):
         parser.add_argument(f"--{name}", type=integer(2), default=default)
     parser.add_argument("--json", type=FILE, metavar="FILE")
     args = parser.parse_args(argv)
-    (ours, theirs), ceilings, rows = load(args.model), measure_ceilings(DTYPE), []
+    (ours, theirs), rows = load(args.model), []
     print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {args.new_tokens} new tokens; "
-          f"{machine()}\n{ceilings}")
+          f"{machine()}")
     head(COLUMNS)
     for image, batch in itertools.product((False, True), map(int, args.batches.split(","))):
         prompts = draw_prompts(ours.config, image, batch)
         found = measure(ours, theirs, *prompts, args.new_tokens, args.repeats)
-        needed = weights_of_a_step(ours, image) * DTYPE.itemsize
         for name, (ms, first) in found.items():
-            step = (ms - first) / (args.new_tokens - 1)
-            rows.append({"prompts": "image" if image else "text", "batch": batch, "of": name, "step": step,
-                         "tokens/s": 1000 * batch * args.new_tokens / ms, "weights": needed / 1e6 / step,
+            rows.append({"prompts": "image" if image else "text", "batch": batch, "of": name,
+                         "tokens/s": 1000 * batch * args.new_tokens / ms,
+                         "step": (ms - first) / (args.new_tokens - 1),
                          "ratio": found["transformers"][0] / ms})
             show(rows[-1], COLUMNS)
-    save(args.json, machine() | {"ceilings": ceilings, "rows": rows})
-    return rows
+    save(args.json, machine() | {"rows": rows})
 
 
 if __name__ == "__main__":
