@@ -151,7 +151,7 @@ def main(argv=None):
     dtype, names = torch.bfloat16 if GPU else torch.float32, [name for name in SIZES if args.only in name]
     if not names:
         parser.error(f"--only {args.only}: expected part of one of {', '.join(SIZES)}")
-    result = {"machine": machine() | {"type": str(dtype)}, "ceilings": measure_ceilings(dtype), "rows": []}
+    result = {"machine": machine(), "ceilings": measure_ceilings(dtype), "rows": []}
     print(f"{result['machine']}\n{result['ceilings']}\n")
     head(COLUMNS)
     for name in names:

@@ -58,9 +58,7 @@ def machine():
             "threads": torch.get_num_threads(),
             "commit": git_commit(),
             "Python": platform.python_version(),
-            "torch": torch.__version__,
-            "CUDA": torch.version.cuda,
-            "HIP": torch.version.hip} | versions
+            "torch": torch.__version__} | versions
 
 
 def columns(text):
