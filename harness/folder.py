@@ -124,7 +124,7 @@ class RunFolder:
         in `model`. A foundation is kept in bfloat16: it lies in git."""
         aside, final = self.path / ".final", self.path / "final"
         first(lambda: (checkpoint.remove(aside), processor.save_pretrained(aside)))
-        if args.shard == "off":
+        if args.shard != "on":
             lora.merge(model.float())                          # see load.halve_frozen
             if args.algo == "pretrain":
                 model.to(torch.bfloat16)

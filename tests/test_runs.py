@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_one(small, tmp_path, name, prepare, algo):
 
 @pytest.mark.parametrize("line, words", rows("""
     --prompts nowhere.json                               | No such file or directory: 'nowhere.json'
-    --prompts bad.json                                   | bad.json: not a JSON file
+    --prompts bad.json                                   | bad.json: not a JSON object of templates
     --task virl-l --routes city                          | city/route_infos.json
     --task virl-l --look city                            | city/route_infos.json
     --target 1000000                                     | no solvable hand in 10000

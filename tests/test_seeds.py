@@ -118,12 +118,10 @@ def test_the_smallest_and_the_largest_seed_work(small, tmp_path, algo, more):
     ({"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (math.nan, 2)}},
      '{"a": null, "b": [null, null, 1.5], "c": {"d": [null, 2]}}'),
     ([np.float64("nan"), True, None, "NaN", 2**63], '[null, true, null, "NaN", 9223372036854775808]'),
-    (math.nan, "null"), ({}, "{}"), ((), "[]"),
-    (SimpleNamespace(reward=math.nan, info={"x": [math.inf]}), '{"reward": null, "info": {"x": [null]}}')])
+    (math.nan, "null"), ({}, "{}"), ((), "[]")])
 def test_json_knows_no_nan(record, text):
-    """In objects, too, as a batch is written down that a run broke down on."""
-    assert to_json(record, default=vars) == text
-    assert json.loads(to_json(record, default=vars, indent=2)) == json.loads(text)
+    assert to_json(record) == text
+    assert json.loads(to_json(record, indent=2)) == json.loads(text)
 
 
 def test_all_that_a_run_writes_is_strict(small, tmp_path):
@@ -133,7 +131,7 @@ def test_all_that_a_run_writes_is_strict(small, tmp_path):
     run("--algo", "ppo", "--model", small[0], "--steps", 1, "--advantage", "monte-carlo", "--samples", 2,
         "--eval-hands", 1, "--eval-sets", "id", "--out", out)
     assert records(out, "step")[0]["explained_variance"] is None
-    assert records(out, "eval")[0]["eval"]["id"]["success_se"] is None
+    assert records(out, "eval")[0]["eval"]["id"]["per_step_se"] is None
     append_line(tmp_path / "a.jsonl", study.of_run("a", out))
     for file in [tmp_path / "a.jsonl", *out.rglob("*.json"), out / "log.jsonl"]:
         for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:

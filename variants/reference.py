@@ -87,8 +87,8 @@ def reshard(policy):
 
 @torch.no_grad()
 def score(model, processor, trees, token_budget, temperature=1.0, ranks=OneProcess(), filler=None):
-    """Note in each conversation, as `reference`, the log-probs that its tokens have by the model as it is now;
-    0 for those that were not sampled."""
+    """Note in each conversation, as `reference`, the log-probs that sampled tokens have by the model as it is
+    now, and 0 for the others."""
     for group, batch, weight in passes(model, processor, trees, token_budget, ranks, filler):
         out = model(**batch.inputs(), targets=batch.targets, temperature=temperature)
         if weight:
