@@ -77,7 +77,7 @@ def test_no_import_circle():
 # more into a line changes nothing.
 
 BUDGETS = {"envs": 3500, "model": 5000, "rollout": 1800, "ppo": 3000, "sft": 900, "train": 2800}
-SOURCE, TESTS = 80000, 85000
+SOURCE, TESTS = 80_000, 85_000         # of all source without tests, of the tests: they may only fall
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
 
