@@ -41,11 +41,11 @@ def initial(policy):
     """Return a reference to the policy as it is now. The weights that are trained (of sharded ones: this
     rank's slices) are kept in host memory, and while they are swapped in, the trained ones are there, too."""
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    remembered = on_host(trained)
+    remembered = local_copies(trained)
 
     @contextmanager
     def reference():
-        now = on_host(trained)
+        now = local_copies(trained)
         write(policy, trained, remembered)
         try:
             yield
@@ -60,7 +60,7 @@ def local(parameter):
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def on_host(parameters):
+def local_copies(parameters):
     """Copy {name: parameter} to host memory."""
     return {name: local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
 
