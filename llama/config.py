@@ -80,7 +80,11 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder):
         """Read config.json of a folder. FileNotFoundError; ValueError on one line: file, name and value."""
-        return cls.from_dict(read_json(folder, "config.json"), Path(folder) / "config.json")
+        file, found = Path(folder) / "config.json", read_json(folder, "config.json")
+        try:
+            return cls.from_dict(found, file)
+        except (AttributeError, KeyError, TypeError) as error:     # a size is missing, or no number
+            raise ValueError(f"{file}: {type(error).__name__}: {error}") from None
 
     @classmethod
     def from_dict(cls, hf, file="config.json"):

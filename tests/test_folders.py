@@ -79,6 +79,17 @@ def test_the_settings_of_a_run_are_no_model(folder):
     assert refused(folder).startswith("config.json: model_type = '': expected one of ['llama', 'mllama']")
 
 
+@pytest.mark.parametrize("name, value, words", rows("""
+text_config.hidden_size | null | TypeError: unsupported operand type(s) for //
+text_config.num_attention_heads | "4" | TypeError: unsupported operand type(s) for //
+text_config.num_hidden_layers | null | TypeError: Config.__init__() missing 1 required positional argument
+text_config | null | AttributeError:
+"""))
+def test_sizes_that_are_missing_or_no_numbers(folder, name, value, words):
+    edit(folder / "config.json", name, json.loads(value))
+    assert refused(folder).startswith(f"config.json: {words}")
+
+
 @pytest.mark.parametrize("name, value, blamed", rows("""
 text_config.num_attention_heads | 6 | model.safetensors: tensor
 text_config.num_hidden_layers | 1 | model.safetensors: tensor
