@@ -48,9 +48,12 @@ def test_a_run_learns_from_it(small, tmp_path, registered):
     assert set(records(tmp_path / "ppo", "eval")[-1]["eval"]) == {"id", "rule-ood"}
 
 
-def test_the_walkthrough_runs():
+def test_the_walkthrough_runs(tmp_path, monkeypatch):
+    """In a folder of its own: it keeps its init checkpoint in runs/, where a later run would find it."""
+    (tmp_path / "train.py").symlink_to(HERE / "train.py")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
     notebook = nbformat.read(HERE / "docs/walkthrough.ipynb", 4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": HERE / "docs"}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))

@@ -32,6 +32,7 @@ if how == "stop" and "--resume" not in sys.argv:
     import signal
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    open(out + "/listens", "w").close()
     while not stopped:
         time.sleep(0.05)
     sys.exit(0)
@@ -110,7 +111,9 @@ def test_after_ctrl_c_runs_are_saved_and_resumed(runner, monkeypatch):
     work, real = runner("a-0=stop"), time.sleep
 
     def interrupt(seconds):
-        real(0.5)
+        while not (work.root / "a-0/listens").exists():
+            assert work.going["a-0"][0].poll() is None
+            real(0.02)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("study.runner.time.sleep", interrupt)
