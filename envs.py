@@ -56,7 +56,7 @@ class Env(Protocol):
     def step(self, text: str) -> tuple[Observation, float, bool, bool, dict]:
         """Judge one answer, any string: (observation, reward, terminated, truncated, info). Info says of the
         answer verdict (a word), message, correct, attempt (counted from 1), recognized (what is seen is told
-        right), translated (what it means, too), and of the episode success. RuntimeError if none is
+        right), and of the episode success. RuntimeError if none is
         running. `judged_step` does it for a game of one question."""
 
     def oracle(self) -> str:
@@ -129,7 +129,7 @@ def judged_step(game, text):
     correct = verdict.code in RIGHT
     truncated = not correct and game.attempt == game.attempts
     info = {"verdict": verdict.code, "message": verdict.message, "recognized": verdict.recognized,
-            "translated": verdict.translated, "correct": correct, "attempt": game.attempt, "success": correct}
+            "correct": correct, "attempt": game.attempt, "success": correct}
     messages = [{"role": "user", "content": verdict.message}]
     if correct or truncated:
         messages, game.attempt = [], None
@@ -258,7 +258,7 @@ class GeneralPoints:
         """Return an expert's dialogue, see `dialogue`; with `describe` it tells what is seen."""
         messages = self.reset(seed)[0].messages
         if self.describe:
-            asked = self.prompts["describe_cards"].format(count=COUNTS[self.cards])
+            asked = self.prompts["describe_cards"].format(count=COUNTS[self.cards], target=self.target)
             return _description(self, asked, _answer(self, self.ranks))
         return dialogue(self, messages, mistakes)
 
@@ -375,8 +375,7 @@ class Navigation:
     def judge(self, text):
         """Return the verifier.Verdict on an answer at the current point."""
         point = self.points[self.index]
-        return judge_step(text, point, self.sentences[point.instruction], self.landmarks, self.judged_rule,
-                          self.prompts)
+        return judge_step(text, point, self.landmarks, self.judged_rule, self.prompts)
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The
@@ -411,7 +410,8 @@ class Navigation:
             choices = marked
         self.index = self.rng.choice(choices)
         if self.describe:
-            return _description(self, self.prompts["describe"], self.points[self.index].observation)
+            asked = self.prompts["describe"].format(target="")
+            return _description(self, asked, self.points[self.index].observation)
         return dialogue(self, self._observe().messages, mistakes)
 
     def _mistake(self):

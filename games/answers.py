@@ -147,29 +147,27 @@ def _formula(text):
 
 
 def read_answer(text):
-    """Return (cards, number, formula) of an answer to GeneralPoints; None for a field that is not there.
+    """Return (cards, formula) of an answer to GeneralPoints; None for a field that is not there.
 
-    cards: ranks in capitals ("A", "10", "Q"); number: strings; formula: in plain signs, "" if not text."""
+    cards: ranks in capitals ("A", "10", "Q"); formula: in plain signs, "" if not text."""
     text = _LATEX_SIGN.sub(lambda sign: _LATEX[sign[1]], text)      # JSON makes a tab and "imes" of \times
-    formula, cards, number = _fields(text, "formula", "cards", "number")
+    formula, cards = _fields(text, "formula", "cards")
     if cards is not None:   # "Ace of Spades", 'q', 10, T
         words = [re.search("[A-Z0-9]+|$", item.upper())[0] for item in _items(cards)]
         cards = [_RANKS.get(word, word) for word in words]
-    if number is not None:
-        number = [item.strip(_MARKS + " ") for item in _items(number)]
     if formula is not None:
         formula = _formula(formula) if isinstance(formula, str) else ""
-    return cards, number, formula
+    return cards, formula
 
 
 def read_step(text):
-    """Return (current observation, current instruction, action) of an answer to Navigation.
+    """Return (current observation, action) of an answer to Navigation.
 
     None for a field that is not there, "" for one that is not a string. The action is in lower case, without
     quotes and without needless spaces."""
-    fields = _fields(text, "action", "current observation", "current instruction")
-    action, *said = ["" if isinstance(value, list) else value for value in fields]
+    fields = _fields(text, "action", "current observation")
+    action, observation = ["" if isinstance(value, list) else value for value in fields]
     if action is not None:
         action = re.sub(rf"[\s{_QUOTES}\\]+", " ", action.lower()).strip()
         action = re.sub(" ?([()]) ?", r"\1", action)
-    return *said, action
+    return observation, action

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from games.answers import MAX_FORMULA, read_answer, read_step
 from games.compass import COMPASS
-from games.observations import fold, wrong_observation
+from games.observations import wrong_observation
 from games.prompts import PROMPTS
 from games.solver import arith
 
@@ -39,7 +39,6 @@ class Verdict:
     reward: float
     message: str        # one or two short sentences for the model
     recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
-    translated: bool    # "number" are the dealt values; "current instruction" is right (never rewarded)
     code: str           # of REWARDS, STEP_REWARDS
 
 
@@ -113,28 +112,26 @@ def judge(text, cards, numbers, target=24, image=False, prompts=PROMPTS,
 
     cards: dealt ranks; numbers: their values; image: whether misread cards cost more; faults: what is wrong
     with a formula, in the paper one thing alone; rewards: their sum is given."""
-    read_cards, read_numbers, formula = read_answer(text)
+    read_cards, formula = read_answer(text)
     recognized = sorted(read_cards or []) == sorted(cards)
-    translated = sorted(read_numbers or []) == sorted(map(str, numbers))
     found = faults(formula, numbers, target)
     told = [("misread", "")] * (image and not recognized) + found
     # A message is read by the model: a number of 200 digits is cut.
     short = lambda number: number if len(number) <= 12 else number[:11] + "…"
     message = [prompts[code].format(number=short(number), target=target) for code, number in told]
-    return Verdict(sum(rewards[code] for code, _ in told), " ".join(dict.fromkeys(message)), recognized,
-                   translated, found[0][0])
+    return Verdict(sum(rewards[code] for code, _ in told), " ".join(dict.fromkeys(message)),
+                   recognized, found[0][0])
 
 
-def judge_step(text, point, sentence, landmarks, rule, prompts=PROMPTS):
+def judge_step(text, point, landmarks, rule, prompts=PROMPTS):
     """Return the verdict on any text whatever, never an exception.
 
-    point: the truth; sentence: the instruction to follow there; landmarks: all names of the route; rule: of
-    SPACES. Rewards (appendix B): +1 or -1 for the action and, on top, MISREAD for an observation that misses
-    the landmark or the intersection or claims a wrong one."""
-    observation, instruction, action = read_step(text)
+    point: the truth; landmarks: all names of the route; rule: of SPACES. Rewards (appendix B): +1 or -1 for
+    the action and, on top, MISREAD for an observation that misses the landmark or the intersection or claims
+    a wrong one."""
+    observation, action = read_step(text)
     wrong = wrong_observation(observation, point.observation, point.landmark, point.intersection, landmarks)
     code = ("no_action" if action is None else "right_action" if action == point.action else
             "wrong_action" if action in SPACES[rule] else "unknown_action")
     message = " ".join(prompts[key].format(target="") for key in [*wrong, code])
-    translated = instruction is not None and fold(instruction) == fold(sentence)
-    return Verdict(STEP_REWARDS[code] + MISREAD * bool(wrong), message, not wrong, translated, code)
+    return Verdict(STEP_REWARDS[code] + MISREAD * bool(wrong), message, not wrong, code)

@@ -131,11 +131,11 @@ def test_nothing_else_is_taken_for_it(text):
 
 def test_all_fields_come_from_one_object():
     two = '{"cards": ["K"], "formula": "a"} {"formula": "b", "number": [1, 2.0, "3"]}'
-    assert read_answer(two) == (None, ["1", "2.0", "3"], "b")
+    assert read_answer(two) == (None, "b")
     words = '{"cards": ["Ace of Spades", "t", 7, null, "queen"]}'
-    assert read_answer(words) == (["A", "10", "7", "", "Q"], None, None)
+    assert read_answer(words) == (["A", "10", "7", "", "Q"], None)
     round_ = "{cards: (a, 'Ten', \"3\"), number: (1, 10, 3)}"
-    assert read_answer(round_) == (["A", "10", "3"], ["1", "10", "3"], None)
+    assert read_answer(round_) == (["A", "10", "3"], None)
 
 
 # ------------------------------------------------------------------------------------------ what a formula is
@@ -160,9 +160,9 @@ KEPT = [
 @cases("said, plain", PLAIN)
 def test_formulas_are_made_plain(said, plain):
     for text in (json.dumps({"formula": said}), json.dumps({"formula": said}, ensure_ascii=False)):
-        assert read_answer(text)[2] == plain
+        assert read_answer(text)[1] == plain
     if "\n" not in said and "\x1c" not in said:        # unescaped: \times is a tab and "imes" to JSON
-        assert read_answer('{"formula": "%s"}' % said)[2] == plain
+        assert read_answer('{"formula": "%s"}' % said)[1] == plain
 
 
 @cases("said", KEPT)
@@ -196,14 +196,14 @@ def test_a_formula_is_judged_to_its_end(verdict):
 
 @cases("text, fields", [
     ('{"current observation": "Café \\"21\\"; A\\\\B {x}", "current instruction": "Go.", "action": "stop()"}',
-     ('Café "21"; A\\B {x}', "Go.", "stop()")),
+     ('Café "21"; A\\B {x}', "stop()")),
     ("{'current observation': 'McDonald's, Joe's', 'action': 'Stop( )'}",
-     ("McDonald's, Joe's", None, "stop()")),
+     ("McDonald's, Joe's", "stop()")),
     ('{"current observation": "Caf\\u00e9", "action": "\\"turn_direction\\" ( slightly  left )"}',
-     ("Café", None, "turn_direction(slightly left)")),
-    ('{"current observation": null, "action": ["stop()"]}', ("", None, "")),
-    ('{"current observation": "{\\"action\\": \\"stop()\\"}"}', ('{"action": "stop()"}', None, None)),
-    ('{current observation: Joe\'s: bar, action: stop()', ("", None, "stop()"))])
+     ("Café", "turn_direction(slightly left)")),
+    ('{"current observation": null, "action": ["stop()"]}', ("", "")),
+    ('{"current observation": "{\\"action\\": \\"stop()\\"}"}', ('{"action": "stop()"}', None)),
+    ('{current observation: Joe\'s: bar, action: stop()', ("", "stop()"))])
 def test_steps_are_read(text, fields):
     assert read_step(text) == fields
 
@@ -258,7 +258,7 @@ def test_a_million_characters_are_judged(text):
     signal.alarm(60)
     try:
         text = before + unit * (10**6 // len(unit)) + after
-        step = judge_step(text, POINT, "Go.", {"Bar", "Barn"}, "absolute")
+        step = judge_step(text, POINT, {"Bar", "Barn"}, "absolute")
         assert judge(text, CARDS, NUMBERS, image=True).reward < 0 and step.reward < 0
     finally:
         signal.alarm(0)

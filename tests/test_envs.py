@@ -293,9 +293,8 @@ def test_misread_cards_cost_more_on_image_tasks_only(cards):
         assert ("misread" in image.message) == (not right) and "misread" not in text.message
 
 
-def test_number_is_reported_and_not_rewarded():
-    good, bad = (verdict(answer("1*2*3*4=24", number=(1, 2, 3, last))) for last in (4, 5))
-    assert good.translated and not bad.translated and good.reward == bad.reward == 5
+def test_number_is_not_judged():
+    assert verdict(answer("1*2*3*4=24", number=(1, 2, 3, 5))).reward == 5
 
 
 # @ stands for cards and numbers.
@@ -322,7 +321,7 @@ def test_number_is_reported_and_not_rewarded():
 def test_any_dialect_is_read(text):
     text = text.replace("@", '"cards": ["A", "2", "3", "4"], "number": [1, 2, 3, 4]')
     result = verdict(text, image=True)
-    assert (result.code, result.reward, result.recognized, result.translated) == ("correct", 5, True, True)
+    assert (result.code, result.reward, result.recognized) == ("correct", 5, True)
 
 
 def test_names_of_cards_are_read():
@@ -372,7 +371,7 @@ def test_wrong_then_right():
     assert info["message"] == f"The formula gives {sum(env.numbers)}, not 24."
     observation, *outcome, info = env.step(env.oracle())
     assert outcome == [5, True, False] and observation.messages == [] and info["attempt"] == 2
-    assert info["correct"] and info["recognized"] and info["translated"]
+    assert info["correct"] and info["recognized"]
     raises("reset", env.step, wrong, error=RuntimeError)
 
 

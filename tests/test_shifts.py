@@ -44,7 +44,7 @@ def test_the_expert_solves_every_hand_of_every_set(name, rule):
         assert value_of(ast.parse(left, mode="eval").body) == env.target
         assert sorted(map(int, re.findall("[0-9]+", left))) == sorted(said["number"])
         _, reward, terminated, _, info = env.step(json.dumps(said))
-        assert reward == 5 and terminated and info["success"] and info["recognized"] and info["translated"]
+        assert reward == 5 and terminated and info["success"] and info["recognized"]
 
 
 @cases("rule", SPACES)
@@ -56,7 +56,7 @@ def test_the_expert_walks_every_route_of_every_set(name, rule):
         terminated = False
         while not terminated:
             _, reward, terminated, truncated, info = env.step(env.oracle())
-            assert reward == 1 and info["recognized"] and info["translated"] and not truncated
+            assert reward == 1 and info["recognized"] and not truncated
         assert info["success"]
 
 
@@ -84,7 +84,7 @@ def test_fake_rule_by_hand(formula, reward, message):
     env, prompt = dealt("Q 6 9 3", **GP["fake-rule"])
     assert "J counts as 11, Q as 12 and K as 13." in prompt and "10" not in prompt.split("Cards:")[0]
     observation, got, *_, info = env.step(answer(formula, "Q693", (10, 6, 9, 3)))
-    assert got == float(reward) and info["translated"] and info["correct"] == (not message)
+    assert got == float(reward) and info["correct"] == (not message)
     assert [said["content"] for said in observation.messages] == [message] * bool(message)
 
 

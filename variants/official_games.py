@@ -48,7 +48,7 @@ class SixthAttempt:
         if self.game.attempt != self.attempts:
             return self.game.step(text)
         observation, _, _, truncated, info = self.game.step("")     # wrong in any game, whatever was said
-        info |= {"verdict": "unjudged", "message": "", "recognized": False, "translated": False}
+        info |= {"verdict": "unjudged", "message": "", "recognized": False}
         arrived = "point" in info and info["point"] == len(self.game.points) - 1
         return observation, EXHAUSTED, arrived, truncated, info
 

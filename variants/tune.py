@@ -8,7 +8,6 @@ import re
 # --tune -> how the names of the parameters that learn begin. Cross-attention layers are the language model's:
 # their projections and norms of queries and keys count as attention, their MLP as mlp. Gates and the layers'
 # norms belong to neither.
-VISION = ("vision_model.", "multi_modal_projector.")
 TEXT = r"(?!vision_model\.|multi_modal_projector\.)"
 TUNE = {
     "all": "",
