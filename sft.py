@@ -87,7 +87,7 @@ def one_step(model, processor, examples, args, loss, step, filler, ranks):
         loss_sum = loss(logprobs, rows, group, args).sum()
         (weight * loss_sum / n).backward()
         own = torch.stack([-logprobs.sum(), loss_sum, out.entropy[is_target].sum()])
-        sums += weight * own.detach().double().cpu()
+        sums += weight * own.detach().cpu().double()                 # Apple's GPUs have no float64
     nll_mean, loss_mean, entropy = [total / n for total in ranks.total(sums.tolist())]
     grad_norm = step(loss_mean)
     return {"nll": (nll_mean, n), "loss": (loss_mean, n), "entropy": (entropy, n),

@@ -33,7 +33,7 @@ class Processes:
         if device == "auto":
             device = next(name for name in there if there[name])
         if not there[device]:
-            raise SettingError(f"--device {device}: expected cpu, as this PyTorch sees no other device")
+            raise SettingError(f"--device {device}: expected cpu, or another that this PyTorch sees")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)

@@ -3,8 +3,8 @@
     train.py: error: --hands 3: works only with --algo ppo
 
 `settle` completes the settings of a command line, a program or a resumed run. It refuses a setting that is
-out of its range (declared in settings.py), has no effect, or is at odds with the rest. What files hold shows
-when they are read.
+out of its range (declared in settings.py), has no effect (names in --compat may: variants/official.py), or is
+at odds with the rest. What files hold shows when they are read.
 """
 
 import inspect

@@ -41,4 +41,4 @@ def training_mixture(args):
     if args.algo != "pretrain":
         return [(training_env(args)(), 1.0)]
     return [(make_env(args, **settings)(), weight) for weight, settings in GAMES[args.game].broad()
-            if (settings.get("describe") or not args.describe) and (args.image or not settings["image"])]
+            if (settings.get("describe") or not args.describe) and (args.image or not settings.get("image"))]

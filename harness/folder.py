@@ -76,7 +76,7 @@ class RunFolder:
     def __init__(self, args, processes):
         self.path, self.processes = Path(args.out), processes
         self.log_file = self.path / LOG
-        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank, args.keep)
+        self.checkpoints = checkpoint.Checkpoints(self.path / "checkpoints", processes.rank)
 
     def resume(self, args, typed):
         """Find what a run goes on from -> (its newest checkpoint or None, its settings)."""
@@ -87,6 +87,8 @@ class RunFolder:
 
     def start(self, args, step):
         """Open the log; on resuming, drop what was logged after the checkpoint."""
+        self.checkpoints.keep = args.keep
+
         def begin():
             self.path.mkdir(parents=True, exist_ok=True)
             lines = read_lines(self.log_file, LINE) if step else []

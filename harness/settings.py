@@ -58,17 +58,18 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                          "in training. gp: what J, Q, K count, 10, 11-12-13 or others; virl: directions, "
                          "absolute or relative")
     look: str = optional(text("a look"),
-                         "in training. gp: suits, black, red or all; virl: a city, others (nine cities) "
-                         "or broad (those of pre-training)")
+                         "in training. gp: suits, black, red or all; virl: a city, others (nine cities), "
+                         "broad (those of pre-training) or a folder of routes")
     attempts: int = optional(integer(1, 1000),
                              "judged answers (default: 5 a hand, 2 a point of a route)")
     target: int = optional(integer(1), "gp: the number to make (default: 24)", CARDS)
     routes: str = optional(text("a folder of routes"),
                            "virl: folder of routes in the released format to train on", ROUTES)
 
-    steps: int = optional(integer(1), "PPO updates or SFT optimizer steps", LEARNING)
+    steps: int = optional(integer(1), "PPO updates, or batches of SFT", LEARNING)
     lr: float = optional(above(0), "learning rate", LEARNING)
-    lr_schedule: str = optional(one_of(("constant", "cosine")), "after the warm-up; cosine falls to 0",
+    lr_schedule: str = optional(one_of(("constant", "cosine")),
+                                "cosine: falling to 0 from the first step on, not only after the warm-up",
                                 LEARNING)
     warmup: float = optional(between(0, 1), "share of the steps in which the rate rises from 0", LEARNING)
     epochs: int = optional(integer(1), "passes over each rollout, or batch of SFT", LEARNING)
@@ -124,8 +125,8 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
     prompts: str = optional(text("a JSON file"),
                             "JSON file of templates that replace the built-in prompts and verifier messages")
     custom: str = optional(text("a Python file"),
-                           "Python file with ESTIMATORS, LOSSES or SFT_LOSSES of your own, for --advantage, "
-                           "--loss and --sft-loss (see README.md)")
+                           "Python file with ESTIMATORS, LOSSES, SFT_LOSSES or GAMES of your own, for "
+                           "--advantage, --loss, --sft-loss and --task (see README.md)")
     override: bool = flag(False, "take settings from the command line that differ from the run's", "--resume")
 
     weight_decay: float = optional(at_least(0), "AdamW's", LEARNING)
@@ -193,7 +194,7 @@ RARE = entries("""
     describe: pre-training (also of SFT)
     clip_high: variants/losses.py
     token_gamma: variants/advantages.py
-    kl_coef: variants/reference.py
+    rescore: variants/reference.py
     lora_rank: variants/lora.py
     compat: variants/official.py (the released code)
 """)
@@ -300,7 +301,7 @@ def options(description=None, everything=True):
             group, hidden = parser.add_argument_group(title), name in RARE and not everything
         field = Args.__dataclass_fields__[name]
         kind, help = field.metadata["kind"], field.metadata["help"]
-        if field.default not in (None, False):
+        if field.default:
             help += f" (default: {field.default})"
         how = dict(action="store_true")
         if field.type is not bool:
@@ -363,9 +364,9 @@ def resumed(args, typed, config, source):
                            f"{config['algo']}; begin one from its weights, with --model {source} and another "
                            "--out")
     for name in sorted(typed - set(FREE)):
-        if getattr(args, name) != config[name] and not args.override:
+        if getattr(args, name) not in (config[name], "auto") and not args.override:
             raise SettingError(f"{source}: this run has {flag_of(name)} {config[name]}, not "
                                f"{getattr(args, name)}; leave it out, or add --override to go on with "
                                "another value")
-    fresh = typed | {"out", "resume", "override", "shard"}     # how to shard follows from the number of ranks
+    fresh = typed | {"out", "resume", "override", "device", "shard"}         # these follow from the machine
     return Args(**config | {name: getattr(args, name) for name in fresh})

@@ -48,6 +48,12 @@ def test_a_run_learns_from_it(small, tmp_path, registered):
     assert set(records(tmp_path / "ppo", "eval")[-1]["eval"]) == {"id", "rule-ood"}
 
 
+def test_a_foundation_is_made_of_it(tmp_path, registered):
+    run("--custom", FILE, "--task", "countdown-l", "--algo", "pretrain", "--steps", 1, "--batch-size", 4,
+        "--eval-hands", 0, "--out", tmp_path / "foundation")
+    assert (tmp_path / "foundation/final/model.safetensors").exists()
+
+
 def test_the_walkthrough_runs(tmp_path, monkeypatch):
     """In a folder of its own: it keeps its init checkpoint in runs/, where a later run would find it."""
     (tmp_path / "train.py").symlink_to(HERE / "train.py")

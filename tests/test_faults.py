@@ -200,6 +200,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small, tmp_pat
     assert [r["skipped"] for r in records(tmp_path / "run", "step")] == [0, 1, 2, 2, 3, 4, 4]
     saved = [saved_tensors(path) for path in sorted((tmp_path / "run/checkpoints").iterdir())]
     assert [equal(a, b) for a, b in zip(saved, saved[1:])] == [True, True, False, True, True, False]
+    train.main(words("--resume --override --steps 8 --out", tmp_path / "run"))
+    assert len([*(tmp_path / "run/checkpoints").iterdir()]) == 7           # --keep is remembered
 
 
 @pytest.mark.parametrize("task, algo", [("gp-vl", "sft"), ("virl-vl", "ppo")])

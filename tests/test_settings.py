@@ -16,7 +16,7 @@ from games import cities
 from harness import ranges
 from harness.check import settle
 from harness.load import agree
-from harness.settings import PRESETS, Args, SettingError, flag_of, parse
+from harness.settings import PRESETS, Args, SettingError, flag_of, parse, resumed
 from harness.tiny import CONFIG
 from llama.config import Config
 from study import __main__ as study
@@ -255,7 +255,7 @@ def test_folders_that_are_none(start):
 def test_devices_that_are_none(start, monkeypatch):
     for name, backend in (("cuda", "cuda"), ("mps", "backends.mps")):
         monkeypatch.setattr(f"torch.{backend}.is_available", lambda: False)
-        assert f"--device {name}: expected cpu, as this PyTorch sees no" in start(f"--device {name}")
+        assert f"--device {name}: expected cpu, or another that this" in start(f"--device {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -317,6 +317,12 @@ def test_the_settings_of_a_resumed_run_are_checked(start):
             """):
         Path("run/config.json").write_text(json.dumps(dataclasses.asdict(args) | json.loads(changes)))
         assert words in str(start("--resume --out run"))
+
+
+def test_what_follows_from_the_machine_is_found_anew():
+    config = dataclasses.asdict(Args(device="cpu", rescore="off"))
+    args = resumed(Args(resume=True, rescore="auto"), {"resume", "rescore"}, config, "run")
+    assert (args.device, args.rescore) == ("auto", "auto")
 
 
 def test_help_fits_two_screens_and_help_all_explains_every_setting(monkeypatch, capsys):

@@ -21,14 +21,14 @@ from variants.official_games import OF_GAME, play
 #     the next, unrelated hand flow into it (--advantage gae and gae-loo). Nothing of the next hand can be
 #     due to this one.
 # first-token-unscored: the first token of an answer counts neither in its log-prob nor in its gradient. It
-#     was sampled like all others.
+#     was sampled like all others (--unit turn).
 # bf16-logprobs: log-probs are rounded to bfloat16 before they are summed to a turn's: steps of up to 0.1
 #     against a clip range of 0.1.
 # ratio-10: where a ratio exceeds 10, the clipped surrogate alone counts, whose gradient is zero outside of
 #     the range even where it would lead back (--loss ppo). The released code looks for such a ratio in a
 #     micro-batch, which holds one turn.
 # rank-advantages: each rank normalises the advantages of its own episodes. The mean and deviation of a rank
-#     depend on how many there are.
+#     depend on how many there are (an --advantage that is normalised: gae and gae-loo, not grpo).
 PPO = "leaking-gae", "first-token-unscored", "bf16-logprobs", "ratio-10", "rank-advantages"
 NAMES = frozenset(PPO).union(*OF_GAME.values())
 
