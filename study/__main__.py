@@ -65,9 +65,9 @@ def page(folder):
     for name, experiment in EXPERIMENTS.items():
         if not (folder / f"{name}.jsonl").exists():
             continue
-        mine = [found[run.name] for run in experiment.runs(SEEDS) if run.name in found]
+        mine = [record for group in experiment.groups(found) for record in group.records]
         seeds, hardware, commits = (sorted({str(fact(record)) for record in mine}) for fact in (
-            lambda record: record["config"]["seed"], lambda record: record["hardware"],
+            lambda record: record["name"].rpartition("-")[2], lambda record: record["hardware"],
             lambda record: record["commit"] or "unknown"))
         findings = [file.read_text(encoding="utf-8").strip() for file in folder.glob(f"{name}.md")]
         pictures = [*folder.glob(f"{name}.png"), *sorted(folder.glob(f"{name}-*.png"))]
@@ -85,7 +85,7 @@ def wanted(name, args):
 
 def do(name, args, folder, root):
     """Do one experiment. Return the names of runs that failed."""
-    workers = 1 if args.ranks > 1 else args.workers
+    workers = 1 if args.model or args.ranks > 1 else args.workers
     runner = Runner(wanted(name, args), root, folder / f"{name}.jsonl", workers)
     if args.plan:
         missing = runner.missing()

@@ -81,8 +81,9 @@ class Experiment:
         return self.table_of(self.groups(found))
 
     def plot(self, found, file):
-        for suffix, draw in self.figures.items():
-            draw(self.groups(found), file.with_stem(file.stem + suffix))
+        groups = self.groups(found)
+        for suffix, draw in self.figures.items() if groups else ():
+            draw(groups, file.with_stem(file.stem + suffix))
 
 
 def arms(text):

@@ -89,9 +89,12 @@ def rate_at(group, points, name):
 
 
 def shared(group):
-    """Return the points of all seeds after each step at which all have one."""
-    curves = [{point["step"]: point for point in record["curve"]} for record in group.records]
-    return [[curve[step] for curve in curves] for step in curves[0] if all(step in curve for curve in curves)]
+    """Return the points of the seeds after each step at which two of them have one, or the only seed."""
+    at = {}
+    for record in group.records:
+        for point in record["curve"]:
+            at.setdefault(point["step"], []).append(point)
+    return [at[step] for step in sorted(at) if len(at[step]) >= min(2, len(group.records))]
 
 
 def panels(groups, file, label, leave_out=""):
@@ -112,10 +115,11 @@ def panels(groups, file, label, leave_out=""):
             axis.grid(alpha=0.3)
             for group in shown:
                 yield axis, group, name, color[group.name]
-        row[0].set_ylabel(f"{headline_of(task).replace('_', '-')} (%)")
-        last = [axis for axis in row if axis.get_visible()][-1]
-        legends.append(last.legend(*row[0].get_legend_handles_labels(), fontsize=7, loc="upper left",
-                                   bbox_to_anchor=(1.02, 1.0)))
+        seen = [axis for axis in row if axis.get_visible()]
+        seen[0].set_ylabel(f"{headline_of(task).replace('_', '-')} (%)")
+        seen[0].tick_params(labelleft=True)
+        legends.append(seen[-1].legend(*seen[0].get_legend_handles_labels(), fontsize=7, loc="upper left",
+                                       bbox_to_anchor=(1.02, 1.0)))
         legends[-1].set_in_layout(False)                       # beside the panels, none of which moves for it
     figure.tight_layout()
     figure.savefig(file, dpi=150, bbox_inches="tight", bbox_extra_artists=legends)

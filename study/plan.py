@@ -199,8 +199,8 @@ def micro_loss(module, batch):
 
 
 def measure_rollout(llama, rows, lengths, image):
-    """Play `rows` conversations in lockstep, as ppo.rollout does -> {what: bytes}, without weights. lengths:
-    [forced, drawn, forced, drawn, ...] tokens."""
+    """Play `rows` conversations in lockstep, as rollout.rollout does -> {what: bytes}, without weights.
+    lengths: [forced, drawn, forced, drawn, ...] tokens."""
     config = llama.config
     with torch.inference_mode(), Bytes() as memory, as_kernels():
         cache = KVCache(config, rows, "meta", llama.embed_tokens.weight.dtype)
@@ -266,7 +266,7 @@ def memory(config, args, gpus):
     """Return the sizes and what the fullest rank holds, {phase: {what: bytes}}."""
     module, sizes = make_module(config, args), sizes_of(config, args, gpus)
     policy, all_weights = getattr(module, "policy", module), list(module.parameters())
-    gpus = 1 if args.lora_rank else gpus                       # each keeps whole weights beside its adapters
+    gpus = 1 if args.lora_rank or args.shard == "off" else gpus     # adapters come beside whole weights
     count = lambda part: sum(p.numel() for p in part.parameters())
     in_blocks = list(map(count, shard.blocks(module)))
     block, root, several = max(in_blocks), count(module) - sum(in_blocks), gpus > 1

@@ -340,7 +340,8 @@ def test_a_runs_log(sft, name, monkeypatch):
     step        |         |          | not of a run that has ended
     start, step | seconds | second   | not of a run that has ended
     start, step | gp-l    | chess    | a log of another version
-    start, step |         |          | not evaluated yet
+    start, step |         |          | not evaluated before its first step
+    start, step, eval | eval", "step": 0, "tflops | eval", "step": 1, "tflops | not evaluated before
 """))
 def test_logs_that_cannot_be_plotted(sft, events, word, other, words):
     log = sft / "log.jsonl"

@@ -3,6 +3,7 @@ the errors of their rates, tables and figures."""
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from harness.settings import apply_preset, parse
 from study import records
 from study.__main__ import at_scale, chosen, page
 from study.experiments import EXPERIMENTS
+from study.figures import shared
 from study.runner import Run, Runner
+from study.tables import Group
 from tables import cases
 
 # Stands for train.py: notes when it ran, and leaves what its first argument says.
@@ -243,6 +246,18 @@ def test_page_holds_what_was_begun(tmp_path, commit):
     assert "`python -m study attempts`\n\nMore help.\n\n![attempts](attempts.png)" in text
     assert "| gp-l, id | ppo-1-attempt | 2 |" in text
     assert f"*Seeds 0, 2; a laptop; commit {commit or 'unknown'}.*" in text   # outside of git nobody knows
+
+
+def test_a_figure_averages_steps_at_which_two_seeds_were_tested():
+    curves = [[0, 5, 10], [0, 5, 10], [0, 2, 10]]
+    group = Group("gp-l", "sft", [{"curve": [{"step": step} for step in steps]} for steps in curves])
+    assert [(points[0]["step"], len(points)) for points in shared(group)] == [(0, 3), (5, 2), (10, 3)]
+    assert [points[0]["step"] for points in shared(replace(group, records=group.records[2:]))] == [0, 2, 10]
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    EXPERIMENTS["main"].plot({}, tmp_path / "figure.png")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_real_model_stands_in_for_the_tiny_one():
