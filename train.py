@@ -207,9 +207,7 @@ class Trainer:
         """Evaluate after i steps, print and log."""
         if self.args.eval_hands:
             results = evaluate(self.model, self.processor, self.args, self.processes, f"step {i:>4}")
-            taken = self.ledger.summary()
-            del taken["flops"]                 # those of the step before it tell the same
-            folder.log(event="eval", step=i, **taken, eval=results)
+            folder.log(event="eval", step=i, **self.ledger.summary(), eval=results)
 
     def step(self, loss):
         """Sum gradients over ranks, clip those of policy and critic apart, and step. Return the policy's

@@ -97,7 +97,7 @@ def measure(ours, theirs, conversations, images, tokens, repeats):
 
 def main(argv=None):
     parser = command_line("python -m benchmarks.generate", __doc__)
-    parser.add_argument("--model", type=text("a folder", os.path.isdir), default=TINY)
+    parser.add_argument("--model", type=text("a folder of a Llama-3.2-Vision", os.path.isdir), default=TINY)
     parser.add_argument("--batches", type=several(integer(1)), default="1,64")
     for name, default in (("new-tokens", 64), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=integer(2), default=default)

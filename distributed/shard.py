@@ -5,7 +5,7 @@ its gradient and of its moments.
 
 A block gathers its weights before it computes, frees them afterwards, and its gradients are summed slice by
 slice. So each forward and each backward pass is a collective: all ranks must make the same number of them, in
-the same order, even if only some ranks have images. `Processes.lockstep` sees to that in training. In a
+the same order (`Processes.lockstep` sees to that in training), all with images or all without. In a
 rollout, where ranks finish at their own time, the weights are gathered once (`for_rollout`).
 """
 

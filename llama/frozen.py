@@ -8,9 +8,9 @@
         ...                                                # processor.images(images): no encoder runs
 
 Give batches what `Processor.cut` returned, not the picture: an image is looked up by these tensor objects.
-Features stay in CPU memory (11B: 98 MB per image) until `features` is freed. In a sharded model the encoder's
-layers wait for all ranks. So in each pass either every rank must hold the features of all its images, or no
-rank may hold any. An update meets this condition, as its rollout has encoded every image.
+Features stay in CPU memory (11B: 98 MB per image in bfloat16) until `features` is freed. In a sharded model
+the encoder's layers wait for all ranks. So in each pass either every rank must hold the features of all its
+images, or no rank may hold any. An update meets this condition, as its rollout has encoded every image.
 """
 import contextlib
 from functools import partial

@@ -31,7 +31,7 @@ class Images:
 
 
 def cut(image, config):
-    """Cut a PIL image into tiles, black ones last -> Images of this one, which all its batches can share."""
+    """Cut a PIL image into tiles, empty ones last -> Images of this one, which all its batches can share."""
     size, max_tiles = config["size"]["height"], config["max_image_tiles"]
     image = to_rgb(image)
     ratio, (rows, columns) = best_canvas(*image.size, size, max_tiles)

@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import model
 import ppo
 from distributed import shard
+from envs import TASKS
 from harness import ranges, tiny
 from harness.check import attempt, settle
-from harness.load import choose_what_learns
+from harness.load import choose_what_learns, halve_frozen
 from harness.settings import parse, spelled
 from harness.terminal import command
 from kernels import logits
@@ -40,7 +41,6 @@ from llama.images import Images
 from llama.processor import Processor
 from rollout import Conversation
 from study.tables import markdown
-from variants.tune import vision_frozen
 
 aten = torch.ops.aten
 HERE = Path(__file__).resolve().parent
@@ -202,11 +202,12 @@ def measure_rollout(llama, rows, lengths, image):
     """Play `rows` conversations in lockstep, as rollout.rollout does -> {what: bytes}, without weights.
     lengths: [forced, drawn, forced, drawn, ...] tokens."""
     config = llama.config
+    prompts = [blank_batch(config, rows, forced, image=image and not turn)     # their tiles wait on the host
+               for turn, forced in enumerate(lengths[::2])]
     with torch.inference_mode(), Bytes() as memory, as_kernels():
         cache = KVCache(config, rows, "meta", llama.embed_tokens.weight.dtype)
-        for turn, (forced, drawn) in enumerate(zip(lengths[::2], lengths[1::2])):
+        for prompt, forced, drawn in zip(prompts, lengths[::2], lengths[1::2]):
             cache.reserve(int(cache.lengths.max()) + forced + max(drawn, forced))      # as generate does
-            prompt = blank_batch(config, rows, forced, image=image and turn == 0)
             llama(**prompt.inputs(), cache=cache, logits="last")
             cache.lengths += drawn - 1                         # all steps but the last, which is the longest
             last = llama(prompt.input_ids[:, -1:], cache=cache, logits="last").logits
@@ -231,7 +232,7 @@ class Sizes:
     targets: int            # tokens that are scored of each
 
 
-def sizes_of(config, args, gpus):
+def sizes_of(config, args, gpus, vision_frozen):
     """Take the lengths from episodes.json: {task: episodes}, token counts of real ones. An episode is a list
     of conversations, a conversation [forced, drawn, forced, ...].
 
@@ -244,41 +245,47 @@ def sizes_of(config, args, gpus):
     prompts, shortest = [c[0] for c in conversations], min(c[0] + c[1] for c in conversations)
     reply = max((n for c in conversations for n in c[2::2]), default=0)
     rollout = [max(prompts), *[new, reply] * (args.attempts - 1), new]
-    if args.algo == "ppo":
-        played, longest = args.hands * args.samples, sum(rollout)
+    played = args.hands * args.samples if args.algo == "ppo" else args.batch_size * (args.sft_data == "own")
+    if played:
+        longest = sum(rollout)
         share = math.ceil(played / gpus) * max(map(len, episodes)) / args.minibatches     # of a step
     else:
-        played, share = 0, args.batch_size / gpus
         longest = max(sum(c if args.mistakes else c[:2]) for c in conversations)
-    beside = config.image_tokens(vision_frozen(args.tune)) if args.image else 0
+        share = args.batch_size / gpus
+    beside = config.image_tokens(vision_frozen) if args.image else 0
     rows = max(1, min(args.token_budget // (shortest + beside), math.ceil(share)))
     length = max(shortest, min(args.token_budget // rows - beside, longest))
-    in_rollout = min(args.rollout_batch, math.ceil(max(played, args.eval_hands) / gpus))
+    in_rollout = min(args.rollout_batch, math.ceil(max(1, played, args.eval_hands) / gpus))
     return Sizes(in_rollout, rollout, rows, length, length - min(prompts))
 
 
 def slices(parameters, gpus):
-    """Count the bytes of a rank's part in float32: FSDP cuts the first dimension, rounded up."""
-    return sum(4 * -(-len(p) // gpus) * p[0].numel() for p in parameters)
+    """Count the bytes of a rank's part: FSDP cuts the first dimension, rounded up."""
+    return sum(p.element_size() * -(-len(p) // gpus) * p[0].numel() for p in parameters)
 
 
 def memory(config, args, gpus):
     """Return the sizes and what the fullest rank holds, {phase: {what: bytes}}."""
-    module, sizes = make_module(config, args), sizes_of(config, args, gpus)
-    policy, all_weights = getattr(module, "policy", module), list(module.parameters())
+    module, whole = make_module(config, args), make_module(config, args, torch.float32)
+    policy, kept = (getattr(each, "policy", each) for each in (module, whole))
+    sizes = sizes_of(config, args, gpus, policy.vision_frozen)
     gpus = 1 if args.lora_rank or args.shard == "off" else gpus     # adapters come beside whole weights
-    count = lambda part: sum(p.numel() for p in part.parameters())
-    in_blocks = list(map(count, shard.blocks(module)))
-    block, root, several = max(in_blocks), count(module) - sum(in_blocks), gpus > 1
+    if gpus == 1:
+        halve_frozen(whole)
+    all_weights = list(whole.parameters())
+    count = lambda part: sum(p.numel() for p in part.parameters() if p.dtype == torch.float32)
+    in_blocks = list(map(count, shard.blocks(whole)))
+    block, root, several = max(in_blocks), count(whole) - sum(in_blocks), gpus > 1
     learnt = slices([p for p in all_weights if p.requires_grad], gpus)
-    base = {"weights, float32": slices(all_weights, gpus), "optimizer state": 2 * learnt}       # two moments
+    base = {"weights": slices(all_weights, gpus), "optimizer state": 2 * learnt}       # two moments
     learning = base | {"gradients, float32": learnt}
     update = learning | {                                      # one GPU: autocast's copies
-        "gathered weights": 2 * (root + 2 * block) if several else 2 * count(module),  # one is being reduced
-        "gradients before reduction": several * (2 * (root + block) + 4 * block)}
+        "gathered weights": 2 * (root + 2 * block) if several else 2 * count(whole),   # one is being reduced
+        # a block's in bfloat16 and float32
+        "gradients before reduction": several * (2 * root + 6 * block)}
     batch = blank_batch(config, sizes.rows, sizes.length, sizes.targets, args.image)
     rollout = measure_rollout(policy, sizes.rollout_rows, sizes.rollout, args.image)
-    phases = {"rollout": base | {"gathered weights": 2 * count(policy)} | rollout,
+    phases = {"rollout": base | {"gathered weights": 2 * count(kept)} | rollout,
               "update": update | measure_update(module, batch)}
     shard.checkpoint_activations(module)
     phases["update, recomputing"] = update | measure_update(module, batch)
@@ -328,10 +335,10 @@ def main(argv=None):
     own, rest = parser.parse_known_args(argv)
     try:
         args, typed = parse(rest)
-        if args.resume or args.algo not in ("sft", "ppo"):
-            what = spelled(args, "resume" if args.resume else "algo")
-            raise ranges.SettingError(f"{what}: works only with train.py; planned are --algo sft and ppo, "
-                                      "from the start")
+        for name, known in (("resume", [False]), ("algo", ["sft", "ppo"]), ("task", TASKS)):
+            if getattr(args, name) not in known:
+                raise ranges.SettingError(f"{spelled(args, name)}: works only with train.py; planned are SFT "
+                                          "and PPO on the built-in games, from the start")
         expected = "tiny, Llama-3.2-11B-Vision, the same with -Instruct, or a folder with a config.json"
         config = attempt(args, "model", expected, read_config, args.model, args.task)
         settle(args, config, typed, own.gpus)

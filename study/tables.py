@@ -72,11 +72,9 @@ def read_runs(folders):
             sets = [{name: [len(results[key]) for key in records.OF_EACH] for name, results in known.items()}
                     for known in (point["eval"] for point in record["curve"])]
             first = tested.setdefault((task, TASKS[task]), sets[:1])
-            begun = sets and record["curve"][0]["step"] == 0
-        if not begun or any([one] != first for one in sets):
-            what = ("evaluated on other sets or hands than the run before" if begun else
-                    "not evaluated before its first step")
-            raise ValueError(f"{folder}: {what}; leave it out")
+        if not sets or record["curve"][0]["step"] or any([one] != first for one in sets):
+            raise ValueError(f"{folder}: expected an evaluation before its first step, and in all of them the "
+                             "sets and hands of the run before; leave it out")
         groups.setdefault((task, algo), []).append(record)
     return [Group(*ways, found) for ways, found in sorted(groups.items())]
 

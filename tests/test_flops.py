@@ -21,7 +21,7 @@ from llama.images import Images
 from model import Llama
 from study import plan
 from variants import lora
-from variants.tune import TUNE, freeze, vision_frozen
+from variants.tune import TUNE, freeze, is_tuned
 
 PATCHES, PADDED, TILES = 17, 24, 4     # of a tile of 56 pixels, with and without padding; tiles of an image
 REAL = [3, 1]                          # tiles of the two images of `show` that are no padding
@@ -68,8 +68,8 @@ ADAPTERS = {tune: ["", "all"] for tune in TUNE} | {
     "all": ["", "all", "q_proj", "k_proj,down_proj"], "attention": ["", "q_proj"]}
 
 
-SEEN = {tune: ["pixels"] + ["nothing"] * (tune != "vision") + ["features"] * vision_frozen(tune)
-        for tune in TUNE}
+SEEN = {tune: ["pixels"] + ["nothing"] * (tune != "vision") +
+        ["features"] * (not is_tuned(tune, "vision_model.")) for tune in TUNE}
 
 
 @pytest.mark.parametrize("tune, seen, adapters", [

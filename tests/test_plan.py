@@ -226,7 +226,7 @@ def test_the_built_in_model_has_the_released_sizes():
 
 @pytest.mark.parametrize("memory, words", [
     ("80", ["fits", "self KV cache", "backward pass"]),
-    ("0.05", ["does NOT fit", "--rollout-batch"])])
+    ("0.03", ["does NOT fit", "--rollout-batch"])])
 def test_what_is_printed(memory, words, capsys):
     plan.main(f"--gpus 2 --gpu-memory {memory} --task gp-vl --hands 16 --eval-hands 8".split())
     said = capsys.readouterr().out

@@ -340,8 +340,8 @@ def test_a_runs_log(sft, name, monkeypatch):
     step        |         |          | not of a run that has ended
     start, step | seconds | second   | not of a run that has ended
     start, step | gp-l    | chess    | a log of another version
-    start, step |         |          | not evaluated before its first step
-    start, step, eval | eval", "step": 0, "tflops | eval", "step": 1, "tflops | not evaluated before
+    start, step |         |          | expected an evaluation before its first step
+    start, step, eval | eval", "step": 0, "tflops | eval", "step": 1, "tflops | expected an evaluation
 """))
 def test_logs_that_cannot_be_plotted(sft, events, word, other, words):
     log = sft / "log.jsonl"
@@ -358,7 +358,7 @@ def test_runs_that_were_tested_otherwise_are_not_plotted_together(runs, sft):
     log = sft / "log.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"rule-ood": {', b'"fake-rule": {'))
     said = refused(f"plot {runs / 'ppo'} {sft}", study.main)
-    assert f"{sft}: evaluated on other sets or hands" in said
+    assert f"{sft}: expected an evaluation" in said
 
 
 def test_records(tmp_path):

@@ -432,7 +432,7 @@ OTHERS = {
         --model TYPO: expected tiny, Llama-3.2-11B-Vision,
         --model Llama-3.2-11B-Vision-Instructt | expected tiny
         --model . | or a folder with a config.json; config.json: not found
-        --algo eval: works only with train.py; planned are --algo sft and ppo
+        --algo eval: works only with train.py; planned are SFT and PPO
         --resume: works only with train.py
         --algo sft | --hands 3: works only with --algo ppo
         --gpus 33 | --hands 32: expected at least 33

@@ -14,14 +14,14 @@ alone. The factor alpha / r avoids tuning the learning rate again when r changes
 learning rates are meant for training all weights.
 
 What it saves. A weight that learns needs itself, its gradient and Adam's two moments, 16 bytes in float32; a
-frozen one needs its own 4. Counted on the meta device for Llama-3.2-11B-Vision, r = 16, adapters on every
-linear layer but the head:
+frozen one of a linear layer needs its own 2, in bfloat16 (harness/load.py). Planned for one GPU and
+Llama-3.2-11B-Vision, r = 16, adapters on every linear layer but the head:
 
                               learnt    GB: all weights    gradients    moments
     without           10,670,220,835               42.7         42.7       85.4
-    all                   67,362,816               43.0          0.3        0.5
-    attention             23,592,960               42.8          0.1        0.2
-    mlp                   43,581,440               42.9          0.2        0.3
+    all                   67,362,816               22.8          0.3        0.5
+    attention             23,592,960               22.6          0.1        0.2
+    mlp                   43,581,440               22.7          0.2        0.3
 
 The matrix products for gradients of frozen weights are saved, too; `counted_tflops` in the log takes that
 into account, `tflops` (6 N a token) does not. The activations that the backward pass needs still take memory;

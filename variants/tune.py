@@ -26,11 +26,6 @@ def is_tuned(tune, name):
     return re.match(TUNE[tune], name) is not None
 
 
-def vision_frozen(tune):
-    """Tell whether --tune leaves the vision encoder as it is."""
-    return not is_tuned(tune, "vision_model.")
-
-
 def freeze(model, tune):
     """Stop the gradients of what is not tuned, a key of TUNE. ValueError if nothing is left."""
     for name, parameter in model.named_parameters():
