@@ -73,8 +73,8 @@ def read_runs(folders):
                     for known in (point["eval"] for point in record["curve"])]
             first = tested.setdefault((task, TASKS[task]), sets[:1])
         if not sets or record["curve"][0]["step"] or any([one] != first for one in sets):
-            raise ValueError(f"{folder}: expected an evaluation before its first step, and in all of them the "
-                             "sets and hands of the run before; leave it out")
+            raise ValueError(f"{folder}: expected an evaluation before its first step, and in all of them "
+                             "the sets and hands of the run before; leave it out")
         groups.setdefault((task, algo), []).append(record)
     return [Group(*ways, found) for ways, found in sorted(groups.items())]
 
