@@ -56,8 +56,8 @@ class Env(Protocol):
     def step(self, text: str) -> tuple[Observation, float, bool, bool, dict]:
         """Judge one answer, any string: (observation, reward, terminated, truncated, info). Info says of the
         answer verdict (a word), message, correct, attempt (counted from 1), recognized (what is seen is told
-        right), and of the episode success. RuntimeError if none is
-        running. `judged_step` does it for a game of one question."""
+        right), and of the episode success. RuntimeError if none is running. `judged_step` does it for a game
+        of one question."""
 
     def oracle(self) -> str:
         """Return the expert's answer."""

@@ -198,7 +198,7 @@ RARE = entries("""
     lora_rank: variants/lora.py
     compat: variants/official.py (the released code)
 """)
-# A resumed run may set these anew: they do not change what is computed (but for the order of sums).
+# A resumed run may set these anew: they do not change what is computed, but for rounding.
 FREE = "out resume override custom device shard checkpoint_activations save_every keep max_skipped".split()
 # Handed to the game, which knows some of them.
 GAME_SETTINGS = "rule look attempts target hide_landmarks after_failure describe".split()

@@ -219,6 +219,24 @@ def test_the_paper_fits_as_it_stands(task):
     assert max(sum(phase.values()) for phase in phases.values()) < 65e9
 
 
+@pytest.mark.parametrize("flags, gpus", [
+    ({"lora_rank": 16}, 1), ({"lora_rank": 16}, 8), ({"shard": "off"}, 8)])
+def test_whole_weights_count_whole_and_frozen_layers_half(flags, gpus):
+    """With LoRA all but embedding, norms and adapters is frozen, and in bfloat16: 2 bytes of 4."""
+    args = apply_preset(Args(task="gp-l", algo="sft", **flags), 4096)
+    _, phases = plan.memory(plan.LLAMA_11B, args, gpus)
+    assert phases["update"]["weights"] == pytest.approx(4.3e10 * (0.53 if args.lora_rank else 1), rel=0.01)
+
+
+def test_own_answers_are_as_long_as_episodes():
+    sizes = []
+    for data in ("expert", "own"):
+        args = apply_preset(Args(task="gp-l", algo="sft", sft_data=data, eval_hands=0), 4096)
+        sizes.append(plan.sizes_of(plan.LLAMA_11B, args, 8, True))
+    expert, own = sizes
+    assert expert.rollout_rows == 1 < own.rollout_rows and expert.length < own.length
+
+
 def test_the_built_in_model_has_the_released_sizes():
     module = plan.make_module(plan.LLAMA_11B, settings("gp-vl", "sft"))
     assert sum(p.numel() for p in module.parameters()) == 10_670_220_835        # as transformers counts
