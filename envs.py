@@ -23,7 +23,7 @@ from games.solver import miss, solve
 from games.verifier import SPACES, judge, judge_step
 from harness.ranges import integer, one_of, pair, text
 
-RIGHT = "correct", "right_action"
+RIGHT = "correct", "right_action"       # verdicts of games/verifier.py
 EXHAUSTED = -1.0    # added to the reward when the last attempt fails
 COUNTS = {3: "three", 4: "four", 5: "five"}      # cards that can be dealt, and {count} in a prompt
 
@@ -48,16 +48,15 @@ class Env(Protocol):
     looks: dict         # image: False, True, or both -> the look trained on by default
     apart: str          # regular expression: each match is a token of its own in the tiny tokenizer
     attempts: int       # answers judged per question: a hand, or a point of a route
-    distinct: int       # how many seeds start something new: seed s + distinct deals what s does
+    distinct: int       # most seeds that an evaluation plays: beyond it, routes would come again
 
     def reset(self, seed: int) -> tuple[Observation, dict]:
-        """Start what belongs to a seed >= 0, the same in any process; ValueError for another."""
+        """Start the episode of a seed >= 0, the same in any process; ValueError for a negative one."""
 
     def step(self, text: str) -> tuple[Observation, float, bool, bool, dict]:
-        """Judge one answer, any string: (observation, reward, terminated, truncated, info). Info says of the
-        answer verdict (a word), message, correct, attempt (counted from 1), recognized (what is seen is told
-        right), and of the episode success. RuntimeError if none is running. `judged_step` does it for a game
-        of one question."""
+        """Judge one answer, any string: (observation, reward, terminated, truncated, info). For the answer,
+        info holds verdict (a word), message, correct, attempt (from 1) and recognized (does it tell rightly
+        what is seen?); for the episode, success. RuntimeError if none is running. See `judged_step`."""
 
     def oracle(self) -> str:
         """Return the expert's answer."""
@@ -67,7 +66,8 @@ class Env(Protocol):
 
     @staticmethod
     def shifts(rule: str, look: str, image: bool) -> dict[str, dict]:
-        """Return {evaluation set: settings that differ from training}, "id" and "rule-ood" among them."""
+        """Return {evaluation set: settings that differ from training}: "id", "rule-ood" and, with pictures,
+        "visual-ood" at least."""
 
     @staticmethod
     def broad() -> list[tuple[float, dict]]:
@@ -119,9 +119,9 @@ def _description(game, asked, told):
 
 
 def judged_step(game, text):
-    """Make a step of a game of one question. A right answer terminates the episode, the last wrong one
-    truncates it; see Env.step. A game needs `judge(text)` for it, which returns a verifier.Verdict, and
-    `attempt`, which reset sets to 0."""
+    """Judge an answer to the question at hand, any string. A right one terminates the episode, the last wrong
+    one truncates it; after that RuntimeError until the next reset. See Env.step. A game needs `judge(text)`,
+    which returns a verifier.Verdict, and `attempt`, which reset sets to 0."""
     if game.attempt is None:
         raise RuntimeError("no episode is running: call reset(seed) first")
     verdict = game.judge(text)
@@ -244,10 +244,7 @@ class GeneralPoints:
         """Return the picture of the hand."""
         return draw_hand(self.hand, self.size, self.style)
 
-    def step(self, text):
-        """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken; after
-        the end RuntimeError until the next reset."""
-        return judged_step(self, text)
+    step = judged_step
 
     def oracle(self):
         """Return the expert's answer to the current hand; which of the solutions is the seed's choice."""
@@ -331,7 +328,7 @@ class Navigation:
         self.prompts = self.prompts or PROMPTS
         self.routes = known_routes(self.look, self.held_out, self.image, self.size)
         self.distinct = len(self.routes)
-        # the current point's; attempts judged there, None: no episode is running
+        # of the current point; attempts judged there, None while no episode is running
         self.index, self.attempt = 0, None
 
     def _start(self, seed):
@@ -379,7 +376,7 @@ class Navigation:
 
     def step(self, text):
         """Judge one answer: (observation, reward, terminated, truncated, info). Any string is taken. The
-        right action leads to the next point, a wrong one leaves one where one is, with the verifier's
+        right action leads to the next point; after a wrong one the walker stays, and is told the verifier's
         message. The destination terminates the episode, a point that stays wrong truncates it (see
         after_failure); after that RuntimeError."""
         observation, reward, correct, exhausted, info = judged_step(self, text)

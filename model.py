@@ -506,6 +506,4 @@ class Llama(nn.Module):
         load_weights(model, folder, device, dtype)
         return model
 
-    def save_pretrained(self, folder, rank=0):
-        """Write a Hugging Face folder; see `save_model`."""
-        save_model(self, folder, rank)
+    save_pretrained = save_model

@@ -106,8 +106,8 @@ def fill_in(turns, name, numbers):
         setattr(turn, name, [next(rest) for _ in old] if isinstance(old, list) else next(rest))
 
 
-# Log-probs are float32, as are values but in autocast. Advantages that differ by a few of its steps count as
-# equal: normalising would blow that noise up to a deviation of 1.
+# Log-probs are float32, and so are values except under autocast. Advantages that differ by a few of its steps
+# count as equal: normalising would blow that noise up to a deviation of 1.
 ROUNDING = 2**-21
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.processes import first
 from harness.files import to_json
-from llama.folders import on_host, opened, read_json, write_file
+from llama.folders import local, on_host, opened, read_json, write_file
 
 TENSORS = "tensors.safetensors"
 
@@ -44,11 +44,6 @@ def rows(tensor):
     return slice(start, start + len(local(tensor)))
 
 
-def local(tensor):
-    """Return what this rank holds of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def make_room(shapes, module, optimizers):
     """Give fresh optimizers empty state for what a checkpoint holds of their parameters, {name: shape}."""
     names = {parameter: name for name, parameter in module.named_parameters()}
@@ -57,7 +52,7 @@ def make_room(shapes, module, optimizers):
     for name, shape in shapes.items():
         of, _, key = name.rpartition(".")
         if of in states:
-            parameter, state = states[of]                      # of no shape: Adam's count of steps
+            parameter, state = states[of]       # Adam's count of steps has no shape
             room = torch.empty_like(parameter, requires_grad=False) if shape else torch.empty(())
             state[parameter][key] = room
 

@@ -169,7 +169,7 @@ def fresh_store(rank):
             store = dist.TCPStore(host, int(board.get("port")), timeout=timedelta(seconds=5))
             store.set_timeout(timedelta(minutes=30))
             return store
-        except dist.DistError:                                 # of the dead
+        except dist.DistError:                                 # an address that a dead first rank left
             time.sleep(0.5)
 
 

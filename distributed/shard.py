@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from distributed.checkpoint import is_checkpoint, load_policy, local, rows
-from llama.folders import read_weights
+from distributed.checkpoint import is_checkpoint, load_policy, rows
+from llama.folders import local, read_weights
 from model import CrossLayer, Llama, SelfLayer, VisionLayer
 
 

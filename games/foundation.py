@@ -33,7 +33,7 @@ def cards():
 
 
 def navigation():
-    """Return the mixture for Navigation: both action spaces, several cities, eyes."""
+    """Return the mixture for Navigation: both action spaces, several cities, words and pictures."""
     ways = [(1.0, {"image": False}), (0.5, {"image": True}), (0.5, {"image": True, "hide_landmarks": True})]
     looks = "new-york", "broad"
     return [(1.5, {"image": True, "describe": True, "look": look}) for look in looks] + [

@@ -26,7 +26,7 @@ class Point:
     heading: float          # degrees; which way one faces
     landmark: str | None    # its name, and on which side it is
     side: str | None
-    intersection: bool      # is one told to be at an intersection?
+    intersection: bool      # is the walker told that this is an intersection?
     instruction: int        # index of the sentence to follow
     action: str             # the expert's
 
@@ -49,8 +49,8 @@ def relative_turn(old, new):
 
 
 def instructions(legs, heading, named=True, wording="both", turn=relative_turn):
-    """Return the sentences of a route that starts with `heading`: two a leg, to turn (relative and absolute)
-    and to move, with or without the names of the landmarks.
+    """Return the sentences of a route that starts with `heading`: two per leg, to turn (relative and
+    absolute) and to move, with or without the names of the landmarks.
 
     wording "relative": no sentence says where a turn leads. The first says where one faces, and each by what
     angle to turn, in steps of the compass's 45 degrees, as "right" alone may lead in any of several

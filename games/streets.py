@@ -45,7 +45,7 @@ class Town:
     name: str
     origin: list[float]         # [lat, lon]
     look: dict                  # for games/drawing.py
-    digest: str                 # eight characters, to change with anything of the city: files keep to them
+    digest: str                 # eight characters, in names of files: change them with anything of the city
     nodes: np.ndarray           # (N, 2)
     edges: list                 # [[a, b], ...], a < b
     ends: np.ndarray            # of every street, (2, E, 2)

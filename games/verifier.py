@@ -12,7 +12,7 @@ from games.observations import wrong_observation
 from games.prompts import PROMPTS
 from games.solver import arith
 
-# The verdicts, in the order in which they are tried: the first that applies is the only one (appendix A).
+# The first verdict that applies, in this order, is the only one (appendix A); a false right side comes last.
 REWARDS = {
     "no_json": -3.0,            # no JSON object with a formula
     "no_target": -3.0,          # no right-hand side, or one that denies the target that the left side makes
@@ -27,8 +27,8 @@ REWARDS = {
 }
 STEP_REWARDS = {"no_action": -1.0, "unknown_action": -1.0, "wrong_action": -1.0, "right_action": 1.0}
 MISREAD = REWARDS["misread"]    # on top there, too: "current observation" is untrue
-
 TURNS = ("left", "right", "slightly left", "slightly right")
+# rule -> its action space, all actions that it knows
 SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words))
           for rule, words in (("absolute", COMPASS), ("relative", TURNS))}
 
@@ -37,7 +37,7 @@ SPACES = {rule: ("forward()", "stop()", *(f"turn_direction({x})" for x in words)
 class Verdict:
     """The verifier's judgement of one answer."""
     reward: float
-    message: str        # one or two short sentences for the model
+    message: str        # short sentences for the model
     recognized: bool    # "cards" are the dealt ranks, in any order; "current observation" is true
     code: str           # of REWARDS, STEP_REWARDS
 

@@ -98,13 +98,14 @@ def grid(panorama, heading, size):
     square.
 
     panorama: path of a jpg with its metadata beside it, see `load`. Released code: it announces this order
-    and shows headings -135, -45, 45, 135 from the current one (quirk 21). Do not write into the picture:
+    and shows headings -135, -45, 45, 135 from the current one. Do not write into the picture:
     it is kept for the other episodes of a route."""
     # a view's middle has size/2 pixels per radian, as has a panorama of pi * size
     pixels, full, rotation = load(panorama, round(FINEST * math.pi * size))
     step = size + CROSS
     whole = Image.new("RGB", (step + size, step + size))
     for i in range(4):
-        square = view(pixels, heading % 360 - 180 + rotation + 90 * i, size, full=full)     # released code
+        # as in `read_rotation`, heading h is at longitude h - 180 + rotation
+        square = view(pixels, heading % 360 - 180 + rotation + 90 * i, size, full=full)
         whole.paste(Image.fromarray(square), (i % 2 * step, i // 2 * step))
     return whole

@@ -47,13 +47,13 @@ def check_words(args):
     """Do the same for settings of which the game or the disk says what they may be."""
     game = envs.GAMES[args.game]
     rule = game.kinds["rule"]
-    check_ranges(args, {"routes": ROUTES, "ood_routes": ROUTES, "look": game.kinds["look"], "rule": rule,
-                        "rules": several(rule)})
+    check_ranges(args, {"routes": ROUTE_FOLDER, "ood_routes": ROUTE_FOLDER, "look": game.kinds["look"],
+                        "rule": rule, "rules": several(rule)})
     sets = game.shifts(args.rule, args.look, args.image)
     check_ranges(args, {"eval_sets": several(one_of(tuple(sets)))})
 
 
-ROUTES = text("a folder of routes in the released format", lambda name: Path(name).is_dir())
+ROUTE_FOLDER = text("a folder of routes in the released format", lambda name: Path(name).is_dir())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ ROUTES = text("a folder of routes in the released format", lambda name: Path(nam
 def check_needs(args, typed):
     """Refuse what was typed and would do nothing, as it needs other settings: who types it expects something.
 
-    With --custom nobody knows what one's own estimators, losses and games read.
+    What the estimators, losses and games of --custom read is not known here.
     """
     for name in sorted(typed):
         for clause in filter(None, Args.__dataclass_fields__[name].metadata["needs"].split("; ")):

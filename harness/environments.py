@@ -35,8 +35,8 @@ def evaluation_sets(args):
 def training_mixture(args):
     """Return what SFT learns from, as (environment, weight) pairs; see sft.make_batch.
 
-    Pre-training takes the game's `broad`, half in text, half in images; with --describe pictures to describe
-    alone.
+    Pre-training takes the game's `broad`, of which a text task leaves out the pictures; with --describe, only
+    the pictures to describe.
     """
     if args.algo != "pretrain":
         return [(training_env(args)(), 1.0)]

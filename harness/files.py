@@ -87,7 +87,7 @@ def replace(path, write):
     """Write a file under a private name, then rename it: nobody reads half of it, and no link is followed.
 
     write: called with the open binary file."""
-    private = path.with_name(f".{path.name}-{os.getpid()}")
+    private = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
     try:
         with open(private, "xb") as file:
             write(file)

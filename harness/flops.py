@@ -114,8 +114,8 @@ def linear(rate, layer, flows):
 def block(layer, token, key, pair, width, flows, seen=None):
     """Add a layer's FLOPs to the rates of a query token, of a token that gives a key and of a pair.
 
-    width: channels of all heads; flows, seen: have its tokens, and the image that they look at, a gradient to
-    hand on? Return whether its output has.
+    width: channels of all heads; flows, seen: does a gradient go on to its tokens, and to the image that they
+    look at? Return whether one comes to its output.
     """
     attn = layer.self_attn if seen is None else layer.cross_attn
     x = flows or learns(layer.input_layernorm)

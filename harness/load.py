@@ -84,16 +84,16 @@ def compares_with_start(args):
 
 
 def policy_to_compare_with(args, model):
-    """Return a context in which the model is the one that the run began with (variants/reference.py), or None
-    where nothing compares with that."""
+    """Return a reference to the policy that the run began with (a function that returns a context, see
+    variants/reference.py); None where nothing compares with it."""
     if not compares_with_start(args):
         return None
     return partial(lora.disabled, model) if args.lora_rank else initial(model)
 
 
 def choose_what_learns(model, args):
-    """Leave to learn what --tune and --lora-* say. What LoRA adds comes from args.seed, or from a checkpoint
-    afterwards."""
+    """Let only what --tune and --lora-* name learn. LoRA's matrices are drawn from args.seed; a checkpoint
+    may replace them later."""
     tune.freeze(model, args.tune)
     if args.lora_rank:
         lora.adapt(model, args.lora_modules, args.lora_rank, args.lora_alpha, derive("adapters", args.seed))

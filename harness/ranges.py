@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 
 class SettingError(UserError):
-    """A setting, or several together, that cannot be: `--flag VALUE: expected ...`."""
+    """A setting, or a combination of several, that is not allowed: `--flag VALUE: expected ...`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def arg(default, kind, help, needs=""):
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "needs": needs})
 
 
-# A setting that may be left open: the preset says it then, the game, or nobody.
+# A setting that may be left open: the preset or the game fills it in, or it stays None.
 optional = partial(arg, None)
 
 

@@ -61,7 +61,7 @@ class Args(LossSettings, AdvantageSettings, ReferenceSettings, LoraSettings, Off
                          "in training. gp: suits, black, red or all; virl: a city, others (nine cities), "
                          "broad (those of pre-training) or a folder of routes")
     attempts: int = optional(integer(1, 1000),
-                             "judged answers (default: 5 a hand, 2 a point of a route)")
+                             "judged answers (default: 5 per hand, 2 per point of a route)")
     target: int = optional(integer(1), "gp: the number to make (default: 24)", CARDS)
     routes: str = optional(text("a folder of routes"),
                            "virl: folder of routes in the released format to train on", ROUTES)
@@ -191,7 +191,7 @@ RARE = entries("""
     weight_decay: optimizer and critic
     token_budget: memory
     skip_first_eval: evaluation and logs
-    describe: pre-training (also of SFT)
+    describe: pre-training and SFT
     clip_high: variants/losses.py
     token_gamma: variants/advantages.py
     rescore: variants/reference.py
@@ -206,7 +206,7 @@ GAME_SETTINGS = "rule look attempts target hide_landmarks after_failure describe
 
 # ------------------------------------------------------------------------------------------------------------
 # Presets are command lines. A line holds for the runs that all words before it name: preset, algorithm,
-# game, task. Of two the later wins. The paper's numbers are PAPER: section 4.
+# game, task. Of two the later wins. "paper" holds those of the paper and its released code.
 
 PRESETS = entries("""
     tiny: --weight-decay 0 --betas 0.9,0.95 --adam-eps 1e-8 --max-grad-norm 1 --token-budget 2048
@@ -250,7 +250,7 @@ PRESETS = entries("""
         --advantage gae --unit turn --clip 0.1 --value-clip 0.1 --value-coef 0.5 --entropy-coef 0
         --epochs 4 --minibatches 2 --critic shared --critic-lr 1e-6 --reward-scale 1
         --eval-every 5 --save-every 5 --steps 20 --hands 512
-    paper ppo virl: --steps 15 --hands 320
+    paper ppo virl: --steps 15 --hands 320 --minibatches 4
     paper ppo virl-vl: --lr 1e-7
 """)
 
@@ -267,7 +267,7 @@ def apply_preset(args, hidden_size):
     line = " ".join(line for words, line in presets.items() if run.issuperset(words.split()))
     defaults = {name: parameter.default for name, parameter in inspect.signature(game).parameters.items()}
     if args.routes and args.look not in (None, args.routes):
-        raise SettingError(f"{spelled(args, 'look')}: expected a built-in look, without --routes")
+        raise SettingError(f"{spelled(args, 'look')}: works only without --routes")
     args.look = args.look or args.routes or game.looks[args.image]
     for name, value in (defaults | vars(options().parse_args(line.split()))).items():
         if getattr(args, name, "") is None:
@@ -342,8 +342,8 @@ def load_custom(file):
         kind = type(next(iter(table.values())))
         for name, entry in names.get(title, {}).items():
             if not isinstance(entry, kind):
-                raise SettingError(f"--custom {file}: expected {kind.__name__}(function, ...) as '{name}', "
-                                   f"not {entry!r}")
+                form = "a class" if kind is type else f"{kind.__name__}(function, ...)"
+                raise SettingError(f"--custom {file}: expected {form} as '{name}', not {entry!r}")
             table[name] = entry
     TASKS.update(tasks(GAMES))
 

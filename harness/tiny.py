@@ -57,8 +57,8 @@ def prepare(args, processes, learn):
     """
     foundation = FOUNDATIONS / args.task
     if not (foundation / "model.safetensors").exists():
-        raise UserError(f"{foundation}: no tiny model there; take it from git, or make it anew as the "
-                        "README.md there says")
+        raise UserError(f"{foundation}: no tiny model there; take it from git, or make one with "
+                        "--algo pretrain and give its final/ as --model")
     game = {name: getattr(args, name) for name in (
         "task", "rule", "look", "target", "routes", "hide_landmarks", "describe")}
     # a seed that no run has: what init has learnt from, none begins with

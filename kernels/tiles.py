@@ -22,11 +22,12 @@ import torch
 
 from kernels import chip, tl, triton
 
-# The first row counts that is for the chip, for so many channels, and fills the kernel's column. float32 is a
+# Used is the first row that names the chip, allows so many channels and has the kernel's column. float32 is a
 # chip of its own: without tensor cores it is exact, and slow, and each thread holds whole rows of operands.
 # "cpu" is the interpreter: small tests have many blocks. A column is headed by a kernel and by what a tile of
-# it holds (M queries and N keys; rows, vocabulary and channels). Then come warps and stages. M divides the M
-# before and 128: so far lse and delta are written. "other": chips without a row of their own.
+# it holds (M queries and N keys; rows, vocabulary and channels). Then come warps and stages. Each M divides
+# the M before it, and 128: a kernel reads lse and delta only where they were written. "other": chips without
+# a row of their own.
 TILES = """
     chips        | up to | forward M N | dq M N     | dkdv M N   | decode N | logits BLOCK_N BLOCK_V BLOCK_D
     sm_90 sm_100 | 64    | 64 64 4 3   | 64 64 4 3  | 64 64 4 3  | 128 4 3  |

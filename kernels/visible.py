@@ -2,7 +2,7 @@
 
 A dense mask has B x T x S entries: 34 MB for 8 conversations of 2048 tokens, and an attention that goes by it
 computes all scores, of which it hides half and more. The masks of this model follow from a description,
-`Visible`. Per row, a kernel gets five numbers and, for masked images, one byte a key and one byte a query.
+`Visible`. Per row, a kernel gets five numbers and, for masked images, one byte per key and one per query.
 They tell where its loop over keys (or queries) begins and ends, and in which of its tiles all pairs of a
 query and a key see each other, so that their places need not be compared:
 
@@ -166,7 +166,8 @@ def queries_of(masks, b, n0, n, S, M, N):
 
 @triton.jit
 def hide(s, t, n, sight, masks, row):
-    """Set scores s of queries t and keys n, one a side, to -inf where a query does not see a key."""
+    """Set scores s (queries t along one axis, keys n along the other) to -inf where a query does not see a
+    key."""
     _, key_mask, _, begins, _ = masks
     start, b, S, stem = row
     visible = (n < S) & (n - start <= t)

@@ -150,6 +150,11 @@ def load_weights(model, folder, device="cpu", dtype=None):
         model.lm_head.weight = model.embed_tokens.weight
 
 
+def local(tensor):
+    """Return what this rank holds of a tensor, which shares its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def on_host(tensors, wanted=True):
     """Copy {name: tensor} to host memory, those of a sharded model one by one and whole: all ranks must call
     this. wanted: is a copy kept here? Else {} is returned."""

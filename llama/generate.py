@@ -36,10 +36,9 @@ def generate(model, conversations, *, source=None, cache=None, images=None, max_
     conversations: all token ids so far. Row i of `cache` already holds the first cache.lengths[i] of them,
     and only the rest is fed. With the first call only: images, and source, the conversation that each answer
     continues: [0, 0, 1] for two answers to the first, which is read once, and one to the second (default: one
-    to each). temperature 0 is
-    greedy, with the log-probs of temperature 1. seeds: one per row, whose draws then depend on no other row
-    (default: torch's generator). To go on: append sample.ids and the next forced tokens to each list, call
-    cache.keep(rows that go on), then this again.
+    answer to each). temperature 0 is greedy, with the log-probs of temperature 1. seeds: one per row, whose
+    draws then depend on no other row (default: torch's generator). To go on: append sample.ids and the next
+    forced tokens to each list, call cache.keep(rows that go on), then this again.
 
     graph (default: on a GPU): record a step as one CUDA graph and replay that, which halves its time: else
     the GPU waits for the host to launch a thousand kernels. Shapes must stay for that, so rows that have

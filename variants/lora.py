@@ -24,8 +24,8 @@ Llama-3.2-11B-Vision, r = 16, adapters on every linear layer but the head:
     mlp                   43,581,440               22.7          0.2        0.3
 
 The matrix products for gradients of frozen weights are saved, too; `counted_tflops` in the log takes that
-into account, `tflops` (6 N a token) does not. The activations that the backward pass needs still take memory;
-for these there is --checkpoint-activations.
+into account, `tflops` (6 N per token) does not. The activations that the backward pass needs still take
+memory; for these there is --checkpoint-activations.
 
 What it does not do. A rollout computes W x and B A x apart, as training does, so that tokens are drawn and
 scored with the same numbers. (W + B A) x would be faster, but differ in rounding. Only the exported weights
@@ -79,8 +79,8 @@ class Adapted(nn.Module):
 
 
 def adapt(llama, modules, rank, alpha, seed=0):
-    """Freeze a Llama and put adapters on its linear layers, of those that learn so far (`tune.freeze`) the
-    ones that `modules` names.
+    """Freeze a Llama and put adapters on those of its linear layers that `modules` names and
+    `tune.freeze` left to learn.
 
     modules: names of layers or of GROUPS, joined by commas. A is drawn from `seed`, the same on every rank
     and device. ValueError where nothing is left to adapt.

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from harness.ranges import arg, at_least, one_of
 from llama.batches import OneProcess, passes
+from llama.folders import local
 from rollout import conversations_of, of_sampled, trees_of_hands, turns_of
 from variants.losses import KL
 
@@ -55,11 +55,6 @@ def initial(policy):
     return reference
 
 
-def local(parameter):
-    """Return what this rank holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 def local_copies(parameters):
     """Copy {name: parameter} to host memory."""
     return {name: local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
@@ -71,15 +66,10 @@ def write(policy, parameters, contents):
     autocast's copies."""
     for name, parameter in parameters.items():
         local(parameter).copy_(contents[name])
-    reshard(policy)
-    torch.clear_autocast_cache()
-
-
-def reshard(policy):
-    """Forget gathered weights, which a forward pass may have left in place of this rank's slices."""
     for unit in policy.modules():
         if isinstance(unit, FSDPModule):
-            unit.reshard()
+            unit.reshard()      # gathered weights may be left in place of this rank's slices
+    torch.clear_autocast_cache()
 
 
 # ------------------------------------------------------------------------------------------------------------

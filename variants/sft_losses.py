@@ -6,7 +6,7 @@ How to add one: write a function (logprobs, rows, examples, args) that returns t
 enter it in SFT_LOSSES. `logprobs`, `rows` and the losses have shape (tokens,). logprobs: the model's
 log-probs of the expert's tokens, with a gradient; rows: which example a token lies in. A loss that compares
 with an earlier model names it in the entry's field `before`, and gets the log-probs of that model from the
-function `before` below.
+function `earlier` below.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class SFTLoss:
     before: str = ""           # "step": the model as the batch found it; "initial": as the run began; or none
 
 
-def before(examples, logprobs):
+def earlier(examples, logprobs):
     """Return the log-probs of the same tokens by the earlier model, (tokens,)."""
     return of_sampled(examples, "reference", logprobs.device)
 
@@ -43,7 +43,7 @@ def psft(logprobs, rows, examples, args):
     from the second minibatch of a batch on (--minibatches, --epochs) can a ratio differ from 1; in the first
     the gradient is that of plain SFT."""
     ones = torch.ones_like(logprobs)
-    return surrogate(logprobs, before(examples, logprobs), ones, args.clip, args.clip)[0]
+    return surrogate(logprobs, earlier(examples, logprobs), ones, args.clip, args.clip)[0]
 
 
 def iw(logprobs, rows, examples, args):
@@ -51,7 +51,7 @@ def iw(logprobs, rows, examples, args):
     w = p / p_initial of its tokens, without gradient. Good data are a sample of the initial policy's
     successes; what the policy has come to do more often counts more, as it would in RL. A product of thirty
     ratios can be anything, so each token's is clipped."""
-    ratios = ratio((logprobs - before(examples, logprobs)).detach()).clamp(1 - args.clip, 1 + args.clip)
+    ratios = ratio((logprobs - earlier(examples, logprobs)).detach()).clamp(1 - args.clip, 1 + args.clip)
     products = ratios.new_zeros(len(examples)).index_add(0, rows, ratios.log())
     return -ratio(products)[rows] * logprobs
 
