@@ -19,6 +19,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from kernels import without_autocast
 from llama.batches import OneProcess, parts, passes
 from llama.metrics import averages
 from rollout import Episode, conversations_of, of_sampled, trees_of_hands, turns_of
@@ -106,8 +107,8 @@ def fill_in(turns, name, numbers):
         setattr(turn, name, [next(rest) for _ in old] if isinstance(old, list) else next(rest))
 
 
-# Log-probs are float32, and so are values except under autocast. Advantages that differ by a few of its steps
-# count as equal: normalising would blow that noise up to a deviation of 1.
+# Log-probs and values are float32. Advantages that differ by a few of its steps count as equal: normalising
+# would blow that noise up to a deviation of 1.
 ROUNDING = 2**-21
 
 
@@ -218,8 +219,9 @@ class ActorCritic(nn.Module):
         self.trunk = copy.deepcopy(policy) if critic == "separate" else None
 
     def head(self, hidden):
-        """Return values (turns,) of states at last prompt tokens (turns, D)."""
-        return self.value_head(hidden.float()).squeeze(-1)
+        """Return float32 values (turns,) of states at last prompt tokens (turns, D)."""
+        with without_autocast(hidden):
+            return self.value_head(hidden.float()).squeeze(-1)
 
     def values(self, batch, turns, hidden=None):
         """Return the values (turns,). hidden: states (B, T, D) that the policy has computed; None: make a

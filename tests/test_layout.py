@@ -20,7 +20,7 @@ MAP = {
     "llama": "kernels torch numpy PIL safetensors tokenizers",
     "model": "llama kernels torch",
     "rollout": "envs games llama torch",
-    "ppo": "rollout llama torch",
+    "ppo": "rollout llama kernels torch",
     "sft": "rollout games llama torch",
     "variants": "ppo sft rollout model llama envs games torch",
     "distributed": "model llama torch safetensors",

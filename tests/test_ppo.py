@@ -159,6 +159,13 @@ def test_normalized_advantages_over_ranks():
 # Losses
 
 
+def test_values_are_float32_under_autocast(model):
+    critic, hidden = critic_of(model), torch.randn(5, model.config.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = critic.head(hidden)
+    assert torch.equal(found, critic.head(hidden))
+
+
 def test_value_loss_by_hand():
     loss = partial(ppo.value_loss, *torch.tensor([[1.0, 1], [0, 0], [2, 0]]))      # values, old ones, targets
     assert loss(clip=0).tolist() == [0.5, 0.5]
