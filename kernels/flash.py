@@ -9,7 +9,7 @@ sums so far shrink by exp(m - m'):
 
 Only O and lse are written. The backward pass computes any tile of P again from S and lse, without the walk:
 
-    S = scale Q K^T        P = exp(S - lse)         O = P V          4 D FLOPs per score (causal: of half)
+    S = scale Q K^T        P = exp(S - lse)         O = P V          4 D FLOPs per score that is seen
     dV = P^T dO            dP = dO V^T              dS = P * (dP - delta)
     dQ = scale dS K        dK = scale dS^T Q        delta = rowsum(dP * P) = rowsum(dO * O)
 

@@ -22,8 +22,8 @@ import torch
 
 from kernels import chip, tl, triton
 
-# Used is the first row that names the chip, allows so many channels and has the kernel's column. float32 is a
-# chip of its own: without tensor cores it is exact, and slow, and each thread holds whole rows of operands.
+# Used is the first row that names the chip, allows so many channels and fills the kernel's column. float32 is
+# a chip of its own: without tensor cores it is exact, and slow, and each thread holds whole rows of operands.
 # "cpu" is the interpreter: small tests have many blocks. A column is headed by a kernel and by what a tile of
 # it holds (M queries and N keys; rows, vocabulary and channels). Then come warps and stages. Each M divides
 # the M before it, and 128: a kernel reads lse and delta only where they were written. "other": chips without
